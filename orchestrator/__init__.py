@@ -1,0 +1,1 @@
+"""Job states, store, scheduler, server loop and supervisor. Never imports torch: tensors are opaque frames here."""

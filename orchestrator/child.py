@@ -1,0 +1,100 @@
+"""One process of the supervisor's: how to start it, and what to do when it ends."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from protocol.jobs import ProcessView, Stage
+from protocol.process import LIFELINE
+
+BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+HEALTHY_SECONDS = 60.0  # after so long the next failure counts as the first again
+LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
+UNRECOVERABLE = (2, 4)  # exit codes after which another try gives the same: usage, model missing
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    stage: Stage | None
+    arguments: Sequence[str]  # of this Python
+    log: Path
+    lifeline: int  # the read end that the process gets
+    environment: dict[str, str] = field(default_factory=dict)
+    state: Literal["starting", "running", "stopping", "waiting"] = "waiting"
+    restarts: int = 0
+    reason: str = ""
+    failures: int = 0
+    start_at: float = 0.0  # monotonic seconds, while waiting
+    started: float = 0.0
+    wanted: bool = True
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._rotate_log()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(self.lifeline,),
+                start_new_session=True,
+                env={**os.environ, **self.environment, LIFELINE: str(self.lifeline)},
+            )
+        self.state, self.started = "running", time.monotonic()
+
+    def terminate(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.state = "stopping"
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+
+    def reap(self) -> int | None:
+        """The process number of a process that has just ended; the next start is planned, if one is wanted."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        pid, asked = self.process.pid, self.state == "stopping"
+        self.process = None
+        self.reason = "restarted on request" if asked else exit_reason(code, self.log)
+        if not asked:
+            self.failures = 1 if time.monotonic() - self.started > HEALTHY_SECONDS else self.failures + 1
+        if code in UNRECOVERABLE and not asked:
+            self.wanted = False
+        self.restarts += 1
+        self.state = "waiting"
+        self.start_at = time.monotonic() + (0.0 if asked else self.backoff())
+        return pid
+
+    def backoff(self) -> float:
+        return BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
+
+    def view(self) -> ProcessView:
+        pid = self.process.pid if self.process else None
+        return ProcessView(
+            name=self.name, stage=self.stage, pid=pid, state=self.state, restarts=self.restarts, reason=self.reason
+        )
+
+    def _rotate_log(self) -> None:
+        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
+            self.log.replace(self.log.with_suffix(".log.1"))
+
+
+def exit_reason(code: int, log: Path) -> str:
+    """Why a process ended, with the last line of its log where it failed by itself."""
+    if code < 0:
+        return f"killed by signal {-code}"
+    if code == 0:
+        return "ended by itself"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return f"exit code {code}: {lines[-1][:500]}" if lines else f"exit code {code}"

@@ -1,0 +1,100 @@
+"""The `triptych` command. Each command's module is imported only when it runs, so that --help is quick."""
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from protocol.errors import TriptychError
+
+COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
+    "run": ("orchestrator.cli.run", "run", "Make pictures without a stack: start one, use it, stop it."),
+    "up": ("orchestrator.cli.up", "up", "Start a stack and keep it running, in the foreground."),
+    "submit": ("orchestrator.cli.submit", "submit", "Submit prompts to the running stack and wait for the pictures."),
+    "jobs": ("orchestrator.cli.jobs", "jobs", "List jobs."),
+    "show": ("orchestrator.cli.jobs", "show", "Show everything about jobs."),
+    "wait": ("orchestrator.cli.submit", "wait", "Wait for jobs and write their pictures."),
+    "cancel": ("orchestrator.cli.jobs", "cancel", "Cancel jobs."),
+    "retry": ("orchestrator.cli.submit", "retry", "Run failed or cancelled jobs again, or make a PNG's picture again."),
+    "workers": ("orchestrator.cli.stack", "workers", "Show the workers of the running stack."),
+    "restart": ("orchestrator.cli.stack", "restart", "Restart a stage's workers."),
+    "scale": ("orchestrator.cli.stack", "scale", "Change how many workers a stage has."),
+    "logs": ("orchestrator.cli.logs", "logs", "Show the logs of a stack."),
+    "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
+    "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
+    "completion": ("orchestrator.cli.completion", "completion", "Print the shell completion script."),
+    "_orchestrate": ("orchestrator.cli.up", "orchestrate", ""),
+}
+
+EPILOG = """\b
+Exit codes: 0 done, 2 wrong usage, 3 no stack reachable, 4 model missing or not permitted,
+5 does not fit, 6 job failed, 124 timeout, 130 interrupted.
+Every option can be set as TRIPTYCH_COMMAND_OPTION; TRIPTYCH_STATE names the stack's folder.
+"""
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in COMMANDS if not name.startswith("_")]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = [(name, COMMANDS[name][2]) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f" Did you mean {close[0]!r}?" if close else " 'triptych --help' lists the commands."
+            raise click.UsageError(error.message + hint, ctx) from error
+
+
+@click.group(
+    cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+@click.version_option(package_name="triptych")
+def cli(debug: bool) -> None:
+    """Pictures from large diffusion models on the GPUs that you own.
+
+    \b
+    Quick start, with the small demo model (it draws colored shapes, for demonstration only):
+      triptych run "a large red circle at the top left and a small blue star on a yellow background"
+    """
+
+
+def main() -> None:
+    """Entry point: one line and an exit code for each error that a person can mend."""
+    debug = "--debug" in sys.argv or os.environ.get("TRIPTYCH_DEBUG", "") not in ("", "0")
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        cli.main(argv, prog_name="triptych", standalone_mode=False, auto_envvar_prefix="TRIPTYCH")
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except TriptychError as error:
+        if debug:
+            raise
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,124 @@
+"""`doctor`: is everything here that a stack needs, and what to run next."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from orchestrator.cli.options import json_option, state_folder, state_option
+from orchestrator.gpus import list_gpus
+from protocol.client import Client
+from protocol.errors import TriptychError
+from protocol.units import format_bytes
+
+PACKAGES = ("triptych", "torch", "diffusers", "transformers", "accelerate", "pyzmq", "safetensors")
+LOW_DISK = 5_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    what: str
+    text: str
+    good: bool = True
+
+
+@click.command()
+@click.option("-m", "--model", default="demo", show_default=True, help="The model to look for.")
+@json_option
+@state_option
+def doctor(model: str, as_json: bool, state: Path | None) -> None:
+    """Check versions, GPUs, memory, disk and model, and say the exact next command."""
+    folder = state_folder(state)
+    findings = [*versions(), *hardware(), disk(folder), model_finding(model), running(folder)]
+    command = next_command(findings, model)
+    if as_json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings], "next": command}))
+    else:
+        for finding in findings:
+            print(f"{'ok' if finding.good else '!!'}  {finding.what}: {finding.text}")
+        print(f"\nNext: {command}")
+    if not all(finding.good for finding in findings if finding.what != "stack"):
+        sys.exit(1)
+
+
+def versions() -> list[Finding]:
+    found = [Finding("python", platform.python_version(), sys.version_info >= (3, 11))]
+    for package in PACKAGES:
+        try:
+            found.append(Finding(package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding(package, "not installed", False))
+    return found
+
+
+def hardware() -> list[Finding]:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    gpus = list_gpus()
+    found = [
+        Finding("cpu", f"{os.cpu_count()} cores"),
+        Finding("memory", f"{format_bytes(memory.available)} of {format_bytes(memory.total)} available"),
+    ]
+    if not gpus:
+        return [*found, Finding("gpu", "none by NVIDIA's driver; stages run on the CPU")]
+    for gpu in gpus:
+        text = (
+            f"{gpu.name}, {format_bytes(gpu.free_bytes)} of {format_bytes(gpu.total_bytes)} free, driver {gpu.driver}"
+        )
+        found.append(Finding(f"gpu {gpu.index}", text))
+    return found
+
+
+def disk(folder: Path) -> Finding:
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    return Finding("disk", f"{format_bytes(free)} free for {folder}", free > LOW_DISK)
+
+
+def model_finding(model: str) -> Finding:
+    """Whether the model's files are here, or could be had; asks the hub only for what isn't."""
+    if model == "demo":
+        return Finding("model", "demo ships with Triptych")
+    if Path(model).is_dir():
+        there = (Path(model) / "model_index.json").exists()
+        return Finding(
+            "model", f"{model} {'is a folder in the diffusers layout' if there else 'has no model_index.json'}", there
+        )
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        if isinstance(try_to_load_from_cache(model, "model_index.json"), str):
+            return Finding("model", f"{model} is in the Hugging Face cache")
+        HfApi().auth_check(model)
+    except HFValidationError:
+        return Finding("model", f"{model!r} is neither a folder nor a hub id", False)
+    except Exception as error:
+        return Finding("model", f"{model} can't be reached: {str(error).strip().splitlines()[0]}", False)
+    return Finding("model", f"{model} can be downloaded")
+
+
+def running(folder: Path) -> Finding:
+    try:
+        with Client(folder, timeout=2) as client:
+            stack = client.stack()
+        return Finding("stack", f"running {stack.model.model if stack.model else '(loading)'} in {folder}")
+    except TriptychError:
+        return Finding("stack", f"none is running in {folder}")
+
+
+def next_command(findings: list[Finding], model: str) -> str:
+    what = {finding.what: finding for finding in findings}
+    prompt = '"a large red circle at the top left and a small blue star on a yellow background"'
+    if not what["model"].good:
+        return f"hf download {model}" if "/" in model else "triptych doctor --model black-forest-labs/FLUX.1-schnell"
+    if what["stack"].text.startswith("running"):
+        return f"triptych submit {prompt} -o picture.png"
+    return f"triptych run {prompt} -o picture.png" + (f" --model {model}" if model != "demo" else "")

@@ -1,0 +1,66 @@
+"""`logs`: the processes' logs, merged in order of time."""
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import click
+
+from orchestrator.cli.options import state_folder, state_option
+from orchestrator.folder import StackFolder
+from protocol.errors import NotFound
+from protocol.jobs import STAGES
+
+STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
+POLL_SECONDS = 0.2
+
+
+@click.command()
+@click.argument("stage", required=False, type=click.Choice([*STAGES, "orchestrator"]))
+@click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
+@click.option("-n", "--lines", type=click.IntRange(0), default=100, show_default=True, help="The last N lines.")
+@click.option("--job", help="Only lines of this job.")
+@state_option
+def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Path | None) -> None:
+    """Show the log of a STAGE, or of all processes in order of time. Works without a running stack, too."""
+    folder = StackFolder(state_folder(state)).logs
+    files = sorted(folder.glob(f"{stage}*.log" if stage else "*.log")) if folder.is_dir() else []
+    if not files and not follow:
+        raise NotFound(f"There are no logs in {str(folder)!r}.", "Start a stack with 'triptych up', or give --state.")
+    found = sorted((record for path in files for record in records(path)), key=lambda record: record[:24])
+    chosen = [record for record in found if job is None or f"job={job} " in record]
+    for record in chosen[-lines:] if lines else []:
+        print(record)
+    if follow:
+        for line in following(folder, f"{stage}*.log" if stage else "*.log"):
+            if job is None or f"job={job} " in line:
+                print(line, end="", flush=True)
+
+
+def records(path: Path) -> Iterator[str]:
+    """Lines, each with those that belong to it (tracebacks) and have no time of their own."""
+    current: list[str] = []
+    for line in path.read_text(errors="replace").splitlines():
+        if STAMP.match(line) and current:
+            yield "\n".join(current)
+            current = []
+        current.append(line)
+    if current:
+        yield "\n".join(current)
+
+
+def following(folder: Path, pattern: str) -> Iterator[str]:
+    """Lines as they come, in files that may only come to be."""
+    files: dict[Path, TextIO] = {}
+    for path in folder.glob(pattern):
+        files[path] = path.open(errors="replace")
+        files[path].seek(0, os.SEEK_END)
+    while True:
+        for path in folder.glob(pattern):
+            file = files.get(path) or files.setdefault(path, path.open(errors="replace"))
+            while line := file.readline():
+                yield line
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,101 @@
+"""`workers`, `restart` and `scale`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import get_args
+
+import click
+
+from orchestrator.cli.jobs import age
+from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
+from orchestrator.cli.table import print_table
+from protocol.client import Client
+from protocol.endpoints import published
+from protocol.errors import BadRequest
+from protocol.jobs import STAGES, ProcessView, Stage, WorkerView
+from protocol.messages import Workers
+from protocol.units import format_bytes
+
+
+@click.command()
+@click.option("--map", "device_map", is_flag=True, help="Show which module lies on which device.")
+@json_option
+@quiet_option
+@state_option
+def workers(device_map: bool, as_json: bool, quiet: bool, state: Path | None) -> None:
+    """Show the workers: what they do, where they run, and why one was restarted."""
+    with Client(state_folder(state)) as client:
+        found = client.workers()
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json", exclude={"request"})))
+    elif quiet:
+        print("\n".join(worker.name for worker in found.workers))
+    elif device_map:
+        print_table(
+            ("worker", "module", "device"), [[w.name, *place] for w in found.workers for place in w.device_map], wide=1
+        )
+    else:
+        print_table(
+            ("worker", "state", "pid", "device", "dtype", "tasks", "memory", "up", "note"), table(found), wide=8
+        )
+        print(f"Workers may join at {published(state_folder(state)).workers}", file=sys.stderr)
+
+
+def table(found: Workers) -> list[list[str]]:
+    """The registered workers, then processes that have no worker to show."""
+    processes = {process.pid: process for process in found.processes if process.pid}
+    rows = [row(worker, processes.get(worker.pid)) for worker in sorted(found.workers, key=lambda w: w.name)]
+    shown = {worker.pid for worker in found.workers}
+    for process in found.processes:
+        if process.stage is not None and process.pid not in shown:
+            note = process.reason if process.state == "waiting" else "loading its libraries"
+            rows.append([process.name, process.state, str(process.pid or "-"), "-", "-", "-", "-", "-", note])
+    return rows
+
+
+def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
+    state = f"busy with {worker.job}" if worker.job else worker.state
+    memory = format_bytes(worker.gpu_bytes or worker.rss_bytes)
+    note = f"restarted {process.restarts}×: {process.reason}" if process and process.restarts else ""
+    device = ", ".join(sorted({place for _, place in worker.device_map})) or worker.device
+    return [
+        worker.name,
+        state,
+        str(worker.pid),
+        device,
+        worker.dtype,
+        str(worker.done),
+        memory,
+        age(worker.since),
+        note,
+    ]
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(get_args(Stage)))
+@state_option
+def restart(stage: Stage, state: Path | None) -> None:
+    """Restart the workers of STAGE; what they have in hand is done again, nothing is lost."""
+    with Client(state_folder(state)) as client:
+        client.restart(stage)
+    print(f"Restarting {stage}.", file=sys.stderr)
+
+
+@click.command()
+@click.argument("counts", nargs=-1, required=True, metavar="STAGE=N...")
+@state_option
+def scale(counts: tuple[str, ...], state: Path | None) -> None:
+    """Change how many workers stages have, while the stack runs: triptych scale denoise=2 vae=0."""
+    wanted: list[tuple[Stage, int]] = []
+    for text in counts:
+        name, _, number = text.partition("=")
+        if name not in STAGES or not number.isdigit() or int(number) > 64:
+            raise BadRequest(
+                f"{text!r} is not right.", f"Write STAGE=N, with STAGE one of {', '.join(STAGES)} and N up to 64."
+            )
+        wanted.append((name, int(number)))
+    with Client(state_folder(state)) as client:
+        for stage, count in wanted:
+            client.scale(stage, count)
+            print(f"{stage}: {count}", file=sys.stderr)

@@ -1,0 +1,22 @@
+"""Tables on stdout: aligned for a person, tab-separated where the output goes on to another program."""
+
+import sys
+from collections.abc import Sequence
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], wide: int) -> None:
+    """`wide` is the column that gives way when the terminal is narrow."""
+    if not sys.stdout.isatty():
+        for row in rows:
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, name in enumerate(header):
+        table.add_column(name, no_wrap=i != wide, overflow="ellipsis" if i == wide else "fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)

@@ -1,0 +1,137 @@
+"""`up`: a stack in the foreground; and the orchestrator's own process."""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from orchestrator.cli.options import state_folder, state_option
+from orchestrator.config import StackConfig, load_config, parse_stage_values
+from orchestrator.folder import StackFolder
+from orchestrator.supervisor import Supervisor
+from protocol.client import Client
+from protocol.endpoints import published
+from protocol.errors import NoStack, TriptychError
+from protocol.jobs import STAGES, Stage
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+POLL_SECONDS = 0.05
+FLAGS = ("model", "revision", "dtype", "queue_limit", "listen")
+
+
+def stack_options(command: Command) -> Command:
+    """What a stack is made of."""
+    for option in reversed((
+        click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML."),
+        click.option("-m", "--model", help="A folder, a hub id, or demo (draws shapes). [default: demo]"),
+        click.option("--revision", help="Branch, tag or commit of a hub model."),
+        click.option("--dtype", help="float32, bfloat16, float16. [default: bfloat16 on GPUs, float32 on the CPU]"),
+        click.option("--workers", multiple=True, metavar="STAGE=N", help="Workers of a stage: denoise=2. [default: 1]"),
+        click.option("--device", multiple=True, metavar="[STAGE=]DEVICE", help="cpu, cuda, mps or auto."),
+        click.option("--gpus", multiple=True, metavar="[STAGE=]0,1", help="The GPUs that all or one may use."),
+        click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB", help="The most to use of each GPU."),
+        click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
+        click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: a private socket]"),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def stack_config(options: dict[str, Any]) -> StackConfig:
+    """The configuration of flags and file."""
+    flags = {name: options[name] for name in FLAGS if options.get(name) is not None}
+    stages: dict[Stage, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for stage, count in parse_stage_values("--workers", options["workers"], every_stage=False).items():
+        stages[stage]["workers"] = count
+    for stage, device in parse_stage_values("--device", options["device"], every_stage=True).items():
+        stages[stage]["device"] = device
+    for stage, gpus in parse_stage_values("--gpus", options["gpus"], every_stage=True).items():
+        stages[stage]["gpus"] = tuple(gpus.split(","))
+    for stage, memory in parse_stage_values("--max-memory", options["max_memory"], every_stage=True).items():
+        stages[stage]["max_memory"] = memory
+    return load_config(options["config"], flags, {stage: values for stage, values in stages.items() if values})
+
+
+@click.command()
+@stack_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line once the stack is ready.")
+@state_option
+def up(state: Path | None, as_json: bool, **options: Any) -> None:
+    """Start the orchestrator and the three stages' workers, and keep them running until Ctrl-C.
+
+    With no options it runs the small demo model, which draws colored shapes and knows nothing else.
+
+    \b
+    triptych up
+    triptych up --model black-forest-labs/FLUX.1-dev --device text=cpu --gpus denoise=0,1 --gpus vae=1
+    triptych up --config stack.toml --state ~/stacks/flux
+    """
+    folder = StackFolder(state_folder(state))
+    config = stack_config(options)
+    folder.create()
+    supervisor = Supervisor(folder, config, say)
+    threading.Thread(target=announce_ready, args=(folder.path, config, as_json), daemon=True).start()
+    say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
+    supervisor.run()
+
+
+def say(line: str) -> None:
+    print(f"triptych: {line}", file=sys.stderr, flush=True)
+
+
+def wait_for_stack(folder: Path) -> None:
+    """Until the orchestrator has said where it listens."""
+    while True:
+        with contextlib.suppress(NoStack):
+            published(folder)
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def announce_ready(folder: Path, config: StackConfig, as_json: bool) -> None:
+    """Say once when every worker that is wanted has loaded its model."""
+    wanted = sum(config.stage(stage).workers for stage in STAGES)
+    start = time.monotonic()
+    wait_for_stack(folder)
+    with contextlib.suppress(TriptychError), Client(folder) as client:
+        while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
+            time.sleep(POLL_SECONDS)
+        seconds = time.monotonic() - start
+        say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+        if as_json:
+            print(
+                json.dumps({"state": str(folder), "clients": published(folder).clients, "seconds": seconds}), flush=True
+            )
+
+
+@click.command(hidden=True)
+@click.option("--state", type=click.Path(path_type=Path), required=True)
+@click.option("--clients", required=True)
+@click.option("--workers", required=True)
+@click.option("--queue-limit", type=int, required=True)
+@click.option("--cache-bytes", type=int, required=True)
+@click.option("--picture-bytes", type=int, required=True)
+def orchestrate(
+    state: Path, clients: str, workers: str, queue_limit: int, cache_bytes: int, picture_bytes: int
+) -> None:
+    """The orchestrator's process; the supervisor starts it."""
+    from orchestrator.server import Server
+    from protocol.endpoints import Endpoints
+    from protocol.process import end_with_parent, log_to_stderr
+
+    end_with_parent()
+    log_to_stderr("orchestrator")
+    folder = StackFolder(state)
+    folder.create()
+    with folder.lock("orchestrator"):
+        server = Server(folder, Endpoints(clients, workers), queue_limit, cache_bytes, picture_bytes)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.stop)
+        server.run()

@@ -1,0 +1,105 @@
+"""A stack's settings: flags over TRIPTYCH_* variables over a TOML file over these defaults.
+
+model = "black-forest-labs/FLUX.1-dev"
+dtype = "bfloat16"
+
+[stages.text]
+device = "cpu"
+
+[stages.denoise]
+gpus = [0, 1]
+max_memory = "16GB"
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic.functional_validators import BeforeValidator
+
+from protocol.errors import BadRequest
+from protocol.jobs import STAGES, Stage
+from protocol.units import parse_bytes
+
+
+def _bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0), PlainSerializer(lambda v: f"{v}B", return_type=str)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageConfig(Settings):
+    """How one stage is run."""
+
+    workers: Annotated[int, Field(ge=0, le=64)] = 1
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
+    gpus: tuple[int, ...] | None = None  # None: all
+    max_memory: Bytes | None = None  # on each GPU; None: all that is free
+
+
+class StackConfig(Settings):
+    model: str = "demo"
+    revision: str | None = None
+    dtype: str = "auto"
+    queue_limit: Annotated[int, Field(ge=1)] = 10_000  # unfinished jobs
+    embedding_cache: Bytes = 1_000_000_000  # on disk
+    keep_pictures: Bytes = 4_000_000_000  # on disk; the oldest go first
+    listen: str | None = None  # tcp://127.0.0.1:PORT for clients, instead of a private socket
+    stages: dict[Stage, StageConfig] = Field(default_factory=dict)
+
+    def stage(self, stage: Stage) -> StageConfig:
+        return self.stages.get(stage, StageConfig())
+
+
+def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stage, dict[str, Any]]) -> StackConfig:
+    """The settings of a file, with flags laid over it; BadRequest names the entry that is wrong."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise BadRequest(f"The configuration {str(path)!r} can't be read: {error.strerror}.") from error
+        except tomllib.TOMLDecodeError as error:
+            raise BadRequest(f"The configuration {str(path)!r} is not valid TOML: {error}.") from error
+    data |= flags
+    stages = data.setdefault("stages", {})
+    for stage, values in stage_flags.items():
+        if isinstance(stages, dict) and isinstance(stages.setdefault(stage, {}), dict):
+            stages[stage] |= values
+    try:
+        return StackConfig.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        fits = _fits(fault["type"], where)
+        raise BadRequest(f"The setting {where!r} is not valid: {fault['msg']}.", fits) from error
+
+
+def _fits(kind: str, where: str) -> str:
+    if kind != "extra_forbidden":
+        return ""
+    known = StageConfig.model_fields if where.startswith("stages.") else StackConfig.model_fields
+    return f"Known settings are {', '.join(known)}."
+
+
+def parse_stage_values(option: str, values: tuple[str, ...], every_stage: bool) -> dict[Stage, str]:
+    """'denoise=2' gives one stage a value; a bare value, where allowed, gives it to all three."""
+    found: dict[Stage, str] = {}
+    for value in values:
+        name, equals, rest = value.partition("=")
+        if not equals and every_stage:
+            found |= {stage: value for stage in STAGES if stage not in found}
+        elif equals and name in STAGES and rest:
+            found[name] = rest
+        else:
+            shape = f"{option} STAGE=VALUE" + (f" or {option} VALUE" if every_stage else "")
+            raise BadRequest(
+                f"{option} {value!r} is not right.", f"Write {shape}, with STAGE one of {', '.join(STAGES)}."
+            )
+    return found

@@ -1,0 +1,88 @@
+"""The workers that have said hello, and what each is doing. One task in a worker's hands at a time."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.live import ModelKey
+from orchestrator.scheduler import IdleWorker
+from protocol.jobs import WorkerView
+from protocol.messages import Heartbeat, TaskKey, WorkerHello
+
+SILENCE_SECONDS = 10.0  # a worker's loop beats every second, even while it computes
+
+
+@dataclass(slots=True)
+class Worker:
+    """One incarnation of a worker process; `id` is its socket's identity in hex."""
+
+    identity: bytes
+    hello: WorkerHello
+    since: float  # seconds since the epoch
+    heard: float  # monotonic seconds
+    state: Literal["loading", "idle", "busy"] = "loading"
+    task: TaskKey | None = None
+    done: int = 0
+    rss_bytes: int = 0
+    gpu_bytes: int = 0
+    device_map: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return self.identity.hex()
+
+    @property
+    def model(self) -> ModelKey:
+        return ModelKey.of_worker(self.hello.model, self.hello.dtype)
+
+    def view(self) -> WorkerView:
+        return WorkerView(
+            id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
+            host=self.hello.host, device=self.hello.device, dtype=self.hello.dtype, model=self.hello.model.model,
+            job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
+            gpu_bytes=self.gpu_bytes, device_map=self.device_map, since=self.since,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Fleet:
+    workers: dict[bytes, Worker] = field(default_factory=dict)
+    _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self.workers.values())
+
+    def hello(self, identity: bytes, hello: WorkerHello) -> Worker:
+        worker = Worker(identity, hello, time.time(), time.monotonic())
+        self.workers[identity] = worker
+        return worker
+
+    def get(self, identity: bytes) -> Worker | None:
+        """The worker behind an identity; hearing from it counts as a sign of life."""
+        worker = self.workers.get(identity)
+        if worker:
+            worker.heard = time.monotonic()
+        return worker
+
+    def beat(self, worker: Worker, beat: Heartbeat) -> None:
+        worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
+
+    def ready(self, worker: Worker) -> None:
+        worker.state, worker.task = "idle", None
+        self._idle[worker.identity] = worker
+
+    def give(self, worker: Worker, task: TaskKey) -> None:
+        del self._idle[worker.identity]
+        worker.state, worker.task = "busy", task
+
+    def remove(self, worker: Worker) -> None:
+        self.workers.pop(worker.identity, None)
+        self._idle.pop(worker.identity, None)
+
+    def idle(self) -> list[IdleWorker]:
+        return [IdleWorker(w.id, w.hello.stage, w.model) for w in self._idle.values()]
+
+    def silent(self) -> list[Worker]:
+        limit = time.monotonic() - SILENCE_SECONDS
+        return [worker for worker in self if worker.heard < limit]

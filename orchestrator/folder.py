@@ -1,0 +1,96 @@
+"""The folder of one stack: database, artifacts, sockets, logs, and the locks that keep a second stack out."""
+
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from protocol.endpoints import PUBLISHED, Endpoints
+from protocol.errors import Conflict, TriptychError
+
+LONGEST_IPC_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
+
+
+@dataclass(frozen=True, slots=True)
+class StackFolder:
+    path: Path
+
+    def create(self) -> None:
+        """Make the folder and its parts, private to the user."""
+        try:
+            for part in (self.path, self.artifacts, self.logs):
+                part.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.chmod(0o700)
+        except OSError as error:
+            raise TriptychError(
+                f"The state folder {str(self.path)!r} can't be made: {error.strerror}.",
+                "Give another with --state DIR.",
+            ) from error
+
+    @property
+    def database(self) -> Path:
+        return self.path / "jobs.sqlite"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.path / "artifacts"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log(self, process: str) -> Path:
+        return self.logs / f"{process}.log"
+
+    def socket_folder(self) -> Path:
+        """A 0700 folder whose paths are short enough for ipc sockets."""
+        inside = self.path.resolve() / "sockets"
+        if len(str(inside)) + len("/clients") <= LONGEST_IPC_PATH:
+            folder = inside
+        else:
+            name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+            folder = Path(tempfile.gettempdir()) / f"triptych-{os.getuid()}-{name}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or not folder.is_dir() or folder.is_symlink():
+            raise TriptychError(
+                f"The socket folder {str(folder)!r} belongs to somebody else.", "Remove it, or use --state."
+            )
+        folder.chmod(0o700)
+        return folder
+
+    def local_endpoints(self) -> Endpoints:
+        folder = self.socket_folder()
+        return Endpoints(f"ipc://{folder / 'clients'}", f"ipc://{folder / 'workers'}")
+
+    def publish(self, endpoints: Endpoints) -> None:
+        """Let clients and workers find the running orchestrator."""
+        text = json.dumps({"clients": endpoints.clients, "workers": endpoints.workers, "pid": os.getpid()})
+        draft = self.path / f"{PUBLISHED}.new"
+        draft.write_text(text)
+        draft.replace(self.path / PUBLISHED)
+
+    def withdraw(self) -> None:
+        (self.path / PUBLISHED).unlink(missing_ok=True)
+
+    def lock(self, role: str) -> TextIO:
+        """Hold the folder in a role until the returned file is closed or the process ends; Conflict if it is held."""
+        file = (self.path / f"{role}.lock").open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise Conflict(
+                f"A stack is already running in {str(self.path)!r} ({role}, process {owner}).",
+                "Use it as it is, stop it, or give another folder with --state DIR.",
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file

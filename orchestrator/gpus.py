@@ -1,0 +1,36 @@
+"""The GPUs of this machine as the driver tells them, without torch."""
+
+import contextlib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    index: int
+    name: str
+    total_bytes: int
+    free_bytes: int
+    driver: str
+
+
+def list_gpus() -> list[Gpu]:
+    """NVIDIA GPUs in the driver's order; empty where there are none or no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    with contextlib.ExitStack() as stack:
+        stack.callback(pynvml.nvmlShutdown)
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        gpus: list[Gpu] = []
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            gpus.append(Gpu(index, _text(pynvml.nvmlDeviceGetName(handle)), memory.total, memory.free, driver))
+        return gpus
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -1,0 +1,202 @@
+"""The orchestrator's loop: take what has come, decide, commit, then answer.
+
+One thread, two ROUTER sockets. All messages that wait are handled before one commit, so a busy stack pays for few;
+nothing is sent before the commit that it depends on. Whatever a peer sends, the loop goes on.
+"""
+
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import zmq
+
+from orchestrator.desk import Desk
+from orchestrator.engine import Engine
+from orchestrator.folder import StackFolder
+from orchestrator.outbox import Letter, Outbox
+from orchestrator.store import Store
+from protocol import wire
+from protocol.endpoints import Endpoints
+from protocol.errors import TriptychError
+from protocol.messages import (
+    FROM_CLIENT,
+    FROM_SUPERVISOR,
+    FROM_WORKER,
+    Beat,
+    Error,
+    Heartbeat,
+    Processes,
+    Progress,
+    Ready,
+    Result,
+    Started,
+    SupervisorHello,
+    TaskFailed,
+    Welcome,
+    WorkerGoodbye,
+    WorkerHello,
+)
+from protocol.sockets import receive, router, send
+from protocol.tensors import Buffer
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 1.0
+HOST = socket.gethostname()
+BATCH = 256  # messages of one socket between two commits
+Handler = Callable[[bytes, list[Buffer]], None]
+
+
+class Server:
+    def __init__(
+        self, folder: StackFolder, endpoints: Endpoints, queue_limit: int, cache_bytes: int, picture_bytes: int
+    ) -> None:
+        self.folder = folder
+        self.outbox = Outbox()
+        self.store = Store(folder.database, folder.artifacts)
+        self.engine = Engine(self.store, self.outbox, queue_limit, cache_bytes, picture_bytes)
+        self.desk = Desk(self.engine)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._clients = router(self._context, endpoints.clients)
+        self._workers = router(self._context, endpoints.workers)
+        self._stopping = False
+        bound = (side.getsockopt_string(zmq.LAST_ENDPOINT) for side in (self._clients, self._workers))
+        self.endpoints = Endpoints(*bound)
+
+    def stop(self, signal_number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        self.folder.publish(self.endpoints)
+        log.info("listening at %s and %s", self.endpoints.clients, self.endpoints.workers)
+        poller = zmq.Poller()
+        poller.register(self._clients, zmq.POLLIN)
+        poller.register(self._workers, zmq.POLLIN)
+        try:
+            while not self._stopping:
+                poller.poll(int(HEARTBEAT_SECONDS * 1000))
+                self._drain(self._workers, self._from_worker)
+                self._drain(self._clients, self._from_client)
+                self._notice_silence()
+                self._settle()
+        finally:
+            self._close()
+
+    def _drain(self, source: zmq.Socket[bytes], handle: Handler) -> None:
+        for _ in range(BATCH):
+            try:
+                identity, *frames = receive(source)
+            except zmq.Again:
+                return
+            handle(bytes(identity), frames)
+
+    def _settle(self) -> None:
+        """Commit, then send; sending may free workers' hands, so tasks go out in the same round."""
+        self.engine.assign()
+        self.store.commit()
+        for letter in self.outbox.drain():
+            self._post(letter)
+
+    def _post(self, letter: Letter) -> None:
+        target = self._workers if letter.to_worker else self._clients
+        try:
+            send(target, [letter.identity, *wire.encode(letter.message, letter.tensors)])
+        except zmq.ZMQError as error:
+            if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
+                raise
+            self._unreachable(letter)
+
+    def _unreachable(self, letter: Letter) -> None:
+        """A client that is gone or doesn't read asks again if it cares; a worker that is gone loses its task."""
+        if not letter.to_worker:
+            self.engine.watchers.forget_client(letter.identity)
+        elif worker := self.engine.fleet.workers.get(letter.identity):
+            log.warning("%s can't be reached", worker.hello.name)
+            self.engine.lose_worker(worker, "could not be reached")
+        elif letter.identity == self.desk.supervisor:
+            self.desk.supervisor = None
+
+    def _notice_silence(self) -> None:
+        for worker in self.engine.fleet.silent():
+            log.warning("%s has been silent for too long", worker.hello.name)
+            self.engine.lose_worker(worker, "fell silent")
+
+    # -- clients --------------------------------------------------------------------------------
+
+    def _from_client(self, client: bytes, frames: list[Buffer]) -> None:
+        try:
+            question = wire.decode(frames, FROM_CLIENT).message
+        except TriptychError as error:
+            self.outbox.to_client(client, Error(code=error.code, message=error.message, hint=error.hint))
+            return
+        self.desk.answer(client, question)
+
+    # -- workers and the supervisor -------------------------------------------------------------
+
+    def _from_worker(self, identity: bytes, frames: list[Buffer]) -> None:
+        try:
+            envelope = wire.decode(frames, FROM_WORKER + FROM_SUPERVISOR)
+            self._take(identity, envelope)
+        except TriptychError as error:
+            self.outbox.to_worker(identity, Error(code=error.code, message=error.message, hint=error.hint))
+
+    def _take(self, identity: bytes, envelope: wire.Envelope) -> None:
+        engine = self.engine
+        match envelope.message:
+            case WorkerHello() as hello:
+                self._welcome(identity, hello, envelope)
+                return
+            case SupervisorHello():
+                self.desk.supervisor = identity
+                return
+            case Processes(processes=processes, exited_pids=pids) if identity == self.desk.supervisor:
+                self.desk.processes = processes
+                self._bury(set(pids))
+                return
+        worker = engine.fleet.get(identity)
+        if worker is None:
+            self.outbox.to_worker(identity, Error(code="not_found", message="This worker has not said hello."))
+            return
+        match envelope.message:
+            case Ready(device_map=device_map):
+                worker.device_map = device_map or worker.device_map
+                engine.ready(worker)
+            case Heartbeat() as beat:
+                engine.fleet.beat(worker, beat)
+                self.outbox.to_worker(identity, Beat())
+            case Started() as task:
+                engine.started(task)
+            case Progress() as task:
+                engine.progress(task)
+            case Result() as result:
+                engine.result(worker, result, envelope.tensors)
+            case TaskFailed() as failure:
+                engine.failed(worker, failure)
+            case WorkerGoodbye():
+                engine.dismiss_worker(worker)
+
+    def _welcome(self, identity: bytes, hello: WorkerHello, envelope: wire.Envelope) -> None:
+        if identity in self.engine.fleet.workers:
+            self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
+            return
+        self.engine.learn_model(hello.model, hello.dtype, envelope.tensor("tokenizer"))
+        worker = self.engine.fleet.hello(identity, hello)
+        log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
+        self.outbox.to_worker(worker.identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
+        self.desk.unpark()
+
+    def _bury(self, pids: set[int]) -> None:
+        """The supervisor saw these processes end: their tasks need not wait for silence."""
+        for worker in list(self.engine.fleet):
+            if worker.hello.host == HOST and worker.hello.pid in pids:
+                self.engine.lose_worker(worker, "died")
+
+    def _close(self) -> None:
+        self.folder.withdraw()
+        self.store.close()
+        self._clients.close()
+        self._workers.close()
+        self._context.term()
+        log.info("stopped")

@@ -1,0 +1,269 @@
+"""Starts the orchestrator and the workers, keeps them running, and stops them all.
+
+Signals and deaths of children wake one loop. Children hold the read end of a pipe whose only writer is this process,
+so they end with it even if it is killed.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import zmq
+
+from orchestrator.child import Child
+from orchestrator.config import StackConfig
+from orchestrator.folder import StackFolder
+from orchestrator.gpus import list_gpus
+from protocol import wire
+from protocol.endpoints import Endpoints
+from protocol.errors import ModelMissing, TriptychError
+from protocol.jobs import STAGES, Stage
+from protocol.messages import TO_SUPERVISOR, Message, Processes, RestartStage, SetScale, SupervisorHello
+from protocol.sockets import dealer, receive, send
+
+log = logging.getLogger(__name__)
+
+GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
+HELLO_SECONDS = 1.0  # the supervisor says hello again and again: the orchestrator may be a new one
+Notice = Callable[[str], None]
+
+
+class Supervisor:
+    """`notice` gets one line for a person whenever something happens that they may want to know."""
+
+    def __init__(self, folder: StackFolder, config: StackConfig, notice: Notice) -> None:
+        self.folder, self.config, self.notice = folder, config, notice
+        self._lifeline, self._life = os.pipe()
+        self._wake, self._bell = socket.socketpair()
+        self._wake.setblocking(False)
+        self._bell.setblocking(False)
+        self._signal = 0
+        self._endpoints = self._choose_endpoints()
+        self._dtype = stack_dtype(config)
+        self._orchestrator = self._orchestrator_child()
+        self._workers: dict[Stage, list[Child]] = {
+            stage: [self._worker_child(stage, i + 1) for i in range(config.stage(stage).workers)] for stage in STAGES
+        }
+        self._leaving: list[tuple[Child, float]] = []  # scaled away or restarted, and when to kill
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._link: zmq.Socket[bytes] | None = None
+        self._said_hello = 0.0
+        self._dead: list[int] = []
+
+    # -- life -----------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Until a signal, whose number it returns, or `stop()`. Raises ModelMissing if no worker can ever start."""
+        with self.folder.lock("supervisor"), self._signals():
+            try:
+                while not self._signal:
+                    self._start_due()
+                    self._wait()
+                    self._reap()
+                    self._converse()
+                    self._refuse_hopeless()
+            finally:
+                self._shut_down()
+        return self._signal
+
+    def stop(self) -> None:
+        """End `run`, from any thread."""
+        self._signal = self._signal or signal.SIGTERM
+        self._bell.send(b"!")
+
+    def _children(self) -> list[Child]:
+        return [self._orchestrator, *(child for stage in STAGES for child in self._workers[stage])]
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, remember)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
+        yield
+        signal.set_wakeup_fd(-1)
+
+    def _start_due(self) -> None:
+        now = time.monotonic()
+        for child in self._children():
+            if child.state == "waiting" and child.wanted and now >= child.start_at:
+                child.start()
+                log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
+        for child, kill_at in self._leaving:
+            if now >= kill_at:
+                child.kill()
+
+    def _wait(self) -> None:
+        """Until a signal, a child's end, a message, or the next thing that is due."""
+        due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted] + [
+            at for _, at in self._leaving
+        ]
+        left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        if self._link is not None:
+            poller.register(self._link, zmq.POLLIN)
+        poller.poll(int(left * 1000) + 1)
+        with contextlib.suppress(BlockingIOError):
+            self._wake.recv(4096)
+
+    def _reap(self) -> None:
+        gone = [child for child, _ in self._leaving]
+        for child in [*self._children(), *gone]:
+            asked = child.state == "stopping"
+            pid = child.reap()
+            if pid is None:
+                continue
+            self._dead.append(pid)
+            if not asked:
+                log.warning("%s, process %d, ended: %s", child.name, pid, child.reason)
+                again = f"starting it again in {child.backoff():g} s" if child.wanted else "it stays down"
+                self.notice(f"{child.name} ended ({child.reason}); {again}")
+            if child is self._orchestrator:
+                self._said_hello = 0.0
+        self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
+
+    def _refuse_hopeless(self) -> None:
+        """Where the settings can't work, say why instead of standing there without workers."""
+        children = [child for stage in STAGES for child in self._workers[stage]]
+        if not self._orchestrator.wanted:
+            raise TriptychError(f"The orchestrator can't start: {last_line(self._orchestrator)}")
+        hopeless = [child for child in children if not child.wanted]
+        if hopeless and len(hopeless) == len(children):
+            raise ModelMissing(last_line(hopeless[0]))
+
+    def _shut_down(self) -> None:
+        """Workers first, so that they hand back what they have; the orchestrator commits and goes last."""
+        self.notice("stopping")
+        deadline = time.monotonic() + GRACE_SECONDS
+        workers = [child for stage in STAGES for child in self._workers[stage]] + [child for child, _ in self._leaving]
+        for group in (workers, [self._orchestrator]):
+            for child in group:
+                child.terminate()
+            for child in group:
+                if child.process is not None:
+                    with contextlib.suppress(Exception):
+                        child.process.wait(max(0.1, deadline - time.monotonic()))
+                child.kill()
+            for child in group:
+                if child.process is not None:
+                    child.process.wait()
+        if self._link is not None:
+            self._link.close(linger=0)
+        self._context.term()
+        self.folder.withdraw()
+        os.close(self._life)
+        os.close(self._lifeline)
+
+    # -- children -------------------------------------------------------------------------------
+
+    def _choose_endpoints(self) -> Endpoints:
+        local = self.folder.local_endpoints()
+        return Endpoints(self.config.listen or local.clients, local.workers)
+
+    def _orchestrator_child(self) -> Child:
+        config = self.config
+        arguments = [
+            "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),
+            "--clients", self._endpoints.clients, "--workers", self._endpoints.workers,
+            "--queue-limit", str(config.queue_limit), "--cache-bytes", str(config.embedding_cache),
+            "--picture-bytes", str(config.keep_pictures),
+        ]  # fmt: skip
+        return Child("orchestrator", None, arguments, self.folder.log("orchestrator"), self._lifeline)
+
+    def _worker_child(self, stage: Stage, number: int) -> Child:
+        config, name = self.config.stage(stage), f"{stage}-{number}"
+        arguments = [
+            "-m", "orchestrator.cli", "worker", stage, "--connect", self._endpoints.workers, "--name", name,
+            "--model", self.config.model, "--device", config.device, "--dtype", self._dtype,
+        ]  # fmt: skip
+        if self.config.revision is not None:
+            arguments += ["--revision", self.config.revision]
+        if config.gpus is not None:
+            arguments += ["--gpus", ",".join(map(str, config.gpus))]
+        if config.max_memory is not None:
+            arguments += ["--max-memory", f"{config.max_memory}B"]
+        return Child(name, stage, arguments, self.folder.log(name), self._lifeline)
+
+    def _scale(self, stage: Stage, count: int) -> None:
+        children = self._workers[stage]
+        self.notice(f"{stage}: {len(children)} → {count} workers")
+        while len(children) > count:
+            self._dismiss(children.pop())
+        taken = {child.name for child in children}
+        free = (n for n in range(1, 1 << 20) if f"{stage}-{n}" not in taken)
+        while len(children) < count:
+            children.append(self._worker_child(stage, next(free)))
+
+    def _dismiss(self, child: Child) -> None:
+        child.terminate()
+        if child.process is not None:
+            self._leaving.append((child, time.monotonic() + GRACE_SECONDS))
+
+    def _restart(self, stage: Stage) -> None:
+        self.notice(f"restarting {stage}")
+        for child in self._workers[stage]:
+            child.wanted, child.failures, child.start_at = True, 0, 0.0
+            self._dismiss(child)
+
+    # -- the orchestrator -----------------------------------------------------------------------
+
+    def _converse(self) -> None:
+        """Tell what runs, and do what the orchestrator passes on from clients."""
+        now = time.monotonic()
+        if self._dead or now - self._said_hello >= HELLO_SECONDS:
+            self._said_hello = now
+            if self._link is None:
+                self._link = dealer(self._context, self._endpoints.workers, secrets.token_bytes(16))
+            views = tuple(child.view() for child in self._children())
+            dead = tuple(self._dead)
+            if self._say(SupervisorHello(pid=os.getpid())) and self._say(Processes(processes=views, exited_pids=dead)):
+                self._dead.clear()
+        while self._link is not None:
+            try:
+                message = wire.decode(receive(self._link), TO_SUPERVISOR).message
+            except zmq.Again:
+                return
+            except TriptychError as error:
+                log.error("the orchestrator sent something else: %s", error)
+                continue
+            match message:
+                case SetScale(stage=stage, count=count):
+                    self._scale(stage, count)
+                case RestartStage(stage=stage):
+                    self._restart(stage)
+
+    def _say(self, message: Message) -> bool:
+        assert self._link is not None
+        try:
+            send(self._link, wire.encode(message))
+        except zmq.ZMQError as error:
+            if error.errno != errno.EAGAIN:
+                raise
+            return False
+        return True
+
+
+def last_line(child: Child) -> str:
+    return child.reason.partition(": ")[2].removeprefix("Error: ") or child.reason
+
+
+def stack_dtype(config: StackConfig) -> str:
+    """One dtype for all stages, since what passes between them carries it: bfloat16 if any computes on a GPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    devices = [config.stage(stage).device for stage in STAGES]
+    on_gpu = any(d.startswith("cuda") or (d == "auto" and list_gpus()) for d in devices)
+    on_mps = any(d == "mps" or (d == "auto" and sys.platform == "darwin") for d in devices)
+    return "bfloat16" if on_gpu or on_mps else "float32"

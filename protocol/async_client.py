@@ -1,0 +1,212 @@
+"""The asyncio client: the same as Client, for many jobs at once in one event loop.
+
+async with AsyncClient() as client:
+    job = await client.submit("a large red circle")
+    async for event in client.events([job.id]): ...
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import zmq
+import zmq.asyncio
+
+from protocol.conversation import (
+    PATIENCE_SECONDS,
+    RESEND_SECONDS,
+    Conversation,
+    raise_unless_done,
+    request_of,
+    with_ids,
+)
+from protocol.endpoints import default_folder, no_stack, published
+from protocol.errors import NoStack, TriptychError, WaitTimeout
+from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
+from protocol.messages import (
+    MAX_JOBS,
+    Cancel,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    JobEvent,
+    Jobs,
+    Question,
+    Restart,
+    Retry,
+    Scale,
+    Stack,
+    Submit,
+    Watch,
+    Workers,
+)
+from protocol.sockets import dealer
+from protocol.wire import Envelope
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class AsyncClient:
+    """As Client, with every method awaited. Use it as an async context manager."""
+
+    def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
+        self._where = endpoint or published(Path(state) if state else default_folder()).clients
+        self._timeout = timeout
+        self._conversation = Conversation()
+        self._answers: dict[int, asyncio.Future[Envelope]] = {}
+        self._listeners: set[asyncio.Queue[JobEvent]] = set()
+        self._context = zmq.asyncio.Context()
+        self._socket: Any = dealer(self._context, self._where, self._conversation.identity)  # type: ignore[arg-type]
+        self._reader: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._reader = asyncio.create_task(self._read())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of the connection; jobs go on."""
+        if self._reader is not None:
+            self._reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader
+        self._socket.close(linger=0)
+        self._context.term()
+
+    async def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
+        return (await self.submit_many([request_of(prompt, options)]))[0]
+
+    async def submit_many(self, requests: Sequence[JobRequest], timeout: float | None = None) -> list[Job]:
+        jobs: list[Job] = []
+        named = with_ids(requests)
+        for start in range(0, len(named), MAX_JOBS):
+            jobs += await self._jobs(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS])
+        return jobs
+
+    async def job(self, job_id: str) -> Job:
+        return (await self._jobs(GetJobs, jobs=(job_id,)))[0]
+
+    async def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
+        return await self._jobs(GetJobs, states=tuple(states), limit=limit)
+
+    async def cancel(self, *job_ids: str) -> list[Job]:
+        return await self._jobs(Cancel, jobs=job_ids)
+
+    async def retry(self, *job_ids: str) -> list[Job]:
+        return await self._jobs(Retry, jobs=job_ids)
+
+    async def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        async for _ in self.events([job_id], timeout):
+            pass
+        return raise_unless_done(await self.job(job_id))
+
+    async def pictures(self, job_id: str) -> "list[Image]":
+        from protocol.pictures import to_images
+
+        return to_images((await self._ask(FetchPictures, job=job_id)).tensors[0])
+
+    async def events(self, job_ids: Sequence[str], timeout: float | None = None) -> AsyncIterator[JobEvent]:
+        """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
+        queue: asyncio.Queue[JobEvent] = asyncio.Queue()
+        self._listeners.add(queue)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout if timeout is not None else None
+        try:
+            await self._watch(job_ids)
+            open_jobs = set(job_ids)
+            while open_jobs:
+                pause = RESEND_SECONDS if deadline is None else min(RESEND_SECONDS, max(0.0, deadline - loop.time()))
+                try:
+                    event = await asyncio.wait_for(queue.get(), pause)
+                except TimeoutError:
+                    if deadline is not None and loop.time() >= deadline:
+                        raise WaitTimeout("The jobs are not finished yet; they go on.", "Wait longer.") from None
+                    await self._watch_again(sorted(open_jobs))
+                    continue
+                if event.job in open_jobs:
+                    if event.state in ENDED:
+                        open_jobs.discard(event.job)
+                    yield event
+        finally:
+            self._listeners.discard(queue)
+
+    async def stack(self) -> Stack:
+        message = (await self._ask(GetStack)).message
+        assert isinstance(message, Stack)
+        return message
+
+    async def workers(self) -> Workers:
+        message = (await self._ask(GetWorkers)).message
+        assert isinstance(message, Workers)
+        return message
+
+    async def restart(self, stage: Stage) -> None:
+        await self._ask(Restart, stage=stage)
+
+    async def scale(self, stage: Stage, count: int) -> None:
+        await self._ask(Scale, stage=stage, count=count)
+
+    # -- the wire -------------------------------------------------------------------------------
+
+    async def _watch(self, job_ids: Sequence[str]) -> None:
+        for start in range(0, len(job_ids), MAX_JOBS):
+            await self._ask(Watch, timeout=RESEND_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+
+    async def _watch_again(self, job_ids: Sequence[str]) -> None:
+        limit = asyncio.get_running_loop().time() + PATIENCE_SECONDS
+        while True:
+            try:
+                return await self._watch(job_ids)
+            except NoStack:
+                if asyncio.get_running_loop().time() > limit:
+                    raise
+
+    async def _jobs(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> list[Job]:
+        message = (await self._ask(cls, timeout, **fields)).message
+        assert isinstance(message, Jobs)
+        return list(message.jobs)
+
+    async def _ask(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> Envelope:
+        number, frames = self._conversation.ask(cls, **fields)
+        limit = timeout or self._timeout
+        answer: asyncio.Future[Envelope] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
+        try:
+            if not await self._socket.poll(min(2.0, limit) * 1000, zmq.POLLOUT):
+                raise no_stack(f"at {self._where}")
+            await self._socket.send_multipart(frames)
+            return self._conversation.checked(await asyncio.wait_for(answer, limit))
+        except TimeoutError:
+            raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.") from None
+        finally:
+            self._answers.pop(number, None)
+
+    async def _read(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                envelope = self._conversation.read(frames)
+            except TriptychError as error:
+                self._fail_all(error)
+                continue
+            if isinstance(envelope.message, JobEvent):
+                for queue in self._listeners:
+                    queue.put_nowait(envelope.message)
+                continue
+            answer = self._answers.get(self._conversation.number_of(envelope))
+            if answer is not None and not answer.done():
+                answer.set_result(envelope)
+
+    def _fail_all(self, error: Exception) -> None:
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)

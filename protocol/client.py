@@ -1,0 +1,233 @@
+"""The synchronous Python client.
+
+from triptych import Client
+
+with Client() as client:
+    job = client.submit("a large red circle", seed=1)
+    client.pictures(client.wait(job.id).id)[0].save("circle.png")
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import zmq
+
+from protocol.conversation import (
+    PATIENCE_SECONDS,
+    RESEND_SECONDS,
+    Conversation,
+    raise_unless_done,
+    request_of,
+    with_ids,
+)
+from protocol.endpoints import default_folder, no_stack, published
+from protocol.errors import NoStack, WaitTimeout
+from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
+from protocol.messages import (
+    MAX_JOBS,
+    Cancel,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    JobEvent,
+    Jobs,
+    Pictures,
+    Question,
+    Restart,
+    Retry,
+    Scale,
+    Stack,
+    Submit,
+    Watch,
+    Workers,
+)
+from protocol.sockets import dealer, receive, send
+from protocol.tensors import Tensor
+from protocol.wire import Envelope
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Client:
+    """A connection to a running stack. Not for several threads at once: give each its own.
+
+    Args:
+        state: the stack's folder; the user's default stack if neither this nor `endpoint` is given.
+        endpoint: the clients' endpoint itself, such as tcp://127.0.0.1:5555.
+        timeout: seconds to wait for an answer.
+
+    Raises:
+        NoStack: nothing runs there. Every method may raise it, and VersionMismatch.
+    """
+
+    def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
+        self._where = endpoint or published(Path(state) if state else default_folder()).clients
+        self._timeout = timeout
+        self._conversation = Conversation()
+        self._events: deque[JobEvent] = deque()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = dealer(self._context, self._where, self._conversation.identity)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the connection; jobs go on."""
+        self._socket.close(linger=0)
+        self._context.term()
+
+    # -- jobs -----------------------------------------------------------------------------------
+
+    def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
+        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit."""
+        return self.submit_many([request_of(prompt, options)])[0]
+
+    def submit_many(self, requests: Sequence[JobRequest], timeout: float | None = None) -> list[Job]:
+        """Accept many jobs; each thousand is accepted whole or not at all. Waits for the stack to know its model."""
+        jobs: list[Job] = []
+        named = with_ids(requests)
+        for start in range(0, len(named), MAX_JOBS):
+            answer = self._ask(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS])
+            assert isinstance(answer.message, Jobs)
+            jobs += answer.message.jobs
+        return jobs
+
+    def job(self, job_id: str) -> Job:
+        """How a job stands; NotFound."""
+        return self._jobs(GetJobs, jobs=(job_id,))[0]
+
+    def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
+        """The newest jobs, newest first."""
+        return self._jobs(GetJobs, states=tuple(states), limit=limit)
+
+    def cancel(self, *job_ids: str) -> list[Job]:
+        """End jobs; one that a worker has in hand stops at its next step."""
+        return self._jobs(Cancel, jobs=job_ids)
+
+    def retry(self, *job_ids: str) -> list[Job]:
+        """Run failed or cancelled jobs again, from their last finished stage; Conflict for others."""
+        return self._jobs(Retry, jobs=job_ids)
+
+    def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job once it is done; JobFailed, JobCancelled, or WaitTimeout while it goes on."""
+        for _ in self.events([job_id], timeout):
+            pass
+        return raise_unless_done(self.job(job_id))
+
+    def pictures(self, job_id: str) -> "list[Image]":
+        """The pictures of a finished job as Pillow images; NotFound."""
+        from protocol.pictures import to_images
+
+        return to_images(self.raw_pictures(job_id)[1])
+
+    def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
+        """The job, and its pictures as uint8 (n, height, width, 3)."""
+        answer = self._ask(FetchPictures, job=job_id)
+        assert isinstance(answer.message, Pictures)
+        return answer.message.job, answer.tensors[0]
+
+    def events(self, job_ids: Sequence[str], timeout: float | None = None) -> Iterator[JobEvent]:
+        """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
+        for start in range(0, len(job_ids), MAX_JOBS):
+            self._ask(Watch, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+        open_jobs = set(job_ids)
+        deadline = time.monotonic() + timeout if timeout is not None else None
+        while open_jobs:
+            event = self._next_event(deadline)
+            if event is None:
+                self._watch_again(sorted(open_jobs)[:MAX_JOBS])
+            elif event.job in open_jobs:
+                if event.state in ENDED:
+                    open_jobs.discard(event.job)
+                yield event
+
+    # -- the stack ------------------------------------------------------------------------------
+
+    def stack(self) -> Stack:
+        """Version, model and counts."""
+        message = self._ask(GetStack).message
+        assert isinstance(message, Stack)
+        return message
+
+    def workers(self) -> Workers:
+        """The registered workers, and the processes that the supervisor keeps."""
+        message = self._ask(GetWorkers).message
+        assert isinstance(message, Workers)
+        return message
+
+    def restart(self, stage: Stage) -> None:
+        """Replace a stage's workers; what they had in hand is done again."""
+        self._ask(Restart, stage=stage)
+
+    def scale(self, stage: Stage, count: int) -> None:
+        """Keep `count` workers of a stage from now on."""
+        self._ask(Scale, stage=stage, count=count)
+
+    # -- the wire -------------------------------------------------------------------------------
+
+    def _jobs(self, cls: type[Question], **fields: Any) -> list[Job]:
+        message = self._ask(cls, **fields).message
+        assert isinstance(message, Jobs)
+        return list(message.jobs)
+
+    def _ask(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> Envelope:
+        number, frames = self._conversation.ask(cls, **fields)
+        limit = time.monotonic() + (timeout or self._timeout)
+        if not self._socket.poll(int(min(2.0, timeout or self._timeout) * 1000), zmq.POLLOUT):
+            raise no_stack(f"at {self._where}")
+        send(self._socket, frames)
+        while True:
+            envelope = self._receive(limit)
+            if envelope is None:
+                raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.")
+            if self._conversation.number_of(envelope) in (number, 0):
+                return self._conversation.checked(envelope)
+
+    def _receive(self, limit: float) -> Envelope | None:
+        """The next answer; events that come before it are kept. None after `limit` (monotonic seconds)."""
+        while (left := limit - time.monotonic()) > 0:
+            if not self._socket.poll(int(left * 1000) + 1, zmq.POLLIN):
+                break
+            envelope = self._conversation.read(receive(self._socket))
+            if not isinstance(envelope.message, JobEvent):
+                return envelope
+            self._events.append(envelope.message)
+        return None
+
+    def _next_event(self, deadline: float | None) -> JobEvent | None:
+        """The next event; None if there was none for a while. WaitTimeout after the deadline."""
+        if not self._events:
+            pause = time.monotonic() + RESEND_SECONDS
+            limit = pause if deadline is None else min(pause, deadline)
+            left = max(0.0, limit - time.monotonic())
+            if self._socket.poll(int(left * 1000) + 1, zmq.POLLIN):
+                envelope = self._conversation.read(receive(self._socket))
+                if isinstance(envelope.message, JobEvent):
+                    self._events.append(envelope.message)
+            elif deadline is not None and time.monotonic() >= deadline:
+                raise WaitTimeout(
+                    "The jobs are not finished yet; they go on.", "Wait longer with --timeout, or: triptych jobs"
+                )
+        return self._events.popleft() if self._events else None
+
+    def _watch_again(self, job_ids: Sequence[str]) -> None:
+        """Ask how jobs stand, through an orchestrator's restart if need be."""
+        limit = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                self._ask(Watch, timeout=RESEND_SECONDS, jobs=tuple(job_ids))
+                return
+            except NoStack:
+                if time.monotonic() > limit:
+                    raise

@@ -1,0 +1,66 @@
+"""What both clients share: numbering questions and telling answers from events. No sockets in here."""
+
+import itertools
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+from protocol import wire
+from protocol.errors import JobCancelled, JobFailed, from_wire
+from protocol.jobs import Job, JobRequest
+from protocol.messages import TO_CLIENT, Error, JobEvent, Question
+from protocol.tensors import Buffer
+
+RESEND_SECONDS = 2.0  # without news of a watched job, ask again: events may be lost, states are not
+PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is restarted
+
+
+class Conversation:
+    """Pairs questions with answers by number."""
+
+    def __init__(self) -> None:
+        self.identity = secrets.token_bytes(16)
+        self._numbers = itertools.count(1)
+
+    def ask(self, cls: type[Question], **fields: Any) -> tuple[int, list[Buffer]]:
+        """A question's number and frames."""
+        number = next(self._numbers)
+        return number, wire.encode(cls(request=number, **fields))
+
+    @staticmethod
+    def read(frames: Sequence[Buffer]) -> wire.Envelope:
+        """A reply or event; ProtocolError or VersionMismatch if it isn't one."""
+        return wire.decode(frames, TO_CLIENT)
+
+    @staticmethod
+    def number_of(envelope: wire.Envelope) -> int:
+        """The question that an answer belongs to; 0 for an event."""
+        return 0 if isinstance(envelope.message, JobEvent) else int(getattr(envelope.message, "request", 0))
+
+    @staticmethod
+    def checked(envelope: wire.Envelope) -> wire.Envelope:
+        """The answer, or the error that it stands for, raised."""
+        if isinstance(envelope.message, Error):
+            raise from_wire(envelope.message.code, envelope.message.message, envelope.message.hint)
+        return envelope
+
+
+def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> JobRequest:
+    return prompt if isinstance(prompt, JobRequest) else JobRequest(prompt=prompt, **options)
+
+
+def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:
+    """Requests that can be sent twice without harm."""
+    return tuple(r if r.id else r.model_copy(update={"id": secrets.token_hex(6)}) for r in requests)
+
+
+def raise_unless_done(job: Job) -> Job:
+    """The job if it is done; JobFailed or JobCancelled with the reason if it ended otherwise."""
+    if job.state == "cancelled":
+        raise JobCancelled(f"Job {job.id} was cancelled.", f"Run it again: triptych retry {job.id}")
+    if job.state == "failed":
+        reason = job.reasons[-1] if job.reasons else "no reason was given"
+        raise JobFailed(
+            f"Job {job.id} failed: {reason}", f"Its log: triptych logs. Run it again: triptych retry {job.id}"
+        )
+    return job

@@ -1,0 +1,38 @@
+"""Where a stack can be reached: its folder names the sockets while it runs."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import platformdirs
+
+from protocol.errors import NoStack
+
+PUBLISHED = "stack.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    clients: str
+    workers: str
+
+
+def default_folder() -> Path:
+    """Where a stack lives when nobody says: `triptych` in the user's state folder."""
+    return Path(platformdirs.user_state_dir("triptych", appauthor=False))
+
+
+def published(folder: Path) -> Endpoints:
+    """The endpoints of the stack that runs in a folder; NoStack if none does."""
+    try:
+        found = json.loads((folder / PUBLISHED).read_text())
+        return Endpoints(str(found["clients"]), str(found["workers"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise no_stack(f"in {str(folder)!r}") from error
+
+
+def no_stack(where: str) -> NoStack:
+    return NoStack(
+        f"No stack is running {where}.",
+        "Start one with 'triptych up', or make a picture without one: triptych run \"a large red circle\".",
+    )

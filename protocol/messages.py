@@ -1,0 +1,310 @@
+"""The messages of protocol version 1: one small class a kind, unknown fields refused.
+
+`request` is the client's number for its question; the answer carries it back. Tensors travel beside a message, as
+frames: see wire.py.
+"""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from protocol.jobs import (
+    Data,
+    Job,
+    JobId,
+    JobRequest,
+    JobState,
+    ModelDescription,
+    ProcessView,
+    Recipe,
+    Stage,
+    WorkerView,
+)
+
+MAX_JOBS = 1024  # in one Submit, and ids in one question
+Name = Annotated[str, Field(max_length=128)]
+Line = Annotated[str, Field(max_length=10_000)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+JobIds = Annotated[tuple[JobId, ...], Field(max_length=MAX_JOBS)]
+
+
+class Message(Data):
+    kind: ClassVar[str]
+
+
+# -- both ways --------------------------------------------------------------------------------------
+
+
+class Error(Message):
+    """The answer to what can't be done; `request` is 0 where the question couldn't be read."""
+
+    kind = "error"
+    request: Count = 0
+    code: Name
+    message: Line
+    hint: Line = ""
+
+
+# -- worker → orchestrator --------------------------------------------------------------------------
+
+
+class WorkerHello(Message):
+    """First word of each incarnation; the frame `tokenizer` (uint8) may hold a tokenizer.json to measure prompts."""
+
+    kind = "worker-hello"
+    name: Name
+    stage: Stage
+    pid: Count
+    host: Name
+    device: Name
+    dtype: Name
+    model: ModelDescription
+
+
+class Ready(Message):
+    """Weights are in place and the hands are free: exactly one task may come."""
+
+    kind = "ready"
+    device_map: tuple[tuple[str, str], ...] = ()
+
+
+class Heartbeat(Message):
+    """From the worker's own loop, every second or so."""
+
+    kind = "heartbeat"
+    rss_bytes: Count
+    gpu_bytes: Count
+
+
+class TaskKey(Message):
+    """Which try of which stage of which job a message is about."""
+
+    job: JobId
+    stage: Stage
+    attempt: Count
+
+
+class Started(TaskKey):
+    kind = "started"
+
+
+class Progress(TaskKey):
+    kind = "progress"
+    step: Count
+    steps: Count
+
+
+class Result(TaskKey):
+    """A stage's outcome, its tensors beside it. Kept by the worker until the orchestrator says Committed."""
+
+    kind = "result"
+    seconds: float
+    peak_bytes: Count = 0
+    warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
+
+
+class TaskFailed(TaskKey):
+    """`retry` is False where another try can't help."""
+
+    kind = "task-failed"
+    reason: Line
+    retry: bool
+    cancelled: bool = False
+
+
+class WorkerGoodbye(Message):
+    kind = "worker-goodbye"
+
+
+# -- orchestrator → worker --------------------------------------------------------------------------
+
+
+class Welcome(Message):
+    kind = "welcome"
+    heartbeat_seconds: float
+
+
+class Task(TaskKey):
+    """One stage of one job; the tensors of the stage before it lie beside it."""
+
+    kind = "task"
+    recipe: Recipe
+
+
+class CancelTask(TaskKey):
+    kind = "cancel-task"
+
+
+class Committed(TaskKey):
+    """The result is safe, or superseded; the worker lets go of it."""
+
+    kind = "committed"
+
+
+class Beat(Message):
+    """Answer to a heartbeat: a worker that hears none makes a new connection."""
+
+    kind = "beat"
+
+
+# -- supervisor ↔ orchestrator ----------------------------------------------------------------------
+
+
+class SupervisorHello(Message):
+    kind = "supervisor-hello"
+    pid: Count
+
+
+class Processes(Message):
+    """All processes that the supervisor keeps, whenever one changes."""
+
+    kind = "processes"
+    processes: Annotated[tuple[ProcessView, ...], Field(max_length=4096)]
+    exited_pids: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
+
+
+class SetScale(Message):
+    kind = "set-scale"
+    stage: Stage
+    count: Annotated[int, Field(ge=0, le=1024)]
+
+
+class RestartStage(Message):
+    kind = "restart-stage"
+    stage: Stage
+
+
+# -- client → orchestrator --------------------------------------------------------------------------
+
+
+class Question(Message):
+    request: Count
+
+
+class Submit(Question):
+    """Jobs to accept, all or none."""
+
+    kind = "submit"
+    jobs: Annotated[tuple[JobRequest, ...], Field(min_length=1, max_length=MAX_JOBS)]
+    watch: bool = False
+
+
+class Watch(Question):
+    """Tell of these jobs from now on; the answer is how they stand."""
+
+    kind = "watch"
+    jobs: JobIds
+
+
+class GetJobs(Question):
+    """These jobs, or the newest `limit` in `states`."""
+
+    kind = "get-jobs"
+    jobs: JobIds = ()
+    states: tuple[JobState, ...] = ()
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class FetchPictures(Question):
+    kind = "fetch-pictures"
+    job: JobId
+
+
+class Cancel(Question):
+    kind = "cancel"
+    jobs: JobIds
+
+
+class Retry(Question):
+    """Run failed or cancelled jobs again from their last finished stage."""
+
+    kind = "retry"
+    jobs: JobIds
+
+
+class GetWorkers(Question):
+    kind = "get-workers"
+
+
+class GetStack(Question):
+    kind = "get-stack"
+
+
+class Restart(Question):
+    kind = "restart"
+    stage: Stage
+
+
+class Scale(Question):
+    kind = "scale"
+    stage: Stage
+    count: Annotated[int, Field(ge=0, le=1024)]
+
+
+# -- orchestrator → client --------------------------------------------------------------------------
+
+
+class Jobs(Message):
+    kind = "jobs"
+    request: Count
+    jobs: tuple[Job, ...]
+
+
+class JobEvent(Message):
+    """Something moved in a watched job; `step` counts within `state`."""
+
+    kind = "job-event"
+    job: JobId
+    state: JobState
+    running: bool  # a worker has it in hand
+    step: Count = 0
+    steps: Count = 0
+    cached: bool = False
+    ahead: Count = 0  # jobs before it in its queue
+    reason: Line = ""
+
+
+class Pictures(Message):
+    """The frame `pictures` beside it is uint8 (n, height, width, 3), RGB."""
+
+    kind = "pictures"
+    request: Count
+    job: Job
+
+
+class Workers(Message):
+    kind = "workers"
+    request: Count
+    workers: tuple[WorkerView, ...]
+    processes: tuple[ProcessView, ...]
+
+
+class Stack(Message):
+    """The stack itself: its version, its model once known, and how many jobs stand where."""
+
+    kind = "stack"
+    request: Count
+    version: Name
+    pid: Count
+    started: float
+    model: ModelDescription | None
+    counts: tuple[tuple[JobState, int], ...]
+    queue_limit: Count
+
+
+class Done(Message):
+    """It was done; nothing more to say."""
+
+    kind = "done"
+    request: Count
+
+
+FROM_WORKER: tuple[type[Message], ...] = (WorkerHello, Ready, Heartbeat, Started, Progress, Result, TaskFailed, WorkerGoodbye)
+FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes)
+FROM_CLIENT: tuple[type[Message], ...] = (Submit, Watch, GetJobs, FetchPictures, Cancel, Retry, GetWorkers, GetStack, Restart, Scale)
+TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, CancelTask, Committed, Beat, Error)
+TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartStage, Error)
+TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Done, Error)
+EVERY_MESSAGE: tuple[type[Message], ...] = tuple(
+    dict.fromkeys((*FROM_WORKER, *FROM_SUPERVISOR, *FROM_CLIENT, *TO_WORKER, *TO_SUPERVISOR, *TO_CLIENT))
+)

@@ -1,0 +1,124 @@
+"""`triptych worker`: a stage worker in a stack, or alone for debugging. Imports torch only once it has work to do."""
+
+import os
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from protocol.endpoints import default_folder, published
+from protocol.errors import BadRequest
+from protocol.jobs import Stage
+from protocol.units import parse_bytes
+
+RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
+          "max_sequence_length")  # fmt: skip
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(get_args(Stage)))
+@click.option("--standalone", is_flag=True, help="Run the stage once, from files to files, with no orchestrator.")
+@click.option(
+    "--connect", metavar="ENDPOINT", help="Join the stack whose workers' endpoint this is ('triptych workers')."
+)
+@click.option(
+    "--state", type=click.Path(path_type=Path), envvar="TRIPTYCH_STATE", help="Join the stack in this folder."
+)
+@click.option("-m", "--model", help="A folder, a hub id, or demo. [default: demo, or what made the input file]")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
+@click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
+@click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
+@click.option("--max-memory", metavar="16GB", help="The most that this worker may use of each GPU.")
+@click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
+@click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: STAGE.safetensors or out.png]"
+)
+@click.option("-p", "--prompt", help="What to picture.")
+@click.option("--negative-prompt", help="What to keep out; needs --cfg-scale.")
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--steps", "--num-inference-steps", "steps", type=int)
+@click.option("--guidance", "--guidance-scale", "guidance", type=float, help="Distilled guidance.")
+@click.option("--cfg-scale", type=float, help="True classifier-free guidance.")
+@click.option("--seed", type=int)
+@click.option("-n", "--num-images", type=int)
+@click.option("--max-sequence-length", type=int)
+@click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
+@click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Write a torch profiler trace (JSON).")
+@click.option("--pdb", is_flag=True, help="Stop in the debugger at an error.")
+def worker(stage: Stage, standalone: bool, gpus: str | None, **options: Any) -> None:
+    """Run one stage: text, denoise or vae.
+
+    \b
+    Alone, for debugging:
+      triptych worker text --standalone --prompt "a red circle" -o e.safetensors
+      triptych worker denoise --standalone -i e.safetensors --steps 8 --seed 1 -o l.safetensors
+      triptych worker vae --standalone -i l.safetensors -o out.png
+    In a running stack, beside those that its supervisor keeps:
+      triptych worker denoise
+    """
+    from protocol.process import end_with_parent, log_to_stderr
+
+    end_with_parent()
+    if gpus is not None:
+        choose_gpus(gpus)
+    name = options["name"] or f"{stage}-{os.getpid()}"
+    log_to_stderr(name, level=30 if standalone else 20)
+    if standalone:
+        alone(stage, name, options)
+    else:
+        join(stage, name, options)
+
+
+def choose_gpus(gpus: str) -> None:
+    """Hide all other GPUs, before torch looks."""
+    if not all(part.strip().isdigit() for part in gpus.split(",")):
+        raise BadRequest(f"--gpus is {gpus!r}.", "Give their numbers, as in --gpus 0,1; nvidia-smi lists them.")
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.replace(" ", "")
+
+
+def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
+    from workers.standalone import BEFORE, Debugging, run_standalone
+    from workers.startup import prepare
+
+    given = {key: options[key] for key in RECIPE if options[key] is not None}
+    model, dtype = options["model"], options["dtype"]
+    if stage in BEFORE and options["input_path"] is not None:
+        from workers.stage_file import read
+
+        recipe, _ = read(options["input_path"], BEFORE[stage])
+        model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
+    settings = worker_settings(stage, name, {**options, "model": model, "dtype": dtype})
+    output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
+    debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
+    run_standalone(prepare(settings), given, options["input_path"], output, debugging)
+
+
+def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
+    from protocol.sockets import check_endpoint
+    from workers.startup import serve
+
+    endpoint = options["connect"]
+    if endpoint is None:
+        endpoint = published(options["state"] or default_folder()).workers
+    check_endpoint(endpoint)
+    serve(worker_settings(stage, name, options), endpoint)
+
+
+def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
+    from workers.source import DEMO
+    from workers.startup import WorkerSettings
+
+    limit = options["max_memory"]
+    return WorkerSettings(
+        stage=stage,
+        model=options["model"] or DEMO,
+        revision=options["revision"],
+        device=options["device"],
+        dtype=options["dtype"],
+        max_memory=parse_bytes(limit) if limit else None,
+        name=name,
+    )

@@ -1,0 +1,79 @@
+"""Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from protocol.jobs import Recipe
+from protocol.tensors import Tensor
+from workers.describe import call_parameters, guidance_arguments
+from workers.loading import Loaded
+from workers.outcome import Cancelled, Outcome, Report, StageError
+from workers.skeleton import Decoding
+from workers.torch_tensors import Value, pack, unpack
+
+
+class DenoiseStage:
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        self.pipeline, self.device = loaded.pipeline, device
+
+    def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
+        """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them."""
+        try:
+            self.pipeline(**self.arguments(recipe, tensors, report))
+        except Decoding as decoding:
+            return Outcome(pack(self.travelling(decoding)))
+        except Cancelled:
+            reset_caches(self.pipeline)
+            raise
+        raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
+
+    def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> dict[str, Any]:
+        parameters = call_parameters(self.pipeline)
+        true_cfg, distilled = guidance_arguments(self.pipeline)
+        arguments: dict[str, Any] = {
+            **unpack(tensors, self.device),
+            "height": recipe.height,
+            "width": recipe.width,
+            "num_inference_steps": recipe.steps,
+            "generator": torch.Generator("cpu").manual_seed(recipe.seed),
+        }
+        if true_cfg and recipe.cfg_scale is not None:
+            arguments[true_cfg] = recipe.cfg_scale
+        if distilled and recipe.guidance is not None:
+            arguments[distilled] = recipe.guidance
+        if recipe.max_sequence_length is not None:
+            arguments["max_sequence_length"] = recipe.max_sequence_length
+        report(0, recipe.steps)
+        if "callback_on_step_end" in parameters:
+            arguments["callback_on_step_end"] = self.step_end(recipe, report)
+        elif "callback" in parameters:
+            arguments["callback"] = lambda step, *_: report(step + 1, recipe.steps)
+        return arguments
+
+    def step_end(self, recipe: Recipe, report: Report) -> Any:
+        def on_step_end(
+            pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]
+        ) -> dict[str, Any]:
+            report(step + 1, max(recipe.steps, getattr(pipeline, "_num_timesteps", recipe.steps)))
+            return values
+
+        return on_step_end
+
+    def travelling(self, decoding: Decoding) -> dict[str, Value]:
+        """The tensors among decode's arguments; a generator or a flag has no part in decoding."""
+        named = {str(i): value for i, value in enumerate(decoding.arguments)} | decoding.keywords
+        found: dict[str, Value] = {f"decode:{n}": v for n, v in named.items() if isinstance(v, torch.Tensor)}
+        for value in found.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
+        return found
+
+
+def reset_caches(pipeline: DiffusionPipeline) -> None:
+    """A loop left in the middle leaves the denoiser's step caches half full."""
+    for component in pipeline.components.values():
+        reset = getattr(component, "_reset_stateful_cache", None)
+        if reset is not None:
+            reset()

@@ -1,0 +1,133 @@
+"""The thread that loads and computes, so that the worker's own loop can go on talking."""
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from protocol.errors import TriptychError
+from protocol.jobs import Recipe
+from protocol.messages import Message, Progress, Ready, Result, Started, Task, TaskFailed
+from protocol.tensors import Tensor
+from workers.denoise import DenoiseStage
+from workers.outcome import Cancelled, Outcome, StageError
+from workers.text import TextStage
+from workers.vae import VaeStage
+
+log = logging.getLogger(__name__)
+
+StageRunner = TextStage | DenoiseStage | VaeStage
+Event = tuple[Message, list[Tensor]]
+PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    outcome: Outcome
+    seconds: float
+    peak_bytes: int  # of GPU memory, all GPUs together; 0 on a CPU
+
+
+def run_measured(
+    runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Callable[[int, int], None]
+) -> Measured:
+    """Run a stage once, with its time and its peak of GPU memory."""
+    cuda = runner.device.type == "cuda"
+    if cuda:
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+    start = time.perf_counter()
+    outcome = runner.run(recipe, tensors, report)
+    seconds = time.perf_counter() - start
+    gpus = range(torch.cuda.device_count()) if cuda else range(0)
+    return Measured(outcome, seconds, sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus))
+
+
+class Hands:
+    """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
+
+    def __init__(self, load: Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]) -> None:
+        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self.wake, self.bell = socket.socketpair()
+        self.wake.setblocking(False)
+        self.bell.setblocking(False)
+        self._load = load
+        self._tasks: queue.SimpleQueue[tuple[Task, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._cancelled: set[tuple[str, int]] = set()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def give(self, task: Task, tensors: tuple[Tensor, ...]) -> None:
+        self._tasks.put((task, tensors))
+
+    def cancel(self, job: str, attempt: int) -> None:
+        self._cancelled.add((job, attempt))
+
+    def _emit(self, event: Event | BaseException) -> None:
+        self.events.put(event)
+        with contextlib.suppress(BlockingIOError):  # a full bell has rung already
+            self.bell.send(b"!")
+
+    def _work(self) -> None:
+        try:
+            runner, device_map = self._load()
+        except BaseException as error:
+            self._emit(error)
+            return
+        self._emit((Ready(device_map=device_map), []))
+        while True:
+            task, tensors = self._tasks.get()
+            self._do(runner, task, tensors)
+            del tensors
+            self._emit((Ready(), []))
+
+    def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
+        key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
+        extra = {"job": task.job}
+
+        def report(step: int, steps: int) -> None:
+            if (task.job, task.attempt) in self._cancelled:
+                raise Cancelled
+            self._emit((Progress(**key, step=step, steps=steps) if step else Started(**key), []))
+
+        try:
+            done = run_measured(runner, task.recipe, tensors, report)
+        except Cancelled:
+            log.info("cancelled", extra=extra)
+            self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
+        except Exception as error:
+            log.exception("%s failed", task.stage, extra=extra)
+            self._emit((TaskFailed(**key, reason=cause_of(error), retry=not isinstance(error, PERMANENT)), []))
+        else:
+            log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
+            result = Result(**key, seconds=done.seconds, peak_bytes=done.peak_bytes, warnings=done.outcome.warnings)
+            self._emit((result, done.outcome.tensors))
+        self._cancelled.discard((task.job, task.attempt))
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that names what went wrong, down to the first cause."""
+    parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
+    return "; ".join(parts)[:2000]
+
+
+def resident_bytes() -> int:
+    """This process's memory, from the kernel; 0 where it can't be read."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,141 @@
+"""A stage's pipeline with its weights in place, each component where it fits.
+
+One GPU if a component fits on one; else its layers over all GPUs of the stage by accelerate's `device_map="auto"`
+under `max_memory`. What fits nowhere is refused before it is loaded.
+"""
+
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from diffusers import DiffusionPipeline
+
+from protocol.errors import DoesNotFit, TriptychError
+from protocol.jobs import Stage
+from protocol.units import format_bytes
+from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
+from workers.source import Source, stages_of
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+# What a stage needs on a GPU beside its weights, in bytes: activations at about 1024 × 1024, erring high.
+WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 2_700_000_000}
+
+
+@dataclass(slots=True)
+class Devices:
+    """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones."""
+
+    primary: torch.device
+    room: dict[int, int] = field(default_factory=dict)
+
+    @staticmethod
+    def of(device: str, max_memory: int | None) -> "Devices":
+        """All visible GPUs for 'cuda', one for 'cuda:1'; `max_memory` bytes of each, or all that is free."""
+        chosen = torch.device(device)
+        if chosen.type != "cuda":
+            return Devices(chosen)
+        if not torch.cuda.is_available():
+            raise TriptychError(
+                "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
+            )
+        indices = range(torch.cuda.device_count()) if chosen.index is None else [chosen.index]
+        room = {i: min(torch.cuda.mem_get_info(i)[0], max_memory or 1 << 60) for i in indices}
+        return Devices(torch.device("cuda", next(iter(room))), room)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A stage's pipeline and where its modules are, (module, device)."""
+
+    pipeline: DiffusionPipeline
+    device_map: tuple[tuple[str, str], ...]
+
+
+def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> Loaded:
+    """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
+    cls = pipeline_class(source)
+    wanted = source.components(stage)
+    parts: dict[str, Any] = {}
+    spread: list[tuple[str, str]] = []
+    with quiet():
+        for name in sorted(expected_components(cls)):
+            if name in wanted and _has_weights(source, name):
+                parts[name], places = load_weights(source, name, stage, devices, dtype)
+                spread += places
+            elif name in wanted:
+                parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
+            elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
+                parts[name] = stub_vae(source, name, dtype, devices.primary)
+            else:
+                parts[name] = None
+        pipeline = cls(**parts, **plain_settings(source, cls))
+    pipeline.set_progress_bar_config(disable=True)
+    return Loaded(pipeline, tuple(spread))
+
+
+def _has_weights(source: Source, name: str) -> bool:
+    return any((source.folder / name).glob("*.safetensors"))
+
+
+def load_weights(
+    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype
+) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
+    """One component, and where its parts went."""
+    arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
+    cls = component_class(source, name)
+    if not devices.room:
+        module = cls.from_pretrained(source.folder, **arguments).to(devices.primary).eval()
+        return module, [(name, str(devices.primary))]
+    size = weight_bytes(source, name, dtype)
+    place = choose(size, devices.room, WORKSPACE[stage])
+    if isinstance(place, int):
+        devices.room[place] -= size
+        module = cls.from_pretrained(source.folder, **arguments).eval().to(f"cuda:{place}")
+        if place != devices.primary.index:
+            module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
+        return module, [(name, f"cuda:{place}")]
+    if place is None:
+        total = sum(devices.room.values())
+        raise DoesNotFit(
+            f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
+            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {len(devices.room)} GPU(s).",
+            f"Give the stage more GPUs, or the CPU: --gpus {stage}=0,1 or --device {stage}=cpu.",
+        )
+    log.info("%s (%s) is spread under %s", name, format_bytes(size), place)
+    module = cls.from_pretrained(source.folder, device_map="auto", max_memory=place, **arguments).eval()
+    spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
+    return module, spread
+
+
+def _device_name(where: int | str | torch.device) -> str:
+    return f"cuda:{where}" if isinstance(where, int) else str(where)
+
+
+def choose(size: int, room: Mapping[int, int], workspace: int) -> int | dict[int, int] | None:
+    """The GPU that a component of `size` bytes goes to; max_memory where only several hold it; None where none do."""
+    for gpu, free in room.items():
+        if size + workspace <= free:
+            return gpu
+    budgets = {gpu: max(0, free - workspace) for gpu, free in room.items()}
+    return budgets if len(budgets) > 1 and size * 1.02 <= sum(budgets.values()) else None
+
+
+def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+    """Bytes of a component's weights once loaded as `dtype`, from the headers of its safetensors files."""
+    total = 0
+    for path in (source.folder / name).glob("*.safetensors"):
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
+        for key, entry in header.items():
+            if key != "__metadata__":
+                start, end = entry["data_offsets"]
+                total += (end - start) // SAFETENSORS_ITEMSIZE.get(entry["dtype"], 1) * dtype.itemsize
+    return total

@@ -1,0 +1,172 @@
+"""A worker's conversation with the orchestrator: hello, ready, one task, its progress, its result, and a beat a second.
+
+If the orchestrator falls silent, the worker makes a new socket and says hello again as a new incarnation; a result
+that was not yet committed goes with it.
+"""
+
+import logging
+import signal
+import time
+import uuid
+from types import FrameType
+
+import zmq
+
+from protocol import wire
+from protocol.errors import TriptychError
+from protocol.messages import (
+    TO_WORKER,
+    Beat,
+    CancelTask,
+    Committed,
+    Error,
+    Heartbeat,
+    Message,
+    Ready,
+    Result,
+    Task,
+    Welcome,
+    WorkerGoodbye,
+    WorkerHello,
+)
+from protocol.sockets import dealer, receive, send
+from protocol.tensors import Tensor
+from workers.hands import Hands, resident_bytes
+
+log = logging.getLogger(__name__)
+
+SILENCE_BEATS = 4  # missed answers after which the link counts as dead
+
+
+class WorkerLoop:
+    def __init__(self, endpoint: str, hello: WorkerHello, tokenizer: Tensor | None, hands: Hands) -> None:
+        self._endpoint, self._hello, self._hands = endpoint, hello, hands
+        self._frames = [tokenizer] if tokenizer else []
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
+        self._poller.register(hands.wake, zmq.POLLIN)
+        self._beat_seconds = 1.0
+        self._heard = self._beaten = 0.0
+        self._idle = self._welcome = False
+        self._device_map: tuple[tuple[str, str], ...] = ()
+        self._result: tuple[Result, list[Tensor]] | None = None  # until it is committed
+        self._gpu_bytes = 0
+        self._stop_reason = ""
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT; raises what loading the stage raised."""
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.set_wakeup_fd(self._hands.bell.fileno(), warn_on_full_buffer=False)
+        self._hands.start()
+        self._connect()
+        while not self._stop_reason:
+            self._poller.poll(int(self._beat_seconds * 500))
+            self._hear()
+            self._tell()
+            self._keep_alive()
+        log.info("stopping: %s", self._stop_reason)
+        self._say(WorkerGoodbye())
+        self._close()
+        self._context.term()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._stop_reason = signal.Signals(number).name
+
+    # -- the link -------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        self._close()
+        self._socket = dealer(self._context, self._endpoint, uuid.uuid4().bytes)
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._heard = self._beaten = time.monotonic()
+        self._welcome = False
+        self._say(self._hello, self._frames)
+
+    def _close(self) -> None:
+        if self._socket is not None:
+            self._poller.unregister(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _say(self, message: Message, tensors: list[Tensor] | None = None) -> None:
+        """Send, waiting a moment for a link that is only being made; a lost link is for `_keep_alive`."""
+        assert self._socket is not None
+        if not self._socket.poll(1000, zmq.POLLOUT):
+            return
+        try:
+            send(self._socket, wire.encode(message, tensors or []))
+        except zmq.Again:
+            log.warning("the link is full; dropping a %s", message.kind)
+
+    def _keep_alive(self) -> None:
+        now = time.monotonic()
+        if now - self._heard > SILENCE_BEATS * self._beat_seconds:
+            log.warning("the orchestrator is silent; connecting anew")
+            self._connect()
+        elif self._welcome and now - self._beaten >= self._beat_seconds:
+            self._beaten = now
+            self._say(Heartbeat(rss_bytes=resident_bytes(), gpu_bytes=self._gpu_bytes))
+
+    # -- what the orchestrator says -------------------------------------------------------------
+
+    def _hear(self) -> None:
+        assert self._socket is not None
+        while True:
+            try:
+                frames = receive(self._socket)
+            except zmq.Again:
+                return
+            self._heard = time.monotonic()
+            try:
+                envelope = wire.decode(frames, TO_WORKER)
+            except TriptychError as error:
+                log.error("the orchestrator sent something else: %s", error)
+                continue
+            self._take(envelope)
+
+    def _take(self, envelope: wire.Envelope) -> None:
+        match envelope.message:
+            case Welcome(heartbeat_seconds=seconds):
+                self._beat_seconds, self._welcome = seconds, True
+                if self._result:
+                    self._say(*self._result)
+                if self._idle:
+                    self._say(Ready(device_map=self._device_map))
+            case Task() as task:
+                self._idle = False
+                self._hands.give(task, envelope.tensors)
+            case CancelTask(job=job, attempt=attempt):
+                self._hands.cancel(job, attempt)
+            case Committed(job=job, attempt=attempt):
+                if self._result and (self._result[0].job, self._result[0].attempt) == (job, attempt):
+                    self._result = None
+            case Error(code="not_found"):
+                self._connect()
+            case Error(code=code, message=message) if code in ("version", "protocol"):
+                self._stop_reason = f"the orchestrator refused: {message}"
+            case Beat() | Error():
+                pass
+
+    # -- what the hands have done ---------------------------------------------------------------
+
+    def _tell(self) -> None:
+        try:
+            self._hands.wake.recv(4096)
+        except BlockingIOError:
+            return
+        while not self._hands.events.empty():
+            event = self._hands.events.get()
+            if isinstance(event, BaseException):
+                raise event
+            message, tensors = event
+            match message:
+                case Ready():
+                    self._idle = True
+                    self._device_map = message.device_map or self._device_map
+                case Result() as result:
+                    self._result = (result, tensors)
+                    self._gpu_bytes = result.peak_bytes
+            if self._welcome:
+                self._say(message, tensors)

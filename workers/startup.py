@@ -1,0 +1,115 @@
+"""From a worker's settings to a stage that runs: find the model, describe it, load it onto its devices."""
+
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protocol.errors import BadRequest
+from protocol.jobs import ModelDescription, Stage
+from protocol.messages import WorkerHello
+from protocol.tensors import Tensor
+from workers.denoise import DenoiseStage
+from workers.describe import describe
+from workers.hands import Hands, StageRunner
+from workers.loading import Devices, load
+from workers.loop import WorkerLoop
+from workers.skeleton import quiet
+from workers.source import Source, locate
+from workers.text import TextStage
+from workers.vae import VaeStage
+
+RUNNERS: dict[Stage, type[TextStage] | type[DenoiseStage] | type[VaeStage]] = {
+    "text": TextStage, "denoise": DenoiseStage, "vae": VaeStage,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    stage: Stage
+    model: str
+    revision: str | None
+    device: str  # auto, cpu, mps, cuda, cuda:N
+    dtype: str  # auto or a name in DTYPES
+    max_memory: int | None  # bytes on each GPU
+    name: str
+
+
+def resolve_device(device: str) -> str:
+    """'auto' becomes the best that there is."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """'auto' becomes what the device computes fast in."""
+    if dtype == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise BadRequest(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A worker that knows its model but has not loaded it."""
+
+    settings: WorkerSettings
+    source: Source
+    description: ModelDescription
+    device: str
+    dtype: str
+
+    def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        """The stage with its weights in place, and where they are."""
+        devices = Devices.of(self.device, self.settings.max_memory)
+        loaded = load(self.source, self.settings.stage, devices, DTYPES[self.dtype])
+        return RUNNERS[self.settings.stage](loaded, devices.primary), loaded.device_map
+
+
+def prepare(settings: WorkerSettings) -> Prepared:
+    """Find and describe the model; ModelMissing or BadRequest if that can't be."""
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    source = locate(settings.model, settings.revision, settings.stage)
+    with quiet():
+        return Prepared(settings, source, describe(source), device, dtype)
+
+
+def longest_tokenizer(source: Source) -> Tensor | None:
+    """tokenizer.json of the tokenizer that limits a prompt: the last one, T5's in FLUX.1."""
+    paths = [path for name in sorted(source.index) if name.startswith("tokenizer") and (path := _json(source, name))]
+    if not paths:
+        return None
+    data = paths[-1].read_bytes()
+    return Tensor("tokenizer", "uint8", (len(data),), data)
+
+
+def _json(source: Source, name: str) -> Path | None:
+    path = source.folder / name / "tokenizer.json"
+    return path if path.exists() else None
+
+
+def serve(settings: WorkerSettings, endpoint: str) -> None:
+    """Join a stack and work until told to stop."""
+    prepared = prepare(settings)
+    hello = WorkerHello(
+        name=settings.name,
+        stage=settings.stage,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=prepared.device,
+        dtype=prepared.dtype,
+        model=prepared.description,
+    )
+    tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
+    WorkerLoop(endpoint, hello, tokenizer, Hands(prepared.load)).run()
+    logging.shutdown()
+    os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved

@@ -1,0 +1,54 @@
+"""Latents → pictures: `vae.decode` of exactly what the pipeline would have decoded, then its image processor."""
+
+import numpy as np
+import torch
+
+from protocol.jobs import Recipe
+from protocol.tensors import Tensor
+from workers.loading import Loaded
+from workers.outcome import Outcome, Report, StageError
+from workers.torch_tensors import unpack
+
+
+class VaeStage:
+    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+        self.pipeline, self.device = loaded.pipeline, device
+        self.vae = next(
+            part for name in ("vae", "vqvae", "movq") if (part := getattr(self.pipeline, name, None)) is not None
+        )
+        self.dtype = self.vae.dtype
+
+    def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
+        """`pictures`, uint8 (n, height, width, 3), RGB."""
+        report(0, 1)
+        pictures = self.decode(tensors)
+        flat = np.ascontiguousarray(pictures)
+        return Outcome([Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)])
+
+    @torch.no_grad()
+    def decode(self, tensors: tuple[Tensor, ...]) -> np.ndarray:
+        values = {name.removeprefix("decode:"): value for name, value in unpack(tensors, self.device).items()}
+        positional = [values.pop(name) for name in sorted(filter(str.isdigit, values), key=int)]
+        latents = positional[0] if positional else next(iter(values.values()))
+        assert isinstance(latents, torch.Tensor)
+        upcast = latents.dtype != self.dtype  # some pipelines decode in float32 what they denoised in float16
+        if upcast:
+            self.vae.to(latents.dtype)
+        try:
+            decoded = self.vae.decode(*positional, **values, return_dict=False)[0]
+        finally:
+            if upcast:
+                self.vae.to(self.dtype)
+        if decoded.ndim == 5 and decoded.shape[2] == 1:
+            decoded = decoded[:, :, 0]  # a video VAE's single frame
+        if decoded.ndim != 4:
+            raise StageError(f"decoded a tensor of shape {tuple(decoded.shape)}; only pictures are supported")
+        return to_uint8(self.pipeline.image_processor.postprocess(decoded, output_type="np"))
+
+
+def to_uint8(pictures: np.ndarray) -> np.ndarray:
+    """As `numpy_to_pil` in diffusers does it, but a NaN is an error and never a black picture."""
+    if not np.isfinite(pictures).all():
+        raise StageError("the decoded picture holds NaN or infinity; another --dtype may help")
+    rounded: np.ndarray = (pictures * 255).round().astype(np.uint8)
+    return rounded
