@@ -1,0 +1,66 @@
+"""Real stacks for tests: a supervisor in a process of its own, a client, and a clean end."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protocol.client import Client
+from protocol.jobs import Job
+from tests.tiny import environment
+
+TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
+
+
+@dataclass
+class RunningStack:
+    folder: Path
+    process: subprocess.Popen[str]
+    client: Client
+
+    def picture(self, prompt: str, **options: object) -> tuple[Job, torch.Tensor]:
+        """Submit, wait, fetch: the job and its pictures, uint8 (n, height, width, 3)."""
+        job = self.client.wait(self.client.submit(prompt, **options).id, timeout=120)
+        return self.client.job(job.id), self.pictures(job.id)
+
+    def pictures(self, job_id: str) -> torch.Tensor:
+        tensor = self.client.raw_pictures(job_id)[1]
+        return torch.frombuffer(bytearray(tensor.data), dtype=torch.uint8).reshape(tensor.shape)
+
+
+@contextlib.contextmanager
+def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
+    """`triptych up` with its workers ready; stopped at the end, and it must stop cleanly."""
+    process = subprocess.Popen(
+        [*TRIPTYCH, "up", "--state", str(folder), "--json", *arguments], stdout=subprocess.PIPE, text=True, env=environment(),
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, f"the stack ended: {logs(folder)}"
+        assert json.loads(line)["state"] == str(folder)
+        with Client(folder, timeout=30) as client:
+            yield RunningStack(folder, process, client)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0, logs(folder)
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(path.read_text()[-2000:] for path in sorted((folder / "logs").glob("*.log")))
+
+
+def triptych(*arguments: str, folder: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command line, as a person runs it."""
+    state: Sequence[str] = ["--state", str(folder)] if folder else []
+    return subprocess.run(
+        [*TRIPTYCH, *arguments, *state], capture_output=True, text=True, env=environment(), timeout=120, cwd=cwd, check=False
+    )

@@ -1,0 +1,61 @@
+"""The stack's picture is the plain pipeline's, to the last bit."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.stacks import RunningStack, running_stack
+from tests.tiny import plain
+
+PROMPT = "a large red circle at the top left"
+CASES = {
+    "guidance": ({}, {}),
+    "guidance given": ({"guidance": 7.5}, {"guidance_scale": 7.5}),
+    "true cfg": (
+        {"negative_prompt": "a blurry star", "cfg_scale": 3.0},
+        {"negative_prompt": "a blurry star", "true_cfg_scale": 3.0},
+    ),
+    "three pictures": ({"num_images": 3}, {"num_images_per_prompt": 3}),
+    "three with true cfg": (
+        {"num_images": 3, "negative_prompt": "blurry", "cfg_scale": 2.0},
+        {"num_images_per_prompt": 3, "negative_prompt": "blurry", "true_cfg_scale": 2.0},
+    ),
+    "another size": ({"width": 48, "height": 32}, {"width": 48, "height": 32}),
+}
+
+
+def both(stack: RunningStack, folder: Path, dtype: torch.dtype, ours: dict, theirs: dict) -> None:
+    arguments = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 48, "seed": 5} | theirs
+    wanted = plain(folder, dtype, prompt=PROMPT, **arguments)
+    options = {"height": 32, "width": 32, "steps": 3, "max_sequence_length": 48, "seed": 5} | ours
+    _, first = stack.picture(PROMPT, **options)
+    again, second = stack.picture(PROMPT, **options)
+    assert again.cached
+    assert torch.equal(first, wanted)
+    assert torch.equal(second, wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_float32_equals_plain_pipeline_cold_and_cached(case: str, stack: RunningStack, flux_dev: Path) -> None:
+    both(stack, flux_dev, torch.float32, *CASES[case])
+
+
+def test_bfloat16_equals_plain_pipeline(state: Path, flux_dev: Path) -> None:
+    with running_stack(state, "--model", str(flux_dev), "--device", "cpu", "--dtype", "bfloat16") as stack:
+        for ours, theirs in CASES.values():
+            both(stack, flux_dev, torch.bfloat16, ours, theirs)
+
+
+def test_demo_model_equals_plain_pipeline_by_its_defaults(state: Path) -> None:
+    from workers.source import DEMO_FOLDER
+
+    prompt = "a small blue star in the center on a white background"
+    with running_stack(state, "--device", "cpu") as stack:
+        job, pictures = stack.picture(prompt, seed=3)
+    recipe = job.recipe
+    wanted = plain(
+        DEMO_FOLDER, prompt=prompt, height=recipe.height, width=recipe.width, num_inference_steps=recipe.steps,
+        max_sequence_length=recipe.max_sequence_length, seed=3,
+    )  # fmt: skip
+    assert torch.equal(pictures, wanted)

@@ -1,0 +1,176 @@
+"""Tiny pipelines with random weights in the standard layout, made in a second; and their plain diffusers pictures."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+WORDS = ("a", "red", "blue", "circle", "star", "small", "large", "at", "the", "top", "left", "and", "blurry")
+SIZE = 32
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    letters = [chr(c) for c in range(33, 127)]
+    tokens = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def t5_tokenizer() -> T5Tokenizer:
+    pieces = {"<pad>": 0.0, "</s>": 0.0, "<unk>": -10.0, "▁": -4.0} | {f"▁{word}": -2.0 for word in WORDS}
+    pieces |= {chr(c): -8.0 for c in range(33, 127) if chr(c) not in pieces}
+    return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
+
+
+def clip(projection: bool = False) -> Any:
+    size = len(clip_tokenizer())
+    config = CLIPTextConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        projection_dim=32, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
+    )  # fmt: skip
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+    )  # fmt: skip
+    return T5EncoderModel(config).eval()
+
+
+def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latent_channels, norm_num_groups=4, layers_per_block=1,
+        sample_size=SIZE, shift_factor=0.1, scaling_factor=0.4, **settings,
+    ).eval()  # fmt: skip
+
+
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
+    )  # fmt: skip
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds), vae=vae(), text_encoder=clip(),
+        tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), transformer=transformer.eval(),
+    )  # fmt: skip
+
+
+def sd15() -> StableDiffusionPipeline:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=SIZE // 2, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def sdxl() -> StableDiffusionXLPipeline:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=SIZE // 2, norm_num_groups=4, cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=80,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=clip(), text_encoder_2=clip(projection=True), tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+    )  # fmt: skip
+
+
+def sd3() -> StableDiffusion3Pipeline:
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=SIZE // 2, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
+    )  # fmt: skip
+    encoder = T5EncoderModel(T5Config(
+        vocab_size=len(t5_tokenizer()), d_model=64, d_kv=8, d_ff=37, num_layers=1, num_heads=4, tie_word_embeddings=False,
+    )).eval()  # fmt: skip
+    return StableDiffusion3Pipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(),
+        text_encoder=clip(projection=True), tokenizer=clip_tokenizer(), text_encoder_2=clip(projection=True),
+        tokenizer_2=clip_tokenizer(), text_encoder_3=encoder, tokenizer_3=t5_tokenizer(),
+    )  # fmt: skip
+
+
+def chroma() -> DiffusionPipeline:
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = ChromaTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=32, approximator_layers=1,
+        approximator_num_channels=16,
+    )  # fmt: skip
+    return ChromaPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=t5(), tokenizer=t5_tokenizer(),
+        transformer=transformer.eval(),
+    )  # fmt: skip
+
+
+def pixart() -> DiffusionPipeline:
+    from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        sample_size=SIZE // 2, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=4,
+        caption_channels=32, in_channels=4, out_channels=8, cross_attention_dim=32,
+    )  # fmt: skip
+    return PixArtSigmaPipeline(
+        transformer=transformer.eval(), vae=vae(), scheduler=EulerDiscreteScheduler(), text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )  # fmt: skip
+
+
+def save(pipeline: DiffusionPipeline, folder: Path) -> Path:
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def plain(folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -> torch.Tensor:
+    """Pictures of the plain pipeline in one process, uint8 (n, height, width, 3)."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    seed = arguments.pop("seed")
+    images = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+
+def environment() -> dict[str, str]:
+    """For processes that a test starts: offline, and quick to give up on a hub."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
