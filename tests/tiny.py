@@ -89,7 +89,7 @@ def sd15() -> StableDiffusionPipeline:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(),
+        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
@@ -106,7 +106,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     )  # fmt: skip
     return StableDiffusionXLPipeline(
         vae=vae(), text_encoder=clip(), text_encoder_2=clip(projection=True), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(), add_watermarker=False,
+        tokenizer_2=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(steps_offset=1), add_watermarker=False,
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def pixart() -> DiffusionPipeline:
         caption_channels=32, in_channels=4, out_channels=8, cross_attention_dim=32,
     )  # fmt: skip
     return PixArtSigmaPipeline(
-        transformer=transformer.eval(), vae=vae(), scheduler=EulerDiscreteScheduler(), text_encoder=t5(),
+        transformer=transformer.eval(), vae=vae(), scheduler=EulerDiscreteScheduler(steps_offset=1), text_encoder=t5(),
         tokenizer=t5_tokenizer(),
     )  # fmt: skip
 

@@ -45,6 +45,10 @@ class DenoiseStage:
             arguments[distilled] = recipe.guidance
         if recipe.max_sequence_length is not None:
             arguments["max_sequence_length"] = recipe.max_sequence_length
+        # Embeddings stand in for the prompts, which some pipelines' defaults would put beside them.
+        arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
+        if "use_resolution_binning" in parameters:
+            arguments["use_resolution_binning"] = False  # it would resize after decoding; the size asked for is made
         report(0, recipe.steps)
         if "callback_on_step_end" in parameters:
             arguments["callback_on_step_end"] = self.step_end(recipe, report)
