@@ -41,7 +41,7 @@ class Desk:
         self.engine = engine
         self.supervisor: bytes | None = None  # identity at the workers' socket
         self.processes: tuple[ProcessView, ...] = ()
-        self._parked: list[tuple[bytes, Submit]] = []
+        self._parked: dict[tuple[bytes, int], Submit] = {}  # by client and question
         self._started = time.time()
 
     def answer(self, client: bytes, question: Message) -> None:
@@ -56,8 +56,8 @@ class Desk:
 
     def unpark(self) -> None:
         """The model is known now: take the submissions that waited for it."""
-        parked, self._parked = self._parked, []
-        for client, submit in parked:
+        parked, self._parked = self._parked, {}
+        for (client, _), submit in parked.items():
             self.answer(client, submit)
 
     def _reply(self, client: bytes, message: Message) -> None:
@@ -106,7 +106,7 @@ class Desk:
         if self.engine.model is None:
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the first worker to load the model.", "Try again later.")
-            self._parked.append((client, submit))
+            self._parked[client, submit.request] = submit
             return
         jobs = self.engine.accept(submit.jobs)
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))

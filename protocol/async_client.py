@@ -16,7 +16,9 @@ import zmq
 import zmq.asyncio
 
 from protocol.conversation import (
+    CONNECT_SECONDS,
     PATIENCE_SECONDS,
+    REPEATABLE,
     RESEND_SECONDS,
     Conversation,
     raise_unless_done,
@@ -59,6 +61,7 @@ class AsyncClient:
         self._timeout = timeout
         self._conversation = Conversation()
         self._answers: dict[int, asyncio.Future[Envelope]] = {}
+        self._answered = False
         self._listeners: set[asyncio.Queue[JobEvent]] = set()
         self._context = zmq.asyncio.Context()
         self._socket: Any = dealer(self._context, self._where, self._conversation.identity)  # type: ignore[arg-type]
@@ -130,7 +133,7 @@ class AsyncClient:
                 except TimeoutError:
                     if deadline is not None and loop.time() >= deadline:
                         raise WaitTimeout("The jobs are not finished yet; they go on.", "Wait longer.") from None
-                    await self._watch_again(sorted(open_jobs))
+                    await self._watch(sorted(open_jobs))
                     continue
                 if event.job in open_jobs:
                     if event.state in ENDED:
@@ -159,16 +162,7 @@ class AsyncClient:
 
     async def _watch(self, job_ids: Sequence[str]) -> None:
         for start in range(0, len(job_ids), MAX_JOBS):
-            await self._ask(Watch, timeout=RESEND_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
-
-    async def _watch_again(self, job_ids: Sequence[str]) -> None:
-        limit = asyncio.get_running_loop().time() + PATIENCE_SECONDS
-        while True:
-            try:
-                return await self._watch(job_ids)
-            except NoStack:
-                if asyncio.get_running_loop().time() > limit:
-                    raise
+            await self._ask(Watch, timeout=PATIENCE_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
 
     async def _jobs(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> list[Job]:
         message = (await self._ask(cls, timeout, **fields)).message
@@ -177,16 +171,19 @@ class AsyncClient:
 
     async def _ask(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> Envelope:
         number, frames = self._conversation.ask(cls, **fields)
-        limit = timeout or self._timeout
-        answer: asyncio.Future[Envelope] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        limit = loop.time() + (timeout or self._timeout)
+        answer: asyncio.Future[Envelope] = loop.create_future()
         self._answers[number] = answer
         try:
-            if not await self._socket.poll(min(2.0, limit) * 1000, zmq.POLLOUT):
-                raise no_stack(f"at {self._where}")
-            await self._socket.send_multipart(frames)
-            return self._conversation.checked(await asyncio.wait_for(answer, limit))
-        except TimeoutError:
-            raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.") from None
+            while (left := limit - loop.time()) > 0:
+                if not await self._socket.poll((left if self._answered else min(left, CONNECT_SECONDS)) * 1000, zmq.POLLOUT):
+                    raise no_stack(f"at {self._where}")
+                await self._socket.send_multipart(frames)
+                pause = min(left, RESEND_SECONDS) if cls in REPEATABLE else left
+                if (await asyncio.wait([answer], timeout=pause))[0]:
+                    return self._conversation.checked(answer.result())
+            raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.")
         finally:
             self._answers.pop(number, None)
 
@@ -198,6 +195,7 @@ class AsyncClient:
             except TriptychError as error:
                 self._fail_all(error)
                 continue
+            self._answered = True
             if isinstance(envelope.message, JobEvent):
                 for queue in self._listeners:
                     queue.put_nowait(envelope.message)

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 import zmq
 
 from protocol.conversation import (
+    CONNECT_SECONDS,
     PATIENCE_SECONDS,
+    REPEATABLE,
     RESEND_SECONDS,
     Conversation,
     raise_unless_done,
@@ -70,6 +72,7 @@ class Client:
         self._where = endpoint or published(Path(state) if state else default_folder()).clients
         self._timeout = timeout
         self._conversation = Conversation()
+        self._answered = False
         self._events: deque[JobEvent] = deque()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = dealer(self._context, self._where, self._conversation.identity)
@@ -139,14 +142,13 @@ class Client:
 
     def events(self, job_ids: Sequence[str], timeout: float | None = None) -> Iterator[JobEvent]:
         """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
-        for start in range(0, len(job_ids), MAX_JOBS):
-            self._ask(Watch, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+        self._watch(job_ids)
         open_jobs = set(job_ids)
         deadline = time.monotonic() + timeout if timeout is not None else None
         while open_jobs:
             event = self._next_event(deadline)
             if event is None:
-                self._watch_again(sorted(open_jobs)[:MAX_JOBS])
+                self._watch(sorted(open_jobs))
             elif event.job in open_jobs:
                 if event.state in ENDED:
                     open_jobs.discard(event.job)
@@ -176,6 +178,10 @@ class Client:
 
     # -- the wire -------------------------------------------------------------------------------
 
+    def _watch(self, job_ids: Sequence[str]) -> None:
+        for start in range(0, len(job_ids), MAX_JOBS):
+            self._ask(Watch, timeout=PATIENCE_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+
     def _jobs(self, cls: type[Question], **fields: Any) -> list[Job]:
         message = self._ask(cls, **fields).message
         assert isinstance(message, Jobs)
@@ -184,21 +190,21 @@ class Client:
     def _ask(self, cls: type[Question], timeout: float | None = None, **fields: Any) -> Envelope:
         number, frames = self._conversation.ask(cls, **fields)
         limit = time.monotonic() + (timeout or self._timeout)
-        if not self._socket.poll(int(min(2.0, timeout or self._timeout) * 1000), zmq.POLLOUT):
-            raise no_stack(f"at {self._where}")
-        send(self._socket, frames)
-        while True:
-            envelope = self._receive(limit)
-            if envelope is None:
-                raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.")
-            if self._conversation.number_of(envelope) in (number, 0):
-                return self._conversation.checked(envelope)
+        while (now := time.monotonic()) < limit:
+            connected_by = limit if self._answered else min(limit, now + CONNECT_SECONDS)
+            if not self._socket.poll(milliseconds(connected_by), zmq.POLLOUT):
+                raise no_stack(f"at {self._where}")
+            send(self._socket, frames)
+            again = min(limit, now + RESEND_SECONDS) if cls in REPEATABLE else limit
+            while envelope := self._receive(again):
+                self._answered = True
+                if self._conversation.number_of(envelope) in (number, 0):
+                    return self._conversation.checked(envelope)
+        raise NoStack(f"The stack at {self._where} gives no answer.", "See 'triptych logs orchestrator'.")
 
     def _receive(self, limit: float) -> Envelope | None:
         """The next answer; events that come before it are kept. None after `limit` (monotonic seconds)."""
-        while (left := limit - time.monotonic()) > 0:
-            if not self._socket.poll(int(left * 1000) + 1, zmq.POLLIN):
-                break
+        while self._socket.poll(milliseconds(limit), zmq.POLLIN):
             envelope = self._conversation.read(receive(self._socket))
             if not isinstance(envelope.message, JobEvent):
                 return envelope
@@ -210,8 +216,7 @@ class Client:
         if not self._events:
             pause = time.monotonic() + RESEND_SECONDS
             limit = pause if deadline is None else min(pause, deadline)
-            left = max(0.0, limit - time.monotonic())
-            if self._socket.poll(int(left * 1000) + 1, zmq.POLLIN):
+            if self._socket.poll(milliseconds(limit), zmq.POLLIN):
                 envelope = self._conversation.read(receive(self._socket))
                 if isinstance(envelope.message, JobEvent):
                     self._events.append(envelope.message)
@@ -221,13 +226,7 @@ class Client:
                 )
         return self._events.popleft() if self._events else None
 
-    def _watch_again(self, job_ids: Sequence[str]) -> None:
-        """Ask how jobs stand, through an orchestrator's restart if need be."""
-        limit = time.monotonic() + PATIENCE_SECONDS
-        while True:
-            try:
-                self._ask(Watch, timeout=RESEND_SECONDS, jobs=tuple(job_ids))
-                return
-            except NoStack:
-                if time.monotonic() > limit:
-                    raise
+
+def milliseconds(limit: float) -> int:
+    """From now to a moment of the monotonic clock."""
+    return max(0, int((limit - time.monotonic()) * 1000) + 1)

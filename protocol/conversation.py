@@ -8,11 +8,29 @@ from typing import Any
 from protocol import wire
 from protocol.errors import JobCancelled, JobFailed, from_wire
 from protocol.jobs import Job, JobRequest
-from protocol.messages import TO_CLIENT, Error, JobEvent, Question
+from protocol.messages import (
+    TO_CLIENT,
+    Cancel,
+    Error,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    JobEvent,
+    Question,
+    Scale,
+    Submit,
+    Watch,
+)
 from protocol.tensors import Buffer
 
-RESEND_SECONDS = 2.0  # without news of a watched job, ask again: events may be lost, states are not
+CONNECT_SECONDS = 2.0  # for the first contact; a stack that has answered before is waited for
+RESEND_SECONDS = 2.0  # without an answer or news, ask again: a question in flight dies with the orchestrator
 PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is restarted
+
+
+# Asking these twice is harmless: jobs carry ids, and the rest only looks or names a wanted state.
+REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale)
 
 
 class Conversation:

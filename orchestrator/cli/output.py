@@ -6,7 +6,6 @@ from pathlib import Path
 
 from protocol.errors import BadRequest
 from protocol.jobs import Job
-from protocol.pictures import save_png
 from protocol.tensors import Tensor
 
 
@@ -52,7 +51,7 @@ def paths_for(output: Path | None, jobs: list[Job]) -> dict[str, list[Path]]:
 
 
 def write(job: Job, pictures: Tensor, paths: list[Path]) -> None:
-    from protocol.pictures import to_images
+    from protocol.pictures import save_png, to_images
 
     for index, (image, path) in enumerate(zip(to_images(pictures), paths, strict=True)):
         save_png(image, path, job.recipe, job.id, index)

@@ -1,0 +1,152 @@
+"""A worker that speaks the protocol and computes nothing, and an orchestrator of its own process to speak to."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import zmq
+
+from protocol import wire
+from protocol.client import Client
+from protocol.endpoints import Endpoints, published
+from protocol.jobs import ModelDescription, Stage
+from protocol.messages import TO_WORKER, Error, Heartbeat, Message, Ready, Result, Task, Welcome, WorkerHello
+from protocol.sockets import dealer, receive
+from protocol.tensors import Tensor
+
+MODEL = ModelDescription(
+    model="fake", revision="r1", pipeline="FakePipeline", size_multiple=16, width=64, height=64, max_pixels=1 << 20,
+    steps=4, guidance=3.5, cfg_scale=1.0, negative_prompt=True, max_sequence_length=64, max_sequence_limit=512,
+)  # fmt: skip
+OUTPUTS: dict[Stage, Tensor] = {
+    "text": Tensor("prompt_embeds", "float32", (1, 2), bytes(8)),
+    "denoise": Tensor("decode:0", "float32", (1, 2), bytes(8)),
+    "vae": Tensor("pictures", "uint8", (1, 2, 2, 3), bytes(range(12))),
+}
+M = TypeVar("M", bound=Message)
+PATIENCE_MS = 20_000
+
+
+class FakeWorker:
+    """Does what the test says, when it says so."""
+
+    def __init__(self, endpoint: str, stage: Stage, name: str | None = None, model: ModelDescription = MODEL) -> None:
+        self.stage = stage
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.socket = dealer(self._context, endpoint, uuid.uuid4().bytes)
+        self.seen: list[wire.Envelope] = []
+        self.say(
+            WorkerHello(
+                name=name or f"fake-{stage}", stage=stage, pid=os.getpid(), host=socket.gethostname(), device="none",
+                dtype="float32", model=model,
+            )  # fmt: skip
+        )
+        self.hear(Welcome)
+
+    def say(self, message: Message, *tensors: Tensor) -> None:
+        assert self.socket.poll(PATIENCE_MS, zmq.POLLOUT)
+        self.socket.send_multipart(wire.encode(message, tensors))
+
+    def hear(self, kind: type[M]) -> M:
+        """The next message of a kind; others before it are skipped."""
+        while True:
+            assert self.socket.poll(PATIENCE_MS), f"no {kind.kind} came"
+            envelope = wire.decode(receive(self.socket), TO_WORKER)
+            self.seen.append(envelope)
+            if isinstance(envelope.message, kind):
+                return envelope.message
+
+    def ready(self) -> "FakeWorker":
+        self.say(Ready())
+        return self
+
+    def take(self) -> Task:
+        return self.hear(Task)
+
+    def finish(self, task: Task, seconds: float = 0.1) -> None:
+        result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=seconds)
+        self.say(result, OUTPUTS[task.stage])
+
+    def settle(self) -> None:
+        """Return once everything said so far has been handled."""
+        from protocol.messages import Beat
+
+        self.say(Heartbeat(rss_bytes=1, gpu_bytes=0))
+        self.hear(Beat)
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+        self._context.term()
+
+
+class Orchestrator:
+    """The orchestrator's process alone, with fake workers and a client; it can be killed and started again."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder, self._arguments = folder, arguments
+        self._opened: list[FakeWorker | Client] = []
+        self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder),
+            "--clients", self.endpoints.clients, "--workers", self.endpoints.workers, "--queue-limit", "50",
+            "--cache-bytes", "1000000", "--picture-bytes", "1000000", *self._arguments,
+        ]  # fmt: skip
+        (self.folder / "stack.json").unlink(missing_ok=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        first = self.process.stderr.readline()
+        assert "listening" in first, first + self.process.stderr.read()
+        assert published(self.folder) == self.endpoints
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+    def worker(self, stage: Stage, **arguments: object) -> FakeWorker:
+        self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))  # type: ignore[arg-type]
+        return worker
+
+    def client(self) -> Client:
+        self._opened.append(client := Client(self.folder, timeout=20))
+        return client
+
+    def stop(self) -> str:
+        for opened in self._opened:
+            opened.close()
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=20)[1]
+
+
+@contextlib.contextmanager
+def orchestrator(folder: Path, *arguments: str) -> Iterator[Orchestrator]:
+    running = Orchestrator(folder, *arguments)
+    try:
+        yield running
+    finally:
+        log = running.stop()
+    assert "Traceback" not in log, log
+    assert running.process.returncode == 0, log
+
+
+def raw_dealer(endpoint: str) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:
+    """A peer that sends whatever it likes."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    peer = dealer(context, endpoint, uuid.uuid4().bytes)
+    assert peer.poll(PATIENCE_MS, zmq.POLLOUT)
+    return context, peer
+
+
+def error_of(frames: list[bytes]) -> Error:
+    message = wire.decode(frames).message
+    assert isinstance(message, Error)
+    return message

@@ -1,0 +1,59 @@
+"""The Python clients, as programs use them."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+import triptych
+from tests.stacks import RunningStack
+
+SMALL = {"width": 32, "height": 32, "steps": 2}
+
+
+def test_the_public_face() -> None:
+    assert triptych.Client
+    assert issubclass(triptych.JobFailed, triptych.TriptychError)
+    assert triptych.__version__.count(".") == 2
+
+
+def test_the_synchronous_client_submits_streams_and_fetches(stack: RunningStack) -> None:
+    with triptych.Client(stack.folder) as client:
+        job = client.submit("a red star", seed=1, num_images=2, **SMALL)
+        events = list(client.events([job.id], timeout=60))
+        assert events[-1].state == "done"
+        assert {event.state for event in events} >= {"denoise", "vae", "done"}
+        assert max(event.step for event in events if event.state == "denoise") == 2
+        pictures = client.pictures(job.id)
+        assert [picture.size for picture in pictures] == [(32, 32), (32, 32)]
+
+
+def test_the_asyncio_client_follows_many_jobs_at_once(stack: RunningStack) -> None:
+    async def main() -> None:
+        async with triptych.AsyncClient(stack.folder) as client:
+            jobs = await asyncio.gather(*(client.submit("a star", seed=i, **SMALL) for i in range(4)))
+            done = await asyncio.gather(*(client.wait(job.id, timeout=60) for job in jobs))
+            assert {job.state for job in done} == {"done"}
+            assert (await client.pictures(jobs[0].id))[0].size == (32, 32)
+            long = await client.submit("a star", width=32, height=32, steps=900)
+            await client.cancel(long.id)
+            with pytest.raises(triptych.JobCancelled):
+                await client.wait(long.id)
+            with pytest.raises(triptych.BadRequest):
+                await client.submit("")
+            assert (await client.stack()).model is not None
+            assert len((await client.workers()).workers) == 3
+
+    asyncio.run(main())
+
+
+def test_clients_without_a_stack_say_so(state: Path) -> None:
+    with pytest.raises(triptych.NoStack):
+        triptych.Client(state)
+
+    async def main() -> None:
+        async with triptych.AsyncClient(endpoint=f"ipc://{state}/nothing") as client:
+            with pytest.raises(triptych.NoStack):
+                await client.stack()
+
+    asyncio.run(main())

@@ -1,0 +1,50 @@
+"""Where components go, decided from sizes alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from workers.describe import describe
+from workers.loading import choose, weight_bytes
+from workers.source import locate, read, stages_of
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "wanted"),
+    [
+        (5 * GB, {0: 16 * GB, 1: 16 * GB}, 0),
+        (10 * GB, {0: 6 * GB, 1: 16 * GB}, 1),
+        (24 * GB, {0: 16 * GB, 1: 16 * GB}, {0: 14 * GB, 1: 14 * GB}),
+        (24 * GB, {0: 16 * GB}, None),
+        (40 * GB, {0: 16 * GB, 1: 16 * GB}, None),
+        (15 * GB, {0: 16 * GB}, None),
+    ],
+)
+def test_one_gpu_if_one_holds_it_else_several_else_refused(size: int, room: dict[int, int], wanted: object) -> None:
+    assert choose(size, room, workspace=2 * GB) == wanted
+
+
+def test_weights_are_sized_from_headers_at_the_dtype_they_will_have(flux_dev: Path) -> None:
+    source = read("x", flux_dev, None)
+    full = weight_bytes(source, "transformer", torch.float32)
+    assert full == 2 * weight_bytes(source, "transformer", torch.bfloat16)
+    assert full < sum(p.stat().st_size for p in (flux_dev / "transformer").glob("*.safetensors")) < full + 100_000
+
+
+def test_components_belong_to_stages_by_their_names() -> None:
+    assert stages_of("text_encoder_2") == stages_of("tokenizer") == ("text",)
+    assert stages_of("transformer_2") == stages_of("unet") == ("denoise",)
+    assert stages_of("vae") == ("vae",)
+    assert stages_of("safety_checker") == ()
+
+
+def test_the_demo_model_ships_and_says_what_it_takes() -> None:
+    source = locate("demo", None, "text")
+    model = describe(source)
+    assert model.demo
+    assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 64)
+    assert model.steps <= 12
+    assert sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()) <= 20_000_000

@@ -1,0 +1,50 @@
+"""A stage on its own: three commands in a row give the whole stack's picture."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.stacks import RunningStack, triptych
+
+
+def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Path, tmp_path: Path) -> None:
+    model = ("--standalone", "--model", str(flux_dev), "--device", "cpu")
+    text = triptych("worker", "text", *model, "--prompt", "a red star", "-o", "e.safetensors", cwd=tmp_path)
+    assert text.returncode == 0, text.stderr
+    assert "prompt_embeds float32 [1, 512, 32]" in text.stderr
+    size = ("--width", "32", "--height", "32", "--steps", "3", "--seed", "1")
+    denoise = triptych(
+        "worker", "denoise", "--standalone", "-i", "e.safetensors", *size, "-o", "l.safetensors", "--device", "cpu",
+        "--repeat", "2", "--profile", "trace.json", cwd=tmp_path,
+    )  # fmt: skip
+    assert denoise.returncode == 0, denoise.stderr
+    assert "denoise (2 of 2)" in denoise.stderr
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    vae = triptych("worker", "vae", *model, "-i", "l.safetensors", "-o", "out.png", cwd=tmp_path)
+    assert vae.stdout == "out.png\n"
+    _, whole = stack.picture("a red star", width=32, height=32, steps=3, seed=1)
+    with Image.open(tmp_path / "out.png") as image:
+        assert image.tobytes() == bytes(whole.numpy().tobytes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("text", "--standalone"), 2, "needs a prompt"),
+        (("denoise", "--standalone"), 2, "-i FILE.safetensors"),
+        (("vae", "--standalone", "-i", "missing.safetensors"), 2, "no file"),
+        (("vae", "--standalone", "-i", "text.txt"), 2, "can't be read"),
+        (("text", "--standalone", "--prompt", "x", "--model", "nowhere"), 4, "no model 'nowhere'"),
+        (("text", "--standalone", "--prompt", "x", "--dtype", "float8"), 2, "no dtype"),
+        (("text", "--gpus", "first"), 2, "numbers"),
+        (("text", "--connect", "tcp://10.0.0.1:5"), 2, "not local"),
+    ],
+)
+def test_mistakes_get_one_line(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("not safetensors")
+    done = triptych("worker", *arguments, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
