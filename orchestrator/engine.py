@@ -46,6 +46,7 @@ class Engine:
         self.dtype = ""
         self._count_tokens: CountTokens | None = None
         for job in store.unfinished():
+            job.attempt += 1  # a task may have been handed out that was only noted; its result would be late
             self._adopt(job)
 
     # -- models and workers ---------------------------------------------------------------------
@@ -156,7 +157,7 @@ class Engine:
         self.queues.remove(job)
         self._move(job, lambda: job.hand_to(worker.id))
         task = Task(job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe)
-        self.store.update(job)
+        self.store.note(job)
         self.fleet.give(worker, task)
         self.outbox.to_worker(worker.identity, task, tensors)
         self.announce(job)
@@ -166,7 +167,6 @@ class Engine:
             case "text":
                 return ()
             case "denoise":
-                self.store.touch("text", job.text_key)
                 return self.store.get("text", job.text_key)
             case "vae":
                 return self.store.get("latents", job.id)
@@ -201,7 +201,6 @@ class Engine:
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings,
         )  # fmt: skip
-        log.info("%s done in %.3f s by %s", result.stage, result.seconds, worker.hello.name, extra={"job": job.id})
         if result.stage == "text":
             self._keep_embeddings(job, tensors)
         else:
@@ -230,6 +229,7 @@ class Engine:
     def _skip_text(self, job: LiveJob) -> None:
         """The prompt's embeddings are known: no text worker is needed."""
         self.queues.remove(job)
+        self.store.touch("text", job.text_key)
         job.cached = True
         self._pass_on(job, StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True))
 

@@ -10,7 +10,7 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 import msgpack
@@ -48,6 +48,8 @@ class Store:
         self._artifacts = artifacts
         self._db = self._open(database)
         self._open_transaction = False
+        self._changed: dict[int, LiveJob] = {}  # to be written at the next commit, however often they changed
+        self._noted: dict[int, LiveJob] = {}  # to be written before the next look, if not sooner
         self._doomed: list[Path] = []  # files to remove once the transaction that let them go is safe
         row = self._db.execute("SELECT max(number) FROM jobs").fetchone()
         self._last_number: int = row[0] or 0
@@ -100,6 +102,7 @@ class Store:
 
     def commit(self) -> None:
         """Make everything written so far safe on disk."""
+        self._flush()
         if self._open_transaction:
             self._db.execute("COMMIT")
             self._open_transaction = False
@@ -123,6 +126,20 @@ class Store:
         )  # fmt: skip
 
     def update(self, job: LiveJob) -> None:
+        """Write a job's state with the next commit, as it is then."""
+        self._changed[job.number] = job
+        self._noted.pop(job.number, None)
+
+    def note(self, job: LiveJob) -> None:
+        """A change that a crash may take back: nobody was promised it, but whoever looks sees it."""
+        if job.number not in self._changed:
+            self._noted[job.number] = job
+
+    def _flush(self) -> None:
+        while self._changed:
+            self._write_state(self._changed.popitem()[1])
+
+    def _write_state(self, job: LiveJob) -> None:
         self._write(
             "UPDATE jobs SET state=?, stage=?, attempt=?, failures=?, step=?, cached=?, records=?, reasons=?,"
             " finished=?, pictures=? WHERE number=?",
@@ -146,6 +163,9 @@ class Store:
         return dict(self._db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
 
     def _select(self, clause: str, values: Sequence[object]) -> Iterator[LiveJob]:
+        self._changed |= self._noted
+        self._noted.clear()
+        self._flush()
         for row in self._db.execute(f"SELECT {COLUMNS} FROM jobs {clause}", values):
             number, id_, state, stage, priority, recipe, request, text_key, attempt, failures, *rest = row
             step, cached, records, reasons, created, finished, pictures = rest
@@ -161,7 +181,6 @@ class Store:
 
     def put(self, kind: str, name: str, tensors: Sequence[Tensor]) -> None:
         """Keep tensors under a name; what was there is replaced."""
-        self.drop(kind, name)
         size = sum(t.nbytes for t in tensors)
         specs = msgpack.packb([t.spec for t in tensors])
         blob, file = None, None
@@ -174,10 +193,12 @@ class Store:
                     out.write(tensor.data)
                 out.flush()
                 os.fsync(out.fileno())
-        self._write(
-            "INSERT INTO artifacts VALUES(?,?,?,?,?,?,?)",
-            (f"{kind}/{name}", kind, specs, blob, file, size, self._tick()),
-        )
+        values = (f"{kind}/{name}", kind, specs, blob, file, size, self._tick())
+        try:
+            self._write("INSERT INTO artifacts VALUES(?,?,?,?,?,?,?)", values)
+        except sqlite3.IntegrityError:
+            self.drop(kind, name)
+            self._write("INSERT INTO artifacts VALUES(?,?,?,?,?,?,?)", values)
         self.bytes_of[kind] += size
 
     def get(self, kind: str, name: str) -> tuple[Tensor, ...] | None:
@@ -213,20 +234,20 @@ class Store:
         self._write("DELETE FROM artifacts WHERE key = ?", (key,))
         self.bytes_of[kind] -= row[1]
 
-    def shrink(self, kind: str, limit: int, spare: Iterable[str] = ()) -> list[str]:
+    def shrink(self, kind: str, limit: int, spare: Container[str] = ()) -> list[str]:
         """Let go of the longest unused until at most `limit` bytes are kept; the names that went."""
         gone: list[str] = []
         if self.bytes_of[kind] <= limit:
             return gone
-        kept = set(spare)
-        keys = self._db.execute("SELECT key FROM artifacts WHERE kind = ? ORDER BY used", (kind,)).fetchall()
-        for (key,) in keys:
-            name = key.split("/", 1)[1]
-            if self.bytes_of[kind] <= limit:
-                break
-            if name not in kept:
-                self.drop(kind, name)
+        oldest = self._db.execute("SELECT key, bytes FROM artifacts WHERE kind = ? ORDER BY used", (kind,))
+        left = self.bytes_of[kind]
+        while left > limit and (row := oldest.fetchone()):
+            name = row[0].split("/", 1)[1]
+            if name not in spare:
+                left -= row[1]
                 gone.append(name)
+        for name in gone:
+            self.drop(kind, name)
         return gone
 
     def _tick(self) -> int:

@@ -13,6 +13,7 @@ from protocol.wire import MAX_FRAME_BYTES
 HIGH_WATER = 2000  # messages a peer, each way
 LINGER_MS = 500  # what a closing socket may still take to send its last words
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1500  # a dead link drops after 2 s
+MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 COPY_BELOW = 65536  # bytes; zero-copy pays above this
 
 
@@ -75,6 +76,6 @@ def receive(socket: zmq.Socket[bytes]) -> list[Buffer]:
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> None:
     """Send without waiting. zmq.Again: the peer's queue is full; zmq.ZMQError EHOSTUNREACH: it is gone."""
+    last = len(frames) - 1
     for i, frame in enumerate(frames):
-        more = zmq.SNDMORE if i + 1 < len(frames) else 0
-        socket.send(frame, flags=zmq.NOBLOCK | more, copy=len(frame) < COPY_BELOW)
+        socket.send(frame, flags=MORE if i < last else LAST, copy=len(frame) < COPY_BELOW)

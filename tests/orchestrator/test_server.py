@@ -82,7 +82,8 @@ def test_accepted_jobs_survive_a_killed_orchestrator(state: Path) -> None:
         running.start()
         assert {job.id for job in running.client().jobs()} == {job.id for job in jobs}
         again = running.worker("denoise").ready().take()
-        assert (again.job, again.attempt) == (task.job, task.attempt + 1)
+        assert again.job == task.job
+        assert again.attempt > task.attempt  # so that a result of the old one would be late
 
 
 def test_a_late_result_of_an_old_attempt_is_dropped(state: Path) -> None:

@@ -1,0 +1,226 @@
+"""What the stack costs, side by side in one run.
+
+    python scripts/bench.py pictures       the demo model: through a stack, and the same pipeline in one process
+    python scripts/bench.py orchestrator   the orchestrator alone, with workers that do nothing
+
+Prints one JSON line a row.
+"""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgpack
+import psutil
+import zmq
+
+from protocol import wire
+from protocol.client import Client
+from protocol.jobs import JobRequest, ModelDescription, Stage
+from protocol.messages import Heartbeat, Ready, WorkerHello
+from protocol.sockets import dealer
+from protocol.tensors import Tensor
+
+TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
+PROMPT = "a large red circle at the top left and a small blue star at the bottom right on a {} background"
+COLORS = ("yellow", "white", "green", "purple", "orange", "black")
+
+
+def row(**values: Any) -> None:
+    print(json.dumps(values), flush=True)
+
+
+@click.group(help=__doc__.split("\n")[0])
+def main() -> None:
+    pass
+
+
+# -- pictures ---------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--jobs", default=40, show_default=True)
+@click.option("--denoisers", default=1, show_default=True, help="denoise workers of the stack")
+def pictures(jobs: int, denoisers: int) -> None:
+    """Latency and throughput through the stack against FluxPipeline in one process, in turns, all prompts new."""
+    one_process = plain_pipeline()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*TRIPTYCH, "up", "--state", folder, "--json", "--device", "cpu", "--workers", f"denoise={denoisers}"]
+        stack = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            assert stack.stdout is not None
+            assert stack.stdout.readline(), "the stack did not start"
+            with Client(folder, timeout=60) as client:
+                compare(client, one_process, jobs)
+        finally:
+            stack.terminate()
+            stack.wait()
+
+
+def plain_pipeline() -> Callable[[str, int], Any]:
+    import torch
+    from diffusers import FluxPipeline
+
+    from workers.source import DEMO_FOLDER
+
+    settings = json.loads((DEMO_FOLDER / "triptych.json").read_text())["defaults"]
+    pipeline = FluxPipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return lambda prompt, seed: pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **settings).images
+
+
+def prompts(count: int, turn: str) -> list[str]:
+    """Different for every turn, so that no embedding is cached."""
+    return [f"{PROMPT.format(COLORS[i % len(COLORS)])} {turn} {i}" for i in range(count)]
+
+
+def compare(client: Client, one_process: Callable[[str, int], Any], jobs: int) -> None:
+    def through_stack(prompt: str, seed: int) -> None:
+        job = client.submit(prompt, seed=seed)
+        client.wait(job.id)
+        client.raw_pictures(job.id)
+
+    for name, make in (("warm", one_process), ("up", through_stack)):
+        for prompt in prompts(3, name):
+            make(prompt, 0)
+    alone, staged = [], []
+    for i in range(jobs):  # in turns, so that both see the same machine
+        alone.append(timed(one_process, prompts(jobs, "a")[i], i))
+        staged.append(timed(through_stack, prompts(jobs, "b")[i], i))
+    added = [1000 * (s - a) for s, a in zip(staged, alone, strict=True)]
+    row(what="latency", one_process_ms=1000 * statistics.median(alone), stack_ms=1000 * statistics.median(staged),
+        added_ms=statistics.median(added), goal_added_ms=10)  # fmt: skip
+    start = time.perf_counter()
+    for i, prompt in enumerate(prompts(jobs, "c")):
+        one_process(prompt, i)
+    alone_rate = jobs / (time.perf_counter() - start)
+    start = time.perf_counter()
+    sent = client.submit_many([JobRequest(prompt=prompt, seed=i) for i, prompt in enumerate(prompts(jobs, "d"))])
+    for job in sent:
+        client.wait(job.id)
+        client.raw_pictures(job.id)
+    stack_rate = jobs / (time.perf_counter() - start)
+    row(what="throughput", one_process_per_s=alone_rate, stack_per_s=stack_rate, ratio=stack_rate / alone_rate, goal_ratio=1.0)
+
+
+def timed(make: Callable[[str, int], Any], prompt: str, seed: int) -> float:
+    start = time.perf_counter()
+    make(prompt, seed)
+    return time.perf_counter() - start
+
+
+# -- the orchestrator alone -------------------------------------------------------------------------
+
+MODEL = ModelDescription(
+    model="null", revision="null", pipeline="Null", size_multiple=16, width=64, height=64, max_pixels=1 << 20, steps=4,
+    guidance=None, cfg_scale=None, negative_prompt=False, max_sequence_length=None, max_sequence_limit=512,
+)  # fmt: skip
+OUTPUTS: dict[Stage, Tensor] = {
+    "text": Tensor("prompt_embeds", "float32", (64,), bytes(256)),
+    "denoise": Tensor("decode:0", "float32", (64,), bytes(256)),
+    "vae": Tensor("pictures", "uint8", (1, 8, 8, 3), bytes(192)),
+}
+
+
+class NullWorker:
+    """Answers a task at once, with as little work of its own as can be."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, stage: Stage, number: int) -> None:
+        self.socket = dealer(context, endpoint, uuid.uuid4().bytes)
+        self.socket.poll(10_000, zmq.POLLOUT)
+        hello = WorkerHello(name=f"{stage}-{number}", stage=stage, pid=os.getpid(), host=socket.gethostname(),
+                            device="none", dtype="float32", model=MODEL)  # fmt: skip
+        output = OUTPUTS[stage]
+        self._specs, self._data = [output.spec], output.data
+        self._ready = [bytes(part) for part in wire.encode(Ready())]
+        for message in (hello, Ready()):
+            self.socket.send_multipart(wire.encode(message))
+
+    def answer(self) -> None:
+        frames = self.socket.recv_multipart()
+        if frames[0] != b"\x01task":
+            return
+        task = msgpack.unpackb(frames[1])["fields"]
+        fields = {name: task[name] for name in ("job", "stage", "attempt")} | {"seconds": 0.0}
+        header = msgpack.packb({"fields": fields, "tensors": self._specs})
+        self.socket.send_multipart([b"\x01result", header, self._data])
+        self.socket.send_multipart(self._ready)
+
+
+def work(endpoint: str, each: int) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    stages: tuple[Stage, ...] = ("text", "denoise", "vae")
+    workers = {w.socket: w for w in (NullWorker(context, endpoint, stage, i) for stage in stages for i in range(each))}
+    poller = zmq.Poller()
+    for link in workers:
+        poller.register(link, zmq.POLLIN)
+    beat, beaten = wire.encode(Heartbeat(rss_bytes=0, gpu_bytes=0)), time.monotonic()
+    while True:
+        for link, _ in poller.poll(1000):
+            workers[link].answer()
+        if time.monotonic() - beaten > 1:
+            beaten = time.monotonic()
+            for link in workers:
+                link.send_multipart(beat)
+
+
+@main.command()
+@click.option("--jobs", default=100_000, show_default=True)
+@click.option("--workers", "each", default=4, show_default=True, help="of each stage")
+def orchestrator(jobs: int, each: int) -> None:
+    """Jobs a second through three stages of workers that do nothing, and the orchestrator's memory on the way."""
+    with tempfile.TemporaryDirectory(prefix="tb-") as folder:
+        clients, workers = f"ipc://{folder}/c", f"ipc://{folder}/w"
+        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers,
+                   "--queue-limit", "10000", "--cache-bytes", "1000000000", "--picture-bytes", "4000000000"]  # fmt: skip
+        with (Path(folder) / "log").open("wb") as log:
+            process = subprocess.Popen(command, stderr=log)
+        doing_nothing = subprocess.Popen([sys.executable, __file__, "_work", workers, str(each)])
+        try:
+            while not (Path(folder) / "stack.json").exists():
+                time.sleep(0.01)
+            push(Client(folder, timeout=60), psutil.Process(process.pid), jobs)
+        finally:
+            doing_nothing.kill()
+            process.terminate()
+            process.wait()
+
+
+def push(client: Client, process: psutil.Process, jobs: int) -> None:
+    """Keep between 2,000 and 4,000 jobs queued until all are done."""
+    client.submit("warm up")
+    start, cpu, sent, marks = time.perf_counter(), sum(process.cpu_times()[:2]), 0, []
+    while (done := dict(client.stack().counts).get("done", 0)) < jobs:
+        if sent < jobs and sent - done < 2000:
+            count = min(1000, jobs - sent)
+            client.submit_many([JobRequest(prompt=f"prompt {sent + i}") for i in range(count)])
+            sent += count
+        if done >= (len(marks) + 1) * jobs // 10:
+            marks.append(round(process.memory_info().rss / 1e6, 1))
+        threading.Event().wait(0.02)
+    seconds = time.perf_counter() - start
+    row(what="orchestrator", jobs=jobs, jobs_per_s=round(jobs / seconds), goal_jobs_per_s=1000, rss_mb=marks,
+        cpu_ms_per_job=round(1000 * (sum(process.cpu_times()[:2]) - cpu) / jobs, 3))  # fmt: skip
+    client.close()
+
+
+@main.command("_work", hidden=True)
+@click.argument("endpoint")
+@click.argument("each", type=int)
+def _work(endpoint: str, each: int) -> None:
+    work(endpoint, each)
+
+
+if __name__ == "__main__":
+    main()
