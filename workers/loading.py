@@ -15,7 +15,7 @@ import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
 
-from protocol.errors import DoesNotFit, TriptychError
+from protocol.errors import DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import Stage
 from protocol.units import format_bytes
 from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
@@ -81,7 +81,14 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
 
 
 def _has_weights(source: Source, name: str) -> bool:
-    return any((source.folder / name).glob("*.safetensors"))
+    """Models have a config.json; tokenizers and schedulers name theirs otherwise. ModelMissing if only that is there."""
+    if not (source.folder / name / "config.json").exists():
+        return False
+    if not any((source.folder / name).glob("*.safetensors")):
+        raise ModelMissing(
+            f"{source.model!r} has no safetensors weights for its {name}.", f"With a network: hf download {source.model}."
+        )
+    return True
 
 
 def load_weights(

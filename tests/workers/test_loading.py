@@ -1,10 +1,13 @@
 """Where components go, decided from sizes alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.stacks import triptych
+from workers import stage_file
 from workers.describe import describe
 from workers.loading import choose, weight_bytes
 from workers.source import locate, read, stages_of
@@ -48,3 +51,33 @@ def test_the_demo_model_ships_and_says_what_it_takes() -> None:
     assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 64)
     assert model.steps <= 12
     assert sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()) <= 20_000_000
+
+
+def hub_cache(home: Path, folder: Path) -> Path:
+    """A Hugging Face cache that holds a model as 'tiny/flux', as a download leaves it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = home / "hub" / "models--tiny--flux"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    snapshot = repo / "snapshots" / commit
+    shutil.copytree(folder, snapshot)
+    return snapshot
+
+
+def test_a_hub_model_is_used_from_the_cache_with_its_commit_as_revision(
+    flux_dev: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = hub_cache(tmp_path, flux_dev)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    run = ("worker", "text", "--standalone", "--model", "tiny/flux", "--device", "cpu", "--prompt", "a star", "-o", "e.st")
+    done = triptych(*run, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    recipe, _ = stage_file.read(tmp_path / "e.st", "text")
+    assert (recipe.model, recipe.revision) == ("tiny/flux", snapshot.name)
+    next((snapshot / "text_encoder_2").glob("*.safetensors")).unlink()
+    missing = triptych(*run, cwd=tmp_path)
+    assert missing.returncode == 4
+    assert "no safetensors weights for its text_encoder_2" in missing.stderr
+    unknown = triptych(*run[:4], "tiny/other", *run[5:], cwd=tmp_path)
+    assert unknown.returncode == 4
+    assert "not in the Hugging Face cache" in unknown.stderr
