@@ -15,7 +15,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.errors import BadRequest
@@ -27,7 +27,14 @@ def _bytes(value: object) -> object:
     return parse_bytes(value) if isinstance(value, str) else value
 
 
-Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0), PlainSerializer(lambda v: f"{v}B", return_type=str)]
+def _amounts(value: object) -> object:
+    """'15GB,12GB', '16GB', or a list of such."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+
+Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
 
 
 class Settings(BaseModel):
@@ -40,7 +47,7 @@ class StageConfig(Settings):
     workers: Annotated[int, Field(ge=0, le=64)] = 1
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
     gpus: tuple[int, ...] | None = None  # None: all
-    max_memory: Bytes | None = None  # on each GPU; None: all that is free
+    max_memory: Amounts = ()  # of each GPU: one for all, or one each; none: all that is free
 
 
 class StackConfig(Settings):

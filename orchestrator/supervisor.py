@@ -192,8 +192,8 @@ class Supervisor:
             arguments += ["--revision", self.config.revision]
         if config.gpus is not None:
             arguments += ["--gpus", ",".join(map(str, config.gpus))]
-        if config.max_memory is not None:
-            arguments += ["--max-memory", f"{config.max_memory}B"]
+        if config.max_memory:
+            arguments += ["--max-memory", ",".join(f"{amount}B" for amount in config.max_memory)]
         return Child(name, stage, arguments, self.folder.log(name), self._lifeline)
 
     def _scale(self, stage: Stage, count: int) -> None:

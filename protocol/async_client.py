@@ -177,7 +177,9 @@ class AsyncClient:
         self._answers[number] = answer
         try:
             while (left := limit - loop.time()) > 0:
-                if not await self._socket.poll((left if self._answered else min(left, CONNECT_SECONDS)) * 1000, zmq.POLLOUT):
+                if not await self._socket.poll(
+                    (left if self._answered else min(left, CONNECT_SECONDS)) * 1000, zmq.POLLOUT
+                ):
                     raise no_stack(f"at {self._where}")
                 await self._socket.send_multipart(frames)
                 pause = min(left, RESEND_SECONDS) if cls in REPEATABLE else left

@@ -299,9 +299,29 @@ class Done(Message):
     request: Count
 
 
-FROM_WORKER: tuple[type[Message], ...] = (WorkerHello, Ready, Heartbeat, Started, Progress, Result, TaskFailed, WorkerGoodbye)
+FROM_WORKER: tuple[type[Message], ...] = (
+    WorkerHello,
+    Ready,
+    Heartbeat,
+    Started,
+    Progress,
+    Result,
+    TaskFailed,
+    WorkerGoodbye,
+)
 FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes)
-FROM_CLIENT: tuple[type[Message], ...] = (Submit, Watch, GetJobs, FetchPictures, Cancel, Retry, GetWorkers, GetStack, Restart, Scale)
+FROM_CLIENT: tuple[type[Message], ...] = (
+    Submit,
+    Watch,
+    GetJobs,
+    FetchPictures,
+    Cancel,
+    Retry,
+    GetWorkers,
+    GetStack,
+    Restart,
+    Scale,
+)
 TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, CancelTask, Committed, Beat, Error)
 TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartStage, Error)
 TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Done, Error)

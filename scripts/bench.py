@@ -111,7 +111,13 @@ def compare(client: Client, one_process: Callable[[str, int], Any], jobs: int) -
         client.wait(job.id)
         client.raw_pictures(job.id)
     stack_rate = jobs / (time.perf_counter() - start)
-    row(what="throughput", one_process_per_s=alone_rate, stack_per_s=stack_rate, ratio=stack_rate / alone_rate, goal_ratio=1.0)
+    row(
+        what="throughput",
+        one_process_per_s=alone_rate,
+        stack_per_s=stack_rate,
+        ratio=stack_rate / alone_rate,
+        goal_ratio=1.0,
+    )
 
 
 def timed(make: Callable[[str, int], Any], prompt: str, seed: int) -> float:
@@ -182,8 +188,8 @@ def orchestrator(jobs: int, each: int) -> None:
     """Jobs a second through three stages of workers that do nothing, and the orchestrator's memory on the way."""
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         clients, workers = f"ipc://{folder}/c", f"ipc://{folder}/w"
-        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers,
-                   "--queue-limit", "10000", "--cache-bytes", "1000000000", "--picture-bytes", "4000000000"]  # fmt: skip
+        limits = ["--queue-limit", "10000", "--cache-bytes", "1000000000", "--picture-bytes", "4000000000"]
+        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers, *limits]
         with (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(command, stderr=log)
         doing_nothing = subprocess.Popen([sys.executable, __file__, "_work", workers, str(each)])

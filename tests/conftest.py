@@ -30,6 +30,8 @@ def state() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def stack(flux_dev: Path) -> Iterator[RunningStack]:
     """One stack on the tiny Flux in float32, shared by tests that leave it as they found it."""
-    with tempfile.TemporaryDirectory(prefix="tt-") as folder:
-        with running_stack(Path(folder), "--model", str(flux_dev), "--device", "cpu") as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory(prefix="tt-") as folder,
+        running_stack(Path(folder), "--model", str(flux_dev), "--device", "cpu") as running,
+    ):
+        yield running

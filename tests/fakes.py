@@ -22,9 +22,20 @@ from protocol.sockets import dealer, receive
 from protocol.tensors import Tensor
 
 MODEL = ModelDescription(
-    model="fake", revision="r1", pipeline="FakePipeline", size_multiple=16, width=64, height=64, max_pixels=1 << 20,
-    steps=4, guidance=3.5, cfg_scale=1.0, negative_prompt=True, max_sequence_length=64, max_sequence_limit=512,
-)  # fmt: skip
+    model="fake",
+    revision="r1",
+    pipeline="FakePipeline",
+    size_multiple=16,
+    width=64,
+    height=64,
+    max_pixels=1 << 20,
+    steps=4,
+    guidance=3.5,
+    cfg_scale=1.0,
+    negative_prompt=True,
+    max_sequence_length=64,
+    max_sequence_limit=512,
+)
 OUTPUTS: dict[Stage, Tensor] = {
     "text": Tensor("prompt_embeds", "float32", (1, 2), bytes(8)),
     "denoise": Tensor("decode:0", "float32", (1, 2), bytes(8)),
@@ -44,9 +55,14 @@ class FakeWorker:
         self.seen: list[wire.Envelope] = []
         self.say(
             WorkerHello(
-                name=name or f"fake-{stage}", stage=stage, pid=os.getpid(), host=socket.gethostname(), device="none",
-                dtype="float32", model=model,
-            )  # fmt: skip
+                name=name or f"fake-{stage}",
+                stage=stage,
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                device="none",
+                dtype="float32",
+                model=model,
+            )
         )
         self.hear(Welcome)
 
@@ -97,10 +113,24 @@ class Orchestrator:
 
     def start(self) -> None:
         command = [
-            sys.executable, "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder),
-            "--clients", self.endpoints.clients, "--workers", self.endpoints.workers, "--queue-limit", "50",
-            "--cache-bytes", "1000000", "--picture-bytes", "1000000", *self._arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "orchestrator.cli",
+            "_orchestrate",
+            "--state",
+            str(self.folder),
+            "--clients",
+            self.endpoints.clients,
+            "--workers",
+            self.endpoints.workers,
+            "--queue-limit",
+            "50",
+            "--cache-bytes",
+            "1000000",
+            "--picture-bytes",
+            "1000000",
+            *self._arguments,
+        ]
         (self.folder / "stack.json").unlink(missing_ok=True)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None

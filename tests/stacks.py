@@ -38,9 +38,12 @@ class RunningStack:
 def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
     """`triptych up` with its workers ready; stopped at the end, and it must stop cleanly."""
     process = subprocess.Popen(
-        [*TRIPTYCH, "up", "--state", str(folder), "--json", *arguments], stdout=subprocess.PIPE, text=True, env=environment(),
+        [*TRIPTYCH, "up", "--state", str(folder), "--json", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -62,5 +65,11 @@ def triptych(*arguments: str, folder: Path | None = None, cwd: Path | None = Non
     """The command line, as a person runs it."""
     state: Sequence[str] = ["--state", str(folder)] if folder else []
     return subprocess.run(
-        [*TRIPTYCH, *arguments, *state], capture_output=True, text=True, env=environment(), timeout=120, cwd=cwd, check=False
+        [*TRIPTYCH, *arguments, *state],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=120,
+        cwd=cwd,
+        check=False,
     )

@@ -55,7 +55,9 @@ def test_bad_input_is_one_clear_line_and_nothing_is_queued(
 
 
 def test_submit_writes_pictures_and_prints_their_paths(stack: RunningStack, tmp_path: Path) -> None:
-    done = triptych("submit", "a red star", *SMALL, "-n", "2", "--seed", "4", "-o", "x.png", folder=stack.folder, cwd=tmp_path)
+    done = triptych(
+        "submit", "a red star", *SMALL, "-n", "2", "--seed", "4", "-o", "x.png", folder=stack.folder, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["x-1.png", "x-2.png"]
     assert "denoising" in done.stderr
@@ -143,7 +145,9 @@ def test_doctor_ends_in_the_next_command(stack: RunningStack, state: Path) -> No
 
 
 def test_run_needs_no_stack_and_leaves_none(flux_schnell: Path, tmp_path: Path) -> None:
-    done = triptych("run", "a red star", *SMALL, "--model", str(flux_schnell), "--device", "cpu", "-o", "x.png", cwd=tmp_path)
+    done = triptych(
+        "run", "a red star", *SMALL, "--model", str(flux_schnell), "--device", "cpu", "-o", "x.png", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "x.png\n"
     assert (tmp_path / "x.png").exists()
@@ -160,7 +164,7 @@ def test_settings_come_from_flags_environment_and_file_in_this_order(tmp_path: P
     file.write_text('model = "m"\n[stages.denoise]\nworkers = 2\ngpus = [0, 1]\nmax_memory = "16GB"\n')
     config = load_config(file, {"model": "n"}, {"denoise": {"workers": "3"}})
     assert (config.model, config.stage("denoise").workers, config.stage("denoise").gpus) == ("n", 3, (0, 1))
-    assert config.stage("denoise").max_memory == 16_000_000_000
+    assert config.stage("denoise").max_memory == (16_000_000_000,)
     for text, words in (("modle = 1", "modle"), ("x", "not valid TOML"), ("[stages.sampler]\nworkers=1", "sampler")):
         file.write_text(text)
         with pytest.raises(BadRequest, match=words):

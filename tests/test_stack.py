@@ -45,7 +45,9 @@ def test_each_stage_killed_between_jobs_comes_back_and_the_bits_stay(state: Path
         for stage in ("text", "denoise", "vae"):
             old = pid_of(stack.client.workers(), f"{stage}-1")
             os.kill(old, signal.SIGKILL)
-            job = stack.client.submit("a red star", seed=1, max_sequence_length=511 if stage == "text" else None, **SMALL)
+            job = stack.client.submit(
+                "a red star", seed=1, max_sequence_length=511 if stage == "text" else None, **SMALL
+            )
             stack.client.wait(job.id, timeout=120)
             new = until(stack, lambda w, stage=stage: up(w, stage) == 1)
             assert pid_of(new, f"{stage}-1") != old
@@ -62,7 +64,9 @@ def test_two_denoisers_share_the_jobs(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         assert triptych("scale", "denoise=2", folder=state).returncode == 0
         until(stack, lambda w: up(w, "denoise") == 2)
-        jobs = stack.client.submit_many([JobRequest(prompt="a star", seed=i, **(SMALL | {"steps": 6})) for i in range(8)])
+        jobs = stack.client.submit_many(
+            [JobRequest(prompt="a star", seed=i, **(SMALL | {"steps": 6})) for i in range(8)]
+        )
         workers = {stack.client.wait(job.id, timeout=120).records[1].worker for job in jobs}
         assert workers == {"denoise-1", "denoise-2"}
         stack.client.scale("denoise", 1)
@@ -106,7 +110,7 @@ def test_no_process_outlives_the_supervisor(number: signal.Signals, state: Path,
     assert len(children) == 4
     process.send_signal(number)
     process.communicate(timeout=30)
-    gone, alive = psutil.wait_procs(children, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=15)
     assert alive == []
     for _ in range(2):  # and the folder is free for the next
         with contextlib.suppress(NoStack), running_stack(state, "--model", str(flux_dev), "--device", "cpu"):

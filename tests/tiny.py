@@ -46,38 +46,71 @@ def t5_tokenizer() -> T5Tokenizer:
 def clip(projection: bool = False) -> Any:
     size = len(clip_tokenizer())
     config = CLIPTextConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        projection_dim=32, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1,
-    )  # fmt: skip
+        vocab_size=size,
+        hidden_size=32,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=size - 2,
+        eos_token_id=size - 1,
+        pad_token_id=size - 1,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def t5() -> T5EncoderModel:
     config = T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=len(t5_tokenizer()),
+        d_model=32,
+        d_kv=8,
+        d_ff=37,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    )
     return T5EncoderModel(config).eval()
 
 
 def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=latent_channels, norm_num_groups=4, layers_per_block=1,
-        sample_size=SIZE, shift_factor=0.1, scaling_factor=0.4, **settings,
-    ).eval()  # fmt: skip
+        block_out_channels=(16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=SIZE,
+        shift_factor=0.1,
+        scaling_factor=0.4,
+        **settings,
+    ).eval()
 
 
 def flux(guidance_embeds: bool = True) -> FluxPipeline:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=guidance_embeds,
-    )  # fmt: skip
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=guidance_embeds,
+    )
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds), vae=vae(), text_encoder=clip(),
-        tokenizer=clip_tokenizer(), text_encoder_2=t5(), tokenizer_2=t5_tokenizer(), transformer=transformer.eval(),
-    )  # fmt: skip
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=guidance_embeds),
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+        transformer=transformer.eval(),
+    )
 
 
 def sd15() -> StableDiffusionPipeline:
@@ -85,13 +118,24 @@ def sd15() -> StableDiffusionPipeline:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=SIZE // 2, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=SIZE // 2,
+        norm_num_groups=4,
+        cross_attention_dim=32,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=clip(), tokenizer=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=clip(),
+        tokenizer=clip_tokenizer(),
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def sdxl() -> StableDiffusionXLPipeline:
@@ -99,15 +143,30 @@ def sdxl() -> StableDiffusionXLPipeline:
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=SIZE // 2, norm_num_groups=4, cross_attention_dim=64,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(2, 4), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=8, transformer_layers_per_block=(1, 1), projection_class_embeddings_input_dim=80,
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=SIZE // 2,
+        norm_num_groups=4,
+        cross_attention_dim=64,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        transformer_layers_per_block=(1, 1),
+        projection_class_embeddings_input_dim=80,
+    )
     return StableDiffusionXLPipeline(
-        vae=vae(), text_encoder=clip(), text_encoder_2=clip(projection=True), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), unet=unet.eval(), scheduler=EulerDiscreteScheduler(steps_offset=1), add_watermarker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=clip(),
+        text_encoder_2=clip(projection=True),
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(),
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(steps_offset=1),
+        add_watermarker=False,
+    )
 
 
 def sd3() -> StableDiffusion3Pipeline:
@@ -115,17 +174,39 @@ def sd3() -> StableDiffusion3Pipeline:
 
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
-        sample_size=SIZE // 2, patch_size=1, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=64, out_channels=4,
-    )  # fmt: skip
-    encoder = T5EncoderModel(T5Config(
-        vocab_size=len(t5_tokenizer()), d_model=64, d_kv=8, d_ff=37, num_layers=1, num_heads=4, tie_word_embeddings=False,
-    )).eval()  # fmt: skip
+        sample_size=SIZE // 2,
+        patch_size=1,
+        in_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        out_channels=4,
+    )
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer()),
+            d_model=64,
+            d_kv=8,
+            d_ff=37,
+            num_layers=1,
+            num_heads=4,
+            tie_word_embeddings=False,
+        )
+    ).eval()
     return StableDiffusion3Pipeline(
-        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(),
-        text_encoder=clip(projection=True), tokenizer=clip_tokenizer(), text_encoder_2=clip(projection=True),
-        tokenizer_2=clip_tokenizer(), text_encoder_3=encoder, tokenizer_3=t5_tokenizer(),
-    )  # fmt: skip
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=clip(projection=True),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=clip(projection=True),
+        tokenizer_2=clip_tokenizer(),
+        text_encoder_3=encoder,
+        tokenizer_3=t5_tokenizer(),
+    )
 
 
 def chroma() -> DiffusionPipeline:
@@ -133,14 +214,25 @@ def chroma() -> DiffusionPipeline:
 
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 4, 8), approximator_hidden_dim=32, approximator_layers=1,
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_hidden_dim=32,
+        approximator_layers=1,
         approximator_num_channels=16,
-    )  # fmt: skip
+    )
     return ChromaPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(), text_encoder=t5(), tokenizer=t5_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
         transformer=transformer.eval(),
-    )  # fmt: skip
+    )
 
 
 def pixart() -> DiffusionPipeline:
@@ -148,13 +240,23 @@ def pixart() -> DiffusionPipeline:
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=SIZE // 2, num_layers=1, patch_size=2, attention_head_dim=8, num_attention_heads=4,
-        caption_channels=32, in_channels=4, out_channels=8, cross_attention_dim=32,
-    )  # fmt: skip
+        sample_size=SIZE // 2,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        caption_channels=32,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=32,
+    )
     return PixArtSigmaPipeline(
-        transformer=transformer.eval(), vae=vae(), scheduler=EulerDiscreteScheduler(steps_offset=1), text_encoder=t5(),
+        transformer=transformer.eval(),
+        vae=vae(),
+        scheduler=EulerDiscreteScheduler(steps_offset=1),
+        text_encoder=t5(),
         tokenizer=t5_tokenizer(),
-    )  # fmt: skip
+    )
 
 
 def save(pipeline: DiffusionPipeline, folder: Path) -> Path:

@@ -29,7 +29,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
-@click.option("--max-memory", metavar="16GB", help="The most that this worker may use of each GPU.")
+@click.option("--max-memory", metavar="16GB[,12GB]", help="The most that this worker may use of each GPU.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
 @click.option(
@@ -119,6 +119,6 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         revision=options["revision"],
         device=options["device"],
         dtype=options["dtype"],
-        max_memory=parse_bytes(limit) if limit else None,
+        max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),
         name=name,
     )

@@ -79,7 +79,11 @@ def guidance_arguments(pipeline: DiffusionPipeline) -> tuple[str | None, str | N
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """(width, height) in pixels, as the pipeline's own `height or …` gives them."""
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    sample = getattr(pipeline, "default_sample_size", None) or getattr(getattr(denoiser, "config", None), "sample_size", None) or 128
+    sample = (
+        getattr(pipeline, "default_sample_size", None)
+        or getattr(getattr(denoiser, "config", None), "sample_size", None)
+        or 128
+    )
     rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
     scale = pipeline.vae_scale_factor
     return int(columns * scale), int(rows * scale)

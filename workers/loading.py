@@ -15,7 +15,7 @@ import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
 
-from protocol.errors import DoesNotFit, ModelMissing, TriptychError
+from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import Stage
 from protocol.units import format_bytes
 from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
@@ -30,14 +30,22 @@ WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "v
 
 @dataclass(slots=True)
 class Devices:
-    """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones."""
+    """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones.
+
+    A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
+    after the other up to it.
+    """
 
     primary: torch.device
     room: dict[int, int] = field(default_factory=dict)
+    evenly: bool = True
 
     @staticmethod
-    def of(device: str, max_memory: int | None) -> "Devices":
-        """All visible GPUs for 'cuda', one for 'cuda:1'; `max_memory` bytes of each, or all that is free."""
+    def of(device: str, max_memory: tuple[int, ...]) -> "Devices":
+        """All visible GPUs for 'cuda', one for 'cuda:1'.
+
+        `max_memory` caps this process's allocator: bytes of each GPU, one amount for all or one each; () is all.
+        """
         chosen = torch.device(device)
         if chosen.type != "cuda":
             return Devices(chosen)
@@ -46,8 +54,18 @@ class Devices:
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
             )
         indices = range(torch.cuda.device_count()) if chosen.index is None else [chosen.index]
-        room = {i: min(torch.cuda.mem_get_info(i)[0], max_memory or 1 << 60) for i in indices}
-        return Devices(torch.device("cuda", next(iter(room))), room)
+        if len(max_memory) not in (0, 1, len(indices)):
+            raise BadRequest(
+                f"--max-memory has {len(max_memory)} amounts for {len(indices)} GPU(s).", "Give one, or one for each."
+            )
+        limits = max_memory if len(max_memory) == len(indices) else max_memory * len(indices)
+        room: dict[int, int] = {}
+        for i, gpu in enumerate(indices):
+            free, total = torch.cuda.mem_get_info(gpu)
+            room[gpu] = min(free, limits[i]) if limits else free
+            if limits:
+                torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
+        return Devices(torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2)
 
 
 @dataclass(slots=True)
@@ -81,12 +99,13 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
 
 
 def _has_weights(source: Source, name: str) -> bool:
-    """Models have a config.json; tokenizers and schedulers name theirs otherwise. ModelMissing if only that is there."""
+    """Models have a config.json; tokenizers and schedulers name theirs otherwise. Else ModelMissing."""
     if not (source.folder / name / "config.json").exists():
         return False
     if not any((source.folder / name).glob("*.safetensors")):
         raise ModelMissing(
-            f"{source.model!r} has no safetensors weights for its {name}.", f"With a network: hf download {source.model}."
+            f"{source.model!r} has no safetensors weights for its {name}.",
+            f"With a network: hf download {source.model}.",
         )
     return True
 
@@ -109,14 +128,15 @@ def load_weights(
             module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
         return module, [(name, f"cuda:{place}")]
     if place is None:
-        total = sum(devices.room.values())
+        total, gpus = sum(devices.room.values()), len(devices.room)
         raise DoesNotFit(
             f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
-            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {len(devices.room)} GPU(s).",
+            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {gpus} GPU(s).",
             f"Give the stage more GPUs, or the CPU: --gpus {stage}=0,1 or --device {stage}=cpu.",
         )
     log.info("%s (%s) is spread under %s", name, format_bytes(size), place)
-    module = cls.from_pretrained(source.folder, device_map="auto", max_memory=place, **arguments).eval()
+    device_map = "auto" if devices.evenly else "sequential"
+    module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
     spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
     return module, spread
 

@@ -35,7 +35,7 @@ class WorkerSettings:
     revision: str | None
     device: str  # auto, cpu, mps, cuda, cuda:N
     dtype: str  # auto or a name in DTYPES
-    max_memory: int | None  # bytes on each GPU
+    max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
 
 

@@ -36,9 +36,9 @@ def stack_options(command: Command) -> Command:
         click.option("--workers", multiple=True, metavar="STAGE=N", help="Workers of a stage: denoise=2. [default: 1]"),
         click.option("--device", multiple=True, metavar="[STAGE=]DEVICE", help="cpu, cuda, mps or auto."),
         click.option("--gpus", multiple=True, metavar="[STAGE=]0,1", help="The GPUs that all or one may use."),
-        click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB", help="The most to use of each GPU."),
+        click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB[,…]", help="The most to use of each GPU."),
         click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
-        click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: a private socket]"),
+        click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
     )):  # fmt: skip
         command = option(command)
     return command

@@ -22,7 +22,13 @@ def open_store(folder: Path) -> Store:
 
 def job(number: int) -> LiveJob:
     return LiveJob(
-        id=f"job{number}", number=number, priority=0, recipe=recipe(seed=number), text_key="k", request="{}", created=1.0
+        id=f"job{number}",
+        number=number,
+        priority=0,
+        recipe=recipe(seed=number),
+        text_key="k",
+        request="{}",
+        created=1.0,
     )
 
 

@@ -12,7 +12,9 @@ from protocol.units import format_bytes, parse_bytes
 from tests.protocol.test_recipes import recipe
 
 
-@pytest.mark.parametrize(("text", "count"), [("16GB", 16 * 10**9), ("16 gib", 16 << 30), ("1.5MB", 1_500_000), ("7", 7)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("16GB", 16 * 10**9), ("16 gib", 16 << 30), ("1.5MB", 1_500_000), ("7", 7)]
+)
 def test_amounts_of_memory(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
@@ -32,7 +34,9 @@ def test_local_endpoints_are_taken(endpoint: str) -> None:
     check_endpoint(endpoint)
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.1.2.3:1", "tcp://127.0.0.1", "x", "ipc://"])
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.1.2.3:1", "tcp://127.0.0.1", "x", "ipc://"]
+)
 def test_endpoints_beyond_loopback_are_refused(endpoint: str) -> None:
     with pytest.raises(BadRequest):
         check_endpoint(endpoint)

@@ -69,7 +69,19 @@ def test_a_hub_model_is_used_from_the_cache_with_its_commit_as_revision(
 ) -> None:
     snapshot = hub_cache(tmp_path, flux_dev)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    run = ("worker", "text", "--standalone", "--model", "tiny/flux", "--device", "cpu", "--prompt", "a star", "-o", "e.st")
+    run = (
+        "worker",
+        "text",
+        "--standalone",
+        "--model",
+        "tiny/flux",
+        "--device",
+        "cpu",
+        "--prompt",
+        "a star",
+        "-o",
+        "e.st",
+    )
     done = triptych(*run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     recipe, _ = stage_file.read(tmp_path / "e.st", "text")

@@ -70,7 +70,9 @@ def test_three_stages_equal_the_plain_pipeline(family: str, guided: bool, tmp_pa
 
 def test_each_stage_loads_only_its_own_weights(flux_dev: Path) -> None:
     source = read(str(flux_dev), flux_dev, None)
-    text, denoise, vae = (load(source, stage, Devices(CPU), torch.float32).pipeline for stage in ("text", "denoise", "vae"))
+    text, denoise, vae = (
+        load(source, stage, Devices(CPU), torch.float32).pipeline for stage in ("text", "denoise", "vae")
+    )
     assert text.transformer is None
     assert text.vae is None
     assert denoise.text_encoder is None
@@ -90,7 +92,9 @@ def test_description_is_read_from_configuration_and_code(flux_dev: Path, flux_sc
     assert (sd15.guidance, sd15.cfg_scale, sd15.max_sequence_length, sd15.max_sequence_limit) == (None, 7.5, None, 77)
 
 
-def test_a_folder_and_its_copy_have_one_fingerprint_and_a_changed_weight_another(flux_dev: Path, tmp_path: Path) -> None:
+def test_a_folder_and_its_copy_have_one_fingerprint_and_a_changed_weight_another(
+    flux_dev: Path, tmp_path: Path
+) -> None:
     import shutil
 
     copy = tmp_path / "copy"
