@@ -43,6 +43,11 @@ class StackFolder:
     def logs(self) -> Path:
         return self.path / "logs"
 
+    @property
+    def turns(self) -> Path:
+        """Locked by the worker that computes on the CPU."""
+        return self.path / "cpu.lock"
+
     def log(self, process: str) -> Path:
         return self.logs / f"{process}.log"
 

@@ -187,6 +187,7 @@ class Supervisor:
         arguments = [
             "-m", "orchestrator.cli", "worker", stage, "--connect", self._endpoints.workers, "--name", name,
             "--model", self.config.model, "--device", config.device, "--dtype", self._dtype,
+            "--turns", str(self.folder.turns),
         ]  # fmt: skip
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]

@@ -31,6 +31,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
 @click.option("--max-memory", metavar="16GB[,12GB]", help="The most that this worker may use of each GPU.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
+@click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: STAGE.safetensors or out.png]"
@@ -103,7 +104,8 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
     endpoint = options["connect"]
     if endpoint is None:
-        endpoint = published(options["state"] or default_folder()).workers
+        folder = options["state"] or default_folder()
+        endpoint, options["turns"] = published(folder).workers, folder / "cpu.lock"
     check_endpoint(endpoint)
     serve(worker_settings(stage, name, options), endpoint)
 
@@ -121,4 +123,5 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         dtype=options["dtype"],
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),
         name=name,
+        turns=options["turns"],
     )

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, StageError
 from workers.text import TextStage
+from workers.turns import turn
 from workers.vae import VaeStage
 
 log = logging.getLogger(__name__)
 
 StageRunner = TextStage | DenoiseStage | VaeStage
+Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
 Event = tuple[Message, list[Tensor]]
+PROGRESS_SECONDS = 0.05  # faster steps share a message: nobody reads more, and each costs the computation a little
 PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
 
 
@@ -54,12 +58,12 @@ def run_measured(
 class Hands:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
-    def __init__(self, load: Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]) -> None:
+    def __init__(self, load: Load, turns: Path | None) -> None:
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load = load
+        self._load, self._turns = load, turns
         self._tasks: queue.SimpleQueue[tuple[Task, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
@@ -95,13 +99,21 @@ class Hands:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
         extra = {"job": task.job}
 
+        told = 0.0
+
         def report(step: int, steps: int) -> None:
+            nonlocal told
             if (task.job, task.attempt) in self._cancelled:
                 raise Cancelled
-            self._emit((Progress(**key, step=step, steps=steps) if step else Started(**key), []))
+            if step == 0:
+                self._emit((Started(**key), []))
+            elif step == steps or time.monotonic() - told >= PROGRESS_SECONDS:
+                told = time.monotonic()
+                self._emit((Progress(**key, step=step, steps=steps), []))
 
         try:
-            done = run_measured(runner, task.recipe, tensors, report)
+            with turn(self._turns):
+                done = run_measured(runner, task.recipe, tensors, report)
         except Cancelled:
             log.info("cancelled", extra=extra)
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))

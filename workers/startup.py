@@ -37,6 +37,7 @@ class WorkerSettings:
     dtype: str  # auto or a name in DTYPES
     max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
+    turns: Path | None = None  # lock file of those that compute on this CPU
 
 
 def resolve_device(device: str) -> str:
@@ -110,6 +111,8 @@ def serve(settings: WorkerSettings, endpoint: str) -> None:
         model=prepared.description,
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
-    WorkerLoop(endpoint, hello, tokenizer, Hands(prepared.load)).run()
+    WorkerLoop(
+        endpoint, hello, tokenizer, Hands(prepared.load, settings.turns if prepared.device == "cpu" else None)
+    ).run()
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
