@@ -15,7 +15,7 @@ from protocol.process import LIFELINE
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long the next failure counts as the first again
 LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
-UNRECOVERABLE = (2, 4)  # exit codes after which another try gives the same: usage, model missing
+UNRECOVERABLE = (2, 4, 5)  # exit codes after which another try gives the same: usage, model missing, does not fit
 
 
 @dataclass(slots=True)
@@ -33,6 +33,7 @@ class Child:
     start_at: float = 0.0  # monotonic seconds, while waiting
     started: float = 0.0
     wanted: bool = True
+    exit_code: int = 0  # of the last end
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -63,7 +64,7 @@ class Child:
         if self.process is None or (code := self.process.poll()) is None:
             return None
         pid, asked = self.process.pid, self.state == "stopping"
-        self.process = None
+        self.process, self.exit_code = None, code
         self.reason = "restarted on request" if asked else exit_reason(code, self.log)
         if not asked:
             self.failures = 1 if time.monotonic() - self.started > HEALTHY_SECONDS else self.failures + 1

@@ -24,7 +24,7 @@ from orchestrator.folder import StackFolder
 from orchestrator.gpus import list_gpus
 from protocol import wire
 from protocol.endpoints import Endpoints
-from protocol.errors import ModelMissing, TriptychError
+from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import STAGES, Stage
 from protocol.messages import TO_SUPERVISOR, Message, Processes, RestartStage, SetScale, SupervisorHello
 from protocol.sockets import dealer, receive, send
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
 HELLO_SECONDS = 1.0  # the supervisor says hello again and again: the orchestrator may be a new one
+BY_EXIT_CODE: dict[int, type[TriptychError]] = {cls.exit_code: cls for cls in (BadRequest, ModelMissing, DoesNotFit)}
 Notice = Callable[[str], None]
 
 
@@ -61,7 +62,7 @@ class Supervisor:
     # -- life -----------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until a signal, whose number it returns, or `stop()`. Raises ModelMissing if no worker can ever start."""
+        """Until a signal, whose number it returns, or `stop()`. Raises what keeps a stage from ever starting."""
         with self.folder.lock("supervisor"), self._signals():
             try:
                 while not self._signal:
@@ -135,13 +136,12 @@ class Supervisor:
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
 
     def _refuse_hopeless(self) -> None:
-        """Where the settings can't work, say why instead of standing there without workers."""
-        children = [child for stage in STAGES for child in self._workers[stage]]
-        if not self._orchestrator.wanted:
-            raise TriptychError(f"The orchestrator can't start: {last_line(self._orchestrator)}")
-        hopeless = [child for child in children if not child.wanted]
-        if hopeless and len(hopeless) == len(children):
-            raise ModelMissing(last_line(hopeless[0]))
+        """Where the settings can't work from the start, say why instead of standing there without a stage."""
+        groups = [[self._orchestrator], *self._workers.values()]
+        for group in groups:
+            hopeless = [child for child in group if not child.wanted and child.restarts == 1]
+            if hopeless and len(hopeless) == len(group):
+                raise BY_EXIT_CODE[hopeless[0].exit_code](last_line(hopeless[0]))
 
     def _shut_down(self) -> None:
         """Workers first, so that they hand back what they have; the orchestrator commits and goes last."""
