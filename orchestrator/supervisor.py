@@ -8,7 +8,6 @@ import contextlib
 import errno
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -27,7 +26,7 @@ from protocol.endpoints import Endpoints
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import STAGES, Stage
 from protocol.messages import TO_SUPERVISOR, Message, Processes, RestartStage, SetScale, SupervisorHello
-from protocol.sockets import dealer, receive, send
+from protocol.sockets import dealer, new_identity, receive, send
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +225,7 @@ class Supervisor:
         if self._dead or now - self._said_hello >= HELLO_SECONDS:
             self._said_hello = now
             if self._link is None:
-                self._link = dealer(self._context, self._endpoints.workers, secrets.token_bytes(16))
+                self._link = dealer(self._context, self._endpoints.workers, new_identity())
             views = tuple(child.view() for child in self._children())
             dead = tuple(self._dead)
             if self._say(SupervisorHello(pid=os.getpid())) and self._say(Processes(processes=views, exited_pids=dead)):

@@ -22,6 +22,7 @@ from protocol.messages import (
     Submit,
     Watch,
 )
+from protocol.sockets import new_identity
 from protocol.tensors import Buffer
 
 CONNECT_SECONDS = 2.0  # for the first contact; a stack that has answered before is waited for
@@ -37,7 +38,7 @@ class Conversation:
     """Pairs questions with answers by number."""
 
     def __init__(self) -> None:
-        self.identity = secrets.token_bytes(16)
+        self.identity = new_identity()
         self._numbers = itertools.count(1)
 
     def ask(self, cls: type[Question], **fields: Any) -> tuple[int, list[Buffer]]:

@@ -1,6 +1,7 @@
 """ZeroMQ sockets with every default that hurts set to something that doesn't (design: private, local, bounded)."""
 
 import ipaddress
+import secrets
 import urllib.parse
 from collections.abc import Sequence
 
@@ -37,6 +38,11 @@ def router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     socket.bind(endpoint)
     return socket
+
+
+def new_identity() -> bytes:
+    """A name for one incarnation of a peer; ZeroMQ keeps those that begin with a zero byte for itself."""
+    return b"T" + secrets.token_bytes(15)
 
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:

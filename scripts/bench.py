@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from protocol import wire
 from protocol.client import Client
 from protocol.jobs import JobRequest, ModelDescription, Stage
 from protocol.messages import Heartbeat, Ready, WorkerHello
-from protocol.sockets import dealer
+from protocol.sockets import dealer, new_identity
 from protocol.tensors import Tensor
 
 TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
@@ -145,7 +144,7 @@ class NullWorker:
     """Answers a task at once, with as little work of its own as can be."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, stage: Stage, number: int) -> None:
-        self.socket = dealer(context, endpoint, uuid.uuid4().bytes)
+        self.socket = dealer(context, endpoint, new_identity())
         self.socket.poll(10_000, zmq.POLLOUT)
         hello = WorkerHello(name=f"{stage}-{number}", stage=stage, pid=os.getpid(), host=socket.gethostname(),
                             device="none", dtype="float32", model=MODEL)  # fmt: skip

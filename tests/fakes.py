@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +17,7 @@ from protocol.client import Client
 from protocol.endpoints import Endpoints, published
 from protocol.jobs import ModelDescription, Stage
 from protocol.messages import TO_WORKER, Error, Heartbeat, Message, Ready, Result, Task, Welcome, WorkerHello
-from protocol.sockets import dealer, receive
+from protocol.sockets import dealer, new_identity, receive
 from protocol.tensors import Tensor
 
 MODEL = ModelDescription(
@@ -51,7 +50,7 @@ class FakeWorker:
     def __init__(self, endpoint: str, stage: Stage, name: str | None = None, model: ModelDescription = MODEL) -> None:
         self.stage = stage
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = dealer(self._context, endpoint, uuid.uuid4().bytes)
+        self.socket = dealer(self._context, endpoint, new_identity())
         self.seen: list[wire.Envelope] = []
         self.say(
             WorkerHello(
@@ -171,7 +170,7 @@ def orchestrator(folder: Path, *arguments: str) -> Iterator[Orchestrator]:
 def raw_dealer(endpoint: str) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:
     """A peer that sends whatever it likes."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    peer = dealer(context, endpoint, uuid.uuid4().bytes)
+    peer = dealer(context, endpoint, new_identity())
     assert peer.poll(PATIENCE_MS, zmq.POLLOUT)
     return context, peer
 

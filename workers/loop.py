@@ -7,13 +7,12 @@ that was not yet committed goes with it.
 import logging
 import signal
 import time
-import uuid
 from types import FrameType
 
 import zmq
 
 from protocol import wire
-from protocol.errors import TriptychError
+from protocol.errors import TriptychError, from_wire
 from protocol.messages import (
     TO_WORKER,
     Beat,
@@ -29,7 +28,7 @@ from protocol.messages import (
     WorkerGoodbye,
     WorkerHello,
 )
-from protocol.sockets import dealer, receive, send
+from protocol.sockets import dealer, new_identity, receive, send
 from protocol.tensors import Tensor
 from workers.hands import Hands, resident_bytes
 
@@ -78,7 +77,7 @@ class WorkerLoop:
 
     def _connect(self) -> None:
         self._close()
-        self._socket = dealer(self._context, self._endpoint, uuid.uuid4().bytes)
+        self._socket = dealer(self._context, self._endpoint, new_identity())
         self._poller.register(self._socket, zmq.POLLIN)
         self._heard = self._beaten = time.monotonic()
         self._welcome = False
@@ -144,8 +143,8 @@ class WorkerLoop:
                     self._result = None
             case Error(code="not_found"):
                 self._connect()
-            case Error(code=code, message=message) if code in ("version", "protocol"):
-                self._stop_reason = f"the orchestrator refused: {message}"
+            case Error(code=code, message=message, hint=hint) if code in ("version", "protocol"):
+                raise from_wire(code, message, hint)
             case Beat() | Error():
                 pass
 
