@@ -114,10 +114,11 @@ def phrase(thing: Thing, rng: random.Random, plain: bool) -> str:
     return f"{article}{noun} {place}".strip()
 
 
-def wording(scene: Scene, rng: random.Random, plain: bool = False) -> str:
-    """A prompt for the scene; `plain` gives the full standard form without synonyms."""
+def compose(scene: Scene, rng: random.Random, plain: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    """A prompt for the scene, and where in it each object's own words begin and end; see `wording`."""
     join = " and " if plain else rng.choice(JOINS)
-    body = join.join(phrase(thing, rng, plain) for thing in scene.things)
+    phrases = [phrase(thing, rng, plain) for thing in scene.things]
+    body = join.join(phrases)
     opening = "" if plain else rng.choice(OPENINGS)
     if scene.background < 0:
         text = opening + body
@@ -137,7 +138,17 @@ def wording(scene: Scene, rng: random.Random, plain: bool = False) -> str:
         text = opening + rng.choice(forms)
     if not plain and rng.random() < 0.15:
         text += "."
-    return text
+    spans, end = [], text.index(body)
+    for words in phrases:
+        start = text.index(words, end)
+        end = start + len(words)
+        spans.append((start, end))
+    return text, spans
+
+
+def wording(scene: Scene, rng: random.Random, plain: bool = False) -> str:
+    """A prompt for the scene; `plain` gives the full standard form without synonyms."""
+    return compose(scene, rng, plain)[0]
 
 
 def vocabulary() -> list[str]:

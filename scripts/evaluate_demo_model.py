@@ -116,7 +116,7 @@ def _overlaps(want: torch.Tensor, tried: torch.Tensor, atlas: torch.Tensor) -> t
 
 
 def paint(pipeline: FluxPipeline, prompts: list[str], steps: int, size: int, seed: int, batch: int) -> list[np.ndarray]:
-    defaults = {"num_inference_steps": steps, "height": size, "width": size, "max_sequence_length": 64}
+    defaults = {"num_inference_steps": steps, "height": size, "width": size, "max_sequence_length": 48}
     generator = torch.Generator("cpu").manual_seed(seed)
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):

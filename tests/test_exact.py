@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.stacks import RunningStack, running_stack
-from tests.tiny import plain
+from tests.tiny import needs_gpus, plain
 
 PROMPT = "a large red circle at the top left"
 CASES = {
@@ -25,9 +25,9 @@ CASES = {
 }
 
 
-def both(stack: RunningStack, folder: Path, dtype: torch.dtype, ours: dict, theirs: dict) -> None:
+def both(stack: RunningStack, folder: Path, dtype: torch.dtype, ours: dict, theirs: dict, device: str = "cpu") -> None:
     arguments = {"height": 32, "width": 32, "num_inference_steps": 3, "max_sequence_length": 48, "seed": 5} | theirs
-    wanted = plain(folder, dtype, prompt=PROMPT, **arguments)
+    wanted = plain(folder, dtype, device, prompt=PROMPT, **arguments)
     options = {"height": 32, "width": 32, "steps": 3, "max_sequence_length": 48, "seed": 5} | ours
     _, first = stack.picture(PROMPT, **options)
     again, second = stack.picture(PROMPT, **options)
@@ -41,21 +41,26 @@ def test_float32_equals_plain_pipeline_cold_and_cached(case: str, stack: Running
     both(stack, flux_dev, torch.float32, *CASES[case])
 
 
-def test_bfloat16_equals_plain_pipeline(state: Path, flux_dev: Path) -> None:
-    with running_stack(state, "--model", str(flux_dev), "--device", "cpu", "--dtype", "bfloat16") as stack:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))])
+def test_bfloat16_equals_plain_pipeline(state: Path, flux_dev: Path, device: str) -> None:
+    with running_stack(state, "--model", str(flux_dev), "--device", device, "--dtype", "bfloat16") as stack:
         for ours, theirs in CASES.values():
-            both(stack, flux_dev, torch.bfloat16, ours, theirs)
+            both(stack, flux_dev, torch.bfloat16, ours, theirs, device)
 
 
-def test_demo_model_equals_plain_pipeline_by_its_defaults(state: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", "float32"), pytest.param("cuda:0", "bfloat16", marks=needs_gpus(1))]
+)
+def test_demo_model_equals_plain_pipeline_by_its_defaults(state: Path, device: str, dtype: str) -> None:
     from workers.source import DEMO_FOLDER
 
     prompt = "a small blue star in the center on a white background"
-    with running_stack(state, "--device", "cpu") as stack:
+    with running_stack(state, "--device", device) as stack:
         job, pictures = stack.picture(prompt, seed=3)
     recipe = job.recipe
+    assert recipe.dtype == dtype
     wanted = plain(
-        DEMO_FOLDER, prompt=prompt, height=recipe.height, width=recipe.width, num_inference_steps=recipe.steps,
-        max_sequence_length=recipe.max_sequence_length, seed=3,
+        DEMO_FOLDER, getattr(torch, dtype), device, prompt=prompt, height=recipe.height, width=recipe.width,
+        num_inference_steps=recipe.steps, max_sequence_length=recipe.max_sequence_length, seed=3,
     )  # fmt: skip
     assert torch.equal(pictures, wanted)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -264,13 +265,18 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> Path:
     return folder
 
 
-def plain(folder: Path, dtype: torch.dtype = torch.float32, **arguments: Any) -> torch.Tensor:
+def plain(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments: Any) -> torch.Tensor:
     """Pictures of the plain pipeline in one process, uint8 (n, height, width, 3)."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype)
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     seed = arguments.pop("seed")
     images = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images
     return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+
+def needs_gpus(count: int) -> pytest.MarkDecorator:
+    """Tests of what only a GPU can show; the logic behind it is tested on the CPU, too."""
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA GPU(s)")
 
 
 def environment() -> dict[str, str]:

@@ -127,16 +127,22 @@ def load_weights(
         if place != devices.primary.index:
             module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
         return module, [(name, f"cuda:{place}")]
+    total, gpus = sum(devices.room.values()), len(devices.room)
+    too_large = DoesNotFit(
+        f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
+        f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {gpus} GPU(s).",
+        f"Give the stage more GPUs, or the CPU: --gpus {stage}=0,1 or --device {stage}=cpu.",
+    )
     if place is None:
-        total, gpus = sum(devices.room.values()), len(devices.room)
-        raise DoesNotFit(
-            f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
-            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {gpus} GPU(s).",
-            f"Give the stage more GPUs, or the CPU: --gpus {stage}=0,1 or --device {stage}=cpu.",
-        )
+        raise too_large
     log.info("%s (%s) is spread under %s", name, format_bytes(size), place)
     device_map = "auto" if devices.evenly else "sequential"
-    module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
+    try:
+        module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
+    except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
+        if "offload" not in str(error):
+            raise
+        raise too_large from error
     spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
     return module, spread
 

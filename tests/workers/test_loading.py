@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.stacks import triptych
-from workers import stage_file
+from tests.tiny import needs_gpus
+from workers import loading, stage_file
 from workers.describe import describe
-from workers.loading import choose, weight_bytes
+from workers.loading import Devices, choose, load, weight_bytes
 from workers.source import locate, read, stages_of
 
 GB = 10**9
@@ -37,6 +38,32 @@ def test_weights_are_sized_from_headers_at_the_dtype_they_will_have(flux_dev: Pa
     assert full < sum(p.stat().st_size for p in (flux_dev / "transformer").glob("*.safetensors")) < full + 100_000
 
 
+@needs_gpus(2)
+def test_layers_spread_over_two_gpus_give_the_bits_of_one(flux_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = read("x", flux_dev, None)
+    size = weight_bytes(source, "transformer", torch.float32)
+    monkeypatch.setitem(loading.WORKSPACE, "denoise", 0)
+    cuda = torch.device("cuda:0")
+    found = []
+    for room in ({0: 2 * size}, {0: int(0.95 * size), 1: int(0.95 * size)}):
+        loaded = load(source, "denoise", Devices(cuda, room, evenly=False), torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        transformer = loaded.pipeline.transformer
+        found.append(
+            transformer(
+                hidden_states=torch.randn(1, 16, transformer.config.in_channels, generator=generator).to(cuda),
+                encoder_hidden_states=torch.randn(1, 8, 32, generator=generator).to(cuda),
+                pooled_projections=torch.randn(1, 32, generator=generator).to(cuda),
+                timestep=torch.tensor([0.5], device=cuda),
+                guidance=torch.tensor([3.5], device=cuda),
+                img_ids=torch.zeros(16, 3, device=cuda),
+                txt_ids=torch.zeros(8, 3, device=cuda),
+            ).sample.cpu()
+        )
+    assert {where for _, where in loaded.device_map} == {"cuda:0", "cuda:1"}
+    assert torch.equal(*found)
+
+
 def test_components_belong_to_stages_by_their_names() -> None:
     assert stages_of("text_encoder_2") == stages_of("tokenizer") == ("text",)
     assert stages_of("transformer_2") == stages_of("unet") == ("denoise",)
@@ -48,7 +75,7 @@ def test_the_demo_model_ships_and_says_what_it_takes() -> None:
     source = locate("demo", None, "text")
     model = describe(source)
     assert model.demo
-    assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 64)
+    assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 48)
     assert model.steps <= 12
     assert sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()) <= 20_000_000
 
