@@ -19,7 +19,7 @@ from orchestrator.store import Store
 from orchestrator.watchers import Watchers
 from protocol.errors import Conflict, NotFound, QueueFull
 from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, StageRecord
-from protocol.messages import CancelTask, Committed, JobEvent, Progress, Result, Started, Task, TaskFailed, TaskKey
+from protocol.messages import CancelTask, Committed, JobEvent, Progress, Result, Task, TaskFailed, TaskKey
 from protocol.recipes import CountTokens, resolve, text_key, token_counter
 from protocol.tensors import Tensor
 
@@ -179,10 +179,6 @@ class Engine:
         self.queues.add(job)
 
     # -- what workers say -----------------------------------------------------------------------
-
-    def started(self, task: Started) -> None:
-        if job := self._current(task):
-            self.announce(job)
 
     def progress(self, task: Progress) -> None:
         if job := self._current(task):

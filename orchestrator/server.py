@@ -1,7 +1,7 @@
 """The orchestrator's loop: take what has come, decide, commit, then answer.
 
 One thread, two ROUTER sockets. All messages that wait are handled before one commit, so a busy stack pays for few;
-nothing is sent before the commit that it depends on. Whatever a peer sends, the loop goes on.
+nothing is promised before the commit that it depends on. Whatever a peer sends, the loop goes on.
 """
 
 import errno
@@ -31,7 +31,6 @@ from protocol.messages import (
     Progress,
     Ready,
     Result,
-    Started,
     SupervisorHello,
     TaskFailed,
     Welcome,
@@ -93,8 +92,10 @@ class Server:
             handle(bytes(identity), frames)
 
     def _settle(self) -> None:
-        """Commit, then send; sending may free workers' hands, so tasks go out in the same round."""
+        """Commit, then send. Tasks alone go first: they promise nothing, and their workers need not wait for a disk."""
         self.engine.assign()
+        for letter in self.outbox.drain_tasks():
+            self._post(letter)
         self.store.commit()
         for letter in self.outbox.drain():
             self._post(letter)
@@ -166,8 +167,6 @@ class Server:
             case Heartbeat() as beat:
                 engine.fleet.beat(worker, beat)
                 self.outbox.to_worker(identity, Beat())
-            case Started() as task:
-                engine.started(task)
             case Progress() as task:
                 engine.progress(task)
             case Result() as result:

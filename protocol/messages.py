@@ -84,11 +84,9 @@ class TaskKey(Message):
     attempt: Count
 
 
-class Started(TaskKey):
-    kind = "started"
-
-
 class Progress(TaskKey):
+    """Some steps are done, and more are to come."""
+
     kind = "progress"
     step: Count
     steps: Count
@@ -303,7 +301,6 @@ FROM_WORKER: tuple[type[Message], ...] = (
     WorkerHello,
     Ready,
     Heartbeat,
-    Started,
     Progress,
     Result,
     TaskFailed,

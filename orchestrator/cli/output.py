@@ -3,18 +3,37 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+import click
 
 from protocol.errors import BadRequest
 from protocol.jobs import Job
 from protocol.tensors import Tensor
 
 
-def check_output(output: Path | None, pictures: int) -> None:
-    """BadRequest if nothing could be written there; a folder is taken for many."""
+class OutputPath(click.Path):
+    """A file, or a folder; one that is named with a slash at its end is made."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if str(value).endswith(os.sep):
+            try:
+                Path(value).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise BadRequest(
+                    f"The folder {str(value)!r} can't be made: {error.strerror}.", "Choose another place with -o."
+                ) from error
+        return super().convert(value, param, ctx)
+
+
+def check_output(output: Path | None) -> None:
+    """BadRequest if nothing could be written there."""
     target = output or Path(".")
     folder = target if target.is_dir() or output is None else target.parent
     if output is not None and not target.is_dir() and target.suffix.lower() != ".png":
-        raise BadRequest(f"-o {str(output)!r} is not a PNG file or a folder that is there.", "Name it FILE.png.")
+        raise BadRequest(
+            f"-o {str(output)!r} is not a PNG file or a folder that is there.", "Name it FILE.png, or FOLDER/."
+        )
     if not folder.is_dir():
         raise BadRequest(
             f"-o {str(output)!r}: there is no folder {str(folder)!r}.", "Make it first, or choose another."

@@ -41,7 +41,7 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
     triptych run "a lighthouse in a storm" --model black-forest-labs/FLUX.1-schnell --steps 4
     """
     requests = requests_from(prompts, options)
-    check_output(options["output"], len(requests))
+    check_output(options["output"])
     if not options["quiet"]:
         print("Starting a stack …", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="triptych-") as scratch:

@@ -17,7 +17,7 @@ from orchestrator.cli.options import (
     state_folder,
     state_option,
 )
-from orchestrator.cli.output import check_output, paths_for, write
+from orchestrator.cli.output import OutputPath, check_output, paths_for, write
 from protocol.client import Client
 from protocol.conversation import raise_unless_done
 from protocol.errors import BadRequest, NoStack
@@ -26,7 +26,7 @@ from protocol.jobs import ENDED, Job, JobRequest
 MODEL_SECONDS = 600.0  # to load a model's configuration, a download of it included
 
 output_option = click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="A PNG file or a folder. [default: triptych-JOB.png here]"
+    "-o", "--output", type=OutputPath(path_type=Path), help="A PNG file or a FOLDER/. [default: triptych-JOB.png here]"
 )
 timeout_option = click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this; jobs go on.")
 
@@ -50,7 +50,7 @@ def submit(prompts: tuple[str, ...], state: Path | None, **options: Any) -> None
     """
     requests = requests_from(prompts, options)
     if not options["no_wait"]:
-        check_output(options["output"], len(requests))
+        check_output(options["output"])
     with Client(state_folder(state)) as client:
         make(client, requests, options)
 
@@ -109,7 +109,7 @@ def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
 @state_option
 def wait(job_ids: tuple[str, ...], state: Path | None, **options: Any) -> None:
     """Wait for JOBs and write their pictures."""
-    check_output(options["output"], len(job_ids))
+    check_output(options["output"])
     with Client(state_folder(state)) as client:
         collect(client, [client.job(job_id) for job_id in job_ids], options)
 
@@ -124,7 +124,7 @@ def wait(job_ids: tuple[str, ...], state: Path | None, **options: Any) -> None:
 @state_option
 def retry(targets: tuple[str, ...], state: Path | None, **options: Any) -> None:
     """Run failed or cancelled JOBs again from their last finished stage, or make a PNG's picture again, bit for bit."""
-    check_output(options["output"], len(targets))
+    check_output(options["output"])
     files = [Path(target) for target in targets if target.lower().endswith(".png")]
     if files and len(files) < len(targets):
         raise BadRequest("Jobs and PNG files don't go together.", "Give one kind at a time.")

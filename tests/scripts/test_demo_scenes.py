@@ -19,13 +19,26 @@ def drawn(scene: scenes.Scene) -> np.ndarray:
 
 
 def test_training_prompts_never_ask_for_a_held_out_combination_and_every_test_prompt_does() -> None:
-    _, _, seen = training._prompts((1, 300))
+    seen = training._prompts((1, 300))[-1]
     given = [t for s in seen for t in s.things if min(t.color, t.shape, t.size, t.place) >= 0]
     assert given
     assert not any(scenes.held_out(t.color, t.shape, t.size, t.place) for t in given)
     for _, scene in evaluation.held_out_prompts(50, seed=1):
         assert any(scenes.held_out(t.color, t.shape, t.size, t.place) for t in scene.things)
         assert not scenes.overlaps(scene)
+
+
+def test_each_token_belongs_to_the_object_whose_words_it_is_among() -> None:
+    _, ids, owner, seen = training._prompts((1, 100))
+    t5 = training.t5_tokenizer()
+    for row, of, scene in zip(ids, owner, seen, strict=True):
+        words = [t5.decode(row[of == k]).lower().split() for k in (0, 1)]
+        assert bool(words[1]) == (len(scene.things) == 2)
+        for thing, found in zip(scene.things, words, strict=False):
+            named = scenes.SHAPE_WORDS[scenes.SHAPES[thing.shape]] if thing.shape >= 0 else scenes.ANY_SHAPE
+            assert any(name.split()[0] in found for name in named)
+            for color, forms in scenes.COLOR_WORDS.items():  # of its own color's words, and of no other's
+                assert any(form in found for form in forms) == (list(scenes.COLORS).index(color) == thing.color)
 
 
 def test_what_prompts_leave_open_is_filled_in_without_held_out_combinations() -> None:
