@@ -1,6 +1,7 @@
 """Where a stack can be reached: its folder names the sockets while it runs."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,9 @@ class Endpoints:
 
 
 def default_folder() -> Path:
-    """Where a stack lives when nobody says: `triptych` in the user's state folder."""
-    return Path(platformdirs.user_state_dir("triptych", appauthor=False))
+    """Where a stack lives: TRIPTYCH_STATE, or else `triptych` in the user's state folder."""
+    named = os.environ.get("TRIPTYCH_STATE")
+    return Path(named) if named else Path(platformdirs.user_state_dir("triptych", appauthor=False))
 
 
 def published(folder: Path) -> Endpoints:

@@ -48,6 +48,12 @@ def test_the_asyncio_client_follows_many_jobs_at_once(stack: RunningStack) -> No
     asyncio.run(main())
 
 
+def test_the_environment_names_the_stack(stack: RunningStack, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIPTYCH_STATE", str(stack.folder))
+    with triptych.Client() as client:
+        assert client.stack().model is not None
+
+
 def test_clients_without_a_stack_say_so(state: Path) -> None:
     with pytest.raises(triptych.NoStack):
         triptych.Client(state)
