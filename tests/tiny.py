@@ -44,13 +44,13 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
 
 
-def clip(projection: bool = False) -> Any:
+def clip(projection: bool = False, layers: int = 2) -> Any:
     size = len(clip_tokenizer())
     config = CLIPTextConfig(
         vocab_size=size,
         hidden_size=32,
         intermediate_size=37,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         projection_dim=32,
         bos_token_id=size - 2,
@@ -60,13 +60,13 @@ def clip(projection: bool = False) -> Any:
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
-def t5() -> T5EncoderModel:
+def t5(layers: int = 2) -> T5EncoderModel:
     config = T5Config(
         vocab_size=len(t5_tokenizer()),
         d_model=32,
         d_kv=8,
         d_ff=37,
-        num_layers=2,
+        num_layers=layers,
         num_heads=4,
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
@@ -89,13 +89,13 @@ def vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
     ).eval()
 
 
-def flux(guidance_embeds: bool = True) -> FluxPipeline:
+def flux(guidance_embeds: bool = True, depth: int = 1) -> FluxPipeline:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
+        num_layers=depth,
+        num_single_layers=2 * depth,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -170,7 +170,7 @@ def sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-def sd3() -> StableDiffusion3Pipeline:
+def sd3(depth: int = 2) -> StableDiffusion3Pipeline:
     from diffusers import SD3Transformer2DModel
 
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def sd3() -> StableDiffusion3Pipeline:
         sample_size=SIZE // 2,
         patch_size=1,
         in_channels=4,
-        num_layers=2,
+        num_layers=depth,
         attention_head_dim=8,
         num_attention_heads=4,
         joint_attention_dim=64,
@@ -210,15 +210,15 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
-def chroma() -> DiffusionPipeline:
+def chroma(depth: int = 1) -> DiffusionPipeline:
     from diffusers import ChromaPipeline, ChromaTransformer2DModel
 
     torch.manual_seed(0)
     transformer = ChromaTransformer2DModel(
         patch_size=1,
         in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=depth,
+        num_single_layers=depth,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -236,13 +236,13 @@ def chroma() -> DiffusionPipeline:
     )
 
 
-def pixart() -> DiffusionPipeline:
+def pixart(depth: int = 1) -> DiffusionPipeline:
     from diffusers import PixArtSigmaPipeline, PixArtTransformer2DModel
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
         sample_size=SIZE // 2,
-        num_layers=1,
+        num_layers=depth,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=4,

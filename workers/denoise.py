@@ -1,5 +1,7 @@
 """Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
 
+import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from protocol.jobs import Recipe
 from protocol.tensors import Tensor
 from workers.describe import call_parameters, guidance_arguments
 from workers.loading import Loaded
+from workers.modulation import Call, Results
 from workers.outcome import Cancelled, Outcome, Report, StageError
 from workers.skeleton import Decoding
 from workers.torch_tensors import Value, pack, unpack
@@ -17,17 +20,44 @@ from workers.torch_tensors import Value, pack, unpack
 class DenoiseStage:
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.pipeline, self.device = loaded.pipeline, device
+        self.residencies = tuple(loaded.residencies.values())
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them."""
         try:
-            self.pipeline(**self.arguments(recipe, tensors, report))
-        except Decoding as decoding:
-            return Outcome(pack(self.travelling(decoding)))
+            with contextlib.ExitStack() as stack:
+                for residency in self.residencies:
+                    foresee = functools.partial(self.foresee, residency.module, recipe, tensors)
+                    stack.enter_context(residency.job(foresee if len(self.residencies) == 1 else None))
+                decoding = self.until_decoding(self.arguments(recipe, tensors, report))
         except Cancelled:
             reset_caches(self.pipeline)
             raise
+        return Outcome(pack(self.travelling(decoding)))
+
+    def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
+        try:
+            self.pipeline(**arguments)
+        except Decoding as decoding:
+            return decoding
         raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
+
+    def foresee(
+        self, denoiser: torch.nn.Module, recipe: Recipe, tensors: tuple[Tensor, ...], results: Results
+    ) -> list[Call]:
+        """All forwards of a job, by its own loop run dry: the denoiser gives zeros, so only the latents are wrong."""
+        calls: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            calls.append(Call(args, kwargs))
+            return results.zeros(calls[-1])
+
+        denoiser.forward = record
+        try:
+            self.until_decoding(self.arguments(recipe, tensors, lambda step, steps: None))
+        finally:
+            del denoiser.forward
+        return calls
 
     def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> dict[str, Any]:
         parameters = call_parameters(self.pipeline)

@@ -1,7 +1,7 @@
 """A stage's pipeline with its weights in place, each component where it fits.
 
 One GPU if a component fits on one; else its layers over all GPUs of the stage by accelerate's `device_map="auto"`
-under `max_memory`. What fits nowhere is refused before it is loaded.
+under `max_memory`; else streamed through the first GPU. What can't even be streamed is refused.
 """
 
 import json
@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import Stage
 from protocol.units import format_bytes
+from workers.residency import Residency
 from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
 from workers.source import Source, stages_of
 
@@ -33,12 +34,14 @@ class Devices:
     """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones.
 
     A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
-    after the other up to it.
+    after the other up to it. A CPU has room for everything, unless it stands in for a small GPU: then each component's
+    weights may take `simulated` bytes at a time.
     """
 
     primary: torch.device
     room: dict[int, int] = field(default_factory=dict)
     evenly: bool = True
+    simulated: int | None = None
 
     @staticmethod
     def of(device: str, max_memory: tuple[int, ...]) -> "Devices":
@@ -48,7 +51,7 @@ class Devices:
         """
         chosen = torch.device(device)
         if chosen.type != "cuda":
-            return Devices(chosen)
+            return Devices(chosen, simulated=min(max_memory, default=None))
         if not torch.cuda.is_available():
             raise TriptychError(
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
@@ -70,10 +73,11 @@ class Devices:
 
 @dataclass(slots=True)
 class Loaded:
-    """A stage's pipeline and where its modules are, (module, device)."""
+    """A stage's pipeline, where its modules are, (module, device), and the residency of those on a GPU of their own."""
 
     pipeline: DiffusionPipeline
     device_map: tuple[tuple[str, str], ...]
+    residencies: dict[str, Residency] = field(default_factory=dict)  # by component
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> Loaded:
@@ -82,11 +86,14 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
     wanted = source.components(stage)
     parts: dict[str, Any] = {}
     spread: list[tuple[str, str]] = []
+    residencies: dict[str, Residency] = {}
     with quiet():
         for name in sorted(expected_components(cls)):
             if name in wanted and _has_weights(source, name):
-                parts[name], places = load_weights(source, name, stage, devices, dtype)
+                parts[name], places, residency = load_weights(source, name, stage, devices, dtype)
                 spread += places
+                if residency:
+                    residencies[name] = residency
             elif name in wanted:
                 parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
             elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
@@ -95,7 +102,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
                 parts[name] = None
         pipeline = cls(**parts, **plain_settings(source, cls))
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread))
+    return Loaded(pipeline, tuple(spread), residencies)
 
 
 def _has_weights(source: Source, name: str) -> bool:
@@ -112,37 +119,53 @@ def _has_weights(source: Source, name: str) -> bool:
 
 def load_weights(
     source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype
-) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
-    """One component, and where its parts went."""
+) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
+    """One component, where its parts went, and its residency if it is on one device."""
     arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
     cls = component_class(source, name)
-    if not devices.room:
+    if not devices.room and devices.simulated is None:
         module = cls.from_pretrained(source.folder, **arguments).to(devices.primary).eval()
-        return module, [(name, str(devices.primary))]
+        return module, [(name, str(devices.primary))], None
     size = weight_bytes(source, name, dtype)
-    place = choose(size, devices.room, WORKSPACE[stage])
-    if isinstance(place, int):
+    place = choose(size, devices.room, WORKSPACE[stage]) if devices.room else devices.simulated
+    if isinstance(place, dict):
+        return *spread_layers(source, name, devices, place, arguments), None
+    if isinstance(place, int) and devices.room and place != devices.primary.index:
         devices.room[place] -= size
         module = cls.from_pretrained(source.folder, **arguments).eval().to(f"cuda:{place}")
-        if place != devices.primary.index:
-            module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
-        return module, [(name, f"cuda:{place}")]
-    total, gpus = sum(devices.room.values()), len(devices.room)
-    too_large = DoesNotFit(
-        f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
-        f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(total)} are free on {gpus} GPU(s).",
-        f"Give the stage more GPUs, or the CPU: --gpus {stage}=0,1 or --device {stage}=cpu.",
-    )
-    if place is None:
-        raise too_large
-    log.info("%s (%s) is spread under %s", name, format_bytes(size), place)
+        module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
+        return module, [(name, f"cuda:{place}")], None
+    residency = Residency(name, cls.from_pretrained(source.folder, **arguments).eval(), devices.primary)
+    if devices.simulated is not None:
+        budget = devices.simulated
+    elif place is None:
+        budget = devices.room[next(iter(devices.room))] - WORKSPACE[stage]
+    else:
+        budget = residency.total_bytes
+    residency.swap_in(budget)
+    if devices.room:
+        devices.room[next(iter(devices.room))] -= residency.device_bytes
+    log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
+    where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
+    return residency.module, [(name, where)], residency
+
+
+def spread_layers(
+    source: Source, name: str, devices: Devices, place: dict[int, int], arguments: dict[str, Any]
+) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
+    """A component's layers over several GPUs, by accelerate."""
+    log.info("%s is spread under %s", name, place)
     device_map = "auto" if devices.evenly else "sequential"
+    cls = component_class(source, name)
     try:
         module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
     except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
         if "offload" not in str(error):
             raise
-        raise too_large from error
+        raise DoesNotFit(
+            f"The layers of {name} of {source.model!r} leave gaps, and don't fit {place} bytes on these GPUs.",
+            "Give a little more with --max-memory.",
+        ) from error
     spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
     return module, spread
 

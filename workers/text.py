@@ -5,6 +5,7 @@ the names of `__call__`'s arguments, which is how the denoiser takes them.
 """
 
 import ast
+import contextlib
 import inspect
 import textwrap
 from typing import Any
@@ -22,12 +23,15 @@ from workers.torch_tensors import Value, pack
 class TextStage:
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.pipeline, self.device = loaded.pipeline, device
+        self.residencies = tuple(loaded.residencies.values())
         self.names = returned_names(type(self.pipeline).encode_prompt)
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Embeddings under the names of `__call__`'s arguments, repeated for every picture of the job."""
         report(0, 1)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for residency in self.residencies:
+                stack.enter_context(residency.job(None))
             return Outcome(pack(self.embeddings(recipe)))
 
     def embeddings(self, recipe: Recipe) -> dict[str, Value]:

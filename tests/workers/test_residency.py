@@ -1,0 +1,212 @@
+"""Bits are the same wherever the weights are; planned from sizes, run on the CPU with the same code as on a GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTextModel, T5EncoderModel
+
+from protocol.errors import DoesNotFit
+from protocol.jobs import JobRequest
+from protocol.recipes import resolve
+from tests import tiny
+from tests.tiny import needs_gpus
+from workers.denoise import DenoiseStage
+from workers.describe import describe
+from workers.loading import Devices, load
+from workers.mapped import host_weights
+from workers.residency import Residency, block_rows
+from workers.source import read
+from workers.streaming import Block, plan_stream, room
+from workers.text import TextStage
+
+DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Components with several blocks each, as checkpoints leave them."""
+    folder = tmp_path_factory.mktemp("components")
+    torch.manual_seed(0)
+    FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=3, num_single_layers=6, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 4, 8), guidance_embeds=True,
+    ).save_pretrained(folder / "flux")  # fmt: skip
+    tiny.t5(layers=6).save_pretrained(folder / "t5")
+    tiny.clip(layers=6).save_pretrained(folder / "clip")
+    tiny.sd15().unet.save_pretrained(folder / "unet")
+    return folder
+
+
+def flux(module: torch.nn.Module, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return module(
+        hidden_states=torch.randn(1, 16, 16, generator=generator).to(device),
+        encoder_hidden_states=torch.randn(1, 8, 32, generator=generator).to(device),
+        pooled_projections=torch.randn(1, 32, generator=generator).to(device),
+        timestep=torch.tensor([0.5], device=device),
+        guidance=torch.tensor([3.5], device=device),
+        img_ids=torch.zeros(16, 3, device=device),
+        txt_ids=torch.zeros(8, 3, device=device),
+    ).sample
+
+
+def text(module: torch.nn.Module, device: str) -> torch.Tensor:
+    return module(torch.arange(1, 13, device=device)[None]).last_hidden_state
+
+
+def unet(module: torch.nn.Module, device: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(1, module.config.in_channels, 16, 16, generator=generator).to(device)
+    states = torch.randn(1, 8, module.config.cross_attention_dim, generator=generator).to(device)
+    return module(sample, torch.tensor(5, device=device), states).sample
+
+
+CASES: dict[str, tuple[type, Callable[[torch.nn.Module, str], torch.Tensor]]] = {
+    "flux": (FluxTransformer2DModel, flux),
+    "t5": (T5EncoderModel, text),
+    "clip": (CLIPTextModel, text),
+    "unet": (UNet2DConditionModel, unet),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_bits_are_equal_in_every_residency(case: str, device: str, folder: Path) -> None:
+    cls, run = CASES[case]
+    wanted = run(cls.from_pretrained(folder / case).eval().to(device), device)
+    residency = Residency(case, cls.from_pretrained(folder / case).eval(), torch.device(device))
+    states = []
+    for share in (1.0, 0.95, 0.8, 1.0, 0.6):
+        try:
+            residency.swap_in(int(residency.total_bytes * share))
+        except DoesNotFit:
+            continue
+        states.append(residency.state)
+        assert residency.device_bytes <= residency.total_bytes * share
+        for _ in range(3):  # the ring goes round
+            residency.start()
+            assert torch.equal(run(residency.module, device), wanted)
+        residency.swap_out()
+        assert residency.device_bytes == 0
+    assert states.count("in") == 2
+    assert "streamed" in states
+
+
+@torch.no_grad()
+def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(folder: Path) -> None:
+    module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
+    other = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
+    order = [4, 0, 3, 3, 1, 5, 2]
+    residency = Residency("flux", module, torch.device("cpu"))
+    residency.swap_in(int(residency.total_bytes * 0.7))
+    for model in (module, other):
+        model.single_transformer_blocks = torch.nn.ModuleList(model.single_transformer_blocks[i] for i in order)
+    assert residency.state == "streamed"
+    for _ in range(2):
+        assert torch.equal(flux(module, "cpu"), flux(other, "cpu"))
+
+
+@torch.no_grad()
+def test_a_run_that_breaks_off_leaves_the_next_one_right(folder: Path) -> None:
+    module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
+    wanted = flux(module, "cpu")
+    residency = Residency("flux", module, torch.device("cpu"))
+    residency.swap_in(int(residency.total_bytes * 0.6))
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = module.single_transformer_blocks[2].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        flux(module, "cpu")
+    hook.remove()
+    residency.start()
+    assert torch.equal(flux(module, "cpu"), wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loading_leaves_weights_in_the_mapped_file_and_a_cast_makes_a_private_copy(case: str, folder: Path) -> None:
+    cls, _ = CASES[case]
+    mapped = host_weights(cls.from_pretrained(folder / case), case)
+    assert mapped.private_bytes == 0
+    cast = host_weights(cls.from_pretrained(folder / case, dtype=torch.bfloat16), case)
+    assert cast.private_bytes == cast.nbytes == mapped.nbytes // 2
+
+
+def test_blocks_are_the_items_of_the_outermost_lists(folder: Path) -> None:
+    rows = block_rows(T5EncoderModel.from_pretrained(folder / "t5"))
+    assert rows == [f"encoder.block.{i}" for i in range(6)]
+    assert len(block_rows(FluxTransformer2DModel.from_pretrained(folder / "flux"))) == 9
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 50_000), min_size=1, max_size=8), min_size=1, max_size=12),
+    besides=st.integers(0, 100_000),
+    share=st.floats(0.05, 1.0),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_plan_keeps_to_its_budget_and_streams_evenly(sizes: list[list[int]], besides: int, share: float) -> None:
+    blocks = [Block(f"b{i}", {f"b{i}.{j}": size for j, size in enumerate(row)}) for i, row in enumerate(sizes)]
+    total = besides + sum(room(size) for row in sizes for size in row)
+    budget = int(total * share)
+    plan = plan_stream(blocks, total, budget)
+    if plan is None:
+        return
+    assert plan.resident_bytes(total) <= budget
+    for block, piece, offset in zip(blocks, plan.pieces, plan.offsets, strict=True):
+        assert set(piece) <= set(block.weights)
+        assert offset + sum(room(block.weights[name]) for name in piece) <= plan.ring_bytes
+
+
+def test_of_equal_blocks_each_gives_the_same() -> None:
+    blocks = [Block(f"b{i}", {f"b{i}.{n}": 19 << 20 for n in "qkvo"} | {f"b{i}.ff": 75 << 20}) for i in range(40)]
+    total = sum(room(size) for block in blocks for size in block.weights.values())
+    plan = plan_stream(blocks, total, int(total * 0.8))
+    assert plan is not None
+    streamed = [sum(blocks[i].weights[name] for name in piece) for i, piece in enumerate(plan.pieces)]
+    assert max(streamed) - min(streamed) <= 19 << 20
+    assert plan.resident_bytes(total) > total * 0.78
+
+
+def jobs(stage: DenoiseStage, folder: Path, cfg: bool) -> list[torch.Tensor]:
+    """Latents of three jobs after each other, of different sizes, steps and prompts."""
+    source = read("x", folder, None)
+    text = TextStage(load(source, "text", Devices(torch.device("cpu")), torch.float32), torch.device("cpu"))
+    found = []
+    for seed, (size, steps) in enumerate(((32, 2), (48, 3), (32, 4))):
+        request = JobRequest(
+            prompt=f"a red circle {seed}", width=size, height=size, steps=steps, seed=seed,
+            **({"cfg_scale": 2.0, "negative_prompt": "blurry"} if cfg else {}),
+        )  # fmt: skip
+        recipe = resolve(request, describe(source), "float32", None)
+        embeddings = tuple(text.run(recipe, (), lambda *_: None).tensors)
+        latents = stage.run(recipe, embeddings, lambda *_: None).tensors[0]
+        found.append(torch.frombuffer(bytearray(latents.data), dtype=torch.uint8))
+    return found
+
+
+@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("model", "ahead"), [("flux", True), ("sd3", True), ("chroma", False), ("pixart", False)])
+def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_some(
+    model: str, ahead: bool, device: str, cfg: bool, tmp_path: Path
+) -> None:
+    source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
+    where = torch.device(device)
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(where), torch.float32), where), tmp_path, cfg)
+    whole = load(source, "denoise", Devices(where, simulated=1 << 40), torch.float32).residencies["transformer"]
+    assert whole.state == "in"
+    for share in (0.9, 0.75):
+        budget = int(whole.total_bytes * share)
+        loaded = load(source, "denoise", Devices(where, simulated=budget), torch.float32)
+        residency = loaded.residencies["transformer"]
+        assert residency.state == "streamed"
+        assert all(map(torch.equal, jobs(DenoiseStage(loaded, where), tmp_path, cfg), wanted))
+        assert residency.device_bytes <= budget
+        assert (residency.modulation is not None) == ahead

@@ -1,0 +1,226 @@
+"""Adaptive-norm (modulation) weights, run once a job for all its steps and then let go.
+
+In a DiT they are a quarter of the bytes, and act on one vector a step that depends on nothing but the timestep and the
+prompt. So all vectors are known before the first step: each weight passes through a small buffer once a job, and its
+results for all steps are looked up from then on. The products are those of the loop, of the same shapes, so their bits
+are, too.
+
+Which layers these are is learned by watching a job: linear layers inside the blocks that all get the same few rows. No
+names of models or classes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from workers.lanes import Lane, Mark
+from workers.streaming import room, view_of
+
+MOST_ROWS = 8  # of a vector that counts as one a step, batch and guidance included
+LEAST_SHARE = 0.02  # of a model's bytes, below which it is not worth the trouble
+SLOTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one forward of the denoiser."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a forward gives for its input: for each tensor its dtype, and its sizes, None where they are the input's."""
+
+    tensors: tuple[tuple[torch.dtype, tuple[int | None, ...]], ...]
+
+    @staticmethod
+    def of(call: Call, results: Sequence[torch.Tensor]) -> "Results":
+        given = main_input(call).shape
+        return Results(
+            tuple(
+                (r.dtype, tuple(None if i < len(given) and n == given[i] else n for i, n in enumerate(r.shape)))
+                for r in results
+            )
+        )
+
+    def zeros(self, call: Call) -> tuple[torch.Tensor, ...]:
+        """Stand-ins of the right shapes, for a forward whose values don't matter."""
+        given = main_input(call)
+        return tuple(
+            torch.zeros(
+                [given.shape[i] if n is None else n for i, n in enumerate(sizes)], dtype=dtype, device=given.device
+            )
+            for dtype, sizes in self.tensors
+        )
+
+
+def main_input(call: Call) -> torch.Tensor:
+    """The latents: the first tensor with batch, sequence or channels, and more."""
+    values = (*call.args, *call.kwargs.values())
+    return next(v for v in values if isinstance(v, torch.Tensor) and v.ndim >= 3)
+
+
+class Reached(Exception):
+    """Not an error: the first modulation layer is about to run on this input."""
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        super().__init__("reached")
+        self.vector = vector
+
+
+@dataclass(slots=True)
+class Watch:
+    """What is seen of a model's linear layers in the first two forwards of a job, and of the model's output."""
+
+    module: torch.nn.Module
+    rows: Sequence[str]  # the blocks' names
+    inputs: dict[str, list[torch.Tensor]] = field(default_factory=dict)  # by layer, in the order of execution
+    results: Results | None = None  # None if a forward's result is no tuple of tensors
+    forwards: int = 0
+    _hooks: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> "Watch":
+        def linear(name: str) -> Callable[..., None]:
+            def see(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+                if self.forwards < 2 and args and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:
+                    self.inputs.setdefault(name, []).append(args[0].detach().clone())
+
+            return see
+
+        def forward(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            self.forwards += 1
+            if isinstance(result, tuple) and all(isinstance(part, torch.Tensor) for part in result):
+                self.results = Results.of(Call(args, kwargs), result)
+
+        for row in self.rows:
+            for name, layer in self.module.get_submodule(row).named_modules():
+                if isinstance(layer, torch.nn.Linear):
+                    self._hooks.append(layer.register_forward_pre_hook(linear(f"{row}.{name}")))
+        self._hooks.append(self.module.register_forward_hook(forward, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def layers(self) -> list[str]:
+        """Those that got the first one's input in both forwards; empty where it isn't worth it or can't be told."""
+        if self.forwards < 2 or self.results is None or not self.inputs:
+            return []
+        first = next(iter(self.inputs.values()))
+        found = [name for name, seen in self.inputs.items() if len(seen) == 2 and all(map(torch.equal, seen, first))]
+        size = sum(p.nbytes for name in found for p in self.module.get_submodule(name).parameters())
+        return found if size >= LEAST_SHARE * sum(p.nbytes for p in self.module.parameters()) else []
+
+
+class Modulation:
+    """The learned layers of one model, for the jobs that follow. `layers` are names of linear modules, in order."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        rows: Sequence[str],
+        layers: Sequence[str],
+        results: Results,
+        host: Mapping[str, torch.Tensor],
+        lane: Lane,
+    ) -> None:
+        self.results = results
+        self._module, self._lane, self._layers = module, lane, list(layers)
+        self._linear = [module.get_submodule(name) for name in layers]
+        self._sources = [
+            {leaf: host[f"{name}.{leaf}"] for leaf, _ in linear.named_parameters()}
+            for name, linear in zip(layers, self._linear, strict=True)
+        ]
+        self.weights = {f"{name}.{leaf}" for name, source in zip(layers, self._sources, strict=True) for leaf in source}
+        self._slot = max(sum(room(t.nbytes) for t in source.values()) for source in self._sources)
+        self._of_row = [
+            (module.get_submodule(row), [i for i, name in enumerate(layers) if name.startswith(f"{row}.")])
+            for row in rows
+        ]
+        self._buffer: torch.Tensor | None = None
+        self._arrived: list[Mark | None] = [None] * len(self._layers)
+        self._vectors: list[torch.Tensor] = []
+        self._call = -1
+        self._hooks: list[Any] = []
+
+    @property
+    def buffer_bytes(self) -> int:
+        return self._slot * min(SLOTS, len(self._layers))
+
+    def swap_in(self) -> None:
+        self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self._lane.device)
+        for index, source in enumerate(self._sources):
+            offset = index % SLOTS * self._slot
+            for leaf, tensor in source.items():
+                getattr(self._linear[index], leaf).data = view_of(self._buffer, offset, tensor)
+                offset += room(tensor.nbytes)
+
+    def swap_out(self) -> None:
+        self.end()
+        self._buffer = None
+
+    def begin(self, calls: Sequence[Call]) -> None:
+        """Before a job whose forwards will be `calls`, whatever their latents; `end` must follow."""
+        self.end()
+        self._vectors = [self._vector(call) for call in calls]
+        self._call = -1
+        for index in range(min(SLOTS, len(self._layers))):
+            self._fetch(index)
+        self._hooks.append(self._module.register_forward_pre_hook(self._count))
+        for block, indices in self._of_row:
+            if indices:
+                self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
+
+    def end(self) -> None:
+        """Every layer is itself again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for linear in self._linear:
+            linear.__dict__.pop("forward", None)
+        self._vectors = []
+
+    def _vector(self, call: Call) -> torch.Tensor:
+        """The layers' input in a forward, which is run up to the first of them."""
+
+        def reach(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+            raise Reached(args[0])
+
+        hook = self._linear[0].register_forward_pre_hook(reach)
+        try:
+            with torch.no_grad():
+                self._module(*call.args, **call.kwargs)
+        except Reached as reached:
+            return reached.vector
+        finally:
+            hook.remove()
+        raise RuntimeError(f"{self._layers[0]} was not reached")
+
+    def _count(self, *_: object) -> None:
+        self._call += 1
+        if self._call >= len(self._vectors):
+            raise RuntimeError(f"the job has more than the {len(self._vectors)} forwards that were foreseen")
+
+    def _fill(self, indices: Sequence[int]) -> None:
+        """At a block's first run in a job: its layers' results for all forwards."""
+        if self._call != 0:
+            return
+        for index in indices:
+            arrived = self._arrived[index]
+            assert arrived is not None
+            self._lane.wait(arrived)
+            linear = self._linear[index]
+            results = [type(linear).forward(linear, vector) for vector in self._vectors]
+            linear.forward = lambda x, results=results: results[self._call]
+            if index + SLOTS < len(self._layers):
+                self._fetch(index + SLOTS)
+
+    def _fetch(self, index: int) -> None:
+        linear = self._linear[index]
+        copies = [(getattr(linear, leaf).data, tensor) for leaf, tensor in self._sources[index].items()]
+        self._arrived[index] = self._lane.copy(copies, self._lane.mark())
