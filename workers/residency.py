@@ -30,9 +30,10 @@ class Residency:
         self.name, self.module, self.device = name, module, device
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
-        self._host = host_weights(module, name).tensors
+        weights = host_weights(module, name)
+        locked = device.type == "cuda" and page_lock(weights)
+        self._host = weights.tensors
         self._parameters = dict(module.named_parameters())
-        locked = device.type == "cuda" and page_lock(self._host.values())
         self._lane = lane_for(device, locked)
         self._rows = block_rows(module)
         self.blocks = [Block(row, streamable(module, row)) for row in self._rows]
@@ -41,6 +42,7 @@ class Residency:
         self.modulation: Modulation | None = None  # once a job has shown it
         self._seen: Watch | None = None  # the first job, to learn from
         self._learned = False
+        self.plan: StreamPlan | None = None  # while it is streamed
         self._budget = 0
 
     @property
@@ -63,9 +65,9 @@ class Residency:
         start = time.perf_counter()
         self._budget = budget
         streamed: set[str] = set()
-        plan = None
+        plan = self.plan = None
         if self.total_bytes > budget:
-            plan = self._plan(budget)
+            plan = self.plan = self._plan(budget)
             streamed = {name for piece in plan.pieces for name in piece}
             if self.modulation:
                 streamed |= self.modulation.weights

@@ -14,6 +14,8 @@ import torch
 from workers.lanes import Lane, Mark
 
 ALIGNMENT = 256  # bytes
+LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
+LEAST_SHARE = 0.01  # of a block's largest weight: smaller ones stay
 
 
 def room(size: int) -> int:
@@ -39,6 +41,16 @@ class Block:
     name: str
     weights: Mapping[str, int]  # bytes
 
+    @property
+    def large(self) -> dict[str, int]:
+        """Those worth a copy of their own."""
+        least = LEAST_SHARE * max(self.weights.values(), default=0)
+        return {name: size for name, size in self.weights.items() if size >= least}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.large.values())
+
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
@@ -54,44 +66,59 @@ class StreamPlan:
 
 
 def plan_stream(blocks: Sequence[Block], total: int, budget: int) -> StreamPlan | None:
-    """The least streaming that fits `total` bytes of weights into `budget`; None if no streaming does.
+    """The streaming that fits `total` bytes of weights into `budget`; None if none does.
 
     The same number of bytes of each block, as near as whole weights allow, so that the link has the same to do all the
     time: blocks take about the same time, and whole blocks in a row would leave the link idle in between.
     """
-    need = total - budget
-    for slots in (8, 4, 2, 1):  # fewer take less room, and hide less
-        ring, plan = 0, None
-        for _ in range(8):  # the ring's own bytes must be streamed away, too
-            plan = lay_out(spread(blocks, need + ring), slots, blocks)
-            if plan.resident_bytes(total) <= budget:
-                return plan
-            if plan.ring_bytes <= ring and plan.streamed_bytes < need + ring:
-                break  # all is streamed, and it is not enough
-            ring = plan.ring_bytes + (plan.resident_bytes(total) - budget) // 2
+    fitting = [plan for slots in (8, 4, 3, 2, 1) if (plan := plan_with(blocks, total, budget, slots))]
+    # More slots hide more of a link's unevenness, but their bytes must be streamed instead of staying.
+    small = (plan for plan in fitting if plan.ring_bytes <= LARGEST_RING * total)
+    return next(small, min(fitting, key=lambda plan: plan.streamed_bytes, default=None))
+
+
+def plan_with(blocks: Sequence[Block], total: int, budget: int, slots: int) -> StreamPlan | None:
+    """The same with a ring of so many of its largest pieces."""
+    extra = 0  # the ring's own bytes must be streamed away, too, and what is left of weights that can't be divided
+    for _ in range(50):
+        plan = lay_out(spread(blocks, total - budget + extra), slots, blocks)
+        over = plan.resident_bytes(total) - budget
+        if over <= 0:
+            return plan
+        extra += max(over, total // 1000)
     return None
 
 
 def spread(blocks: Sequence[Block], need: int) -> list[tuple[str, ...]]:
-    """Weights of each block, about need / len(blocks) bytes of each; what one gives too much the next gives less."""
+    """Weights of each block, about as many bytes of each; what one gives too much the next gives less."""
+    level = fill(blocks, need)
     pieces: list[tuple[str, ...]] = []
-    owed, left = 0.0, float(need)
-    for index, block in enumerate(blocks):
-        share = left / (len(blocks) - index)
-        owed = max(0.0, owed + share)
-        left -= share
+    owed = 0.0
+    for block in blocks:
+        owed += min(level, block.nbytes)
         chosen: list[str] = []
-        for name, size in sorted(block.weights.items(), key=lambda item: -item[1]):
+        for name, size in sorted(block.large.items(), key=lambda item: -item[1]):
             if size <= owed:
                 chosen.append(name)
                 owed -= size
-        smaller = [name for name in block.weights if name not in chosen]
-        if owed > 0 and smaller and owed > 0.5 * min(block.weights[name] for name in smaller):
-            name = min(smaller, key=lambda n: block.weights[n])
-            chosen.append(name)
-            owed -= block.weights[name]
+        rest = [name for name in block.large if name not in chosen]
+        if rest and owed > 0.5 * (least := min(block.large[name] for name in rest)):
+            chosen.append(min(rest, key=lambda name: block.large[name]))
+            owed -= least
         pieces.append(tuple(chosen))
     return pieces
+
+
+def fill(blocks: Sequence[Block], need: int) -> float:
+    """The number of bytes of each block, or all of it where it has fewer, that make up `need`."""
+    level, left = 0.0, float(max(0, need))
+    sizes = sorted(block.nbytes for block in blocks)
+    for index, size in enumerate(sizes):
+        level = left / (len(sizes) - index)
+        if size >= level:
+            return level
+        left -= size
+    return float(max(sizes, default=0))
 
 
 def lay_out(pieces: Sequence[tuple[str, ...]], slots: int, blocks: Sequence[Block]) -> StreamPlan:

@@ -13,6 +13,7 @@ from workers.torch_tensors import unpack
 class VaeStage:
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.pipeline, self.device = loaded.pipeline, device
+        self.residencies = tuple(loaded.residencies.values())
         self.vae = next(
             part for name in ("vae", "vqvae", "movq") if (part := getattr(self.pipeline, name, None)) is not None
         )

@@ -1,0 +1,230 @@
+"""What a GPU's memory costs in time, side by side with diffusers in one run, with the limits beside each row.
+
+    python scripts/make_random_flux.py /tmp/flux
+    python scripts/bench_gpu.py /tmp/flux
+
+Smaller cards are imitated on a large one: the process's allocator is capped, and the driver's count of all memory in
+use, contexts included, is watched all the time. Prints one JSON line a row.
+"""
+
+import contextlib
+import gc
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from diffusers import FluxPipeline
+
+from protocol.jobs import JobRequest, Recipe
+from protocol.recipes import resolve
+from protocol.tensors import Tensor
+from workers.denoise import DenoiseStage
+from workers.describe import describe
+from workers.loading import Devices, load
+from workers.residency import Residency
+from workers.source import Source, locate
+from workers.text import TextStage
+from workers.torch_tensors import from_wire
+from workers.vae import VaeStage
+
+GIB = 1 << 30
+PROMPT = "a large red circle at the top left"
+MARGIN = 300_000_000  # bytes of the allocator's rounding
+
+
+def row(**values: Any) -> None:
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+
+
+def quiet(step: int, steps: int) -> None:
+    pass
+
+
+class Driver:
+    """The most memory in use on a GPU by the driver's account, all processes and contexts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def used(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[int]]:
+        peak, stop = [self.used()], threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.02):
+                peak[0] = max(peak[0], self.used())
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield peak
+        finally:
+            stop.set()
+            thread.join()
+
+
+class Bench:
+    def __init__(self, model: str, device: torch.device, size: int, steps: int) -> None:
+        self.device, self.driver = device, Driver(device)
+        self.source: Source = locate(model, None, "denoise")
+        self.dtype = torch.bfloat16
+        request = JobRequest(prompt=PROMPT, width=size, height=size, steps=steps, seed=1)
+        self.recipe: Recipe = resolve(request, describe(self.source), "bfloat16", None)
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, work: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
+        """Median seconds of `times` runs, and what the last one gave."""
+        seconds = []
+        for _ in range(times):
+            self.sync()
+            start = time.perf_counter()
+            result = work()
+            self.sync()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds), result
+
+    def stage(self, name: Any) -> Any:
+        loaded = load(self.source, name, Devices(self.device, simulated=1 << 50), self.dtype)
+        return {"text": TextStage, "denoise": DenoiseStage, "vae": VaeStage}[name](loaded, self.device)
+
+    def link(self) -> float:
+        """Bytes a second from page-locked memory."""
+        on_gpu = self.device.type == "cuda"
+        source = torch.empty(4 * GIB if on_gpu else 1 << 26, dtype=torch.uint8, pin_memory=on_gpu)
+        place = torch.empty_like(source, device=self.device)
+        seconds, _ = self.timed(lambda: place.copy_(source, non_blocking=True), 5)
+        row(what="link, page-locked", GBps=source.nbytes / seconds / 1e9)
+        return source.nbytes / seconds
+
+    def plain(self) -> float:
+        """The whole picture by FluxPipeline in one process, everything resident, prompt not cached; its seconds."""
+        pipeline = FluxPipeline.from_pretrained(self.source.folder, dtype=self.dtype).to(self.device)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def make() -> Any:
+            return pipeline(
+                PROMPT, height=self.recipe.height, width=self.recipe.width, num_inference_steps=self.recipe.steps,
+                guidance_scale=self.recipe.guidance, generator=torch.Generator("cpu").manual_seed(1), output_type="np",
+            ).images  # fmt: skip
+
+        make()
+        seconds, self.picture = self.timed(make, 2)
+        row(what="diffusers: whole picture, everything resident", s=seconds)
+        return seconds
+
+    def embeddings(self, text: TextStage) -> tuple[Tensor, ...]:
+        return tuple(text.run(self.recipe, (), quiet).tensors)
+
+    def swaps(self, residency: Residency, link: float) -> None:
+        out, into = [], []
+        for _ in range(3):
+            out.append(self.timed(residency.swap_out)[0])
+            into.append(self.timed(lambda: residency.swap_in(residency.total_bytes))[0])
+        rate = residency.total_bytes / min(into)
+        row(what="swap-in of the denoiser", s=min(into), limit_s=residency.total_bytes / link, GBps=rate / 1e9,
+            of_link=rate / link, goal=0.95)  # fmt: skip
+        row(what="swap-out of the denoiser", s=max(out), goal_s=0.03)
+
+    def cards(self, stage: DenoiseStage, embeddings: tuple[Tensor, ...], link: float, sizes: list[float]) -> None:
+        """The denoiser alone on smaller and smaller cards."""
+        residency = next(iter(stage.residencies))
+
+        def denoise() -> Tensor:
+            return stage.run(self.recipe, embeddings, quiet).tensors[0]
+
+        denoise()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        resident, wanted = self.timed(denoise, 2)
+        row(what="denoise, resident", s=resident, driver_bytes=self.driver.used())
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
+        workspace = peak - residency.device_bytes
+        residency.swap_out()
+        context = self.driver.used()  # of this process, nothing else being on its GPU
+        row(what="workspace and context", workspace_bytes=workspace, context_bytes=context)
+        for gib in sizes:
+            card = int(gib * GIB)
+            total = torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else card
+            if self.device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction((card - context) / total, self.device)
+            budget = card - context - workspace - MARGIN if self.device.type == "cuda" else card
+            with self.driver.watched() as used:
+                residency.swap_in(budget)
+                first = self.timed(denoise)[0]
+                seconds, got = self.timed(denoise, 2)
+            plan = residency.plan
+            streamed = plan.streamed_bytes if plan else 0
+            row(what=f"denoise, exact, {gib:g} GiB card", s=seconds, times_resident=seconds / resident, first_s=first,
+                driver_bytes=used[0], card_bytes=card, streamed_GB_a_step=streamed / 1e9,
+                link_limit_s=streamed * self.recipe.steps / link, state=residency.state,
+                equal=bytes(got.data) == bytes(wanted.data))  # fmt: skip
+            residency.swap_out()
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    def turns(self, text: TextStage, stage: DenoiseStage, vae: VaeStage) -> None:
+        """Text encoders and denoiser taking turns on one GPU, the VAE in."""
+
+        def swap(stages: Any, inside: bool) -> None:
+            for residency in stages.residencies:
+                residency.swap_in(residency.total_bytes) if inside else residency.swap_out()
+
+        def picture() -> Tensor:
+            swap(text, True)
+            embeddings = self.embeddings(text)
+            swap(text, False)
+            swap(stage, True)
+            latents = stage.run(self.recipe, embeddings, quiet).tensors
+            pictures = vae.run(self.recipe, tuple(latents), quiet).tensors[0]
+            swap(stage, False)
+            return pictures
+
+        seconds, got = self.timed(picture, 2)
+        equal = torch.equal(from_wire(got), torch.from_numpy((self.picture * 255).round().astype("uint8")))
+        row(what="whole picture, text and denoiser taking turns", s=seconds, goal_s=5.8, equal=equal)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("model", type=click.Path(exists=True, path_type=Path))
+@click.option("--device", default="cuda:0", show_default=True)
+@click.option("--size", default=1024, show_default=True)
+@click.option("--steps", default=28, show_default=True)
+@click.option("--cards", default="16,12,8", show_default=True, help="GiB each")
+def main(model: Path, device: str, size: int, steps: int, cards: str) -> None:
+    start = time.perf_counter()
+    bench = Bench(str(model), torch.device(device), size, steps)
+    link = bench.link()
+    bench.plain()
+    gc.collect()  # the plain pipeline's 34 GB
+    if bench.device.type == "cuda":
+        torch.cuda.empty_cache()
+    text, denoise, vae = (bench.stage(name) for name in ("text", "denoise", "vae"))
+    embeddings = bench.embeddings(text)
+    for residency in text.residencies:
+        residency.swap_out()
+    bench.swaps(denoise.residencies[0], link)
+    bench.turns(text, denoise, vae)
+    for residency in vae.residencies:
+        residency.swap_out()
+    denoise.residencies[0].swap_in(denoise.residencies[0].total_bytes)
+    bench.cards(denoise, embeddings, link, [float(part) for part in cards.split(",")])
+    row(what="all", s=time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
