@@ -1,14 +1,18 @@
-"""A module's weights where loading left them: mapped from the checkpoint's files, shared by all that map them.
+"""A module's weights where loading left them: in the checkpoint's files, mapped, shared by all that map them.
 
-`from_pretrained` keeps a parameter in the file's mapping if nothing had to be cast or converted. Page-locked in place,
-read-only, such weights pass to a GPU at the speed of the link and are never copied back.
+`from_pretrained` keeps a parameter in a private mapping of its file if nothing had to be cast or converted.
+Page-locking a private mapping would copy it, page by page, so the file is mapped a second time, shared and read-only:
+the same pages of the page cache, page-locked in place. They pass to a GPU at the speed of the link, and are never
+copied back.
 """
 
 import bisect
+import functools
 import logging
 import mmap
-import sys
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from protocol.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly: without it, page-locking would copy a private mapping
+REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,57 +30,105 @@ class HostWeights:
     """Parameters in host memory by their names in the module; those that are shared come once."""
 
     tensors: dict[str, torch.Tensor]
-    private: frozenset[str]  # names of copies that this process holds for itself; the rest lies in files' mappings
+    files: dict[str, torch.Tensor]  # by path, the mappings, flat uint8, that those lie in which are not private
+    private: frozenset[str]  # names of copies that this process holds for itself
 
     @property
     def private_bytes(self) -> int:
         return sum(self.tensors[name].nbytes for name in self.private)
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Mapping:
+    """A part of a file in this process's memory."""
+
+    start: int  # addresses
+    end: int
+    offset: int  # of the start in the file
+    path: str
+    inode: int
+
+
 def host_weights(module: torch.nn.Module, name: str) -> HostWeights:
-    """The weights of a module on the CPU; says once in the log how much of them is a private copy."""
-    tensors = {key: parameter.data for key, parameter in module.named_parameters()}
-    files = file_mappings()
-    weights = HostWeights(tensors, frozenset(key for key, t in tensors.items() if t.nbytes and not within(t, files)))
-    if weights.private:
+    """The weights of a module on the CPU, moved to shared mappings of their files where they lie in files.
+
+    Says once in the log how much of them is a private copy.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    private: set[str] = set()
+    files: dict[str, torch.Tensor] = {}
+    mappings = file_mappings()
+    for key, parameter in module.named_parameters():
+        tensors[key] = parameter.data
+        found = mapping_of(parameter.data, mappings)
+        file = shared(found.path, found.inode) if found else None
+        if found and file is not None and (found.offset - found.start) % parameter.element_size() == 0:
+            files[found.path] = file
+            start = found.offset + parameter.data_ptr() - found.start
+            part = file[start : start + parameter.nbytes]
+            tensors[key] = part.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
+        elif parameter.nbytes:
+            private.add(key)
+    weights = HostWeights(tensors, files, frozenset(private))
+    if private:
         log.info(
             "%s of %s's weights are a private copy: a cast or conversion made it",
             format_bytes(weights.private_bytes), name,
         )  # fmt: skip
+    for key, parameter in module.named_parameters():
+        parameter.data = tensors[key]
     return weights
 
 
-def within(tensor: torch.Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether a tensor lies in one of sorted address ranges."""
-    index = bisect.bisect_right(ranges, (tensor.data_ptr(), sys.maxsize)) - 1
-    return index >= 0 and tensor.data_ptr() + tensor.nbytes <= ranges[index][1]
+def mapping_of(tensor: torch.Tensor, mappings: Sequence[Mapping]) -> Mapping | None:
+    """The one of sorted mappings that a tensor lies in."""
+    index = bisect.bisect_right(mappings, tensor.data_ptr(), key=lambda mapping: mapping.start) - 1
+    found = mappings[index] if index >= 0 and tensor.nbytes else None
+    return found if found and tensor.data_ptr() + tensor.nbytes <= found.end else None
 
 
-def file_mappings() -> list[tuple[int, int]]:
-    """Address ranges of mapped safetensors files, sorted, neighbours joined; none where /proc doesn't tell."""
+def file_mappings() -> list[Mapping]:
+    """Mapped safetensors files, sorted, neighbouring parts of one file joined; none where /proc doesn't tell."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return []
-    found: list[tuple[int, int]] = []
+    found: list[Mapping] = []
     for line in lines:
         fields = line.split(maxsplit=5)
         # A hub cache links its snapshots to blobs whose names have no suffix.
         if len(fields) == 6 and (fields[5].endswith(".safetensors") or "/blobs/" in fields[5]):
             start, end = (int(part, 16) for part in fields[0].split("-"))
-            found.append((start, end))
-    return joined(found)
-
-
-def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted address ranges, those that touch or overlap made one."""
-    found: list[tuple[int, int]] = []
-    for start, end in sorted(ranges):
-        if found and start <= found[-1][1]:
-            found[-1] = (found[-1][0], max(end, found[-1][1]))
-        else:
-            found.append((start, end))
+            part = Mapping(start, end, int(fields[2], 16), fields[5], int(fields[4]))
+            last = found[-1] if found else None
+            if last and (last.end, last.inode, last.offset + last.end - last.start) == (start, part.inode, part.offset):
+                part = Mapping(last.start, end, last.offset, last.path, last.inode)
+                found.pop()
+            found.append(part)
     return found
+
+
+@functools.cache
+def shared(path: str, inode: int) -> torch.Tensor | None:
+    """A file, mapped shared and read-only for this process's life: a page-locked address is never another file's.
+
+    None if another file has taken its path.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            if os.fstat(file.fileno()).st_ino != inode:
+                return None
+            memory = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(memory, dtype=torch.uint8)
+    except OSError:
+        return None
+
+
+@functools.cache
+def lock(address: int, size: int) -> int:
+    """Page-lock a shared mapping in place; the CUDA error, 0 for none."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, REGISTER_READ_ONLY))
 
 
 def page_lock(weights: HostWeights) -> bool:
@@ -84,16 +136,9 @@ def page_lock(weights: HostWeights) -> bool:
 
     False, with a message in the log, where the driver refuses: then they pass through a buffer.
     """
-    mapped = [tensor for name, tensor in weights.tensors.items() if name not in weights.private and tensor.nbytes]
-    pages = joined(
-        (t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, -(-(t.data_ptr() + t.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE)
-        for t in mapped
-    )
-    cudart = torch.cuda.cudart()
-    for start, end in pages:
-        code = int(cudart.cudaHostRegister(start, end - start, REGISTER_READ_ONLY))
-        if code:
-            log.warning("page-locking mapped weights was refused (CUDA error %d); copying through a buffer", code)
+    for path, file in weights.files.items():
+        if code := lock(file.data_ptr(), file.nbytes):
+            log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
             return False
     for name in weights.private:
         weights.tensors[name] = weights.tensors[name].pin_memory()
