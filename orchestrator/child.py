@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from protocol.jobs import ProcessView, Stage
 from protocol.process import LIFELINE
@@ -16,6 +16,17 @@ BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long the next failure counts as the first again
 LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
 UNRECOVERABLE = (2, 4, 5)  # exit codes after which another try gives the same: usage, model missing, does not fit
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -34,21 +45,29 @@ class Child:
     started: float = 0.0
     wanted: bool = True
     exit_code: int = 0  # of the last end
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
+    descriptors: tuple[int, ...] = ()  # that it gets besides
+    prepare: Callable[[], None] | None = None  # called before each start
 
-    def start(self) -> None:
+    def start(self, spawn: Callable[["Child"], Process | None] | None = None) -> None:
+        """Start it anew, or by `spawn` if that gives a process."""
         self._rotate_log()
+        if self.prepare:
+            self.prepare()
+        self.process = (spawn(self) if spawn else None) or self._popen()
+        self.state, self.started = "running", time.monotonic()
+
+    def _popen(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 [sys.executable, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(self.lifeline,),
+                pass_fds=(self.lifeline, *self.descriptors),
                 start_new_session=True,
                 env={**os.environ, **self.environment, LIFELINE: str(self.lifeline)},
             )
-        self.state, self.started = "running", time.monotonic()
 
     def terminate(self) -> None:
         if self.process is not None and self.process.poll() is None:

@@ -20,6 +20,7 @@ import zmq
 from orchestrator.child import Child
 from orchestrator.config import StackConfig
 from orchestrator.folder import StackFolder
+from orchestrator.forks import ForkServer
 from orchestrator.gpus import list_gpus
 from protocol import wire
 from protocol.endpoints import Endpoints
@@ -49,6 +50,7 @@ class Supervisor:
         self._endpoints = self._choose_endpoints()
         self._dtype = stack_dtype(config)
         self._orchestrator = self._orchestrator_child()
+        self._forks = ForkServer(folder.log("forkserver"), self._lifeline) if ForkServer.possible() else None
         self._workers: dict[Stage, list[Child]] = {
             stage: [self._worker_child(stage, i + 1) for i in range(config.stage(stage).workers)] for stage in STAGES
         }
@@ -80,7 +82,8 @@ class Supervisor:
         self._bell.send(b"!")
 
     def _children(self) -> list[Child]:
-        return [self._orchestrator, *(child for stage in STAGES for child in self._workers[stage])]
+        workers = [child for stage in STAGES for child in self._workers[stage]]
+        return [self._orchestrator, *([self._forks.child] if self._forks else []), *workers]
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -96,9 +99,13 @@ class Supervisor:
 
     def _start_due(self) -> None:
         now = time.monotonic()
+        if self._forks:
+            self._forks.listen()
         for child in self._children():
             if child.state == "waiting" and child.wanted and now >= child.start_at:
-                child.start()
+                if child.stage and self._forks and self._forks.starting:
+                    continue  # it is there sooner than a process that imports everything by itself
+                child.start(self._forks.spawn if child.stage and self._forks else None)
                 log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
         for child, kill_at in self._leaving:
             if now >= kill_at:
@@ -106,14 +113,16 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Until a signal, a child's end, a message, or the next thing that is due."""
-        due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted] + [
-            at for _, at in self._leaving
-        ]
+        held = self._forks is not None and self._forks.starting
+        due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted and not (c.stage and held)]
+        due += [at for _, at in self._leaving]
         left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         if self._link is not None:
             poller.register(self._link, zmq.POLLIN)
+        if self._forks and self._forks.link is not None and not self._forks.ready:
+            poller.register(self._forks.link, zmq.POLLIN)
         poller.poll(int(left * 1000) + 1)
         with contextlib.suppress(BlockingIOError):
             self._wake.recv(4096)
@@ -132,6 +141,8 @@ class Supervisor:
                 self.notice(f"{child.name} ended ({child.reason}); {again}")
             if child is self._orchestrator:
                 self._said_hello = 0.0
+            elif self._forks and child is self._forks.child:
+                self._forks.lost()
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
 
     def _refuse_hopeless(self) -> None:
@@ -147,7 +158,7 @@ class Supervisor:
         self.notice("stopping")
         deadline = time.monotonic() + GRACE_SECONDS
         workers = [child for stage in STAGES for child in self._workers[stage]] + [child for child, _ in self._leaving]
-        for group in (workers, [self._orchestrator]):
+        for group in (workers, [self._orchestrator, *([self._forks.child] if self._forks else [])]):
             for child in group:
                 child.terminate()
             for child in group:
@@ -158,6 +169,8 @@ class Supervisor:
             for child in group:
                 if child.process is not None:
                     child.process.wait()
+        if self._forks:
+            self._forks.close()
         if self._link is not None:
             self._link.close(linger=0)
         self._context.term()

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,6 +61,21 @@ def test_each_stage_killed_between_jobs_comes_back_and_the_bits_stay(state: Path
         until(stack, lambda w: pid_of(w, "denoise-1") != pid_of(new, "denoise-1") if up(w, "denoise") else False)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems start workers one by one")
+def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: Path, flux_dev: Path) -> None:
+    with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
+        _, wanted = stack.picture("a red star", seed=1, **SMALL)
+        before = stack.client.workers()
+        assert {psutil.Process(worker.pid).ppid() for worker in before.workers} == {stack.process.pid}
+        server = next(p.pid for p in before.processes if p.name == "forkserver")
+        assert "forkserver" in " ".join(psutil.Process(pid_of(before, "denoise-1")).cmdline())
+        for pid in (server, pid_of(before, "denoise-1")):
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        _, again = stack.picture("a red star", seed=1, **SMALL)
+        assert again.equal(wanted)
+
+
 def test_two_denoisers_share_the_jobs(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         assert triptych("scale", "denoise=2", folder=state).returncode == 0
@@ -107,7 +123,7 @@ def test_no_process_outlives_the_supervisor(number: signal.Signals, state: Path,
     assert process.stdout is not None
     assert process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 4
+    assert len(children) == 5  # orchestrator, fork server, three workers
     process.send_signal(number)
     process.communicate(timeout=30)
     _, alive = psutil.wait_procs(children, timeout=15)

@@ -1,0 +1,117 @@
+"""A process that has imported everything and computed nothing, from which workers are forked in milliseconds.
+
+    python -m workers.forkserver FD
+
+The supervisor asks through the socket FD, one datagram a worker: msgpack of its arguments and environment, and the
+descriptors of its log and its lifeline. The answer is the worker's process number. A worker is forked twice, so that it
+becomes the supervisor's own child (which is its subreaper). It never touches CUDA here, so each worker may choose its
+GPUs; and it makes no threads, so a fork leaves none behind.
+"""
+
+import ctypes
+import importlib
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+import warnings
+from typing import NoReturn
+
+# A mere `is_available()` during an import would else bring up CUDA, which no fork survives.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+
+import msgpack
+
+from protocol.process import LIFELINE, PR_SET_PDEATHSIG
+
+EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
+    "diffusers.pipelines.flux.pipeline_flux",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+    "orchestrator.cli",
+    "workers.command",
+    "workers.standalone",
+    "workers.startup",
+)
+MAX_REQUEST = 1 << 20
+PID = struct.Struct("!q")
+
+
+def main(link: socket.socket) -> None:
+    """Serve until the supervisor is gone."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import_everything()
+    link.send(PID.pack(os.getpid()))
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(link, MAX_REQUEST, 2)
+        if not request:
+            return
+        arguments, environment = msgpack.unpackb(request)
+        pid = fork_twice(link, arguments, environment, *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        link.send(PID.pack(pid))
+
+
+def import_everything() -> None:
+    for name in EVERYTHING:
+        importlib.import_module(name)
+
+
+def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> int:
+    """A grandchild that runs the command; its process number."""
+    told, tell = os.pipe()
+    orphaned, between_lives = os.pipe()  # at its end once the process between is gone
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+        between = os.fork()
+    if between == 0:
+        os.setsid()
+        worker = os.fork()
+        if worker:
+            os.write(tell, PID.pack(worker))
+            os._exit(0)
+        link.close()
+        os.close(between_lives)
+        os.read(orphaned, 1)
+        for descriptor in (told, tell, orphaned):
+            os.close(descriptor)
+        become_worker(arguments, environment, log, lifeline)
+    os.close(between_lives)
+    os.waitpid(between, 0)
+    pid: int = PID.unpack(os.read(told, PID.size))[0]
+    for descriptor in (told, tell, orphaned):
+        os.close(descriptor)
+    return pid
+
+
+def become_worker(arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> NoReturn:
+    """Run `triptych ARGUMENTS` as if it had been started by itself."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((nothing, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    os.environ[LIFELINE] = str(lifeline)
+    sys.argv = ["triptych", *arguments]
+    code = 1
+    try:
+        from orchestrator.cli import main as triptych
+
+        triptych()
+        code = 0
+    except SystemExit as done:
+        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])))
