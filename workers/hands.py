@@ -19,7 +19,7 @@ from protocol.jobs import Recipe
 from protocol.messages import Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
-from workers.outcome import Cancelled, Outcome, StageError
+from workers.outcome import Cancelled, Outcome, StageError, release_memory
 from workers.text import TextStage
 from workers.turns import turn
 from workers.vae import VaeStage
@@ -117,6 +117,8 @@ class Hands:
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
         except Exception as error:
             log.exception("%s failed", task.stage, extra=extra)
+            if isinstance(error, torch.OutOfMemoryError):
+                release_memory()
             self._emit((TaskFailed(**key, reason=cause_of(error), retry=not isinstance(error, PERMANENT)), []))
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
@@ -131,6 +133,8 @@ def cause_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
         parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
+    if isinstance(error, torch.OutOfMemoryError):
+        parts.append("a smaller picture, fewer of them a job, or more --max-memory for this stage would help")
     return "; ".join(parts)[:2000]
 
 

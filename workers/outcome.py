@@ -3,9 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from protocol.tensors import Tensor
 
 Report = Callable[[int, int], None]  # (steps done, steps in all); raises Cancelled at a step boundary
+
+
+def release_memory() -> None:
+    """After running out of memory: what the failed try left is free for the next one."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Cancelled(Exception):

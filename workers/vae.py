@@ -1,13 +1,19 @@
 """Latents → pictures: `vae.decode` of exactly what the pipeline would have decoded, then its image processor."""
 
+import logging
+
 import numpy as np
 import torch
 
 from protocol.jobs import Recipe
 from protocol.tensors import Tensor
 from workers.loading import Loaded
-from workers.outcome import Outcome, Report, StageError
+from workers.outcome import Outcome, Report, StageError, release_memory
 from workers.torch_tensors import unpack
+
+log = logging.getLogger(__name__)
+
+IN_TILES = "decoded in tiles, for want of GPU memory; where tiles meet, the picture differs a little from a whole one"
 
 
 class VaeStage:
@@ -22,9 +28,22 @@ class VaeStage:
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """`pictures`, uint8 (n, height, width, 3), RGB."""
         report(0, 1)
-        pictures = self.decode(tensors)
+        warnings: tuple[str, ...] = ()
+        try:
+            pictures = self.decode(tensors)
+        except torch.OutOfMemoryError:
+            if not hasattr(self.vae, "enable_tiling"):
+                raise
+            release_memory()
+            warnings = (IN_TILES,)
+            log.warning("out of memory; decoding in tiles")
+            self.vae.enable_tiling()
+            try:
+                pictures = self.decode(tensors)
+            finally:
+                self.vae.disable_tiling()
         flat = np.ascontiguousarray(pictures)
-        return Outcome([Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)])
+        return Outcome([Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)], warnings)
 
     @torch.no_grad()
     def decode(self, tensors: tuple[Tensor, ...]) -> np.ndarray:
