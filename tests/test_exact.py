@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
 from tests.stacks import RunningStack, running_stack
 from tests.tiny import needs_gpus, plain
 
@@ -64,3 +65,14 @@ def test_demo_model_equals_plain_pipeline_by_its_defaults(state: Path, device: s
         num_inference_steps=recipe.steps, max_sequence_length=recipe.max_sequence_length, seed=3,
     )  # fmt: skip
     assert torch.equal(pictures, wanted)
+
+
+def test_a_denoiser_streamed_through_little_memory_gives_equal_pictures(state: Path, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.flux(depth=4), tmp_path)
+    size = sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
+    limit = ("--max-memory", f"denoise={int(0.8 * size)}B")
+    with running_stack(state, "--model", str(folder), "--device", "cpu", *limit) as stack:
+        for case in ("guidance", "true cfg", "another size"):
+            both(stack, folder, torch.float32, *CASES[case])
+        worker = next(w for w in stack.client.workers().workers if w.stage == "denoise")
+        assert worker.device_map == (("transformer", "cpu (streamed)"),)

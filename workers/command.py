@@ -29,7 +29,11 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
-@click.option("--max-memory", metavar="16GB[,12GB]", help="The most that this worker may use of each GPU.")
+@click.option(
+    "--max-memory",
+    metavar="16GB[,12GB]",
+    help="The most that this worker may use of each GPU. A CPU imitates a GPU that holds so much of weights.",
+)
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")

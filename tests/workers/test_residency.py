@@ -15,8 +15,10 @@ from protocol.jobs import JobRequest
 from protocol.recipes import resolve
 from tests import tiny
 from tests.tiny import needs_gpus
+from workers import residency as residency_module
 from workers.denoise import DenoiseStage
 from workers.describe import describe
+from workers.lanes import Copies, HostLane, Mark
 from workers.loading import Devices, load
 from workers.mapped import host_weights
 from workers.residency import Residency, block_rows
@@ -110,6 +112,40 @@ def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(fol
     assert residency.state == "streamed"
     for _ in range(2):
         assert torch.equal(flux(module, "cpu"), flux(other, "cpu"))
+
+
+class WorstLane(HostLane):
+    """Bytes are gone as soon as a copy over them is ordered, and there only once it is waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def copy(self, copies: Copies, after: Mark) -> Mark:
+        for place, source in copies:
+            place.fill_(float("nan"))
+            self.ordered.append((place, source))
+        return Mark(None)
+
+    def wait(self, mark: Mark) -> None:
+        for place, source in self.ordered:
+            place.copy_(source)
+        self.ordered = []
+
+
+@pytest.mark.parametrize("cfg", [False, True])
+def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(
+    cfg: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
+    cpu = torch.device("cpu")
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
+    monkeypatch.setattr(residency_module, "lane_for", lambda device, locked: WorstLane(device))
+    total = load(source, "denoise", Devices(cpu, simulated=1 << 40), torch.float32).residencies["transformer"]
+    for share in (0.9, 0.75, 0.6):
+        loaded = load(source, "denoise", Devices(cpu, simulated=int(total.total_bytes * share)), torch.float32)
+        assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, cfg), wanted))
+        assert loaded.residencies["transformer"].modulation is not None
 
 
 @torch.no_grad()
