@@ -7,7 +7,7 @@ from typing import Literal
 
 from orchestrator.live import ModelKey
 from orchestrator.scheduler import IdleWorker
-from protocol.jobs import WorkerView
+from protocol.jobs import ComponentView, WorkerView
 from protocol.messages import Heartbeat, TaskKey, WorkerHello
 
 SILENCE_SECONDS = 10.0  # a worker's loop beats every second, even while it computes
@@ -27,6 +27,7 @@ class Worker:
     rss_bytes: int = 0
     gpu_bytes: int = 0
     device_map: tuple[tuple[str, str], ...] = ()
+    residency: tuple[ComponentView, ...] = ()
 
     @property
     def id(self) -> str:
@@ -41,7 +42,7 @@ class Worker:
             id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
             host=self.hello.host, device=self.hello.device, dtype=self.hello.dtype, model=self.hello.model.model,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
-            gpu_bytes=self.gpu_bytes, device_map=self.device_map, since=self.since,
+            gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
         )  # fmt: skip
 
 

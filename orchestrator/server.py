@@ -161,8 +161,9 @@ class Server:
             self.outbox.to_worker(identity, Error(code="not_found", message="This worker has not said hello."))
             return
         match envelope.message:
-            case Ready(device_map=device_map):
+            case Ready(device_map=device_map, residency=residency):
                 worker.device_map = device_map or worker.device_map
+                worker.residency = residency or worker.residency
                 engine.ready(worker)
             case Heartbeat() as beat:
                 engine.fleet.beat(worker, beat)

@@ -110,6 +110,16 @@ class ModelDescription(Data):
     demo: bool = False
 
 
+class ComponentView(Data):
+    """Where a worker has the weights of one model component."""
+
+    component: str
+    state: Literal["in", "streamed", "out"]
+    device_bytes: int  # of weights on the device, where a part is streamed with the ring that it passes through
+    total_bytes: int
+    swap_seconds: float  # of the last swap in or out
+
+
 class WorkerView(Data):
     """A worker as `triptych workers` shows it."""
 
@@ -127,6 +137,7 @@ class WorkerView(Data):
     rss_bytes: int
     gpu_bytes: int
     device_map: tuple[tuple[str, str], ...]  # (module, device), where the weights are spread
+    residency: tuple[ComponentView, ...]  # of components on one device of their own
     since: float
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from protocol.jobs import (
+    ComponentView,
     Data,
     Job,
     JobId,
@@ -66,6 +67,7 @@ class Ready(Message):
 
     kind = "ready"
     device_map: tuple[tuple[str, str], ...] = ()
+    residency: tuple[ComponentView, ...] = ()
 
 
 class Heartbeat(Message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.stacks import RunningStack, running_stack
+from tests.stacks import RunningStack, running_stack, triptych
 from tests.tiny import needs_gpus, plain
 
 PROMPT = "a large red circle at the top left"
@@ -76,3 +76,7 @@ def test_a_denoiser_streamed_through_little_memory_gives_equal_pictures(state: P
             both(stack, folder, torch.float32, *CASES[case])
         worker = next(w for w in stack.client.workers().workers if w.stage == "denoise")
         assert worker.device_map == (("transformer", "cpu (streamed)"),)
+        (component,) = worker.residency
+        assert (component.component, component.state) == ("transformer", "streamed")
+        assert component.device_bytes <= 0.8 * size < component.total_bytes
+        assert "transformer streamed" in triptych("workers", folder=state).stdout

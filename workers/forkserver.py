@@ -35,6 +35,7 @@ EVERYTHING = (  # that workers of any stage need; whatever else a model needs, i
     "workers.standalone",
     "workers.startup",
 )
+STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
 MAX_REQUEST = 1 << 20
 PID = struct.Struct("!q")
 
@@ -59,6 +60,11 @@ def main(link: socket.socket) -> None:
 def import_everything() -> None:
     for name in EVERYTHING:
         importlib.import_module(name)
+    import torch
+
+    if torch.cuda.is_initialized():
+        print("an import brought up CUDA, so workers can't be forked; they start by themselves", file=sys.stderr)
+        sys.exit(STAYS_DOWN)
 
 
 def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> int:

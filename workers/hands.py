@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from protocol.errors import TriptychError
-from protocol.jobs import Recipe
+from protocol.jobs import ComponentView, Recipe
 from protocol.messages import Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
@@ -88,12 +88,14 @@ class Hands:
         except BaseException as error:
             self._emit(error)
             return
-        self._emit((Ready(device_map=device_map), []))
+        residency = views(runner)
+        self._emit((Ready(device_map=device_map, residency=residency), []))
         while True:
             task, tensors = self._tasks.get()
             self._do(runner, task, tensors)
             del tensors
-            self._emit((Ready(), []))
+            before, residency = residency, views(runner)
+            self._emit((Ready(residency=residency if residency != before else ()), []))
 
     def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
@@ -125,6 +127,17 @@ class Hands:
             result = Result(**key, seconds=done.seconds, peak_bytes=done.peak_bytes, warnings=done.outcome.warnings)
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def views(runner: StageRunner) -> tuple[ComponentView, ...]:
+    """Where a stage's weights are."""
+    return tuple(
+        ComponentView(
+            component=r.name, state=r.state, device_bytes=r.device_bytes, total_bytes=r.total_bytes,
+            swap_seconds=r.seconds,
+        )
+        for r in runner.residencies
+    )  # fmt: skip
 
 
 def cause_of(error: BaseException) -> str:

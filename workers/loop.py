@@ -13,6 +13,7 @@ import zmq
 
 from protocol import wire
 from protocol.errors import TriptychError, from_wire
+from protocol.jobs import ComponentView
 from protocol.messages import (
     TO_WORKER,
     Beat,
@@ -49,6 +50,7 @@ class WorkerLoop:
         self._heard = self._beaten = 0.0
         self._idle = self._welcome = False
         self._device_map: tuple[tuple[str, str], ...] = ()
+        self._residency: tuple[ComponentView, ...] = ()
         self._result: tuple[Result, list[Tensor]] | None = None  # until it is committed
         self._gpu_bytes = 0
         self._stop_reason = ""
@@ -132,7 +134,7 @@ class WorkerLoop:
                 if self._result:
                     self._say(*self._result)
                 if self._idle:
-                    self._say(Ready(device_map=self._device_map))
+                    self._say(Ready(device_map=self._device_map, residency=self._residency))
             case Task() as task:
                 self._idle = False
                 self._hands.give(task, envelope.tensors)
@@ -164,6 +166,7 @@ class WorkerLoop:
                 case Ready():
                     self._idle = True
                     self._device_map = message.device_map or self._device_map
+                    self._residency = message.residency or self._residency
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes

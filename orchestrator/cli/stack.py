@@ -13,7 +13,7 @@ from orchestrator.cli.table import print_table
 from protocol.client import Client
 from protocol.endpoints import published
 from protocol.errors import BadRequest
-from protocol.jobs import STAGES, ProcessView, Stage, WorkerView
+from protocol.jobs import STAGES, ComponentView, ProcessView, Stage, WorkerView
 from protocol.messages import Workers
 from protocol.units import format_bytes
 
@@ -57,7 +57,9 @@ def table(found: Workers) -> list[list[str]]:
 def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
     state = f"busy with {worker.job}" if worker.job else worker.state
     memory = format_bytes(worker.gpu_bytes or worker.rss_bytes)
-    note = f"restarted {process.restarts}×: {process.reason}" if process and process.restarts else ""
+    notes = [weights(component) for component in worker.residency if component.state != "in"]
+    if process and process.restarts:
+        notes.append(f"restarted {process.restarts}×: {process.reason}")
     device = ", ".join(sorted({place for _, place in worker.device_map})) or worker.device
     return [
         worker.name,
@@ -68,8 +70,16 @@ def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
         str(worker.done),
         memory,
         age(worker.since),
-        note,
+        "; ".join(notes),
     ]
+
+
+def weights(component: ComponentView) -> str:
+    """'transformer streamed, 14.9 GB of 23.8 GB on the device'."""
+    if component.state == "out":
+        return f"{component.component} out, {format_bytes(component.total_bytes)}"
+    held = f"{format_bytes(component.device_bytes)} of {format_bytes(component.total_bytes)} on the device"
+    return f"{component.component} {component.state}, {held}"
 
 
 @click.command()
