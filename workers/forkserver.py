@@ -70,7 +70,7 @@ def import_everything() -> None:
 def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> int:
     """A grandchild that runs the command; its process number."""
     told, tell = os.pipe()
-    orphaned, between_lives = os.pipe()  # at its end once the process between is gone
+    go, hold = os.pipe()  # at its end once the process between is gone for good, whose death would be the worker's own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         between = os.fork()
@@ -81,15 +81,14 @@ def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str,
             os.write(tell, PID.pack(worker))
             os._exit(0)
         link.close()
-        os.close(between_lives)
-        os.read(orphaned, 1)
-        for descriptor in (told, tell, orphaned):
+        os.close(hold)
+        os.read(go, 1)
+        for descriptor in (told, tell, go):
             os.close(descriptor)
         become_worker(arguments, environment, log, lifeline)
-    os.close(between_lives)
     os.waitpid(between, 0)
     pid: int = PID.unpack(os.read(told, PID.size))[0]
-    for descriptor in (told, tell, orphaned):
+    for descriptor in (told, tell, go, hold):
         os.close(descriptor)
     return pid
 
