@@ -120,12 +120,14 @@ def test_a_killed_orchestrator_comes_back_with_its_jobs(state: Path, flux_dev: P
 def test_no_process_outlives_the_supervisor(number: signal.Signals, state: Path, flux_dev: Path) -> None:
     command = [*TRIPTYCH, "up", "--state", str(state), "--json", "--model", str(flux_dev), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())
-    assert process.stdout is not None
-    assert process.stdout.readline()
-    children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) == 5  # orchestrator, fork server, three workers
-    process.send_signal(number)
-    process.communicate(timeout=30)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(number)
+        process.communicate(timeout=30)
+    assert len(children) >= 4  # orchestrator, three workers, and what starts those
     _, alive = psutil.wait_procs(children, timeout=15)
     assert alive == []
     for _ in range(2):  # and the folder is free for the next
