@@ -9,6 +9,7 @@ Which layers these are is learned by watching a job: linear layers inside the bl
 names of models or classes.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,8 +204,6 @@ class Modulation:
 
     def _count(self, *_: object) -> None:
         self._call += 1
-        if self._call >= len(self._vectors):
-            raise RuntimeError(f"the job has more than the {len(self._vectors)} forwards that were foreseen")
 
     def _fill(self, indices: Sequence[int]) -> None:
         """At a block's first run in a job: its layers' results for all forwards."""
@@ -216,9 +215,21 @@ class Modulation:
             self._lane.wait(arrived)
             linear = self._linear[index]
             results = [type(linear).forward(linear, vector) for vector in self._vectors]
-            linear.forward = lambda x, results=results: results[self._call]
+            linear.forward = functools.partial(self._look_up, self._sources[index], results)
             if index + SLOTS < len(self._layers):
                 self._fetch(index + SLOTS)
+
+    def _look_up(
+        self, source: Mapping[str, torch.Tensor], results: Sequence[torch.Tensor], vector: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's result in the present forward; unforeseen ones come from host memory."""
+        if self._call < len(results):
+            return results[self._call]
+        weight, bias = (
+            t.to(vector.device) if (t := source.get(leaf)) is not None else None for leaf in ("weight", "bias")
+        )
+        assert weight is not None
+        return torch.nn.functional.linear(vector, weight, bias)
 
     def _fetch(self, index: int) -> None:
         linear = self._linear[index]

@@ -22,7 +22,7 @@ from workers.lanes import Copies, HostLane, Mark
 from workers.loading import Devices, load
 from workers.mapped import host_weights
 from workers.residency import Residency, block_rows
-from workers.source import read
+from workers.source import Source, read
 from workers.streaming import Block, plan_stream, room
 from workers.text import TextStage
 
@@ -146,6 +146,23 @@ def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(
         loaded = load(source, "denoise", Devices(cpu, simulated=int(total.total_bytes * share)), torch.float32)
         assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, cfg), wanted))
         assert loaded.residencies["transformer"].modulation is not None
+
+
+def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
+    cpu = torch.device("cpu")
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
+    foresee = DenoiseStage.foresee
+    monkeypatch.setattr(DenoiseStage, "foresee", lambda *arguments: foresee(*arguments)[:-1])
+    loaded = load(source, "denoise", Devices(cpu, simulated=wanted_bytes(source, 0.75)), torch.float32)
+    assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, False), wanted))
+    assert loaded.residencies["transformer"].modulation is not None
+
+
+def wanted_bytes(source: Source, share: float) -> int:
+    """A share of the transformer's weights."""
+    whole = load(source, "denoise", Devices(torch.device("cpu"), simulated=1 << 40), torch.float32)
+    return int(whole.residencies["transformer"].total_bytes * share)
 
 
 @torch.no_grad()
