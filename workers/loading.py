@@ -135,14 +135,19 @@ def load_weights(
         module = cls.from_pretrained(source.folder, **arguments).eval().to(f"cuda:{place}")
         module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
         return module, [(name, f"cuda:{place}")], None
+    if place is None and stage == "vae":  # small, and may be cast for a job: it is in or it isn't
+        raise DoesNotFit(
+            f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
+            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(sum(devices.room.values()))} are free.",
+            f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
+        )
     residency = Residency(name, cls.from_pretrained(source.folder, **arguments).eval(), devices.primary)
-    if devices.simulated is not None:
-        budget = devices.simulated
+    if devices.simulated is not None and stage != "vae":
+        residency.swap_in(devices.simulated)
     elif place is None:
-        budget = devices.room[next(iter(devices.room))] - WORKSPACE[stage]
+        residency.swap_in(max(0, devices.room[next(iter(devices.room))] - WORKSPACE[stage]))
     else:
-        budget = residency.total_bytes
-    residency.swap_in(budget)
+        residency.swap_in(residency.total_bytes)
     if devices.room:
         devices.room[next(iter(devices.room))] -= residency.device_bytes
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
