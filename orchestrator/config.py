@@ -32,6 +32,13 @@ def _amounts(value: object) -> object:
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
+def _seconds(value: object) -> object:
+    return None if value == "forever" else value
+
+
+Seconds = Annotated[
+    Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(_seconds)  # None: forever
+]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
@@ -48,6 +55,7 @@ class StageConfig(Settings):
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
     gpus: tuple[int, ...] | None = None  # None: all
     max_memory: Amounts = ()  # of each GPU: one for all, or one each; none: all that is free
+    keep_alive: Seconds = None  # how long weights stay on a GPU when there is nothing to do: "forever", 0, or seconds
 
 
 class StackConfig(Settings):

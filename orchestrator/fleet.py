@@ -68,6 +68,7 @@ class Fleet:
 
     def beat(self, worker: Worker, beat: Heartbeat) -> None:
         worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
+        worker.residency = beat.residency or worker.residency
 
     def ready(self, worker: Worker) -> None:
         worker.state, worker.task = "idle", None

@@ -205,6 +205,8 @@ class Supervisor:
             arguments += ["--revision", self.config.revision]
         if config.gpus is not None:
             arguments += ["--gpus", ",".join(map(str, config.gpus))]
+        if config.keep_alive is not None:
+            arguments += ["--keep-alive", str(config.keep_alive)]
         if config.max_memory:
             arguments += ["--max-memory", ",".join(f"{amount}B" for amount in config.max_memory)]
         return Child(name, stage, arguments, self.folder.log(name), self._lifeline)

@@ -71,11 +71,12 @@ class Ready(Message):
 
 
 class Heartbeat(Message):
-    """From the worker's own loop, every second or so."""
+    """From the worker's own loop, every second or so; and when its hands let go of weights between tasks."""
 
     kind = "heartbeat"
     rss_bytes: Count
     gpu_bytes: Count
+    residency: tuple[ComponentView, ...] = ()
 
 
 class TaskKey(Message):

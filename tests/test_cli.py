@@ -162,7 +162,11 @@ def test_settings_come_from_flags_environment_and_file_in_this_order(tmp_path: P
 
     file = tmp_path / "stack.toml"
     file.write_text('model = "m"\n[stages.denoise]\nworkers = 2\ngpus = [0, 1]\nmax_memory = "16GB"\n')
-    config = load_config(file, {"model": "n"}, {"denoise": {"workers": "3"}})
+    config = load_config(file, {"model": "n"}, {"denoise": {"workers": "3"}, "vae": {"keep_alive": "forever"}})
+    assert config.stage("vae").keep_alive is None
+    assert load_config(None, {}, {"text": {"keep_alive": "2.5"}}).stage("text").keep_alive == 2.5
+    with pytest.raises(BadRequest, match="keep_alive"):
+        load_config(None, {}, {"text": {"keep_alive": "soon"}})
     assert (config.model, config.stage("denoise").workers, config.stage("denoise").gpus) == ("n", 3, (0, 1))
     assert config.stage("denoise").max_memory == (16_000_000_000,)
     for text, words in (("modle = 1", "modle"), ("x", "not valid TOML"), ("[stages.sampler]\nworkers=1", "sampler")):

@@ -16,7 +16,7 @@ import torch
 
 from protocol.errors import TriptychError
 from protocol.jobs import ComponentView, Recipe
-from protocol.messages import Message, Progress, Ready, Result, Task, TaskFailed
+from protocol.messages import Heartbeat, Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, StageError, release_memory
@@ -58,12 +58,13 @@ def run_measured(
 class Hands:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
-    def __init__(self, load: Load, turns: Path | None) -> None:
+    def __init__(self, load: Load, turns: Path | None, keep_alive: float | None) -> None:
+        """Weights leave their device after `keep_alive` seconds without a task; None: never."""
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns = load, turns
+        self._load, self._turns, self._keep_alive = load, turns, keep_alive
         self._tasks: queue.SimpleQueue[tuple[Task, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
@@ -91,7 +92,14 @@ class Hands:
         residency = views(runner)
         self._emit((Ready(device_map=device_map, residency=residency), []))
         while True:
-            task, tensors = self._tasks.get()
+            try:
+                task, tensors = self._tasks.get(timeout=self._keep_alive if present(runner) else None)
+            except queue.Empty:
+                for component in runner.residencies:
+                    component.swap_out()
+                log.info("let go of the weights after %g s without work", self._keep_alive)
+                self._emit((Heartbeat(rss_bytes=resident_bytes(), gpu_bytes=0, residency=views(runner)), []))
+                continue
             self._do(runner, task, tensors)
             del tensors
             before, residency = residency, views(runner)
@@ -113,6 +121,8 @@ class Hands:
 
         try:
             with turn(self._turns):
+                for component in runner.residencies:
+                    component.resume()
                 done = run_measured(runner, task.recipe, tensors, report)
         except Cancelled:
             log.info("cancelled", extra=extra)
@@ -127,6 +137,11 @@ class Hands:
             result = Result(**key, seconds=done.seconds, peak_bytes=done.peak_bytes, warnings=done.outcome.warnings)
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def present(runner: StageRunner) -> bool:
+    """Whether there are weights on a device to let go of."""
+    return any(component.state != "out" for component in runner.residencies)
 
 
 def views(runner: StageRunner) -> tuple[ComponentView, ...]:

@@ -167,6 +167,8 @@ class WorkerLoop:
                     self._idle = True
                     self._device_map = message.device_map or self._device_map
                     self._residency = message.residency or self._residency
+                case Heartbeat():
+                    self._residency, self._gpu_bytes = message.residency, message.gpu_bytes
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes

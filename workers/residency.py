@@ -117,6 +117,11 @@ class Residency:
         self.state = "out"
         self.seconds = time.perf_counter() - start
 
+    def resume(self) -> None:
+        """Be as before the last swap-out."""
+        if self.state == "out":
+            self.swap_in(self._budget)
+
     def start(self) -> None:
         """Before a run: let the first blocks' weights be on their way."""
         if self._ring:

@@ -37,6 +37,7 @@ class WorkerSettings:
     dtype: str  # auto or a name in DTYPES
     max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
+    keep_alive: float | None = None  # seconds that weights stay on the device without work; None: forever
     turns: Path | None = None  # lock file of those that compute on this CPU
 
 
@@ -112,7 +113,10 @@ def serve(settings: WorkerSettings, endpoint: str) -> None:
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
     WorkerLoop(
-        endpoint, hello, tokenizer, Hands(prepared.load, settings.turns if prepared.device == "cpu" else None)
+        endpoint,
+        hello,
+        tokenizer,
+        Hands(prepared.load, settings.turns if prepared.device == "cpu" else None, settings.keep_alive),
     ).run()
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved

@@ -37,6 +37,8 @@ def stack_options(command: Command) -> Command:
         click.option("--device", multiple=True, metavar="[STAGE=]DEVICE", help="cpu, cuda, mps or auto."),
         click.option("--gpus", multiple=True, metavar="[STAGE=]0,1", help="The GPUs that all or one may use."),
         click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB[,…]", help="The most to use of each GPU."),
+        click.option("--keep-alive", multiple=True, metavar="[STAGE=]SECONDS",
+                     help="Let go of a GPU's weights after so long without work. [default: forever]"),
         click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
         click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
     )):  # fmt: skip
@@ -56,6 +58,8 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
         stages[stage]["gpus"] = tuple(gpus.split(","))
     for stage, memory in parse_stage_values("--max-memory", options["max_memory"], every_stage=True).items():
         stages[stage]["max_memory"] = memory
+    for stage, seconds in parse_stage_values("--keep-alive", options["keep_alive"], every_stage=True).items():
+        stages[stage]["keep_alive"] = seconds
     return load_config(options["config"], flags, {stage: values for stage, values in stages.items() if values})
 
 
