@@ -7,6 +7,7 @@ copied back.
 """
 
 import bisect
+import contextlib
 import functools
 import logging
 import mmap
@@ -139,6 +140,8 @@ def page_lock(weights: HostWeights) -> bool:
     for path, file in weights.files.items():
         if code := lock(file.data_ptr(), file.nbytes):
             log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
+            with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
+                torch.zeros(1, device="cuda").add_(1)
             return False
     for name in weights.private:
         weights.tensors[name] = weights.tensors[name].pin_memory()
