@@ -13,9 +13,9 @@ from pathlib import Path
 import msgpack
 
 from orchestrator.child import Child
+from protocol.process import PID
 
 PR_SET_CHILD_SUBREAPER = 36
-PID = struct.Struct("!q")
 
 
 class Forked:

@@ -4,12 +4,14 @@ import ctypes
 import logging
 import os
 import signal
+import struct
 import sys
 import threading
 import time
 
 LIFELINE = "TRIPTYCH_LIFELINE"  # a pipe's read end; the supervisor holds the other, and only death lets go of it
 PR_SET_PDEATHSIG = 1
+PID = struct.Struct("!q")  # a process number, as the fork server tells it
 
 
 class _Line(logging.Formatter):

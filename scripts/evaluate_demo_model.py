@@ -115,13 +115,14 @@ def _overlaps(want: torch.Tensor, tried: torch.Tensor, atlas: torch.Tensor) -> t
     return overlap.view(8, -1)
 
 
-def paint(pipeline: FluxPipeline, prompts: list[str], steps: int, size: int, seed: int, batch: int) -> list[np.ndarray]:
-    defaults = {"num_inference_steps": steps, "height": size, "width": size, "max_sequence_length": 48}
+def paint(
+    pipeline: FluxPipeline, prompts: list[str], settings: dict[str, int], seed: int, batch: int
+) -> list[np.ndarray]:
     generator = torch.Generator("cpu").manual_seed(seed)
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), batch):
         pictures += list(
-            pipeline(prompts[start : start + batch], generator=generator, output_type="np", **defaults).images
+            pipeline(prompts[start : start + batch], generator=generator, output_type="np", **settings).images
         )
     return [(p * 255).round().astype(np.uint8) for p in pictures]
 
@@ -160,9 +161,11 @@ def main(
     pipeline = FluxPipeline.from_pretrained(model, dtype=torch.float32).to(device)
     pipeline.set_progress_bar_config(disable=True)
     defaults = json.loads((model / "triptych.json").read_text())["defaults"]
+    settings = {**defaults, "height": size, "width": size}
+    settings["num_inference_steps"] = steps or defaults["num_inference_steps"]
     cases = held_out_prompts(count, seed)
     start = time.monotonic()
-    pictures = paint(pipeline, [text for text, _ in cases], steps or defaults["num_inference_steps"], size, seed, batch)
+    pictures = paint(pipeline, [text for text, _ in cases], settings, seed, batch)
     seconds = (time.monotonic() - start) / count
     atlas = scenes.shape_atlas()
     verdicts = [judge(picture, scene, atlas) for picture, (_, scene) in zip(pictures, cases, strict=True)]
@@ -170,7 +173,7 @@ def main(
                      for v, t in zip(vs, s.things, strict=True) if not v.shape)  # fmt: skip
     if sheet_path:
         sheet(pictures[:64]).save(sheet_path)
-    print(json.dumps({"prompts": count, "size": size, "steps": steps or defaults["num_inference_steps"],
+    print(json.dumps({"prompts": count, "size": size, "steps": settings["num_inference_steps"],
                       "percent_right": report(verdicts), "shapes_missed": dict(missed),
                       "seconds_a_picture": round(seconds, 3)}))  # fmt: skip
 

@@ -114,6 +114,20 @@ def flux(guidance_embeds: bool = True, depth: int = 1) -> FluxPipeline:
     )
 
 
+def flux_forward(module: torch.nn.Module, device: str) -> torch.Tensor:
+    """A forward of a tiny FluxTransformer2DModel with guidance."""
+    generator = torch.Generator().manual_seed(1)
+    return module(
+        hidden_states=torch.randn(1, 16, 16, generator=generator).to(device),
+        encoder_hidden_states=torch.randn(1, 8, 32, generator=generator).to(device),
+        pooled_projections=torch.randn(1, 32, generator=generator).to(device),
+        timestep=torch.tensor([0.5], device=device),
+        guidance=torch.tensor([3.5], device=device),
+        img_ids=torch.zeros(16, 3, device=device),
+        txt_ids=torch.zeros(8, 3, device=device),
+    ).sample
+
+
 def sd15() -> StableDiffusionPipeline:
     from diffusers import UNet2DConditionModel
 

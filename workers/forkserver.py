@@ -13,7 +13,6 @@ import importlib
 import os
 import signal
 import socket
-import struct
 import sys
 import traceback
 import warnings
@@ -24,7 +23,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import msgpack
 
-from protocol.process import LIFELINE, PR_SET_PDEATHSIG
+from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG
 
 EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
     "diffusers.pipelines.flux.pipeline_flux",
@@ -37,7 +36,6 @@ EVERYTHING = (  # that workers of any stage need; whatever else a model needs, i
 )
 STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
 MAX_REQUEST = 1 << 20
-PID = struct.Struct("!q")
 
 
 def main(link: socket.socket) -> None:

@@ -145,11 +145,11 @@ def load_weights(
     if devices.simulated is not None and stage != "vae":
         residency.swap_in(devices.simulated)
     elif place is None:
-        residency.swap_in(max(0, devices.room[next(iter(devices.room))] - WORKSPACE[stage]))
+        residency.swap_in(max(0, devices.room[devices.primary.index or 0] - WORKSPACE[stage]))
     else:
         residency.swap_in(residency.total_bytes)
     if devices.room:
-        devices.room[next(iter(devices.room))] -= residency.device_bytes
+        devices.room[devices.primary.index or 0] -= residency.device_bytes
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
     where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
     return residency.module, [(name, where)], residency

@@ -143,7 +143,6 @@ class Modulation:
             (module.get_submodule(row), [i for i, name in enumerate(layers) if name.startswith(f"{row}.")])
             for row in rows
         ]
-        self._buffer: torch.Tensor | None = None
         self._arrived: list[Mark | None] = [None] * len(self._layers)
         self._vectors: list[torch.Tensor] = []
         self._call = -1
@@ -154,16 +153,13 @@ class Modulation:
         return self._slot * min(SLOTS, len(self._layers))
 
     def swap_in(self) -> None:
-        self._buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self._lane.device)
+        """Give the layers' weights their places in a buffer, which lives as long as they are there."""
+        buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self._lane.device)
         for index, source in enumerate(self._sources):
             offset = index % SLOTS * self._slot
             for leaf, tensor in source.items():
-                getattr(self._linear[index], leaf).data = view_of(self._buffer, offset, tensor)
+                getattr(self._linear[index], leaf).data = view_of(buffer, offset, tensor)
                 offset += room(tensor.nbytes)
-
-    def swap_out(self) -> None:
-        self.end()
-        self._buffer = None
 
     def begin(self, calls: Sequence[Call]) -> None:
         """Before a job whose forwards will be `calls`, whatever their latents; `end` must follow."""

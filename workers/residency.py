@@ -7,7 +7,7 @@ bits in every residency: only where weights lie changes, never what is computed.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -36,19 +36,15 @@ class Residency:
         self._parameters = dict(module.named_parameters())
         self._lane = lane_for(device, locked)
         self._rows = block_rows(module)
-        self.blocks = [Block(row, streamable(module, row)) for row in self._rows]
+        self.blocks = streamable(module, self._rows)
+        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values())  # that it takes to be in
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
         self._seen: Watch | None = None  # the first job, to learn from
         self._learned = False
-        self.plan: StreamPlan | None = None  # while it is streamed
+        self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
-
-    @property
-    def total_bytes(self) -> int:
-        """What it takes to have everything in."""
-        return sum(room(tensor.nbytes) for tensor in self._host.values())
 
     @property
     def device_bytes(self) -> int:
@@ -65,20 +61,19 @@ class Residency:
         start = time.perf_counter()
         self._budget = budget
         streamed: set[str] = set()
-        plan = self.plan = None
-        if self.total_bytes > budget:
-            plan = self.plan = self._plan(budget)
-            streamed = {name for piece in plan.pieces for name in piece}
+        self.plan = self._plan(budget) if self.total_bytes > budget else None
+        if self.plan:
+            streamed = {name for piece in self.plan.pieces for name in piece}
             if self.modulation:
                 streamed |= self.modulation.weights
                 self.modulation.swap_in()
         self._copy_in([name for name in self._host if name not in streamed])
         self._move_buffers()
-        if plan:
+        if self.plan:
             blocks = [self.module.get_submodule(row) for row in self._rows]
-            self._ring = Ring(plan, blocks, self._parameters, self._host, self._lane)
+            self._ring = Ring(self.plan, blocks, self._parameters, self._host, self._lane)
         self._lane.synchronize()
-        self.state = "streamed" if plan else "in"
+        self.state = "streamed" if self.plan else "in"
         self.seconds = time.perf_counter() - start
 
     def _plan(self, budget: int) -> StreamPlan:
@@ -108,7 +103,7 @@ class Residency:
         if self._ring:
             self._ring.close()
         if self.modulation:
-            self.modulation.swap_out()
+            self.modulation.end()
         for name, parameter in self._parameters.items():
             parameter.data = self._host[name]
         self._ring = self._slab = None
@@ -154,12 +149,10 @@ class Residency:
             return
         assert watch.results is not None
         modulation = Modulation(self.module, self._rows, layers, watch.results, self._host, self._lane)
-        before, after = (self._plan_with(which, self._budget) for which in (self.modulation, modulation))
-        if before and after and after.streamed_bytes < before.streamed_bytes:
-            budget = self._budget
-            self.swap_out()
+        after = self._plan_with(modulation, self._budget)
+        if self.plan and after and after.streamed_bytes < self.plan.streamed_bytes:
             self.modulation = modulation
-            self.swap_in(budget)
+            self.swap_in(self._budget)
 
     def _copy_in(self, names: list[str]) -> None:
         """One piece of device memory for all that stays, filled at the speed of the link."""
@@ -193,11 +186,17 @@ def block_rows(module: torch.nn.Module) -> list[str]:
     return rows
 
 
-def streamable(module: torch.nn.Module, row: str) -> Mapping[str, int]:
-    """Bytes of a block's own weights by their names in the whole module; those that others share stay on the device."""
+def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:
+    """Blocks by the bytes of their own weights; those that others share stay on the device."""
     users = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    return {
-        f"{row}.{name}": parameter.nbytes
-        for name, parameter in module.get_submodule(row).named_parameters()
-        if users[id(parameter)] == 1
-    }
+    return [
+        Block(
+            row,
+            {
+                f"{row}.{name}": parameter.nbytes
+                for name, parameter in module.get_submodule(row).named_parameters()
+                if users[id(parameter)] == 1
+            },
+        )
+        for row in rows
+    ]

@@ -159,6 +159,7 @@ class Ring:
                 offset += room(host[name].nbytes)
             self._copies.append(copies)
             self._spans.append((start, offset))
+        self._rivals = [self._overlapping(index) for index in range(len(self._copies))]
         self._arrived: list[Mark | None] = [None] * len(self._copies)  # None: not in the ring, nor on its way
         self._after: list[list[int]] = [[] for _ in self._copies]  # pieces that may come once a block is done
         for index in range(len(self._copies)):
@@ -184,7 +185,7 @@ class Ring:
     def _predecessor(self, index: int) -> int | None:
         """The last block before this one, around the ring, that reads where its weights will lie."""
         count = len(self._copies)
-        rivals = self._overlapping(index)
+        rivals = self._rivals[index]
         return min(rivals, key=lambda other: (index - other) % count) if rivals else None
 
     def start(self) -> None:
@@ -193,14 +194,14 @@ class Ring:
         taken: list[int] = []
         for index, copies in enumerate(self._copies):
             if copies:
-                if set(self._overlapping(index)) & set(taken):
+                if set(self._rivals[index]) & set(taken):
                     return
                 taken.append(index)
                 if self._arrived[index] is None:
                     self._fetch(index, begun)
 
     def _fetch(self, index: int, after: Mark) -> None:
-        for other in self._overlapping(index):
+        for other in self._rivals[index]:
             self._arrived[other] = None
         self._arrived[index] = self.lane.copy(self._copies[index], after)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import tiny
 from tests.stacks import triptych
 from tests.tiny import needs_gpus
 from workers import loading, stage_file
@@ -47,19 +48,7 @@ def test_layers_spread_over_two_gpus_give_the_bits_of_one(flux_dev: Path, monkey
     found = []
     for room in ({0: 2 * size}, {0: int(0.95 * size), 1: int(0.95 * size)}):
         loaded = load(source, "denoise", Devices(cuda, room, evenly=False), torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        transformer = loaded.pipeline.transformer
-        found.append(
-            transformer(
-                hidden_states=torch.randn(1, 16, transformer.config.in_channels, generator=generator).to(cuda),
-                encoder_hidden_states=torch.randn(1, 8, 32, generator=generator).to(cuda),
-                pooled_projections=torch.randn(1, 32, generator=generator).to(cuda),
-                timestep=torch.tensor([0.5], device=cuda),
-                guidance=torch.tensor([3.5], device=cuda),
-                img_ids=torch.zeros(16, 3, device=cuda),
-                txt_ids=torch.zeros(8, 3, device=cuda),
-            ).sample.cpu()
-        )
+        found.append(tiny.flux_forward(loaded.pipeline.transformer, "cuda:0").cpu())
     assert {where for _, where in loaded.device_map} == {"cuda:0", "cuda:1"}
     assert torch.equal(*found)
 

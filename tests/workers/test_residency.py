@@ -44,19 +44,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flux(module: torch.nn.Module, device: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return module(
-        hidden_states=torch.randn(1, 16, 16, generator=generator).to(device),
-        encoder_hidden_states=torch.randn(1, 8, 32, generator=generator).to(device),
-        pooled_projections=torch.randn(1, 32, generator=generator).to(device),
-        timestep=torch.tensor([0.5], device=device),
-        guidance=torch.tensor([3.5], device=device),
-        img_ids=torch.zeros(16, 3, device=device),
-        txt_ids=torch.zeros(8, 3, device=device),
-    ).sample
-
-
 def text(module: torch.nn.Module, device: str) -> torch.Tensor:
     return module(torch.arange(1, 13, device=device)[None]).last_hidden_state
 
@@ -69,7 +56,7 @@ def unet(module: torch.nn.Module, device: str) -> torch.Tensor:
 
 
 CASES: dict[str, tuple[type, Callable[[torch.nn.Module, str], torch.Tensor]]] = {
-    "flux": (FluxTransformer2DModel, flux),
+    "flux": (FluxTransformer2DModel, tiny.flux_forward),
     "t5": (T5EncoderModel, text),
     "clip": (CLIPTextModel, text),
     "unet": (UNet2DConditionModel, unet),
@@ -111,7 +98,7 @@ def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(fol
         model.single_transformer_blocks = torch.nn.ModuleList(model.single_transformer_blocks[i] for i in order)
     assert residency.state == "streamed"
     for _ in range(2):
-        assert torch.equal(flux(module, "cpu"), flux(other, "cpu"))
+        assert torch.equal(tiny.flux_forward(module, "cpu"), tiny.flux_forward(other, "cpu"))
 
 
 class WorstLane(HostLane):
@@ -168,7 +155,7 @@ def wanted_bytes(source: Source, share: float) -> int:
 @torch.no_grad()
 def test_a_run_that_breaks_off_leaves_the_next_one_right(folder: Path) -> None:
     module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
-    wanted = flux(module, "cpu")
+    wanted = tiny.flux_forward(module, "cpu")
     residency = Residency("flux", module, torch.device("cpu"))
     residency.swap_in(int(residency.total_bytes * 0.6))
 
@@ -177,10 +164,10 @@ def test_a_run_that_breaks_off_leaves_the_next_one_right(folder: Path) -> None:
 
     hook = module.single_transformer_blocks[2].register_forward_pre_hook(stop)
     with pytest.raises(KeyboardInterrupt):
-        flux(module, "cpu")
+        tiny.flux_forward(module, "cpu")
     hook.remove()
     residency.start()
-    assert torch.equal(flux(module, "cpu"), wanted)
+    assert torch.equal(tiny.flux_forward(module, "cpu"), wanted)
 
 
 @pytest.mark.parametrize("case", CASES)
