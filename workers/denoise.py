@@ -1,7 +1,7 @@
 """Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
 
 import contextlib
-import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +27,8 @@ class DenoiseStage:
         try:
             with contextlib.ExitStack() as stack:
                 for residency in self.residencies:
-                    foresee = functools.partial(self.foresee, residency.module, recipe, tensors)
-                    stack.enter_context(residency.job(foresee if len(self.residencies) == 1 else None))
+                    play = Play(self, residency.module, recipe, tensors)
+                    stack.enter_context(residency.job(play if len(self.residencies) == 1 else None))
                 decoding = self.until_decoding(self.arguments(recipe, tensors, report))
         except Cancelled:
             reset_caches(self.pipeline)
@@ -41,23 +41,6 @@ class DenoiseStage:
         except Decoding as decoding:
             return decoding
         raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
-
-    def foresee(
-        self, denoiser: torch.nn.Module, recipe: Recipe, tensors: tuple[Tensor, ...], results: Results
-    ) -> list[Call]:
-        """All forwards of a job, by its own loop run dry: the denoiser gives zeros, so only the latents are wrong."""
-        calls: list[Call] = []
-
-        def record(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
-            calls.append(Call(args, kwargs))
-            return results.zeros(calls[-1])
-
-        denoiser.forward = record
-        try:
-            self.until_decoding(self.arguments(recipe, tensors, lambda step, steps: None))
-        finally:
-            del denoiser.forward
-        return calls
 
     def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> dict[str, Any]:
         parameters = call_parameters(self.pipeline)
@@ -103,6 +86,56 @@ class DenoiseStage:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                 raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
         return found
+
+
+class Rehearsed(Exception):
+    """Not an error: the forwards that were wanted are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """A job told before it goes, by its own loop."""
+
+    stage: DenoiseStage
+    denoiser: torch.nn.Module
+    recipe: Recipe
+    tensors: tuple[Tensor, ...]
+
+    def foresee(self, results: Results) -> list[Call]:
+        """All forwards of the job, by its loop run dry: the denoiser gives zeros, so only the latents are wrong."""
+        calls: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            calls.append(Call(args, kwargs))
+            return results.zeros(calls[-1])
+
+        self.denoiser.forward = record
+        try:
+            self._run()
+        finally:
+            del self.denoiser.forward
+        return calls
+
+    def rehearse(self) -> None:
+        """The job's first two forwards, and no more."""
+        done = 0
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if done == 2:
+                raise Rehearsed
+
+        hook = self.denoiser.register_forward_hook(count)
+        try:
+            self._run()
+        except Rehearsed:
+            reset_caches(self.stage.pipeline)
+        finally:
+            hook.remove()
+
+    def _run(self) -> None:
+        self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, lambda step, steps: None))
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:

@@ -9,8 +9,8 @@ Which layers these are is learned by watching a job: linear layers inside the bl
 names of models or classes.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +118,20 @@ class Watch:
         return found if size >= LEAST_SHARE * sum(p.nbytes for p in self.module.parameters()) else []
 
 
+class Lookup(torch.nn.Module):
+    """Stands where a modulation layer stood: its result is that of the present forward, computed before.
+
+    The result is a tensor of its own, so that compiled blocks see the same one in every step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now: torch.Tensor | None = None
+
+    def forward(self, vector: torch.Tensor) -> torch.Tensor | None:
+        return self.now
+
+
 class Modulation:
     """The learned layers of one model, for the jobs that follow. `layers` are names of linear modules, in order."""
 
@@ -133,6 +147,7 @@ class Modulation:
         self.results = results
         self._module, self._lane, self._layers = module, lane, list(layers)
         self._linear = [module.get_submodule(name) for name in layers]
+        self._lookups = [Lookup() for _ in layers]
         self._sources = [
             {leaf: host[f"{name}.{leaf}"] for leaf, _ in linear.named_parameters()}
             for name, linear in zip(layers, self._linear, strict=True)
@@ -143,17 +158,27 @@ class Modulation:
             (module.get_submodule(row), [i for i, name in enumerate(layers) if name.startswith(f"{row}.")])
             for row in rows
         ]
+        before = [name for name, _ in module.named_children() if not any(row.startswith(f"{name}.") for row in rows)]
+        self._before = [module.get_submodule(name) for name in before]  # what runs before the blocks, or after them
         self._arrived: list[Mark | None] = [None] * len(self._layers)
         self._vectors: list[torch.Tensor] = []
+        self._tables: list[list[torch.Tensor]] = []  # by layer: its results in all forwards
         self._call = -1
+        self._passing = False  # through a buffer, once a job; else they are on the device
+        self._looking = False  # for vectors; nothing else is to happen in a forward
         self._hooks: list[Any] = []
 
     @property
     def buffer_bytes(self) -> int:
         return self._slot * min(SLOTS, len(self._layers))
 
-    def swap_in(self) -> None:
+    def stay(self) -> None:
+        """The layers' weights are on the device to stay."""
+        self._passing = False
+
+    def pass_through(self) -> None:
         """Give the layers' weights their places in a buffer, which lives as long as they are there."""
+        self._passing = True
         buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self._lane.device)
         for index, source in enumerate(self._sources):
             offset = index % SLOTS * self._slot
@@ -161,14 +186,16 @@ class Modulation:
                 getattr(self._linear[index], leaf).data = view_of(buffer, offset, tensor)
                 offset += room(tensor.nbytes)
 
-    def begin(self, calls: Sequence[Call]) -> None:
-        """Before a job whose forwards will be `calls`, whatever their latents; `end` must follow."""
+    def begin(self, foresee: Callable[[Results], Sequence[Call]]) -> None:
+        """Before a job whose forwards `foresee` tells, whatever their latents; `end` must follow."""
         self.end()
-        self._vectors = [self._vector(call) for call in calls]
-        self._call = -1
-        for index in range(min(SLOTS, len(self._layers))):
+        for index in range(min(SLOTS, len(self._layers)) if self._passing else 0):
             self._fetch(index)
-        self._hooks.append(self._module.register_forward_pre_hook(self._count))
+        self._vectors = self._vectors_of(foresee(self.results))
+        self._tables = [[] for _ in self._layers]
+        self._call = -1
+        self._put(self._lookups)
+        self._hooks.append(self._module.register_forward_pre_hook(self._next, with_kwargs=True))
         for block, indices in self._of_row:
             if indices:
                 self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
@@ -177,57 +204,125 @@ class Modulation:
         """Every layer is itself again."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        for linear in self._linear:
-            linear.__dict__.pop("forward", None)
-        self._vectors = []
+        self._put(self._linear)
+        self._hooks, self._vectors, self._tables = [], [], []
+        for lookup in self._lookups:
+            lookup.now = None
 
-    def _vector(self, call: Call) -> torch.Tensor:
-        """The layers' input in a forward, which is run up to the first of them."""
+    def _put(self, modules: Sequence[torch.nn.Module]) -> None:
+        for name, module in zip(self._layers, modules, strict=True):
+            parent, _, leaf = name.rpartition(".")
+            setattr(self._module.get_submodule(parent), leaf, module)
+
+    def _vectors_of(self, calls: Sequence[Call]) -> list[torch.Tensor]:
+        """The layers' input in each forward, which is run up to the first of them.
+
+        What comes before the blocks is run again only where its own inputs have changed.
+        """
 
         def reach(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
             raise Reached(args[0])
 
         hook = self._linear[0].register_forward_pre_hook(reach)
+        self._looking = True
+        try:
+            for module in self._before:
+                module.forward = remembering(module.forward)
+            with uncompiled([block for block, _ in self._of_row]):
+                return [self._vector(call) for call in calls]
+        finally:
+            self._looking = False
+            hook.remove()
+            for module in self._before:
+                module.__dict__.pop("forward", None)
+
+    def _vector(self, call: Call) -> torch.Tensor:
         try:
             with torch.no_grad():
                 self._module(*call.args, **call.kwargs)
         except Reached as reached:
             return reached.vector
-        finally:
-            hook.remove()
         raise RuntimeError(f"{self._layers[0]} was not reached")
 
-    def _count(self, *_: object) -> None:
+    def _next(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before each forward: its results take the place of the last one's."""
+        if self._looking:
+            return
         self._call += 1
+        if self._call == 0:
+            return
+        if self._call >= len(self._vectors):
+            self._catch_up(Call(args, kwargs))
+        targets = [lookup.now for lookup in self._lookups if lookup.now is not None]
+        torch._foreach_copy_(targets, [table[self._call] for table in self._tables])
 
     def _fill(self, indices: Sequence[int]) -> None:
         """At a block's first run in a job: its layers' results for all forwards."""
         if self._call != 0:
             return
         for index in indices:
-            arrived = self._arrived[index]
-            assert arrived is not None
-            self._lane.wait(arrived)
+            if self._passing and (arrived := self._arrived[index]):
+                self._lane.wait(arrived)
             linear = self._linear[index]
-            results = [type(linear).forward(linear, vector) for vector in self._vectors]
-            linear.forward = functools.partial(self._look_up, self._sources[index], results)
-            if index + SLOTS < len(self._layers):
+            self._tables[index] = [type(linear).forward(linear, vector) for vector in self._vectors]
+            self._lookups[index].now = self._tables[index][0].clone()
+            if self._passing and index + SLOTS < len(self._layers):
                 self._fetch(index + SLOTS)
 
-    def _look_up(
-        self, source: Mapping[str, torch.Tensor], results: Sequence[torch.Tensor], vector: torch.Tensor
-    ) -> torch.Tensor:
-        """A layer's result in the present forward; unforeseen ones come from host memory."""
-        if self._call < len(results):
-            return results[self._call]
-        weight, bias = (
-            t.to(vector.device) if (t := source.get(leaf)) is not None else None for leaf in ("weight", "bias")
-        )
-        assert weight is not None
-        return torch.nn.functional.linear(vector, weight, bias)
+    def _catch_up(self, call: Call) -> None:
+        """One forward more than foreseen: its results, with weights straight from host memory."""
+        self._put(self._linear)
+        (vector,) = self._vectors_of([call])
+        self._put(self._lookups)
+        self._vectors.append(vector)
+        for source, table in zip(self._sources, self._tables, strict=True):
+            weight, bias = (
+                None if (t := source.get(leaf)) is None else t.to(vector.device) for leaf in ("weight", "bias")
+            )
+            assert weight is not None
+            table.append(torch.nn.functional.linear(vector, weight, bias))
 
     def _fetch(self, index: int) -> None:
         linear = self._linear[index]
         copies = [(getattr(linear, leaf).data, tensor) for leaf, tensor in self._sources[index].items()]
         self._arrived[index] = self._lane.copy(copies, self._lane.mark())
+
+
+@contextlib.contextmanager
+def uncompiled(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """For a look inside blocks, which compiled code doesn't allow."""
+    compiled = [(block, block.__dict__.pop("forward")) for block in blocks if "forward" in block.__dict__]
+    try:
+        yield
+    finally:
+        for block, forward in compiled:
+            block.forward = forward
+
+
+def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that gives its last result again where its arguments are the same."""
+    last: list[Any] = []
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        if not last or not same(last[0], (args, kwargs)):
+            last[:] = [(args, kwargs), forward(*args, **kwargs)]
+        return last[1]
+
+    return remembered
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether arguments are equal, tensors in all their values."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    match one:
+        case torch.Tensor():
+            alike: bool = one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+            return alike
+        case dict():
+            return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+        case tuple() | list():
+            return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)

@@ -7,8 +7,8 @@ bits in every residency: only where weights lie changes, never what is computed.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
 
 import torch
 
@@ -16,11 +16,20 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.lanes import lane_for
 from workers.mapped import host_weights, page_lock
-from workers.modulation import Call, Modulation, Results, Watch
+from workers.modulation import Call, Modulation, Results, Watch, uncompiled
 from workers.streaming import Block, Ring, StreamPlan, plan_stream, room, view_of
 
 State = Literal["in", "streamed", "out"]
-Foresee = Callable[[Results], Sequence[Call]]
+
+
+class Play(Protocol):
+    """A job as it will go, told before it does."""
+
+    def foresee(self, results: Results) -> Sequence[Call]:
+        """The forwards that it will make, if each gives such results."""
+
+    def rehearse(self) -> None:
+        """Make its first two forwards, and stop."""
 
 
 class Residency:
@@ -43,6 +52,7 @@ class Residency:
         self.modulation: Modulation | None = None  # once a job has shown it
         self._seen: Watch | None = None  # the first job, to learn from
         self._learned = False
+        self.compiled = False
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
 
@@ -61,17 +71,18 @@ class Residency:
         start = time.perf_counter()
         self._budget = budget
         streamed: set[str] = set()
+        if self.modulation:
+            self.modulation.stay()
         self.plan = self._plan(budget) if self.total_bytes > budget else None
         if self.plan:
             streamed = {name for piece in self.plan.pieces for name in piece}
             if self.modulation:
                 streamed |= self.modulation.weights
-                self.modulation.swap_in()
+                self.modulation.pass_through()
         self._copy_in([name for name in self._host if name not in streamed])
         self._move_buffers()
         if self.plan:
-            blocks = [self.module.get_submodule(row) for row in self._rows]
-            self._ring = Ring(self.plan, blocks, self._parameters, self._host, self._lane)
+            self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._lane)
         self._lane.synchronize()
         self.state = "streamed" if self.plan else "in"
         self.seconds = time.perf_counter() - start
@@ -122,49 +133,80 @@ class Residency:
         if self._ring:
             self._ring.start()
 
+    def _blocks(self) -> list[torch.nn.Module]:
+        return [self.module.get_submodule(row) for row in self._rows]
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile what each block computes, from its next run on. Bits differ from uncompiled ones by rounding."""
+        for block in self._blocks():
+            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+        self.compiled = True
+
     @contextlib.contextmanager
-    def job(self, foresee: Foresee | None) -> Iterator[None]:
-        """Around a job. `foresee(results)` gives the forwards that it will make, if each gives such results;
-        without it, or until one job was watched, modulation weights are streamed like others."""
-        if self.state == "streamed" and self._seen and not self._learned:
+    def job(self, play: Play | None) -> Iterator[None]:
+        """Around a job. Without its `play`, or before one was watched, modulation weights are streamed like others."""
+        if self.state == "in" and not self.compiled:
+            play = None  # nothing to be gained
+        if play and self.compiled and not self._learned:
+            self._rehearse(play)
+        elif play and self._seen and not self._learned:
             self._learn(self._seen)
         self.start()
-        if self.state == "streamed" and foresee and self.modulation:
-            self.modulation.begin(foresee(self.modulation.results))
+        if play and self.modulation:
+            self.modulation.begin(play.foresee)
             try:
                 yield
             finally:
                 self.modulation.end()
-        elif self.state == "streamed" and foresee and not self._learned:
-            with Watch(self.module, self._rows) as watch:
+        elif play and not self._learned:
+            with Watch(self.module, self._rows) as self._seen:
                 yield
-            self._seen = watch
         else:
             yield
 
+    def _rehearse(self, play: Play) -> None:
+        """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""
+        self.start()
+        with uncompiled(self._blocks()), Watch(self.module, self._rows) as watch:
+            play.rehearse()
+        self._learn(watch)
+
     def _learn(self, watch: Watch) -> None:
         """Let jobs run their modulation ahead from now on, and stream the less."""
+        self._seen = None
+        if watch.forwards < 2:
+            return  # too few steps to tell
         self._learned = True
         if not (layers := watch.layers()):
             return
         assert watch.results is not None
         modulation = Modulation(self.module, self._rows, layers, watch.results, self._host, self._lane)
         after = self._plan_with(modulation, self._budget)
-        if self.plan and after and after.streamed_bytes < self.plan.streamed_bytes:
+        if self.plan is None:
+            self.modulation = modulation
+        elif after and (self.compiled or after.streamed_bytes < self.plan.streamed_bytes):
             self.modulation = modulation
             self.swap_in(self._budget)
 
-    def _copy_in(self, names: list[str]) -> None:
-        """One piece of device memory for all that stays, filled at the speed of the link."""
+    def _copy_in(self, names: Sequence[str]) -> None:
+        """One piece of device memory for all that stays, filled in large pieces: a file's neighbours stay such."""
         size = sum(room(self._host[name].nbytes) for name in names)
-        self._slab = torch.empty(size, dtype=torch.uint8, device=self.device)
-        offset, copies = 0, []
-        for name in names:
+        self._slab = slab = torch.empty(size, dtype=torch.uint8, device=self.device)
+        offset = 0
+        spans: list[tuple[torch.Tensor, int, int]] = []  # (first source, bytes from it on, place in the slab)
+        after: tuple[int, int] | None = None  # where the last source and its place end
+        for name in sorted(names, key=lambda name: self._host[name].data_ptr()):
             source = self._host[name]
-            place = view_of(self._slab, offset, source)
-            offset += room(source.nbytes)
-            copies.append((place, source))
-            self._parameters[name].data = place
+            place = self._parameters[name].data = view_of(slab, offset, source)
+            offset = place.data_ptr() - slab.data_ptr()
+            if after == (source.data_ptr(), offset) and same_storage(spans[-1][0], source):
+                first, length, start = spans.pop()
+                spans.append((first, length + source.nbytes, start))
+            else:
+                spans.append((source, source.nbytes, offset))
+            offset += source.nbytes
+            after = source.data_ptr() + source.nbytes, offset
+        copies = [(slab[start : start + length], bytes_from(first, length)) for first, length, start in spans]
         self._lane.wait(self._lane.copy(copies, self._lane.mark()))
 
     def _move_buffers(self) -> None:
@@ -173,6 +215,16 @@ class Residency:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device != self.device:
                     module._buffers[name] = buffer.to(self.device)
+
+
+def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def bytes_from(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """Flat uint8 from where a tensor begins in its storage."""
+    start = tensor.storage_offset() * tensor.element_size()
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (length,), (1,))
 
 
 def block_rows(module: torch.nn.Module) -> list[str]:
