@@ -3,12 +3,15 @@
 model = "black-forest-labs/FLUX.1-dev"
 dtype = "bfloat16"
 
+[gpus]
+0 = "16GB"
+1 = "all"
+
 [stages.text]
-device = "cpu"
+gpus = [1]
 
 [stages.denoise]
-gpus = [0, 1]
-max_memory = "16GB"
+gpus = [0]
 """
 
 import tomllib
@@ -32,6 +35,10 @@ def _amounts(value: object) -> object:
     return tuple(value.split(",")) if isinstance(value, str) else value
 
 
+def _budget(value: object) -> object:
+    return None if value == "all" else _bytes(value)
+
+
 def _seconds(value: object) -> object:
     return None if value == "forever" else value
 
@@ -41,6 +48,7 @@ Seconds = Annotated[
 ]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
+Budget = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_budget)]  # None: all that is free
 Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
 
 
@@ -52,10 +60,10 @@ class StageConfig(Settings):
     """How one stage is run."""
 
     workers: Annotated[int, Field(ge=0, le=64)] = 1
-    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
+    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N; cpu:N is a CPU that stands in for GPU N, with its budget
     gpus: tuple[int, ...] | None = None  # None: all
-    max_memory: Amounts = ()  # of each GPU: one for all, or one each; none: all that is free
-    keep_alive: Seconds = None  # how long weights stay on a GPU when there is nothing to do: "forever", 0, or seconds
+    max_memory: Amounts = ()  # of each GPU for itself: one for all, or one each; none: leases, or all that is free
+    keep_alive: Seconds = None  # how long a lease is kept when there is nothing to do: "forever", 0, or seconds
 
 
 class StackConfig(Settings):
@@ -66,10 +74,31 @@ class StackConfig(Settings):
     embedding_cache: Bytes = 1_000_000_000  # on disk
     keep_pictures: Bytes = 4_000_000_000  # on disk; the oldest go first
     listen: str | None = None  # tcp://127.0.0.1:PORT for clients, instead of a private socket
+    gpus: dict[int, Budget] = Field(default_factory=dict)  # the stack's budgets; others: all that is free
+    patience: Annotated[float, Field(gt=0)] = 30.0  # seconds that a task waits for those whose turn it is
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
 
     def stage(self, stage: Stage) -> StageConfig:
         return self.stages.get(stage, StageConfig())
+
+
+class AccountSettings(Settings):
+    """A GPU whose memory is leased to workers."""
+
+    budget: Annotated[int, Field(gt=0)]  # bytes
+    foreign: int = 0  # bytes in use before the stack came
+    driver: bool = True  # whether a driver counts what is in use
+
+
+class OrchestratorSettings(Settings):
+    """What the supervisor gives the orchestrator's process."""
+
+    queue_limit: int = 10_000
+    embedding_cache: int = 1_000_000_000
+    keep_pictures: int = 4_000_000_000
+    patience: float = 30.0
+    keep_alive: dict[Stage, float] = Field(default_factory=dict)
+    gpus: dict[int, AccountSettings] = Field(default_factory=dict)
 
 
 def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stage, dict[str, Any]]) -> StackConfig:

@@ -135,7 +135,7 @@ class Desk:
         counts = tuple((state, count) for state, count in engine.counts.items() if count)
         return Stack(
             request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.model, counts=counts,
-            queue_limit=engine.queue_limit,
+            queue_limit=engine.limits.queue,
         )  # fmt: skip
 
     def _tell_supervisor(self, message: RestartStage | SetScale, stage: Stage) -> None:

@@ -6,22 +6,39 @@ dropped, so each stage commits once.
 """
 
 import logging
+import math
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from orchestrator.fleet import Fleet, Worker
-from orchestrator.live import LiveJob
+from orchestrator.ledger import MORE, Account, Holding, Ledger
+from orchestrator.live import LiveJob, ModelKey
 from orchestrator.outbox import Outbox
 from orchestrator.queues import StageQueues
-from orchestrator.scheduler import Snapshot, decide
+from orchestrator.scheduler import Assign, Holder, Lend, Room, Snapshot, WaitingTask, decide
 from orchestrator.store import Store
 from orchestrator.watchers import Watchers
-from protocol.errors import Conflict, NotFound, QueueFull
-from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, StageRecord
-from protocol.messages import CancelTask, Committed, JobEvent, Progress, Result, Task, TaskFailed, TaskKey
+from protocol.errors import Conflict, DoesNotFit, NotFound, QueueFull
+from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, Stage, StageRecord
+from protocol.messages import (
+    CancelTask,
+    Committed,
+    JobEvent,
+    Lease,
+    Leased,
+    Progress,
+    Ready,
+    Result,
+    Task,
+    TaskFailed,
+    TaskKey,
+    WorkerHello,
+)
 from protocol.recipes import CountTokens, resolve, text_key, token_counter
 from protocol.tensors import Tensor
+from protocol.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -30,14 +47,30 @@ KEEP_REASONS = 16
 OUTPUT = {"denoise": "latents", "vae": "pictures"}  # the kind of artifact that a stage leaves, but for text
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much an engine takes and keeps; `keep_alive` in seconds by stage, none for ever."""
+
+    queue: int  # unfinished jobs
+    cache_bytes: int  # of embeddings
+    picture_bytes: int
+    patience: float = 30.0  # seconds that a task waits for others to finish theirs, before they must give way
+    keep_alive: Mapping[Stage, float] = field(default_factory=dict)
+
+
+def ghost(hello: WorkerHello) -> str:
+    """Under which a process holds memory that has left the stack, but may not have ended."""
+    return f"{hello.host}/{hello.pid}"
+
+
 def key_of(task: TaskKey) -> tuple[str, str, int]:
     return task.job, task.stage, task.attempt
 
 
 class Engine:
-    def __init__(self, store: Store, outbox: Outbox, queue_limit: int, cache_bytes: int, picture_bytes: int) -> None:
-        self.store, self.outbox, self.queue_limit = store, outbox, queue_limit
-        self._cache_bytes, self._picture_bytes = cache_bytes, picture_bytes
+    def __init__(self, store: Store, outbox: Outbox, limits: Limits, accounts: Mapping[int, Account]) -> None:
+        self.store, self.outbox, self.limits = store, outbox, limits
+        self.ledger = Ledger(accounts, store.workspaces())
         self.fleet, self.queues, self.watchers = Fleet(), StageQueues(), Watchers()
         self.jobs: dict[str, LiveJob] = {}  # unfinished ones
         self._by_text: dict[str, set[str]] = {}  # unfinished jobs by their embeddings' key
@@ -60,21 +93,41 @@ class Engine:
         self.model, self.dtype = model, dtype
         self._count_tokens = token_counter(self.store.tokenizer(model.revision))
 
-    def ready(self, worker: Worker) -> None:
+    def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker's hands are free; if it drops a task without a word, that was a failed attempt."""
         if worker.task:
             self._fail(worker.task, f"{worker.hello.name} dropped it", retry=True)
+        worker.device_map = ready.device_map or worker.device_map
+        worker.residency = ready.residency or worker.residency
+        worker.context_bytes = ready.context_bytes or worker.context_bytes
+        gpu = worker.hello.gpu
+        if gpu is not None and gpu in self.ledger.accounts and ready.needs:
+            holding = Holding(gpu, ready.needs, ready.context_bytes, lease=ready.lease_bytes, share=ready.lease_weights)
+            self.ledger.join(worker.id, holding)
+            worker.lease_bytes = ready.lease_bytes
+        else:
+            self.ledger.has_worked(worker.id, ready.context_bytes)
         self.fleet.ready(worker)
 
     def lose_worker(self, worker: Worker, reason: str) -> None:
-        """A worker is gone without a word; what it had in hand is tried again."""
+        """A worker is gone without a word; what it had in hand is tried again.
+
+        What it holds of a GPU counts until its process is known to be gone.
+        """
         self.fleet.remove(worker)
+        self.ledger.orphan(worker.id, ghost(worker.hello))
         if worker.task:
             self._fail(worker.task, f"{worker.hello.name} {reason}", retry=True)
+
+    def bury(self, worker: Worker) -> None:
+        """A worker's process has ended."""
+        self.lose_worker(worker, "died")
+        self.ledger.leave(ghost(worker.hello))
 
     def dismiss_worker(self, worker: Worker) -> None:
         """A worker leaves in good order; what it had in hand waits again, and nobody is to blame."""
         self.fleet.remove(worker)
+        self.ledger.orphan(worker.id, ghost(worker.hello))
         job = self._current(worker.task) if worker.task else None
         if job:
             self._wait_again(job)
@@ -90,12 +143,14 @@ class Engine:
         ids = [request.id for request in fresh if request.id is not None]
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
-        if len(self.jobs) + len(fresh) > self.queue_limit:
+        if len(self.jobs) + len(fresh) > self.limits.queue:
             raise QueueFull(
-                f"The queue holds {len(self.jobs)} of at most {self.queue_limit} jobs; {len(fresh)} more don't fit.",
+                f"The queue holds {len(self.jobs)} of at most {self.limits.queue} jobs; {len(fresh)} more don't fit.",
                 "Wait for some to finish, cancel some, or start the stack with a larger --queue-limit.",
             )
         recipes = [resolve(request, self.model, self.dtype, self._count_tokens) for request in fresh]
+        for recipe in recipes:
+            self._refuse_what_never_fits(recipe, self.model)
         made = iter([self._create(request, recipe) for request, recipe in zip(fresh, recipes, strict=True)])
         return [known or next(made) for known in named]
 
@@ -139,14 +194,62 @@ class Engine:
     # -- handing out ----------------------------------------------------------------------------
 
     def assign(self) -> None:
-        """Let the scheduler pair idle workers with waiting tasks, and send the tasks."""
+        """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
         idle = self.fleet.idle()
         if not idle:
             return
         places = {(worker.stage, worker.model) for worker in idle}
-        waiting = {place: self.queues.first(*place, len(idle)) for place in places}
-        for action in decide(Snapshot(waiting, idle, self.queues.depth)):
-            self._hand_out(self.jobs[action.job], self.fleet.workers[bytes.fromhex(action.worker)])
+        holders = self._holders()
+        waiting = {
+            place: self._first(*place, len(idle), holders) for place in places | {(h.stage, h.model) for h in holders}
+        }
+        gpus = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in {h.gpu for h in holders}}
+        snapshot = Snapshot(waiting, idle, self.queues.depth, {h.id: h for h in holders}, gpus, self.limits.patience)
+        for action in decide(snapshot):
+            worker = self.fleet.workers[bytes.fromhex(action.worker)]
+            match action:
+                case Assign():
+                    self._hand_out(self.jobs[action.job], worker)
+                case Lend():
+                    self._lend(worker, action)
+
+    def _holders(self) -> list[Holder]:
+        """The workers that work in leases."""
+        found: list[Holder] = []
+        now = time.monotonic()
+        for worker in self.fleet:
+            holding = self.ledger.holdings.get(worker.id)
+            if holding is not None:
+                stage, keep = worker.hello.stage, self.limits.keep_alive.get(worker.hello.stage)
+                found.append(
+                    Holder(
+                        id=worker.id, stage=stage, model=worker.model, gpu=holding.gpu,
+                        need=self.ledger.need(worker.id, stage, worker.model), lease=holding.booked,
+                        share=holding.booked if holding.asked else holding.share, held=now - holding.since,
+                        expired=keep is not None and worker.state == "idle" and now - worker.idle_since >= keep,
+                    )
+                )  # fmt: skip
+        return found
+
+    def _first(self, stage: Stage, model: ModelKey, count: int, holders: Sequence[Holder]) -> list[WaitingTask]:
+        now = time.monotonic()
+        holder = next((h for h in holders if (h.stage, h.model) == (stage, model)), None)
+        found: list[WaitingTask] = []
+        for job_id in self.queues.first(stage, model, count):
+            job = self.jobs[job_id]
+            workspace = self._workspace(job.recipe, stage, model, holder.id) if holder else 0
+            found.append(WaitingTask(job_id, stage, model, workspace, now - job.queued))
+        return found
+
+    def _workspace(self, recipe: Recipe, stage: Stage, model: ModelKey, worker: str) -> int:
+        """A VAE takes what it gets: without enough it decodes in tiles."""
+        wanted = self.ledger.workspace(stage, model, recipe, self.ledger.holdings[worker].needs)
+        return min(wanted, max(0, self.ledger.most_workspace(worker))) if stage == "vae" else wanted
+
+    def _lend(self, worker: Worker, lend: Lend) -> None:
+        self.ledger.lend(worker.id, lend.bytes, lend.weights)
+        self.fleet.swap(worker)
+        self.outbox.to_worker(worker.identity, Lease(bytes=lend.bytes, weights=lend.weights))
 
     def _hand_out(self, job: LiveJob, worker: Worker) -> None:
         tensors = self._inputs(job)
@@ -193,6 +296,7 @@ class Engine:
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
+        self._learn(worker, job.recipe, int(result.workspace_bytes * (MORE if result.cramped else 1)))
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings,
@@ -207,7 +311,56 @@ class Engine:
             self._pass_on(job, record)
 
     def failed(self, worker: Worker, failure: TaskFailed) -> None:
-        self._fail(failure, f"{worker.hello.name}: {failure.reason}", failure.retry)
+        """An attempt failed. One that had too little memory is no failure where more can be had."""
+        job, holding = self._current(failure), self.ledger.holdings.get(worker.id)
+        reason = f"{worker.hello.name}: {failure.reason}"
+        if not (job and holding and failure.out_of_memory):
+            self._fail(failure, reason, failure.retry)
+            return
+        self._learn(worker, job.recipe, int((holding.lease - holding.share) * MORE))
+        if self._workspace(job.recipe, failure.stage, worker.model, worker.id) <= self.ledger.most_workspace(worker.id):
+            log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
+            self._wait_again(job)
+        else:
+            self._fail(failure, reason, retry=False)
+
+    def leased(self, worker: Worker, leased: Leased) -> None:
+        """A worker has done what its lease said."""
+        if worker.id not in self.ledger.holdings:
+            return
+        self.ledger.settled(worker.id, leased.bytes, leased.weights, leased.kept_bytes)
+        worker.lease_bytes = leased.bytes
+        worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
+        if leased.reason:
+            for job_id in self.queues.first(worker.hello.stage, worker.model, 1):
+                self.queues.remove(job := self.jobs[job_id])
+                self._blame(job, f"{worker.hello.name}: {leased.reason}", retry=True)
+        self.fleet.ready(worker)
+
+    def _learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
+        if workspace > 0 and worker.id in self.ledger.holdings:
+            key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
+            if key:
+                self.store.remember_workspace(key, workspace)
+
+    def _refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
+        """By what the denoiser was seen to take; DoesNotFit names the largest size of that shape that fits."""
+        key = ModelKey.of_recipe(recipe)
+        denoisers = [w.id for w in self.fleet if w.hello.stage == "denoise" and w.model == key]
+        leased = [worker for worker in denoisers if worker in self.ledger.holdings]
+        if not leased or len(leased) < len(denoisers) or not self.ledger.seen_any("denoise", key):
+            return
+        wanted = min(self._workspace(recipe, "denoise", key, worker) for worker in leased)
+        most = max(self.ledger.most_workspace(worker) for worker in leased)
+        if wanted <= most:
+            return
+        scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple
+        width, height = (max(1, int(side * scale) // multiple) * multiple for side in (recipe.width, recipe.height))
+        raise DoesNotFit(
+            f"{recipe.width}x{recipe.height}, {recipe.num_images} a job, needs about {format_bytes(wanted)} "
+            f"of GPU memory beside the denoiser's weights; {format_bytes(most)} can be had.",
+            f"About {width}x{height} fits; or fewer pictures a job, or a larger budget for the denoiser's GPU.",
+        )
 
     def _current(self, task: TaskKey) -> LiveJob | None:
         """The job that a message is about, if the message is of its present attempt."""
@@ -231,7 +384,7 @@ class Engine:
 
     def _keep_embeddings(self, job: LiveJob, tensors: tuple[Tensor, ...]) -> None:
         self.store.put("text", job.text_key, tensors)
-        self.store.shrink("text", self._cache_bytes, spare=self._by_text)
+        self.store.shrink("text", self.limits.cache_bytes, spare=self._by_text)
         for other_id in list(self._by_text.get(job.text_key, ())):
             other = self.jobs[other_id]
             if other is not job and other.stage == "text" and other.worker is None:
@@ -241,7 +394,7 @@ class Engine:
         job.pictures = job.recipe.num_images
         job.finish_stage(record)
         self._end(job, "done")
-        for gone in self.store.shrink("pictures", self._picture_bytes, spare=(job.id,)):
+        for gone in self.store.shrink("pictures", self.limits.picture_bytes, spare=(job.id,)):
             self._without_pictures(gone)
 
     def _without_pictures(self, job_id: str) -> None:
@@ -250,11 +403,13 @@ class Engine:
             self.store.update(job)
 
     def _fail(self, task: TaskKey, reason: str, retry: bool) -> None:
-        job = self._current(task)
-        if job is None:
-            return
-        log.warning("%s failed: %s", task.stage, reason, extra={"job": job.id})
-        job.reasons = (*job.reasons, f"{task.stage}, attempt {task.attempt}: {reason}")[-KEEP_REASONS:]
+        if job := self._current(task):
+            self._blame(job, reason, retry)
+
+    def _blame(self, job: LiveJob, reason: str, retry: bool) -> None:
+        """An attempt of a job that is in no queue has failed."""
+        log.warning("%s failed: %s", job.stage, reason, extra={"job": job.id})
+        job.reasons = (*job.reasons, f"{job.stage}, attempt {job.attempt}: {reason}")[-KEEP_REASONS:]
         job.failures += 1
         if retry and job.failures < MAX_ATTEMPTS:
             self._wait_again(job)

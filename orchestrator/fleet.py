@@ -21,13 +21,16 @@ class Worker:
     hello: WorkerHello
     since: float  # seconds since the epoch
     heard: float  # monotonic seconds
-    state: Literal["loading", "idle", "busy"] = "loading"
+    state: Literal["loading", "idle", "busy", "swapping"] = "loading"
+    idle_since: float = 0.0  # monotonic seconds
     task: TaskKey | None = None
     done: int = 0
     rss_bytes: int = 0
     gpu_bytes: int = 0
     device_map: tuple[tuple[str, str], ...] = ()
     residency: tuple[ComponentView, ...] = ()
+    lease_bytes: int = 0
+    context_bytes: int = 0
 
     @property
     def id(self) -> str:
@@ -43,6 +46,7 @@ class Worker:
             host=self.hello.host, device=self.hello.device, dtype=self.hello.dtype, model=self.hello.model.model,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
             gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
+            gpu=self.hello.gpu, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,
         )  # fmt: skip
 
 
@@ -68,11 +72,15 @@ class Fleet:
 
     def beat(self, worker: Worker, beat: Heartbeat) -> None:
         worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
-        worker.residency = beat.residency or worker.residency
 
     def ready(self, worker: Worker) -> None:
-        worker.state, worker.task = "idle", None
+        worker.state, worker.task, worker.idle_since = "idle", None, time.monotonic()
         self._idle[worker.identity] = worker
+
+    def swap(self, worker: Worker) -> None:
+        """Its lease changes; it says when it is done."""
+        del self._idle[worker.identity]
+        worker.state = "swapping"
 
     def give(self, worker: Worker, task: TaskKey) -> None:
         del self._idle[worker.identity]

@@ -32,5 +32,16 @@ def list_gpus() -> list[Gpu]:
         return gpus
 
 
+def used_bytes(index: int) -> int | None:
+    """Bytes in use on a GPU by its driver's count, contexts included; None where it can't be asked."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()  # counts its callers, and costs nothing after the first
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used)
+    except pynvml.NVMLError:
+        return None
+
+
 def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value

@@ -46,6 +46,7 @@ class LiveJob:
     finished: float | None = None
     pictures: int = 0
     worker: str | None = None  # identity of this incarnation; never stored
+    queued: float = 0.0  # monotonic seconds, when it came to wait at its stage; never stored
 
     @property
     def ended(self) -> bool:

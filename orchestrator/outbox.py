@@ -1,9 +1,9 @@
-"""Messages that wait until what they promise is committed; and tasks, which promise nothing."""
+"""Messages that wait until what they promise is committed; and tasks and leases, which promise nothing."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from protocol.messages import JobEvent, Message, Task
+from protocol.messages import JobEvent, Lease, Message, Task
 from protocol.tensors import Tensor
 
 
@@ -23,7 +23,7 @@ class Outbox:
 
     def to_worker(self, identity: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:
         """Also to the supervisor, which sits at the same socket."""
-        letters = self._tasks if isinstance(message, Task) else self._letters
+        letters = self._tasks if isinstance(message, Task | Lease) else self._letters
         letters.append(Letter(True, identity, message, tensors))
 
     def to_client(self, identity: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:

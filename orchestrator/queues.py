@@ -1,9 +1,9 @@
 """Waiting jobs by stage and model, always in the order in which they are to be served."""
 
 import bisect
+import time
 
 from orchestrator.live import LiveJob, ModelKey
-from orchestrator.scheduler import WaitingTask
 from protocol.jobs import STAGES, Stage
 
 
@@ -17,6 +17,7 @@ class StageQueues:
     def add(self, job: LiveJob) -> None:
         bisect.insort(self._lists.setdefault((job.stage, job.model), []), (job.order, job.id))
         self.depth[job.stage] += 1
+        job.queued = time.monotonic()
 
     def remove(self, job: LiveJob) -> None:
         """Take a job out of its stage's queue; nothing happens if it isn't there."""
@@ -30,5 +31,5 @@ class StageQueues:
         """How many jobs are served before this one at its stage."""
         return bisect.bisect_left(self._lists.get((job.stage, job.model), []), (job.order, job.id))
 
-    def first(self, stage: Stage, model: ModelKey, count: int) -> list[WaitingTask]:
-        return [WaitingTask(job, stage, model) for _, job in self._lists.get((stage, model), [])[:count]]
+    def first(self, stage: Stage, model: ModelKey, count: int) -> list[str]:
+        return [job for _, job in self._lists.get((stage, model), [])[:count]]

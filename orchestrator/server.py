@@ -7,14 +7,15 @@ nothing is promised before the commit that it depends on. Whatever a peer sends,
 import errno
 import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 import zmq
 
 from orchestrator.desk import Desk
-from orchestrator.engine import Engine
+from orchestrator.engine import Engine, Limits, ghost
 from orchestrator.folder import StackFolder
+from orchestrator.ledger import Account
 from orchestrator.outbox import Letter, Outbox
 from orchestrator.store import Store
 from protocol import wire
@@ -27,6 +28,7 @@ from protocol.messages import (
     Beat,
     Error,
     Heartbeat,
+    Leased,
     Processes,
     Progress,
     Ready,
@@ -50,12 +52,12 @@ Handler = Callable[[bytes, list[Buffer]], None]
 
 class Server:
     def __init__(
-        self, folder: StackFolder, endpoints: Endpoints, queue_limit: int, cache_bytes: int, picture_bytes: int
+        self, folder: StackFolder, endpoints: Endpoints, limits: Limits, accounts: Mapping[int, Account]
     ) -> None:
         self.folder = folder
         self.outbox = Outbox()
         self.store = Store(folder.database, folder.artifacts)
-        self.engine = Engine(self.store, self.outbox, queue_limit, cache_bytes, picture_bytes)
+        self.engine = Engine(self.store, self.outbox, limits, accounts)
         self.desk = Desk(self.engine)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients = router(self._context, endpoints.clients)
@@ -161,10 +163,10 @@ class Server:
             self.outbox.to_worker(identity, Error(code="not_found", message="This worker has not said hello."))
             return
         match envelope.message:
-            case Ready(device_map=device_map, residency=residency):
-                worker.device_map = device_map or worker.device_map
-                worker.residency = residency or worker.residency
-                engine.ready(worker)
+            case Ready() as ready:
+                engine.ready(worker, ready)
+            case Leased() as leased:
+                engine.leased(worker, leased)
             case Heartbeat() as beat:
                 engine.fleet.beat(worker, beat)
                 self.outbox.to_worker(identity, Beat())
@@ -182,6 +184,7 @@ class Server:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
         self.engine.learn_model(hello.model, hello.dtype, envelope.tensor("tokenizer"))
+        self.engine.ledger.leave(ghost(hello))  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
         self.outbox.to_worker(worker.identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
@@ -191,7 +194,9 @@ class Server:
         """The supervisor saw these processes end: their tasks need not wait for silence."""
         for worker in list(self.engine.fleet):
             if worker.hello.host == HOST and worker.hello.pid in pids:
-                self.engine.lose_worker(worker, "died")
+                self.engine.bury(worker)
+        for pid in pids:
+            self.engine.ledger.leave(f"{HOST}/{pid}")
 
     def _close(self) -> None:
         self.folder.withdraw()

@@ -20,7 +20,7 @@ from protocol.errors import TriptychError
 from protocol.jobs import JobState, ModelDescription, Recipe
 from protocol.tensors import ITEMSIZE, Tensor, checked
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INLINE_BYTES = 128 << 10  # up to here SQLite is faster than a file of its own
 SCHEMA = """
 CREATE TABLE jobs(
@@ -34,6 +34,7 @@ CREATE TABLE artifacts(
     used INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX artifacts_by_use ON artifacts(kind, used);
 CREATE TABLE models(revision TEXT PRIMARY KEY, description TEXT NOT NULL, tokenizer BLOB);
+CREATE TABLE workspaces(key TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 """
 COLUMNS = (
     "number, id, state, stage, priority, recipe, request, text_key, attempt, failures, step, cached, records, reasons, "
@@ -262,6 +263,13 @@ class Store:
             " tokenizer=coalesce(excluded.tokenizer, tokenizer)",
             (model.revision, model.model_dump_json(), tokenizer),
         )
+
+    def workspaces(self) -> dict[str, int]:
+        """What stages were seen to take beside their weights, in bytes, by stage, model and size."""
+        return dict(self._db.execute("SELECT key, bytes FROM workspaces"))
+
+    def remember_workspace(self, key: str, size: int) -> None:
+        self._write("INSERT OR REPLACE INTO workspaces VALUES(?,?)", (key, size))
 
     def tokenizer(self, revision: str) -> bytes | None:
         row = self._db.execute("SELECT tokenizer FROM models WHERE revision = ?", (revision,)).fetchone()

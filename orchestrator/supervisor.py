@@ -17,8 +17,9 @@ from types import FrameType
 
 import zmq
 
+from orchestrator.accounts import accounts, leased_gpu
 from orchestrator.child import Child
-from orchestrator.config import StackConfig
+from orchestrator.config import OrchestratorSettings, StackConfig
 from orchestrator.folder import StackFolder
 from orchestrator.forks import ForkServer
 from orchestrator.gpus import list_gpus
@@ -49,6 +50,7 @@ class Supervisor:
         self._signal = 0
         self._endpoints = self._choose_endpoints()
         self._dtype = stack_dtype(config)
+        self._gpus = list_gpus()
         self._orchestrator = self._orchestrator_child()
         self._forks = ForkServer(folder.log("forkserver"), self._lifeline) if ForkServer.possible() else None
         self._workers: dict[Stage, list[Child]] = {
@@ -186,11 +188,15 @@ class Supervisor:
 
     def _orchestrator_child(self) -> Child:
         config = self.config
+        keep = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
+        settings = OrchestratorSettings(
+            queue_limit=config.queue_limit, embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures,
+            patience=config.patience, keep_alive=keep, gpus=accounts(config, self._gpus),
+        )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),
             "--clients", self._endpoints.clients, "--workers", self._endpoints.workers,
-            "--queue-limit", str(config.queue_limit), "--cache-bytes", str(config.embedding_cache),
-            "--picture-bytes", str(config.keep_pictures),
+            "--settings", settings.model_dump_json(),
         ]  # fmt: skip
         return Child("orchestrator", None, arguments, self.folder.log("orchestrator"), self._lifeline)
 
@@ -198,15 +204,18 @@ class Supervisor:
         config, name = self.config.stage(stage), f"{stage}-{number}"
         arguments = [
             "-m", "orchestrator.cli", "worker", stage, "--connect", self._endpoints.workers, "--name", name,
-            "--model", self.config.model, "--device", config.device, "--dtype", self._dtype,
-            "--turns", str(self.folder.turns),
+            "--model", self.config.model, "--dtype", self._dtype, "--turns", str(self.folder.turns),
         ]  # fmt: skip
+        lease = leased_gpu(self.config, stage, self._gpus)
+        if lease is not None:
+            arguments += ["--lease-gpu", str(lease), "--device", config.device.partition(":")[0]]
+        else:
+            arguments += ["--device", config.device]
+        gpus = config.gpus if lease is None or config.device.startswith("cpu") else (lease,)
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]
-        if config.gpus is not None:
-            arguments += ["--gpus", ",".join(map(str, config.gpus))]
-        if config.keep_alive is not None:
-            arguments += ["--keep-alive", str(config.keep_alive)]
+        if gpus is not None:
+            arguments += ["--gpus", ",".join(map(str, gpus))]
         if config.max_memory:
             arguments += ["--max-memory", ",".join(f"{amount}B" for amount in config.max_memory)]
         return Child(name, stage, arguments, self.folder.log(name), self._lifeline)

@@ -120,13 +120,21 @@ class ComponentView(Data):
     swap_seconds: float  # of the last swap in or out
 
 
+class Needs(Data):
+    """What a stage takes of a GPU, in bytes."""
+
+    weights: Annotated[int, Field(ge=0)]  # all of them
+    least: Annotated[int, Field(ge=0)]  # of weights, where as much of them as can be is streamed
+    workspace: Annotated[int, Field(ge=0)]  # beside them, for a picture of 1024 × 1024; an estimate that errs high
+
+
 class WorkerView(Data):
     """A worker as `triptych workers` shows it."""
 
     id: str  # of this incarnation
     name: str
     stage: Stage
-    state: Literal["loading", "idle", "busy"]
+    state: Literal["loading", "idle", "busy", "swapping"]
     pid: int
     host: str
     device: str
@@ -138,6 +146,9 @@ class WorkerView(Data):
     gpu_bytes: int
     device_map: tuple[tuple[str, str], ...]  # (module, device), where the weights are spread
     residency: tuple[ComponentView, ...]  # of components on one device of their own
+    gpu: int | None  # whose memory the orchestrator leases to it
+    lease_bytes: int
+    context_bytes: int  # of its CUDA context with its libraries
     since: float
 
 

@@ -16,6 +16,7 @@ from protocol.jobs import (
     JobRequest,
     JobState,
     ModelDescription,
+    Needs,
     ProcessView,
     Recipe,
     Stage,
@@ -60,23 +61,39 @@ class WorkerHello(Message):
     device: Name
     dtype: Name
     model: ModelDescription
+    gpu: Count | None = None  # it works in leases of this GPU's memory; None: in memory of its own
 
 
 class Ready(Message):
-    """Weights are in place and the hands are free: exactly one task may come."""
+    """The model is loaded and the hands are free: exactly one task, or a lease, may come."""
 
     kind = "ready"
     device_map: tuple[tuple[str, str], ...] = ()
     residency: tuple[ComponentView, ...] = ()
+    needs: Needs | None = None  # of its GPU, where it works in leases
+    context_bytes: Count = 0  # of its CUDA context with its libraries
+    lease_bytes: Count = 0  # that it holds
+    lease_weights: Count = 0
+
+
+class Leased(Message):
+    """A lease is in force. After one of no bytes all is given back, which the driver confirms, but for `kept_bytes`."""
+
+    kind = "leased"
+    bytes: Count
+    weights: Count
+    kept_bytes: Count = 0
+    context_bytes: Count = 0
+    residency: tuple[ComponentView, ...] = ()
+    reason: Line = ""  # why the weights could not be brought in; then nothing is held
 
 
 class Heartbeat(Message):
-    """From the worker's own loop, every second or so; and when its hands let go of weights between tasks."""
+    """From the worker's own loop, every second or so."""
 
     kind = "heartbeat"
     rss_bytes: Count
     gpu_bytes: Count
-    residency: tuple[ComponentView, ...] = ()
 
 
 class TaskKey(Message):
@@ -101,6 +118,8 @@ class Result(TaskKey):
     kind = "result"
     seconds: float
     peak_bytes: Count = 0
+    workspace_bytes: Count = 0  # of GPU memory beside the weights, at most
+    cramped: bool = False  # it had too little, and helped itself
     warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
 
 
@@ -111,6 +130,7 @@ class TaskFailed(TaskKey):
     reason: Line
     retry: bool
     cancelled: bool = False
+    out_of_memory: bool = False
 
 
 class WorkerGoodbye(Message):
@@ -130,6 +150,14 @@ class Task(TaskKey):
 
     kind = "task"
     recipe: Recipe
+
+
+class Lease(Message):
+    """From now on a worker may use so much of its GPU; if none, it gives all back. It comes only to free hands."""
+
+    kind = "lease"
+    bytes: Count  # beside its context
+    weights: Count  # of them, at most, for weights
 
 
 class CancelTask(TaskKey):
@@ -303,6 +331,7 @@ class Done(Message):
 FROM_WORKER: tuple[type[Message], ...] = (
     WorkerHello,
     Ready,
+    Leased,
     Heartbeat,
     Progress,
     Result,
@@ -322,7 +351,7 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Restart,
     Scale,
 )
-TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, CancelTask, Committed, Beat, Error)
+TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, Lease, CancelTask, Committed, Beat, Error)
 TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartStage, Error)
 TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Done, Error)
 EVERY_MESSAGE: tuple[type[Message], ...] = tuple(

@@ -24,6 +24,7 @@ import msgpack
 import psutil
 import zmq
 
+from orchestrator.config import OrchestratorSettings
 from protocol import wire
 from protocol.client import Client
 from protocol.jobs import JobRequest, ModelDescription, Stage
@@ -188,8 +189,8 @@ def orchestrator(jobs: int, each: int) -> None:
     """Jobs a second through three stages of workers that do nothing, and the orchestrator's memory on the way."""
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
         clients, workers = f"ipc://{folder}/c", f"ipc://{folder}/w"
-        limits = ["--queue-limit", "10000", "--cache-bytes", "1000000000", "--picture-bytes", "4000000000"]
-        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers, *limits]
+        settings = ["--settings", OrchestratorSettings().model_dump_json()]
+        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers, *settings]
         with (Path(folder) / "log").open("wb") as log:
             process = subprocess.Popen(command, stderr=log)
         doing_nothing = subprocess.Popen([sys.executable, __file__, "_work", workers, str(each)])

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import zmq
 
+from orchestrator.config import OrchestratorSettings
 from protocol import wire
 from protocol.client import Client
 from protocol.endpoints import Endpoints, published
@@ -104,13 +105,16 @@ class FakeWorker:
 class Orchestrator:
     """The orchestrator's process alone, with fake workers and a client; it can be killed and started again."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.folder, self._arguments = folder, arguments
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.folder, self._settings = folder, settings
         self._opened: list[FakeWorker | Client] = []
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
 
     def start(self) -> None:
+        settings = OrchestratorSettings.model_validate(
+            {"queue_limit": 50, "embedding_cache": 1_000_000, "keep_pictures": 1_000_000, **self._settings}
+        )
         command = [
             sys.executable,
             "-m",
@@ -122,13 +126,8 @@ class Orchestrator:
             self.endpoints.clients,
             "--workers",
             self.endpoints.workers,
-            "--queue-limit",
-            "50",
-            "--cache-bytes",
-            "1000000",
-            "--picture-bytes",
-            "1000000",
-            *self._arguments,
+            "--settings",
+            settings.model_dump_json(),
         ]
         (self.folder / "stack.json").unlink(missing_ok=True)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -157,8 +156,9 @@ class Orchestrator:
 
 
 @contextlib.contextmanager
-def orchestrator(folder: Path, *arguments: str) -> Iterator[Orchestrator]:
-    running = Orchestrator(folder, *arguments)
+def orchestrator(folder: Path, **settings: object) -> Iterator[Orchestrator]:
+    """Its settings are OrchestratorSettings'."""
+    running = Orchestrator(folder, **settings)
     try:
         yield running
     finally:

@@ -34,10 +34,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
     metavar="16GB[,12GB]",
     help="The most that this worker may use of each GPU. A CPU imitates a GPU that holds so much of weights.",
 )
-@click.option(
-    "--keep-alive", type=click.FloatRange(0), metavar="SECONDS",
-    help="Let go of the GPU's weights after so long without work. [default: never]",
-)  # fmt: skip
+@click.option("--lease-gpu", type=int, hidden=True, help="The GPU whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
@@ -132,5 +129,5 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),
         name=name,
         turns=options["turns"],
-        keep_alive=options["keep_alive"],
+        lease_gpu=options["lease_gpu"],
     )

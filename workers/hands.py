@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from protocol.errors import TriptychError
+from protocol.errors import DoesNotFit, TriptychError
 from protocol.jobs import ComponentView, Recipe
-from protocol.messages import Heartbeat, Message, Progress, Ready, Result, Task, TaskFailed
+from protocol.messages import Lease, Leased, Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, StageError, release_memory
+from workers.share import Share
 from workers.text import TextStage
 from workers.turns import turn
 from workers.vae import VaeStage
@@ -38,6 +39,7 @@ class Measured:
     outcome: Outcome
     seconds: float
     peak_bytes: int  # of GPU memory, all GPUs together; 0 on a CPU
+    workspace_bytes: int  # of that, what was not the weights of one device
 
 
 def run_measured(
@@ -52,28 +54,30 @@ def run_measured(
     outcome = runner.run(recipe, tensors, report)
     seconds = time.perf_counter() - start
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
-    return Measured(outcome, seconds, sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus))
+    peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
+    weights = sum(residency.device_bytes for residency in runner.residencies)
+    return Measured(outcome, seconds, peak, max(0, peak - weights))
 
 
 class Hands:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
-    def __init__(self, load: Load, turns: Path | None, keep_alive: float | None) -> None:
-        """Weights leave their device after `keep_alive` seconds without a task; None: never."""
+    def __init__(self, load: Load, turns: Path | None, workspace: int | None) -> None:
+        """`workspace` is given where it works in leases: bytes that the stage takes beside its weights, erring high."""
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._keep_alive = load, turns, keep_alive
-        self._tasks: queue.SimpleQueue[tuple[Task, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._load, self._turns, self._workspace = load, turns, workspace
+        self._orders: queue.SimpleQueue[tuple[Task | Lease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
 
     def start(self) -> None:
         self._thread.start()
 
-    def give(self, task: Task, tensors: tuple[Tensor, ...]) -> None:
-        self._tasks.put((task, tensors))
+    def give(self, order: Task | Lease, tensors: tuple[Tensor, ...]) -> None:
+        self._orders.put((order, tensors))
 
     def cancel(self, job: str, attempt: int) -> None:
         self._cancelled.add((job, attempt))
@@ -89,21 +93,20 @@ class Hands:
         except BaseException as error:
             self._emit(error)
             return
-        residency = views(runner)
-        self._emit((Ready(device_map=device_map, residency=residency), []))
+        share = None if self._workspace is None else Share(runner.device, runner.residencies, self._workspace)
+        ready = Ready(device_map=device_map, residency=views(runner))
+        if share:
+            ready = ready.model_copy(update={"needs": share.needs(), "context_bytes": share.context_bytes()})
+        self._emit((ready, []))
         while True:
-            try:
-                task, tensors = self._tasks.get(timeout=self._keep_alive if present(runner) else None)
-            except queue.Empty:
-                for component in runner.residencies:
-                    component.swap_out()
-                log.info("let go of the weights after %g s without work", self._keep_alive)
-                self._emit((Heartbeat(rss_bytes=resident_bytes(), gpu_bytes=0, residency=views(runner)), []))
+            order, tensors = self._orders.get()
+            if isinstance(order, Lease):
+                assert share is not None
+                self._emit((settle(share, order, runner), []))
                 continue
-            self._do(runner, task, tensors)
-            del tensors
-            before, residency = residency, views(runner)
-            self._emit((Ready(residency=residency if residency != before else ()), []))
+            self._do(runner, order, tensors)
+            del order, tensors
+            self._emit((Ready(residency=views(runner), context_bytes=share.context_bytes() if share else 0), []))
 
     def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
@@ -121,27 +124,42 @@ class Hands:
 
         try:
             with turn(self._turns):
-                for component in runner.residencies:
-                    component.resume()
                 done = run_measured(runner, task.recipe, tensors, report)
         except Cancelled:
             log.info("cancelled", extra=extra)
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
         except Exception as error:
             log.exception("%s failed", task.stage, extra=extra)
-            if isinstance(error, torch.OutOfMemoryError):
+            short = isinstance(error, torch.OutOfMemoryError)
+            if short:
                 release_memory()
-            self._emit((TaskFailed(**key, reason=cause_of(error), retry=not isinstance(error, PERMANENT)), []))
+            retry = not isinstance(error, PERMANENT)
+            self._emit((TaskFailed(**key, reason=cause_of(error), retry=retry, out_of_memory=short), []))
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
-            result = Result(**key, seconds=done.seconds, peak_bytes=done.peak_bytes, warnings=done.outcome.warnings)
+            result = Result(
+                **key, seconds=done.seconds, peak_bytes=done.peak_bytes, workspace_bytes=done.workspace_bytes,
+                cramped=done.outcome.cramped, warnings=done.outcome.warnings,
+            )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
 
 
-def present(runner: StageRunner) -> bool:
-    """Whether there are weights on a device to let go of."""
-    return any(component.state != "out" for component in runner.residencies)
+def settle(share: Share, lease: Lease, runner: StageRunner) -> Leased:
+    """Do what a lease says, and tell how it is now."""
+    kept, size, weights, reason = 0, lease.bytes, lease.weights, ""
+    try:
+        if size:
+            share.take(size, weights)
+        else:
+            kept = share.give_back()
+    except (torch.OutOfMemoryError, DoesNotFit) as error:
+        log.warning("a lease of %d bytes was too small: %s", size, error)
+        reason, size, weights, kept = cause_of(error), 0, 0, share.give_back()
+    return Leased(
+        bytes=size, weights=weights, kept_bytes=kept, context_bytes=share.context_bytes(), residency=views(runner),
+        reason=reason,
+    )  # fmt: skip
 
 
 def views(runner: StageRunner) -> tuple[ComponentView, ...]:

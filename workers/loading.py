@@ -34,29 +34,31 @@ class Devices:
     """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones.
 
     A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
-    after the other up to it. A CPU has room for everything, unless it stands in for a small GPU: then each component's
-    weights may take `simulated` bytes at a time.
+    after the other up to it. A CPU has room for everything, unless a `room` says that it stands in for a small GPU.
+    What works in leases (`leased`) stays in host memory until it gets one.
     """
 
     primary: torch.device
     room: dict[int, int] = field(default_factory=dict)
     evenly: bool = True
-    simulated: int | None = None
+    leased: bool = False
 
     @staticmethod
-    def of(device: str, max_memory: tuple[int, ...]) -> "Devices":
+    def of(device: str, max_memory: tuple[int, ...], leased: bool = False) -> "Devices":
         """All visible GPUs for 'cuda', one for 'cuda:1'.
 
         `max_memory` caps this process's allocator: bytes of each GPU, one amount for all or one each; () is all.
         """
         chosen = torch.device(device)
         if chosen.type != "cuda":
-            return Devices(chosen, simulated=min(max_memory, default=None))
+            return Devices(chosen, {0: min(max_memory)} if max_memory else {}, leased=leased)
         if not torch.cuda.is_available():
             raise TriptychError(
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
             )
         indices = range(torch.cuda.device_count()) if chosen.index is None else [chosen.index]
+        if leased:
+            return Devices(torch.device("cuda", next(iter(indices))), leased=True)
         if len(max_memory) not in (0, 1, len(indices)):
             raise BadRequest(
                 f"--max-memory has {len(max_memory)} amounts for {len(indices)} GPU(s).", "Give one, or one for each."
@@ -123,14 +125,20 @@ def load_weights(
     """One component, where its parts went, and its residency if it is on one device."""
     arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
     cls = component_class(source, name)
-    if not devices.room and devices.simulated is None:
+    if devices.leased:
+        module = cls.from_pretrained(source.folder, **arguments).eval()
+        residency = Residency(name, module, devices.primary, whole=stage == "vae")
+        return module, [(name, str(devices.primary))], residency
+    if not devices.room:
         module = cls.from_pretrained(source.folder, **arguments).to(devices.primary).eval()
         return module, [(name, str(devices.primary))], None
     size = weight_bytes(source, name, dtype)
-    place = choose(size, devices.room, WORKSPACE[stage]) if devices.room else devices.simulated
+    first = devices.primary.index or 0
+    workspace = WORKSPACE[stage] if devices.primary.type == "cuda" else 0
+    place = choose(size, devices.room, workspace)
     if isinstance(place, dict):
         return *spread_layers(source, name, devices, place, arguments), None
-    if isinstance(place, int) and devices.room and place != devices.primary.index:
+    if isinstance(place, int) and place != first:
         devices.room[place] -= size
         module = cls.from_pretrained(source.folder, **arguments).eval().to(f"cuda:{place}")
         module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
@@ -138,18 +146,12 @@ def load_weights(
     if place is None and stage == "vae":  # small, and may be cast for a job: it is in or it isn't
         raise DoesNotFit(
             f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
-            f"{format_bytes(WORKSPACE[stage])} to work with; {format_bytes(sum(devices.room.values()))} are free.",
+            f"{format_bytes(workspace)} to work with; {format_bytes(sum(devices.room.values()))} are free.",
             f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
         )
     residency = Residency(name, cls.from_pretrained(source.folder, **arguments).eval(), devices.primary)
-    if devices.simulated is not None and stage != "vae":
-        residency.swap_in(devices.simulated)
-    elif place is None:
-        residency.swap_in(max(0, devices.room[devices.primary.index or 0] - WORKSPACE[stage]))
-    else:
-        residency.swap_in(residency.total_bytes)
-    if devices.room:
-        devices.room[devices.primary.index or 0] -= residency.device_bytes
+    residency.swap_in(residency.total_bytes if place is not None else max(0, devices.room[first] - workspace))
+    devices.room[first] -= residency.device_bytes
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
     where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
     return residency.module, [(name, where)], residency

@@ -13,7 +13,6 @@ import zmq
 
 from protocol import wire
 from protocol.errors import TriptychError, from_wire
-from protocol.jobs import ComponentView
 from protocol.messages import (
     TO_WORKER,
     Beat,
@@ -21,6 +20,8 @@ from protocol.messages import (
     Committed,
     Error,
     Heartbeat,
+    Lease,
+    Leased,
     Message,
     Ready,
     Result,
@@ -49,8 +50,7 @@ class WorkerLoop:
         self._beat_seconds = 1.0
         self._heard = self._beaten = 0.0
         self._idle = self._welcome = False
-        self._device_map: tuple[tuple[str, str], ...] = ()
-        self._residency: tuple[ComponentView, ...] = ()
+        self._ready = Ready()  # all that was told of this worker since it loaded
         self._result: tuple[Result, list[Tensor]] | None = None  # until it is committed
         self._gpu_bytes = 0
         self._stop_reason = ""
@@ -134,10 +134,10 @@ class WorkerLoop:
                 if self._result:
                     self._say(*self._result)
                 if self._idle:
-                    self._say(Ready(device_map=self._device_map, residency=self._residency))
-            case Task() as task:
+                    self._say(self._ready)
+            case Task() | Lease() as order:
                 self._idle = False
-                self._hands.give(task, envelope.tensors)
+                self._hands.give(order, envelope.tensors)
             case CancelTask(job=job, attempt=attempt):
                 self._hands.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):
@@ -165,12 +165,19 @@ class WorkerLoop:
             match message:
                 case Ready():
                     self._idle = True
-                    self._device_map = message.device_map or self._device_map
-                    self._residency = message.residency or self._residency
-                case Heartbeat():
-                    self._residency, self._gpu_bytes = message.residency, message.gpu_bytes
+                    self._remember(message, *(name for name in message.model_fields_set if getattr(message, name)))
+                case Leased():
+                    self._idle = True
+                    self._gpu_bytes = sum(component.device_bytes for component in message.residency)
+                    self._remember(message, "residency", "context_bytes")
+                    held = {"lease_bytes": message.bytes, "lease_weights": message.weights}
+                    self._ready = self._ready.model_copy(update=held)
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes
             if self._welcome:
                 self._say(message, tensors)
+
+    def _remember(self, message: Message, *names: str) -> None:
+        """For the Ready of a later hello."""
+        self._ready = self._ready.model_copy(update={name: getattr(message, name) for name in names})

@@ -17,7 +17,7 @@ from protocol.units import format_bytes
 from workers.lanes import lane_for
 from workers.mapped import host_weights, page_lock
 from workers.modulation import Call, Modulation, Results, Watch, uncompiled
-from workers.streaming import Block, Ring, StreamPlan, plan_stream, room, view_of
+from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
 
 State = Literal["in", "streamed", "out"]
 
@@ -35,7 +35,8 @@ class Play(Protocol):
 class Residency:
     """The weights of one component, which was loaded into host memory. `device` is where it runs."""
 
-    def __init__(self, name: str, module: torch.nn.Module, device: torch.device) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, device: torch.device, whole: bool = False) -> None:
+        """A component that is used `whole` is never streamed."""
         self.name, self.module, self.device = name, module, device
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
@@ -47,6 +48,7 @@ class Residency:
         self._rows = block_rows(module)
         self.blocks = streamable(module, self._rows)
         self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values())  # that it takes to be in
+        self.least_bytes = self.total_bytes if whole else least_bytes(self.blocks, self.total_bytes)  # to be streamed
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
@@ -88,7 +90,7 @@ class Residency:
         self.seconds = time.perf_counter() - start
 
     def _plan(self, budget: int) -> StreamPlan:
-        plan = self._plan_with(self.modulation, budget)
+        plan = self._plan_with(self.modulation, budget) if budget >= self.least_bytes or self.modulation else None
         if plan is None:
             raise DoesNotFit(
                 f"{self.name} has {format_bytes(self.total_bytes)} of weights, and {format_bytes(budget)} are too few "
@@ -122,11 +124,6 @@ class Residency:
             torch.cuda.empty_cache()
         self.state = "out"
         self.seconds = time.perf_counter() - start
-
-    def resume(self) -> None:
-        """Be as before the last swap-out."""
-        if self.state == "out":
-            self.swap_in(self._budget)
 
     def start(self) -> None:
         """Before a run: let the first blocks' weights be on their way."""

@@ -15,7 +15,7 @@ from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.describe import describe
 from workers.hands import Hands, StageRunner
-from workers.loading import Devices, load
+from workers.loading import WORKSPACE, Devices, load
 from workers.loop import WorkerLoop
 from workers.skeleton import quiet
 from workers.source import Source, locate
@@ -37,7 +37,7 @@ class WorkerSettings:
     dtype: str  # auto or a name in DTYPES
     max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
-    keep_alive: float | None = None  # seconds that weights stay on the device without work; None: forever
+    lease_gpu: int | None = None  # it works in leases of this GPU's memory
     turns: Path | None = None  # lock file of those that compute on this CPU
 
 
@@ -71,7 +71,7 @@ class Prepared:
 
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
-        devices = Devices.of(self.device, self.settings.max_memory)
+        devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
         loaded = load(self.source, self.settings.stage, devices, DTYPES[self.dtype])
         return RUNNERS[self.settings.stage](loaded, devices.primary), loaded.device_map
 
@@ -110,13 +110,18 @@ def serve(settings: WorkerSettings, endpoint: str) -> None:
         device=prepared.device,
         dtype=prepared.dtype,
         model=prepared.description,
+        gpu=settings.lease_gpu,
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
     WorkerLoop(
         endpoint,
         hello,
         tokenizer,
-        Hands(prepared.load, settings.turns if prepared.device == "cpu" else None, settings.keep_alive),
+        Hands(
+            prepared.load,
+            settings.turns if prepared.device == "cpu" else None,
+            None if settings.lease_gpu is None else WORKSPACE[settings.stage],
+        ),
     ).run()
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved

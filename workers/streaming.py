@@ -77,6 +77,12 @@ def plan_stream(blocks: Sequence[Block], total: int, budget: int) -> StreamPlan 
     return next(small, min(fitting, key=lambda plan: plan.streamed_bytes, default=None))
 
 
+def least_bytes(blocks: Sequence[Block], total: int) -> int:
+    """The smallest budget in which blocks are still copied while others compute: all streamed, in a ring for two."""
+    everything = [tuple(block.large) for block in blocks]
+    return min(total, lay_out(everything, 2, blocks).resident_bytes(total)) if blocks else total
+
+
 def plan_with(blocks: Sequence[Block], total: int, budget: int, slots: int) -> StreamPlan | None:
     """The same with a ring of so many of its largest pieces."""
     extra = 0  # the ring's own bytes must be streamed away, too, and what is left of weights that can't be divided

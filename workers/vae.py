@@ -43,7 +43,8 @@ class VaeStage:
             finally:
                 self.vae.disable_tiling()
         flat = np.ascontiguousarray(pictures)
-        return Outcome([Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)], warnings)
+        tensor = Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)
+        return Outcome([tensor], warnings, cramped=bool(warnings))
 
     @torch.no_grad()
     def decode(self, tensors: tuple[Tensor, ...]) -> np.ndarray:

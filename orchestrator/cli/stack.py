@@ -57,7 +57,9 @@ def table(found: Workers) -> list[list[str]]:
 def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
     state = f"busy with {worker.job}" if worker.job else worker.state
     memory = format_bytes(worker.gpu_bytes or worker.rss_bytes)
-    notes = [weights(component) for component in worker.residency if component.state != "in"]
+    notes = [weights(component) for component in worker.residency if component.state != "in" or worker.gpu is not None]
+    if worker.gpu is not None:
+        notes.insert(0, lease(worker))
     if process and process.restarts:
         notes.append(f"restarted {process.restarts}×: {process.reason}")
     device = ", ".join(sorted({place for _, place in worker.device_map})) or worker.device
@@ -74,12 +76,18 @@ def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
     ]
 
 
+def lease(worker: WorkerView) -> str:
+    """'holds 15.7 GB of GPU 0'."""
+    return f"holds {format_bytes(worker.lease_bytes)} of GPU {worker.gpu}"
+
+
 def weights(component: ComponentView) -> str:
-    """'transformer streamed, 14.9 GB of 23.8 GB on the device'."""
+    """'transformer streamed, 14.9 GB of 23.8 GB on the device (swapped in 0.27 s)'."""
+    swap = f" (swapped in {component.swap_seconds:.2f} s)" if component.swap_seconds else ""
     if component.state == "out":
-        return f"{component.component} out, {format_bytes(component.total_bytes)}"
+        return f"{component.component} out, {format_bytes(component.total_bytes)}{swap}"
     held = f"{format_bytes(component.device_bytes)} of {format_bytes(component.total_bytes)} on the device"
-    return f"{component.component} {component.state}, {held}"
+    return f"{component.component} {component.state}, {held}{swap}"
 
 
 @click.command()

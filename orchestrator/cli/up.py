@@ -1,6 +1,7 @@
 """`up`: a stack in the foreground; and the orchestrator's own process."""
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -13,12 +14,13 @@ from typing import Any, TypeVar
 import click
 
 from orchestrator.cli.options import state_folder, state_option
-from orchestrator.config import StackConfig, load_config, parse_stage_values
+from orchestrator.config import OrchestratorSettings, StackConfig, load_config, parse_stage_values
 from orchestrator.folder import StackFolder
+from orchestrator.gpus import list_gpus
 from orchestrator.supervisor import Supervisor
 from protocol.client import Client
 from protocol.endpoints import published
-from protocol.errors import NoStack, TriptychError
+from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.jobs import STAGES, Stage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -37,8 +39,10 @@ def stack_options(command: Command) -> Command:
         click.option("--device", multiple=True, metavar="[STAGE=]DEVICE", help="cpu, cuda, mps or auto."),
         click.option("--gpus", multiple=True, metavar="[STAGE=]0,1", help="The GPUs that all or one may use."),
         click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB[,…]", help="The most to use of each GPU."),
+        click.option("--budget", multiple=True, metavar="[GPU=]16GB",
+                     help="The most that the stack may use of a GPU, contexts included. [default: all that is free]"),
         click.option("--keep-alive", multiple=True, metavar="[STAGE=]SECONDS",
-                     help="Let go of a GPU's weights after so long without work. [default: forever]"),
+                     help="Let go of its GPU's memory after so long without work. [default: forever]"),
         click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
         click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
     )):  # fmt: skip
@@ -60,7 +64,21 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
         stages[stage]["max_memory"] = memory
     for stage, seconds in parse_stage_values("--keep-alive", options["keep_alive"], every_stage=True).items():
         stages[stage]["keep_alive"] = seconds
+    if options["budget"]:
+        flags["gpus"] = parse_budgets(options["budget"])
     return load_config(options["config"], flags, {stage: values for stage, values in stages.items() if values})
+
+
+def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
+    """'0=16GB' is one GPU's; a bare '16GB' is that of all that there are."""
+    found: dict[int, str] = {}
+    for value in values:
+        index, equals, amount = value.rpartition("=")
+        if equals and not index.isdigit():
+            raise BadRequest(f"--budget {value!r} is not right.", "Write --budget GPU=AMOUNT, as in --budget 0=16GB.")
+        indices = [int(index)] if equals else [gpu.index for gpu in list_gpus() if gpu.index not in found]
+        found |= dict.fromkeys(indices, amount)
+    return found
 
 
 @click.command()
@@ -119,13 +137,12 @@ def announce_ready(folder: Path, config: StackConfig, as_json: bool) -> None:
 @click.option("--state", type=click.Path(path_type=Path), required=True)
 @click.option("--clients", required=True)
 @click.option("--workers", required=True)
-@click.option("--queue-limit", type=int, required=True)
-@click.option("--cache-bytes", type=int, required=True)
-@click.option("--picture-bytes", type=int, required=True)
-def orchestrate(
-    state: Path, clients: str, workers: str, queue_limit: int, cache_bytes: int, picture_bytes: int
-) -> None:
+@click.option("--settings", required=True, help="OrchestratorSettings as JSON.")
+def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     """The orchestrator's process; the supervisor starts it."""
+    from orchestrator.engine import Limits
+    from orchestrator.gpus import used_bytes
+    from orchestrator.ledger import Account, no_driver
     from orchestrator.server import Server
     from protocol.endpoints import Endpoints
     from protocol.process import end_with_parent, log_to_stderr
@@ -135,7 +152,13 @@ def orchestrate(
     folder = StackFolder(state)
     folder.create()
     with folder.lock("orchestrator"):
-        server = Server(folder, Endpoints(clients, workers), queue_limit, cache_bytes, picture_bytes)
+        given = OrchestratorSettings.model_validate_json(settings)
+        limits = Limits(given.queue_limit, given.embedding_cache, given.keep_pictures, given.patience, given.keep_alive)
+        accounts = {
+            index: Account(gpu.budget, gpu.foreign, functools.partial(used_bytes, index) if gpu.driver else no_driver)
+            for index, gpu in given.gpus.items()
+        }
+        server = Server(folder, Endpoints(clients, workers), limits, accounts)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
         server.run()

@@ -128,9 +128,9 @@ def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
     monkeypatch.setattr(residency_module, "lane_for", lambda device, locked: WorstLane(device))
-    total = load(source, "denoise", Devices(cpu, simulated=1 << 40), torch.float32).residencies["transformer"]
+    total = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
     for share in (0.9, 0.75, 0.6):
-        loaded = load(source, "denoise", Devices(cpu, simulated=int(total.total_bytes * share)), torch.float32)
+        loaded = load(source, "denoise", Devices(cpu, {0: int(total.total_bytes * share)}), torch.float32)
         assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, cfg), wanted))
         assert loaded.residencies["transformer"].modulation is not None
 
@@ -141,14 +141,14 @@ def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypat
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
     foresee = Play.foresee
     monkeypatch.setattr(Play, "foresee", lambda *arguments: foresee(*arguments)[:-1])
-    loaded = load(source, "denoise", Devices(cpu, simulated=wanted_bytes(source, 0.75)), torch.float32)
+    loaded = load(source, "denoise", Devices(cpu, {0: wanted_bytes(source, 0.75)}), torch.float32)
     assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, False), wanted))
     assert loaded.residencies["transformer"].modulation is not None
 
 
 def wanted_bytes(source: Source, share: float) -> int:
     """A share of the transformer's weights."""
-    whole = load(source, "denoise", Devices(torch.device("cpu"), simulated=1 << 40), torch.float32)
+    whole = load(source, "denoise", Devices(torch.device("cpu"), {0: 1 << 40}), torch.float32)
     return int(whole.residencies["transformer"].total_bytes * share)
 
 
@@ -241,11 +241,11 @@ def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     where = torch.device(device)
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(where), torch.float32), where), tmp_path, cfg)
-    whole = load(source, "denoise", Devices(where, simulated=1 << 40), torch.float32).residencies["transformer"]
+    whole = load(source, "denoise", Devices(where, {0: 1 << 40}), torch.float32).residencies["transformer"]
     assert whole.state == "in"
     for share in (0.9, 0.75):
         budget = int(whole.total_bytes * share)
-        loaded = load(source, "denoise", Devices(where, simulated=budget), torch.float32)
+        loaded = load(source, "denoise", Devices(where, {0: budget}), torch.float32)
         residency = loaded.residencies["transformer"]
         assert residency.state == "streamed"
         assert all(map(torch.equal, jobs(DenoiseStage(loaded, where), tmp_path, cfg), wanted))
@@ -258,11 +258,11 @@ def test_compiled_bits_are_equal_in_every_residency_and_close_to_uncompiled_ones
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
     plain = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
-    whole = load(source, "denoise", Devices(cpu, simulated=1 << 40), torch.float32)
+    whole = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32)
     found = []
     for share in (1.0, 0.9, 0.75):
         budget = int(whole.residencies["transformer"].total_bytes * share)
-        loaded = load(source, "denoise", Devices(cpu, simulated=budget), torch.float32)
+        loaded = load(source, "denoise", Devices(cpu, {0: budget}), torch.float32)
         residency = loaded.residencies["transformer"]
         residency.compile(backend="aot_eager")
         found.append(jobs(DenoiseStage(loaded, cpu), tmp_path, False))

@@ -1,0 +1,58 @@
+"""Who may use how much of a GPU: pure arithmetic on what its workers need.
+
+Where all fit, all are in. Where they don't, one of them, the largest, works in what the others leave: those that can do
+with little keep that little beside it, as long as the largest still has a third of its weights in place: streaming the
+rest costs little up to there. What finds no room takes turns.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LEAST_IN_PLACE = 0.35  # of the largest one's weights, for others to stay beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes; `least` of weights is where all that can be is streamed."""
+
+    weights: int
+    least: int
+    workspace: int
+
+    @property
+    def whole(self) -> int:
+        return self.weights + self.workspace
+
+    @property
+    def small(self) -> int:
+        return self.least + self.workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """What a worker may have: `beside`, whoever else works; and at most, in its `turn`, 0 if it can't fit."""
+
+    beside: int
+    turn: int
+
+
+def levels(available: int, needs: Mapping[str, Need]) -> dict[str, Level]:
+    """For each worker of a GPU with `available` bytes; all `beside` fit it together, and any one's turn with them."""
+    if sum(need.whole for need in needs.values()) <= available:
+        return {name: Level(need.whole, need.whole) for name, need in needs.items()}
+    largest = max(needs, key=lambda name: (needs[name].weights, name))
+    main = needs[largest]
+    left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))
+    beside = dict.fromkeys(needs, 0)
+    for name, need in sorted(needs.items(), key=lambda item: (item[1].small, item[0])):
+        if name != largest and need.small <= left:
+            beside[name] = need.small
+            left -= need.small
+    found: dict[str, Level] = {}
+    for name, need in needs.items():
+        turn = min(need.whole, available - sum(size for other, size in beside.items() if other != name))
+        if turn < need.small:
+            turn = available if need.small <= available else 0  # alone, then
+            turn = min(turn, need.whole)
+        found[name] = Level(beside[name], turn)
+    return found

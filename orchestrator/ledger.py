@@ -1,0 +1,182 @@
+"""What of each GPU's budget is in use: contexts as measured, leases as given, and workspace as learned.
+
+The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from orchestrator.leases import Need
+from orchestrator.live import ModelKey
+from protocol.jobs import Needs, Recipe, Stage
+
+FIRST_HEADROOM = 500_000_000  # bytes that a context grows by, at most, with the kernels of its first task
+HEADROOM = 64_000_000  # afterwards
+MARGIN = 1.1  # of a workspace that was seen, for what the allocator can't fill
+ROUNDING = 64_000_000  # bytes, of its blocks
+UNSEEN = 1.25  # of a workspace taken from another size
+MORE = 1.5  # of one that was too small
+MEGAPIXEL = 1024 * 1024
+
+
+def no_driver() -> None:
+    """Nobody counts what is in use."""
+
+
+@dataclass(slots=True)
+class Account:
+    """A GPU. `foreign` bytes were in use before the stack came; `used()` is its driver's count, None without one."""
+
+    budget: int
+    foreign: int = 0
+    used: Callable[[], int | None] = no_driver
+
+
+@dataclass(slots=True)
+class Holding:
+    """What a worker has of its GPU."""
+
+    gpu: int
+    needs: Needs
+    context: int
+    worked: bool = False  # its context has grown as far as it will
+    lease: int = 0
+    share: int = 0  # of it for weights
+    asked: tuple[int, int] | None = None  # a lease and its share on the way
+    kept: int = 0  # that it did not give back
+    since: float = field(default_factory=time.monotonic)  # when its lease began
+
+    @property
+    def booked(self) -> int:
+        return max(self.lease, self.kept, self.asked[0] if self.asked else 0)
+
+    @property
+    def overhead(self) -> int:
+        if not self.needs.workspace:
+            return self.context  # a CPU that stands in for a GPU
+        return self.context + (HEADROOM if self.worked else FIRST_HEADROOM)
+
+
+@dataclass(slots=True)
+class Ledger:
+    accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
+    learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `_key`
+    holdings: dict[str, Holding] = field(default_factory=dict)  # by worker
+
+    def join(self, worker: str, holding: Holding) -> None:
+        self.holdings[worker] = holding
+
+    def leave(self, worker: str) -> None:
+        self.holdings.pop(worker, None)
+
+    def orphan(self, worker: str, ghost: str) -> None:
+        """A worker has left, and its process may still hold its memory."""
+        if holding := self.holdings.pop(worker, None):
+            self.holdings[ghost] = holding
+
+    def available(self, gpu: int) -> int:
+        """Bytes for leases: the budget without contexts."""
+        return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu))
+
+    def booked_free(self, gpu: int) -> int:
+        """Bytes in no lease. Negative where contexts have grown."""
+        return self.available(gpu) - sum(h.booked for h in self._on(gpu))
+
+    def free(self, gpu: int) -> int:
+        """The same, as far as the driver finds them free, too."""
+        account = self.accounts[gpu]
+        book = self.booked_free(gpu)
+        used = account.used()
+        if used is None or book <= 0:
+            return book
+        pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
+        return min(book, max(0, account.budget - (used - account.foreign)) - pending)
+
+    def _on(self, gpu: int) -> list[Holding]:
+        return [holding for holding in self.holdings.values() if holding.gpu == gpu]
+
+    def lend(self, worker: str, size: int, share: int) -> None:
+        """Book a lease that is about to be told."""
+        holding = self.holdings[worker]
+        if size > holding.booked + max(0, self.booked_free(holding.gpu)):
+            raise AssertionError(f"a lease of {size} bytes would pass the budget of GPU {holding.gpu}")
+        holding.asked = size, share
+
+    def settled(self, worker: str, size: int, share: int, kept: int) -> None:
+        holding = self.holdings[worker]
+        holding.lease, holding.share, holding.kept, holding.asked = size, share, kept, None
+        holding.since = time.monotonic()
+
+    def has_worked(self, worker: str, context: int) -> None:
+        """After a task: the context is measured anew."""
+        if (holding := self.holdings.get(worker)) and context:
+            holding.worked, holding.context = True, context
+
+    # -- workspace ------------------------------------------------------------------------------
+
+    def workspace(self, stage: Stage, model: ModelKey, recipe: Recipe, needs: Needs) -> int:
+        """Bytes that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
+        if not needs.workspace:
+            return 0
+        seen = self.learned.get(_key(stage, model, recipe))
+        if seen is not None:
+            return int(seen * MARGIN) + ROUNDING
+        size = _size(stage, recipe)
+        others = [(pixels, bytes_) for pixels, bytes_ in self._sizes(stage, model) if pixels]
+        if others:
+            pixels, bytes_ = max(others)
+            return int(bytes_ * max(1.0, size / pixels) * UNSEEN) + ROUNDING
+        return int(needs.workspace * max(0.25, size / MEGAPIXEL))
+
+    def _sizes(self, stage: Stage, model: ModelKey) -> list[tuple[int, int]]:
+        prefix = _prefix(stage, model)
+        return [(json.loads(key)[-1], size) for key, size in self.learned.items() if key.startswith(prefix)]
+
+    def learn(self, stage: Stage, model: ModelKey, recipe: Recipe, size: int) -> str | None:
+        """Remember what a task took; its key where that is news."""
+        key = _key(stage, model, recipe)
+        if size <= self.learned.get(key, 0):
+            return None
+        self.learned[key] = size
+        return key
+
+    def need(self, worker: str, stage: Stage, model: ModelKey) -> Need:
+        """With the workspace of what it does now, or else of the largest that was seen."""
+        holding = self.holdings[worker]
+        needs = holding.needs
+        if holding.lease and not holding.asked:
+            workspace = holding.lease - holding.share
+        elif sizes := self._sizes(stage, model):
+            workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING if needs.workspace else 0
+        else:
+            workspace = needs.workspace
+        if stage == "vae":
+            workspace = min(workspace, max(0, self.most_workspace(worker)))
+        return Need(needs.weights, needs.least, workspace)
+
+    def most_workspace(self, worker: str) -> int:
+        """Bytes beside a worker's weights with as much of them streamed as can be, and its GPU to itself."""
+        holding = self.holdings[worker]
+        return self.available(holding.gpu) - holding.needs.least
+
+    def seen_any(self, stage: Stage, model: ModelKey) -> bool:
+        return bool(self._sizes(stage, model))
+
+
+def _size(stage: Stage, recipe: Recipe) -> int:
+    """Pixels that a stage works on at once."""
+    if stage == "text":
+        return MEGAPIXEL
+    passes = 2 if stage == "denoise" and recipe.cfg_scale is not None and recipe.cfg_scale > 1 else 1
+    return recipe.width * recipe.height * recipe.num_images * passes
+
+
+def _prefix(stage: Stage, model: ModelKey) -> str:
+    return json.dumps([stage, model.revision, model.dtype])[:-1]
+
+
+def _key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
+    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None)
+    return json.dumps([stage, model.revision, model.dtype, size if stage != "text" else "", _size(stage, recipe)])

@@ -1,0 +1,254 @@
+"""Leases of a GPU: pure arithmetic and pure scheduling, held to their promises by chance and by cases."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.leases import Need, levels
+from orchestrator.ledger import FIRST_HEADROOM, HEADROOM, Account, Holding, Ledger
+from orchestrator.live import ModelKey
+from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Snapshot, WaitingTask, decide
+from protocol.jobs import STAGES, Needs, Recipe, Stage
+
+MODEL = ModelKey("m", "bfloat16")
+GB = 10**9
+# FLUX.1-dev, in bf16
+FLUX: dict[Stage, Need] = {
+    "text": Need(9_780_000_000, 900_000_000, 600_000_000),
+    "denoise": Need(23_800_000_000, 1_500_000_000, 600_000_000),
+    "vae": Need(170_000_000, 170_000_000, 2_700_000_000),
+}
+
+
+@st.composite
+def needs(draw: st.DrawFn) -> Need:
+    weights = draw(st.integers(1, 1000))
+    return Need(weights, draw(st.integers(1, weights)), draw(st.integers(0, 300)))
+
+
+@given(available=st.integers(0, 3000), wanted=st.dictionaries(st.sampled_from("abcde"), needs(), min_size=1))
+def test_what_is_held_beside_fits_together_and_any_turn_with_it(available: int, wanted: dict[str, Need]) -> None:
+    found = levels(available, wanted)
+    beside = sum(level.beside for level in found.values())
+    assert beside <= available
+    for name, level in found.items():
+        need = wanted[name]
+        assert level.turn == 0 or need.small <= level.turn <= min(need.whole, available)
+        assert level.beside == 0 or need.small <= level.beside <= need.whole
+        assert (level.turn == 0) == (need.small > available)
+        if level.turn > need.small and level.beside == 0:
+            assert level.turn + beside <= available or level.turn == min(need.whole, available)
+    if sum(need.whole for need in wanted.values()) <= available:
+        assert all(found[name].beside == found[name].turn == wanted[name].whole for name in wanted)
+
+
+def test_on_16_gb_the_vae_stays_and_text_streams_beside_the_denoiser() -> None:
+    found = levels(int(14.5 * GB), {**FLUX})
+    assert found["vae"].beside == FLUX["vae"].whole
+    assert found["text"].beside == FLUX["text"].small
+    assert found["denoise"].turn == int(14.5 * GB) - found["vae"].beside - found["text"].beside
+    small = levels(6 * GB, {**FLUX})
+    assert all(level.beside == 0 for level in small.values())
+    assert small["denoise"].turn == 6 * GB
+
+
+@dataclass
+class World:
+    """A stack of one worker a stage and GPU, moved on by the scheduler alone; a tick is a second."""
+
+    available: int
+    needs: dict[str, Need]  # by worker
+    stages: dict[str, Stage]
+    queues: dict[Stage, list[tuple[str, int, int]]] = field(default_factory=dict)  # (job, workspace, since)
+    held: dict[str, tuple[int, int]] = field(default_factory=dict)  # lease and its share
+    busy: dict[str, tuple[str, int] | Lend] = field(default_factory=dict)
+    since: dict[str, int] = field(default_factory=dict)
+    now: int = 0
+    done: list[str] = field(default_factory=list)
+    swaps: int = 0
+    patience: float = 30.0
+
+    def booked(self) -> dict[str, int]:
+        coming = {worker: doing.bytes for worker, doing in self.busy.items() if isinstance(doing, Lend)}
+        return {worker: max(self.held[worker][0], coming.get(worker, 0)) for worker in self.needs}
+
+    def snapshot(self) -> Snapshot:
+        booked = self.booked()
+        free = self.available - sum(booked.values())
+        holders = {
+            w: Holder(
+                w, self.stages[w], MODEL, 0, self._need(w), booked[w], self.held[w][1], self.now - self.since.get(w, 0)
+            )
+            for w in self.needs
+        }
+        waiting = {
+            (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
+            for stage, queue in self.queues.items()
+        }
+        idle = [IdleWorker(w, self.stages[w], MODEL) for w in self.needs if w not in self.busy]
+        depth = {stage: len(queue) for stage, queue in self.queues.items()}
+        return Snapshot(waiting, idle, depth, holders, {0: Room(self.available, free)}, self.patience)
+
+    def _need(self, worker: str) -> Need:
+        lease, share = self.held[worker]
+        return replace(self.needs[worker], workspace=lease - share) if lease else self.needs[worker]
+
+    def tick(self) -> None:
+        for worker, doing in list(self.busy.items()):
+            del self.busy[worker]
+            if isinstance(doing, Lend):
+                self.held[worker], self.since[worker] = (doing.bytes, doing.weights), self.now
+            else:
+                self._finish(self.stages[worker], *doing)
+        for action in decide(snapshot := self.snapshot()):
+            assert action.worker not in self.busy
+            if isinstance(action, Lend):
+                self._lend(snapshot, action)
+            else:
+                self._assign(action)
+        assert sum(self.booked().values()) <= self.available, "the budget is passed"
+        self.now += 1
+
+    def _lend(self, snapshot: Snapshot, lend: Lend) -> None:
+        need = self.needs[lend.worker]
+        self.swaps += lend.bytes > 0
+        assert lend.weights <= lend.bytes
+        if lend.bytes:
+            assert need.least <= lend.weights <= need.weights
+        else:
+            others = [h for h in snapshot.holders.values() if h.id != lend.worker]
+            blocked = [h for h in others if snapshot.waiting.get((h.stage, MODEL)) and h.id not in self.busy]
+            assert blocked, f"{lend.worker} was sent away for nobody"
+        self.busy[lend.worker] = lend
+
+    def _assign(self, action: Assign) -> None:
+        queue = self.queues[action.stage]
+        task = next(task for task in queue if task[0] == action.job)
+        queue.remove(task)
+        lease, share = self.held[action.worker]
+        assert task[1] <= lease - share, "a task without room"
+        self.busy[action.worker] = (task[0], task[1])
+
+    def _finish(self, stage: Stage, job: str, workspace: int) -> None:
+        if stage == "vae":
+            self.done.append(job)
+        else:
+            following = STAGES[STAGES.index(stage) + 1]
+            self.queues.setdefault(following, []).append((job, self.needs[following].workspace, self.now))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    wanted: dict[str, Need] = {stage: draw(needs()) for stage in STAGES}
+    least = max(need.small for need in wanted.values())
+    available = draw(st.integers(least, least + sum(need.whole for need in wanted.values())))
+    world = World(available, wanted, {stage: stage for stage in STAGES})
+    world.held = dict.fromkeys(STAGES, (0, 0))
+    world.patience = draw(st.sampled_from([3.0, 30.0]))
+    return world
+
+
+@settings(max_examples=300, deadline=None)
+@given(world=worlds(), arrivals=st.lists(st.integers(0, 60), max_size=12))
+def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[int]) -> None:
+    for number, at in enumerate(sorted(arrivals)):
+        while world.now < at:
+            world.tick()
+        world.queues.setdefault("text", []).append((f"j{number}", world.needs["text"].workspace, world.now))
+    for _ in range(2000):
+        if len(world.done) == len(arrivals):
+            break
+        world.tick()
+    assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(world=worlds(), jobs=st.integers(1, 20))
+def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) -> None:
+    world.patience = 1e9
+    world.queues["text"] = [(f"j{number}", world.needs["text"].workspace, 0) for number in range(jobs)]
+    for _ in range(2000):
+        world.tick()
+    assert len(world.done) == jobs
+    assert world.swaps == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(world=worlds(), every=st.integers(1, 3))
+def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> None:
+    """Denoising could go on for ever; the first pictures come out all the same."""
+    world.patience = 20.0
+    for number in range(400):
+        if number % every == 0:
+            world.queues.setdefault("denoise", []).append((f"d{number}", world.needs["denoise"].workspace, world.now))
+        if number % 50 == 0:
+            world.queues.setdefault("text", []).append((f"t{number}", world.needs["text"].workspace, world.now))
+        world.tick()
+    assert "t0" in world.done or any(job == "t0" for job, *_ in world.queues.get("vae", []))
+    assert world.done
+
+
+def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
+    world = World(int(14.5 * GB), dict(FLUX), {stage: stage for stage in STAGES})
+    world.held = dict.fromkeys(STAGES, (0, 0))
+    world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0), ("b", FLUX["denoise"].workspace, 0)]
+    for _ in range(12):
+        world.tick()
+    assert world.done == ["a", "b"]
+    assert world.held["text"] == (0, 0)
+    assert world.swaps == 2  # the denoiser and the VAE
+    world.queues["text"] = [("c", FLUX["text"].workspace, world.now)]
+    for _ in range(12):
+        world.tick()
+    assert world.done == ["a", "b", "c"]
+    assert world.held["text"][0] == FLUX["text"].small
+    assert world.swaps == 3
+
+
+def recipe(width: int = 1024, num_images: int = 1) -> Recipe:
+    return Recipe(
+        prompt="a", negative_prompt=None, width=width, height=1024, steps=28, guidance=3.5, cfg_scale=None, seed=1,
+        num_images=num_images, max_sequence_length=512, model="m", revision="m", dtype="bfloat16",
+    )  # fmt: skip
+
+
+def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
+    used = 0
+    ledger = Ledger({0: Account(16 * GB, 1 * GB, lambda: used)})
+    needs = Needs(weights=10 * GB, least=GB, workspace=GB)
+    ledger.join("a", Holding(0, needs, context=700_000_000))
+    used = int(1.7 * GB)
+    assert ledger.available(0) == 16 * GB - 700_000_000 - FIRST_HEADROOM
+    ledger.lend("a", 11 * GB, 10 * GB)
+    left = ledger.available(0) - 11 * GB
+    assert ledger.booked_free(0) == left
+    ledger.join("b", Holding(0, needs, context=700_000_000))
+    with pytest.raises(AssertionError, match="pass the budget"):
+        ledger.lend("b", left + 1, GB)
+    ledger.settled("a", 11 * GB, 10 * GB, 0)
+    ledger.has_worked("a", 900_000_000)
+    assert ledger.available(0) == 16 * GB - 900_000_000 - HEADROOM - 700_000_000 - FIRST_HEADROOM
+    used = 15 * GB  # somebody else has come
+    assert ledger.free(0) == 2 * GB < ledger.booked_free(0)
+    ledger.orphan("a", "host/1")
+    assert ledger.booked_free(0) < 5 * GB
+    ledger.leave("host/1")
+    ledger.settled("b", 0, 0, kept=50)
+    assert ledger.booked_free(0) == ledger.available(0) - 50
+
+
+def test_workspace_is_learned_by_size_and_estimated_high_before() -> None:
+    ledger = Ledger({0: Account(16 * GB)})
+    needs = Needs(weights=10 * GB, least=GB, workspace=1_600_000_000)
+    assert ledger.workspace("denoise", MODEL, recipe(), needs) == 1_600_000_000
+    assert ledger.workspace("denoise", MODEL, recipe(2048, 2), needs) == 4 * 1_600_000_000
+    key = ledger.learn("denoise", MODEL, recipe(), 540_000_000)
+    assert key is not None
+    assert ledger.learn("denoise", MODEL, recipe(), 530_000_000) is None
+    known = ledger.workspace("denoise", MODEL, recipe(), needs)
+    assert 540_000_000 < known < 700_000_000
+    assert known < ledger.workspace("denoise", MODEL, recipe(2048), needs) < 2 * 1_000_000_000
+    assert ledger.workspace("denoise", ModelKey("other", "bfloat16"), recipe(), needs) == 1_600_000_000
+    assert Ledger({}, {key: 540_000_000}).workspace("denoise", MODEL, recipe(), needs) == known

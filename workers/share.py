@@ -1,0 +1,99 @@
+"""A worker's share of a GPU: taken as the orchestrator lends it, kept to, and given back."""
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from protocol.jobs import Needs
+from workers.residency import Residency
+
+log = logging.getLogger(__name__)
+
+UNMEASURED_CONTEXT = 1_000_000_000  # bytes; where the driver tells nothing about single processes
+SLACK = 32 << 20  # bytes by which a driver's count and the allocator's may differ
+VERIFY_SECONDS = 2.0
+
+
+@dataclass(slots=True)
+class Share:
+    """`workspace` is what the stage takes beside its weights for a picture of 1024 × 1024, in bytes, erring high."""
+
+    device: torch.device
+    residencies: Sequence[Residency]
+    workspace: int
+
+    def needs(self) -> Needs:
+        return Needs(
+            weights=sum(r.total_bytes for r in self.residencies),
+            least=sum(r.least_bytes for r in self.residencies),
+            workspace=self.workspace if self.device.type == "cuda" else 0,
+        )
+
+    def take(self, size: int, weights: int) -> None:
+        """Keep to `size` bytes from now on, and bring the weights in, as far as `weights` bytes hold them; DoesNotFit.
+
+        The smaller components come in whole first; what is left is the largest one's.
+        """
+        self._cap(size)
+        left = weights
+        ordered = sorted(self.residencies, key=lambda residency: residency.total_bytes)
+        for index, residency in enumerate(ordered):
+            others = sum(other.least_bytes for other in ordered[index + 1 :])
+            residency.swap_in(min(residency.total_bytes, left - others))
+            left -= residency.device_bytes
+
+    def give_back(self) -> int:
+        """Let go of everything; bytes that are still held after that, by the driver's count."""
+        before, allocated = self._driver_bytes(), self._reserved()
+        for residency in self.residencies:
+            residency.swap_out()
+        self._cap(0)
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        kept = self._reserved()
+        if before is None:
+            return kept
+        wanted = before - (allocated - kept) + SLACK
+        deadline = time.monotonic() + VERIFY_SECONDS
+        while (now := self._driver_bytes()) is not None and now > wanted and time.monotonic() < deadline:
+            time.sleep(0.001)
+        missing = max(0, (now or 0) - wanted)
+        if missing:
+            log.warning("the driver still counts %d bytes that were given back", missing)
+        return kept + missing
+
+    def context_bytes(self) -> int:
+        """Of this process's CUDA context with its libraries and kernels; 0 on a CPU."""
+        if self.device.type != "cuda":
+            return 0
+        found = self._driver_bytes()
+        return UNMEASURED_CONTEXT if found is None else max(0, found - self._reserved())
+
+    def _reserved(self) -> int:
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+    def _cap(self, size: int) -> None:
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.device)
+
+    def _driver_bytes(self) -> int | None:
+        """Bytes that the driver counts for this process on its GPU; None where it doesn't tell."""
+        if self.device.type != "cuda":
+            return None
+        import pynvml
+
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        try:
+            pynvml.nvmlInit()
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        except pynvml.NVMLError:
+            return None
+        return next((int(p.usedGpuMemory) for p in running if p.pid == os.getpid() and p.usedGpuMemory), None)
