@@ -348,9 +348,9 @@ class Engine:
         key = ModelKey.of_recipe(recipe)
         denoisers = [w.id for w in self.fleet if w.hello.stage == "denoise" and w.model == key]
         leased = [worker for worker in denoisers if worker in self.ledger.holdings]
-        if not leased or len(leased) < len(denoisers) or not self.ledger.seen_any("denoise", key):
+        if not leased or len(leased) < len(denoisers):
             return
-        wanted = min(self._workspace(recipe, "denoise", key, worker) for worker in leased)
+        wanted = self.ledger.certain("denoise", key, recipe)
         most = max(self.ledger.most_workspace(worker) for worker in leased)
         if wanted <= most:
             return

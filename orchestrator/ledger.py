@@ -17,6 +17,7 @@ HEADROOM = 64_000_000  # afterwards
 MARGIN = 1.1  # of a workspace that was seen, for what the allocator can't fill
 ROUNDING = 64_000_000  # bytes, of its blocks
 UNSEEN = 1.25  # of a workspace taken from another size
+FIXED_PART = 0.25  # of it, whatever the size
 MORE = 1.5  # of one that was too small
 MEGAPIXEL = 1024 * 1024
 
@@ -127,7 +128,7 @@ class Ledger:
         others = [(pixels, bytes_) for pixels, bytes_ in self._sizes(stage, model) if pixels]
         if others:
             pixels, bytes_ = max(others)
-            return int(bytes_ * max(1.0, size / pixels) * UNSEEN) + ROUNDING
+            return int(bytes_ * max(FIXED_PART, size / pixels) * UNSEEN) + ROUNDING
         return int(needs.workspace * max(0.25, size / MEGAPIXEL))
 
     def _sizes(self, stage: Stage, model: ModelKey) -> list[tuple[int, int]]:
@@ -161,8 +162,10 @@ class Ledger:
         holding = self.holdings[worker]
         return self.available(holding.gpu) - holding.needs.least
 
-    def seen_any(self, stage: Stage, model: ModelKey) -> bool:
-        return bool(self._sizes(stage, model))
+    def certain(self, stage: Stage, model: ModelKey, recipe: Recipe) -> int:
+        """Bytes of workspace that a task takes for certain: as much as one of its size or smaller took."""
+        size = _size(stage, recipe)
+        return max((bytes_ for pixels, bytes_ in self._sizes(stage, model) if pixels <= size), default=0)
 
 
 def _size(stage: Stage, recipe: Recipe) -> int:

@@ -16,8 +16,20 @@ from orchestrator.config import OrchestratorSettings
 from protocol import wire
 from protocol.client import Client
 from protocol.endpoints import Endpoints, published
-from protocol.jobs import ModelDescription, Stage
-from protocol.messages import TO_WORKER, Error, Heartbeat, Message, Ready, Result, Task, Welcome, WorkerHello
+from protocol.jobs import ModelDescription, Needs, Stage
+from protocol.messages import (
+    TO_WORKER,
+    Error,
+    Heartbeat,
+    Lease,
+    Leased,
+    Message,
+    Ready,
+    Result,
+    Task,
+    Welcome,
+    WorkerHello,
+)
 from protocol.sockets import dealer, new_identity, receive
 from protocol.tensors import Tensor
 
@@ -48,7 +60,15 @@ PATIENCE_MS = 20_000
 class FakeWorker:
     """Does what the test says, when it says so."""
 
-    def __init__(self, endpoint: str, stage: Stage, name: str | None = None, model: ModelDescription = MODEL) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        stage: Stage,
+        name: str | None = None,
+        model: ModelDescription = MODEL,
+        gpu: int | None = None,
+        pid: int | None = None,
+    ) -> None:
         self.stage = stage
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = dealer(self._context, endpoint, new_identity())
@@ -57,11 +77,12 @@ class FakeWorker:
             WorkerHello(
                 name=name or f"fake-{stage}",
                 stage=stage,
-                pid=os.getpid(),
+                pid=pid or os.getpid(),
                 host=socket.gethostname(),
                 device="none",
                 dtype="float32",
                 model=model,
+                gpu=gpu,
             )
         )
         self.hear(Welcome)
@@ -79,9 +100,15 @@ class FakeWorker:
             if isinstance(envelope.message, kind):
                 return envelope.message
 
-    def ready(self) -> "FakeWorker":
-        self.say(Ready())
+    def ready(self, needs: Needs | None = None, **fields: int) -> "FakeWorker":
+        self.say(Ready(needs=needs, **fields))
         return self
+
+    def obey(self) -> Lease:
+        """Do what the next lease says."""
+        lease = self.hear(Lease)
+        self.say(Leased(bytes=lease.bytes, weights=lease.weights))
+        return lease
 
     def take(self) -> Task:
         return self.hear(Task)
