@@ -23,6 +23,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from protocol.errors import BadRequest
 from protocol.jobs import STAGES, Stage
+from protocol.speedups import canonical
 from protocol.units import parse_bytes
 
 
@@ -63,6 +64,7 @@ class StageConfig(Settings):
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N; cpu:N is a CPU that stands in for GPU N, with its budget
     gpus: tuple[int, ...] | None = None  # None: all
     max_memory: Amounts = ()  # of each GPU for itself: one for all, or one each; none: leases, or all that is free
+    quantize: str = ""  # int8, int8-dynamic, fp8 or fp8-dynamic, of text and denoise
     keep_alive: Seconds = None  # how long a lease is kept when there is nothing to do: "forever", 0, or seconds
 
 
@@ -76,7 +78,21 @@ class StackConfig(Settings):
     listen: str | None = None  # tcp://127.0.0.1:PORT for clients, instead of a private socket
     gpus: dict[int, Budget] = Field(default_factory=dict)  # the stack's budgets; others: all that is free
     patience: Annotated[float, Field(gt=0)] = 30.0  # seconds that a task waits for those whose turn it is
+    compile: bool = False  # the denoiser's blocks
+    attention: str = ""  # a backend of diffusers, for the denoiser
+    cache: str = ""  # a step cache of diffusers, for the denoiser: first-block[:THRESHOLD], taylorseer, …
+    fuse_qkv: bool = False  # of the denoiser
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
+
+    def speedups(self) -> tuple[str, ...]:
+        """All that may change a picture's bits, as speedups.py writes it; BadRequest."""
+        denoiser = {
+            "compile": self.compile, "fuse-qkv": self.fuse_qkv,
+            f"attention={self.attention}": self.attention, f"cache={self.cache}": self.cache,
+        }  # fmt: skip
+        found = [f"denoise:{text}" for text, wanted in denoiser.items() if wanted]
+        found += [f"{name}:quantize={kind}" for name in STAGES if (kind := self.stage(name).quantize)]
+        return canonical(found)
 
     def stage(self, stage: Stage) -> StageConfig:
         return self.stages.get(stage, StageConfig())

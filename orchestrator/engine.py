@@ -77,6 +77,7 @@ class Engine:
         self.counts: dict[JobState, int] = store.counts()
         self.model: ModelDescription | None = None  # of the workers of this run
         self.dtype = ""
+        self.speedups: tuple[str, ...] = ()
         self._count_tokens: CountTokens | None = None
         for job in store.unfinished():
             job.attempt += 1  # a task may have been handed out that was only noted; its result would be late
@@ -84,8 +85,9 @@ class Engine:
 
     # -- models and workers ---------------------------------------------------------------------
 
-    def learn_model(self, model: ModelDescription, dtype: str, tokenizer: Tensor | None) -> None:
+    def learn_model(self, hello: WorkerHello, tokenizer: Tensor | None) -> None:
         """Requests are judged by the model of the worker that came last."""
+        model, dtype, self.speedups = hello.model, hello.dtype, hello.speedups
         data = bytes(tokenizer.data) if tokenizer else None
         if model == self.model and dtype == self.dtype and (data is None or self._count_tokens):
             return
@@ -148,7 +150,7 @@ class Engine:
                 f"The queue holds {len(self.jobs)} of at most {self.limits.queue} jobs; {len(fresh)} more don't fit.",
                 "Wait for some to finish, cancel some, or start the stack with a larger --queue-limit.",
             )
-        recipes = [resolve(request, self.model, self.dtype, self._count_tokens) for request in fresh]
+        recipes = [resolve(request, self.model, self.dtype, self._count_tokens, self.speedups) for request in fresh]
         for recipe in recipes:
             self._refuse_what_never_fits(recipe, self.model)
         made = iter([self._create(request, recipe) for request, recipe in zip(fresh, recipes, strict=True)])

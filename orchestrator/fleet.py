@@ -38,12 +38,13 @@ class Worker:
 
     @property
     def model(self) -> ModelKey:
-        return ModelKey.of_worker(self.hello.model, self.hello.dtype)
+        return ModelKey.of_worker(self.hello)
 
     def view(self) -> WorkerView:
         return WorkerView(
             id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
             host=self.hello.host, device=self.hello.device, dtype=self.hello.dtype, model=self.hello.model.model,
+            speedups=self.hello.speedups,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
             gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
             gpu=self.hello.gpu, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,

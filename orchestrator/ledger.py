@@ -177,9 +177,9 @@ def _size(stage: Stage, recipe: Recipe) -> int:
 
 
 def _prefix(stage: Stage, model: ModelKey) -> str:
-    return json.dumps([stage, model.revision, model.dtype])[:-1]
+    return json.dumps([stage, model.revision, model.dtype, model.speedups])[:-1]
 
 
 def _key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
-    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None)
-    return json.dumps([stage, model.revision, model.dtype, size if stage != "text" else "", _size(stage, recipe)])
+    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
+    return f"{_prefix(stage, model)}, {json.dumps(size)}, {_size(stage, recipe)}]"

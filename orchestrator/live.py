@@ -3,25 +3,27 @@
 import json
 from dataclasses import dataclass
 
-from protocol.jobs import ENDED, Job, JobState, ModelDescription, Recipe, Stage, StageRecord
+from protocol.jobs import ENDED, Job, JobState, Recipe, Stage, StageRecord
+from protocol.messages import WorkerHello
 
 NEXT_STAGE: dict[Stage, Stage] = {"text": "denoise", "denoise": "vae"}
 
 
 @dataclass(frozen=True, slots=True)
 class ModelKey:
-    """Workers and jobs fit only if they agree in these: the same weights at the same precision."""
+    """Workers and jobs fit only if they agree in these: the same weights at the same precision, the same speedups."""
 
     revision: str
     dtype: str
+    speedups: tuple[str, ...] = ()
 
     @staticmethod
     def of_recipe(recipe: Recipe) -> "ModelKey":
-        return ModelKey(recipe.revision, recipe.dtype)
+        return ModelKey(recipe.revision, recipe.dtype, recipe.speedups)
 
     @staticmethod
-    def of_worker(model: ModelDescription, dtype: str) -> "ModelKey":
-        return ModelKey(model.revision, dtype)
+    def of_worker(hello: WorkerHello) -> "ModelKey":
+        return ModelKey(hello.model.revision, hello.dtype, hello.speedups)
 
 
 @dataclass(slots=True)

@@ -183,7 +183,7 @@ class Server:
         if identity in self.engine.fleet.workers:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
-        self.engine.learn_model(hello.model, hello.dtype, envelope.tensor("tokenizer"))
+        self.engine.learn_model(hello, envelope.tensor("tokenizer"))
         self.engine.ledger.leave(ghost(hello))  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)

@@ -214,6 +214,8 @@ class Supervisor:
         gpus = config.gpus if lease is None or config.device.startswith("cpu") else (lease,)
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]
+        for speedup in self.config.speedups():
+            arguments += ["--speedup", speedup]
         if gpus is not None:
             arguments += ["--gpus", ",".join(map(str, gpus))]
         if config.max_memory:

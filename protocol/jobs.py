@@ -59,6 +59,7 @@ class Recipe(Data):
     revision: str  # commit of a hub model, fingerprint of a folder
     dtype: str
     tier: Tier = "exact"
+    speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py
 
 
 class StageRecord(Data):
@@ -140,6 +141,7 @@ class WorkerView(Data):
     device: str
     dtype: str
     model: str
+    speedups: tuple[str, ...]
     job: str | None
     done: int  # tasks since it started
     rss_bytes: int

@@ -61,6 +61,7 @@ class WorkerHello(Message):
     device: Name
     dtype: Name
     model: ModelDescription
+    speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()  # of its whole stack
     gpu: Count | None = None  # it works in leases of this GPU's memory; None: in memory of its own
 
 

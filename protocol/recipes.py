@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.jobs import MAX_SEED, JobRequest, ModelDescription, Recipe
+from protocol.speedups import tier_of
 
 MAX_STEPS = 1000
 MAX_IMAGES = 16
@@ -29,8 +30,14 @@ def token_counter(tokenizer_json: bytes | None) -> CountTokens | None:
     return lambda text: len(tokenizer.encode(text).ids)
 
 
-def resolve(request: JobRequest, model: ModelDescription, dtype: str, count_tokens: CountTokens | None) -> Recipe:
-    """The recipe of a request.
+def resolve(
+    request: JobRequest,
+    model: ModelDescription,
+    dtype: str,
+    count_tokens: CountTokens | None,
+    speedups: tuple[str, ...] = (),
+) -> Recipe:
+    """The recipe of a request, in a stack with these speedups.
 
     Raises:
         BadRequest: something in it can't be right.
@@ -57,6 +64,8 @@ def resolve(request: JobRequest, model: ModelDescription, dtype: str, count_toke
         model=model.model,
         revision=model.revision,
         dtype=dtype,
+        tier=tier_of(speedups),
+        speedups=speedups,
     )
 
 
@@ -137,5 +146,6 @@ def text_key(recipe: Recipe) -> str:
         true_cfg,
         recipe.max_sequence_length,
         recipe.num_images,
+        *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -9,6 +9,7 @@ import click
 from protocol.endpoints import default_folder, published
 from protocol.errors import BadRequest
 from protocol.jobs import Stage
+from protocol.speedups import canonical
 from protocol.units import parse_bytes
 
 RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
@@ -33,6 +34,13 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
     "--max-memory",
     metavar="16GB[,12GB]",
     help="The most that this worker may use of each GPU. A CPU imitates a GPU that holds so much of weights.",
+)
+@click.option(
+    "--speedup",
+    "speedups",
+    multiple=True,
+    metavar="STAGE:NAME[=VALUE]",
+    help="As the stack's others: denoise:compile, text:quantize=int8 …",
 )
 @click.option("--lease-gpu", type=int, hidden=True, help="The GPU whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
@@ -130,4 +138,5 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         name=name,
         turns=options["turns"],
         lease_gpu=options["lease_gpu"],
+        speedups=canonical(options["speedups"]),
     )

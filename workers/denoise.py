@@ -12,7 +12,7 @@ from protocol.tensors import Tensor
 from workers.describe import call_parameters, guidance_arguments
 from workers.loading import Loaded
 from workers.modulation import Call, Results
-from workers.outcome import Cancelled, Outcome, Report, StageError
+from workers.outcome import Outcome, Report, StageError
 from workers.skeleton import Decoding
 from workers.torch_tensors import Value, pack, unpack
 
@@ -30,9 +30,8 @@ class DenoiseStage:
                     play = Play(self, residency.module, recipe, tensors)
                     stack.enter_context(residency.job(play if len(self.residencies) == 1 else None))
                 decoding = self.until_decoding(self.arguments(recipe, tensors, report))
-        except Cancelled:
+        finally:
             reset_caches(self.pipeline)
-            raise
         return Outcome(pack(self.travelling(decoding)))
 
     def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
@@ -139,7 +138,7 @@ class Play:
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:
-    """A loop left in the middle leaves the denoiser's step caches half full."""
+    """A loop that was left, at its decoding or before, leaves the denoiser's step caches full."""
     for component in pipeline.components.values():
         reset = getattr(component, "_reset_stateful_cache", None)
         if reset is not None:

@@ -21,6 +21,7 @@ from protocol.units import format_bytes
 from workers.residency import Residency
 from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
 from workers.source import Source, stages_of
+from workers.speed import EXACT, Speed
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ class Loaded:
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
 
 
-def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> Loaded:
+def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed = EXACT) -> Loaded:
     """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
     cls = pipeline_class(source)
     wanted = source.components(stage)
@@ -92,7 +93,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
     with quiet():
         for name in sorted(expected_components(cls)):
             if name in wanted and _has_weights(source, name):
-                parts[name], places, residency = load_weights(source, name, stage, devices, dtype)
+                parts[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
                 spread += places
                 if residency:
                     residencies[name] = residency
@@ -103,6 +104,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype) -> 
             else:
                 parts[name] = None
         pipeline = cls(**parts, **plain_settings(source, cls))
+        speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
     return Loaded(pipeline, tuple(spread), residencies)
 
@@ -120,27 +122,36 @@ def _has_weights(source: Source, name: str) -> bool:
 
 
 def load_weights(
-    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype
+    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed
 ) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
     """One component, where its parts went, and its residency if it is on one device."""
     arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
     cls = component_class(source, name)
+    arguments |= speed.loading_arguments(cls)
+
+    def from_host() -> torch.nn.Module:
+        module: torch.nn.Module = cls.from_pretrained(source.folder, **arguments).eval()
+        speed.after_loading(module)
+        return module
+
     if devices.leased:
-        module = cls.from_pretrained(source.folder, **arguments).eval()
+        module = from_host()
         residency = Residency(name, module, devices.primary, whole=stage == "vae")
         return module, [(name, str(devices.primary))], residency
     if not devices.room:
-        module = cls.from_pretrained(source.folder, **arguments).to(devices.primary).eval()
+        module = from_host().to(devices.primary)
         return module, [(name, str(devices.primary))], None
     size = weight_bytes(source, name, dtype)
     first = devices.primary.index or 0
     workspace = WORKSPACE[stage] if devices.primary.type == "cuda" else 0
     place = choose(size, devices.room, workspace)
     if isinstance(place, dict):
-        return *spread_layers(source, name, devices, place, arguments), None
+        module, spread = spread_layers(source, name, devices, place, arguments)
+        speed.after_loading(module)
+        return module, spread, None
     if isinstance(place, int) and place != first:
         devices.room[place] -= size
-        module = cls.from_pretrained(source.folder, **arguments).eval().to(f"cuda:{place}")
+        module = from_host().to(f"cuda:{place}")
         module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
         return module, [(name, f"cuda:{place}")], None
     if place is None and stage == "vae":  # small, and may be cast for a job: it is in or it isn't
@@ -149,7 +160,7 @@ def load_weights(
             f"{format_bytes(workspace)} to work with; {format_bytes(sum(devices.room.values()))} are free.",
             f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
         )
-    residency = Residency(name, cls.from_pretrained(source.folder, **arguments).eval(), devices.primary)
+    residency = Residency(name, from_host(), devices.primary)
     residency.swap_in(residency.total_bytes if place is not None else max(0, devices.room[first] - workspace))
     devices.room[first] -= residency.device_bytes
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))

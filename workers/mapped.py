@@ -59,7 +59,7 @@ def host_weights(module: torch.nn.Module, name: str) -> HostWeights:
     private: set[str] = set()
     files: dict[str, torch.Tensor] = {}
     mappings = file_mappings()
-    for key, parameter in module.named_parameters():
+    for key, parameter in plain_parameters(module).items():
         tensors[key] = parameter.data
         found = mapping_of(parameter.data, mappings)
         file = shared(found.path, found.inode) if found else None
@@ -76,9 +76,14 @@ def host_weights(module: torch.nn.Module, name: str) -> HostWeights:
             "%s of %s's weights are a private copy: a cast or conversion made it",
             format_bytes(weights.private_bytes), name,
         )  # fmt: skip
-    for key, parameter in module.named_parameters():
+    for key, parameter in plain_parameters(module).items():
         parameter.data = tensors[key]
     return weights
+
+
+def plain_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Without those that are quantized, which are no single piece of memory."""
+    return {name: p for name, p in module.named_parameters() if type(p.data) is torch.Tensor}
 
 
 def mapping_of(tensor: torch.Tensor, mappings: Sequence[Mapping]) -> Mapping | None:

@@ -15,7 +15,7 @@ import torch
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.lanes import lane_for
-from workers.mapped import host_weights, page_lock
+from workers.mapped import host_weights, page_lock, plain_parameters
 from workers.modulation import Call, Modulation, Results, Watch, uncompiled
 from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
 
@@ -43,11 +43,14 @@ class Residency:
         weights = host_weights(module, name)
         locked = device.type == "cuda" and page_lock(weights)
         self._host = weights.tensors
-        self._parameters = dict(module.named_parameters())
+        self._parameters = plain_parameters(module)
+        self._quantized = quantized_parameters(module)
         self._lane = lane_for(device, locked)
         self._rows = block_rows(module)
         self.blocks = streamable(module, self._rows)
-        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values())  # that it takes to be in
+        self._quantized_bytes = sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
+        # What it takes to be in.
+        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._quantized_bytes
         self.least_bytes = self.total_bytes if whole else least_bytes(self.blocks, self.total_bytes)  # to be streamed
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
@@ -65,7 +68,7 @@ class Residency:
             return 0
         ring = self._ring.memory.nbytes if self._ring else 0
         buffer = self.modulation.buffer_bytes if self.modulation and self.state == "streamed" else 0
-        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer
+        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer + self._quantized_bytes
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
@@ -83,6 +86,8 @@ class Residency:
                 self.modulation.pass_through()
         self._copy_in([name for name in self._host if name not in streamed])
         self._move_buffers()
+        for owner, leaf, parameter in self._quantized:
+            owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
         if self.plan:
             self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._lane)
         self._lane.synchronize()
@@ -119,6 +124,8 @@ class Residency:
             self.modulation.end()
         for name, parameter in self._parameters.items():
             parameter.data = self._host[name]
+        for owner, leaf, parameter in self._quantized:
+            owner._parameters[leaf] = parameter
         self._ring = self._slab = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -135,8 +142,7 @@ class Residency:
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile what each block computes, from its next run on. Bits differ from uncompiled ones by rounding."""
-        for block in self._blocks():
-            block.forward = torch.compile(block.forward, fullgraph=True, backend=backend)
+        compile_blocks(self.module, backend)
         self.compiled = True
 
     @contextlib.contextmanager
@@ -235,16 +241,45 @@ def block_rows(module: torch.nn.Module) -> list[str]:
     return rows
 
 
+def compile_blocks(module: torch.nn.Module, backend: str = "inductor") -> None:
+    """Each block by itself, without what is hooked on around it: blocks of one kind share their code."""
+    for row in block_rows(module):
+        block = module.get_submodule(row)
+        name = (
+            "_old_forward" if hasattr(block, "_hf_hook") else "forward"
+        )  # what accelerate has hooked on stays outside
+        setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, backend=backend))
+
+
+def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed."""
+    return [
+        (owner, leaf, parameter)
+        for owner in module.modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None and type(parameter.data) is not torch.Tensor
+    ]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Of all tensors that it is made of."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
+        return tensor.nbytes
+    parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(tensor_bytes(getattr(tensor, part)) for part in parts)
+
+
 def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:
     """Blocks by the bytes of their own weights; those that others share stay on the device."""
     users = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    plain = plain_parameters(module)
     return [
         Block(
             row,
             {
                 f"{row}.{name}": parameter.nbytes
                 for name, parameter in module.get_submodule(row).named_parameters()
-                if users[id(parameter)] == 1
+                if users[id(parameter)] == 1 and f"{row}.{name}" in plain
             },
         )
         for row in rows

@@ -19,6 +19,7 @@ from workers.loading import WORKSPACE, Devices, load
 from workers.loop import WorkerLoop
 from workers.skeleton import quiet
 from workers.source import Source, locate
+from workers.speed import Speed
 from workers.text import TextStage
 from workers.vae import VaeStage
 
@@ -38,6 +39,7 @@ class WorkerSettings:
     max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
     lease_gpu: int | None = None  # it works in leases of this GPU's memory
+    speedups: tuple[str, ...] = ()  # of its whole stack
     turns: Path | None = None  # lock file of those that compute on this CPU
 
 
@@ -72,8 +74,9 @@ class Prepared:
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
         devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
-        loaded = load(self.source, self.settings.stage, devices, DTYPES[self.dtype])
-        return RUNNERS[self.settings.stage](loaded, devices.primary), loaded.device_map
+        stage = self.settings.stage
+        loaded = load(self.source, stage, devices, DTYPES[self.dtype], Speed.of(stage, self.settings.speedups))
+        return RUNNERS[stage](loaded, devices.primary), loaded.device_map
 
 
 def prepare(settings: WorkerSettings) -> Prepared:
@@ -110,6 +113,7 @@ def serve(settings: WorkerSettings, endpoint: str) -> None:
         device=prepared.device,
         dtype=prepared.dtype,
         model=prepared.description,
+        speedups=settings.speedups,
         gpu=settings.lease_gpu,
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None

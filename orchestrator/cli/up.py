@@ -25,7 +25,7 @@ from protocol.jobs import STAGES, Stage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
-FLAGS = ("model", "revision", "dtype", "queue_limit", "listen")
+FLAGS = ("model", "revision", "dtype", "queue_limit", "listen", "compile", "attention", "cache", "fuse_qkv")
 
 
 def stack_options(command: Command) -> Command:
@@ -43,6 +43,14 @@ def stack_options(command: Command) -> Command:
                      help="The most that the stack may use of a GPU, contexts included. [default: all that is free]"),
         click.option("--keep-alive", multiple=True, metavar="[STAGE=]SECONDS",
                      help="Let go of its GPU's memory after so long without work. [default: forever]"),
+        click.option("--compile", is_flag=True, default=None, help="Compile the denoiser's blocks. Tier: numeric."),
+        click.option("--attention", metavar="BACKEND",
+                     help="diffusers' attention backend: _native_cudnn, flash … Tier: numeric, of sage approximate."),
+        click.option("--fuse-qkv", is_flag=True, default=None, help="Query, key, value in one product. Tier: numeric."),
+        click.option("--cache", metavar="KIND",
+                     help="diffusers' step cache: first-block[:0.05], taylorseer … Tier: approximate."),
+        click.option("--quantize", multiple=True, metavar="STAGE=KIND",
+                     help="torchao's int8, int8-dynamic, fp8, fp8-dynamic of text or denoise. Tier: approximate."),
         click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
         click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
     )):  # fmt: skip
@@ -64,9 +72,13 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
         stages[stage]["max_memory"] = memory
     for stage, seconds in parse_stage_values("--keep-alive", options["keep_alive"], every_stage=True).items():
         stages[stage]["keep_alive"] = seconds
+    for stage, kind in parse_stage_values("--quantize", options["quantize"], every_stage=False).items():
+        stages[stage]["quantize"] = kind
     if options["budget"]:
         flags["gpus"] = parse_budgets(options["budget"])
-    return load_config(options["config"], flags, {stage: values for stage, values in stages.items() if values})
+    config = load_config(options["config"], flags, {stage: values for stage, values in stages.items() if values})
+    config.speedups()  # raises where they can't be
+    return config
 
 
 def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
