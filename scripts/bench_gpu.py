@@ -3,14 +3,17 @@
     python scripts/make_random_flux.py /tmp/flux
     python scripts/bench_gpu.py /tmp/flux
 
-Smaller cards are imitated on a large one: the process's allocator is capped, and the driver's count of all memory in
-use, contexts included, is watched all the time. Prints one JSON line a row.
+First single stages, in a process of their own, then whole stacks. Smaller cards are imitated on a large one: what
+allocates is capped, and the driver's count of all memory in use, contexts included, is watched all the time. Prints one
+JSON line a row.
 """
 
 import contextlib
 import gc
-import json
 import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 import torch
 from diffusers import FluxPipeline
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench_stack import StackBench, row
 from protocol.jobs import JobRequest, Recipe
 from protocol.recipes import resolve
 from protocol.tensors import Tensor
@@ -29,6 +35,7 @@ from workers.describe import describe
 from workers.loading import Devices, load
 from workers.residency import Residency
 from workers.source import Source, locate
+from workers.speed import keep_compiled_code
 from workers.text import TextStage
 from workers.torch_tensors import from_wire
 from workers.vae import VaeStage
@@ -36,10 +43,6 @@ from workers.vae import VaeStage
 GIB = 1 << 30
 PROMPT = "a large red circle at the top left"
 MARGIN = 300_000_000  # bytes of the allocator's rounding
-
-
-def row(**values: Any) -> None:
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
 
 
 def quiet(step: int, steps: int) -> None:
@@ -99,19 +102,38 @@ class Bench:
         return statistics.median(seconds), result
 
     def stage(self, name: Any) -> Any:
-        loaded = load(self.source, name, Devices(self.device, simulated=1 << 50), self.dtype)
+        loaded = load(self.source, name, Devices(self.device, leased=True), self.dtype)
+        for residency in loaded.residencies.values():
+            residency.swap_in(residency.total_bytes)
         return {"text": TextStage, "denoise": DenoiseStage, "vae": VaeStage}[name](loaded, self.device)
 
     def link(self) -> float:
         """Bytes a second from page-locked memory."""
         on_gpu = self.device.type == "cuda"
-        source = torch.empty(4 * GIB if on_gpu else 1 << 26, dtype=torch.uint8, pin_memory=on_gpu)
-        place = torch.empty_like(source, device=self.device)
-        seconds, _ = self.timed(lambda: place.copy_(source, non_blocking=True), 5)
-        row(what="link, page-locked", GBps=source.nbytes / seconds / 1e9)
-        return source.nbytes / seconds
+        size = 4 * GIB if on_gpu else 1 << 26
+        seconds = self.copying(torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu))
+        row(what="link, page-locked", GBps=size / seconds / 1e9)
+        self.release()
+        return size / seconds
 
-    def plain(self) -> float:
+    def copying(self, source: torch.Tensor) -> float:
+        place = torch.empty_like(source, device=self.device)
+        return self.timed(lambda: place.copy_(source, non_blocking=True), 5)[0]
+
+    def matmul(self) -> float:
+        """FLOP a second of a large product in the model's dtype."""
+        size = 8192 if self.device.type == "cuda" else 512
+        one, other = (torch.randn(size, size, dtype=self.dtype, device=self.device) for _ in range(2))
+        seconds, _ = self.timed(lambda: one @ other, 20)
+        row(what="matrix product", TFLOPs=2 * size**3 / seconds / 1e12)
+        return 2 * size**3 / seconds
+
+    def release(self) -> None:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def plain(self, matmul: float) -> float:
         """The whole picture by FluxPipeline in one process, everything resident, prompt not cached; its seconds."""
         pipeline = FluxPipeline.from_pretrained(self.source.folder, dtype=self.dtype).to(self.device)
         pipeline.set_progress_bar_config(disable=True)
@@ -124,7 +146,10 @@ class Bench:
 
         make()
         seconds, self.picture = self.timed(make, 2)
-        row(what="diffusers: whole picture, everything resident", s=seconds)
+        with FlopCounterMode(display=False) as counter:
+            make()
+        self.flops = counter.get_total_flops()
+        row(what="diffusers: whole picture, everything resident", s=seconds, limit_s=self.flops / matmul)
         return seconds
 
     def embeddings(self, text: TextStage) -> tuple[Tensor, ...]:
@@ -140,7 +165,9 @@ class Bench:
             of_link=rate / link, goal=0.95)  # fmt: skip
         row(what="swap-out of the denoiser", s=max(out), goal_s=0.03)
 
-    def cards(self, stage: DenoiseStage, embeddings: tuple[Tensor, ...], link: float, sizes: list[float]) -> None:
+    def cards(
+        self, stage: DenoiseStage, embeddings: tuple[Tensor, ...], link: float, sizes: list[float], **limits: float
+    ) -> None:
         """The denoiser alone on smaller and smaller cards."""
         residency = next(iter(stage.residencies))
 
@@ -150,8 +177,9 @@ class Bench:
         denoise()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        resident, wanted = self.timed(denoise, 2)
-        row(what="denoise, resident", s=resident, driver_bytes=self.driver.used())
+        resident, wanted = self.timed(denoise, 3)
+        kind = "compiled" if residency.compiled else "exact"
+        row(what=f"denoise, {kind}, resident", s=resident, driver_bytes=self.driver.used(), **limits)
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
         workspace = peak - residency.device_bytes
         residency.swap_out()
@@ -166,10 +194,10 @@ class Bench:
             with self.driver.watched() as used:
                 residency.swap_in(budget)
                 first = self.timed(denoise)[0]
-                seconds, got = self.timed(denoise, 2)
+                seconds, got = self.timed(denoise, 3)
             plan = residency.plan
             streamed = plan.streamed_bytes if plan else 0
-            row(what=f"denoise, exact, {gib:g} GiB card", s=seconds, times_resident=seconds / resident, first_s=first,
+            row(what=f"denoise, {kind}, {gib:g} GiB card", s=seconds, times_resident=seconds / resident, first_s=first,
                 driver_bytes=used[0], card_bytes=card, streamed_GB_a_step=streamed / 1e9,
                 link_limit_s=streamed * self.recipe.steps / link, state=residency.state,
                 equal=bytes(got.data) == bytes(wanted.data))  # fmt: skip
@@ -198,32 +226,72 @@ class Bench:
         equal = torch.equal(from_wire(got), torch.from_numpy((self.picture * 255).round().astype("uint8")))
         row(what="whole picture, text and denoiser taking turns", s=seconds, goal_s=5.8, equal=equal)
 
+    def save(self, path: Path, seconds: float) -> None:
+        """For the stack's rows, which come from another process."""
+        np.savez(path, picture=self.picture, seconds=seconds)
+
+
+def single_stages(model: Path, device: str, size: int, steps: int, cards: list[float], result: Path) -> None:
+    bench = Bench(str(model), torch.device(device), size, steps)
+    link, matmul = bench.link(), bench.matmul()
+    bench.save(result, bench.plain(matmul))
+    bench.release()  # the plain pipeline's 34 GB
+    text, denoise, vae = (bench.stage(name) for name in ("text", "denoise", "vae"))
+    embeddings = bench.embeddings(text)
+    for residency in text.residencies:
+        residency.swap_out()
+    transformer = denoise.residencies[0]
+    bench.swaps(transformer, link)
+    bench.turns(text, denoise, vae)
+    for residency in vae.residencies:
+        residency.swap_out()
+    transformer.swap_in(transformer.total_bytes)
+    limit = bench.flops / matmul
+    bench.cards(denoise, embeddings, link, cards, limit_s=limit)
+    keep_compiled_code()
+    transformer.compile()
+    transformer.swap_in(transformer.total_bytes)
+    start = time.perf_counter()
+    denoise.run(bench.recipe, embeddings, quiet)
+    row(what="denoise, compiled, first run", s=time.perf_counter() - start)
+    bench.cards(denoise, embeddings, link, cards[:1], limit_s=limit, goal_s=3.5)
+
+
+def stacks(model: Path, device: str, size: int, steps: int, budgets: list[int], result: Path) -> None:
+    saved = np.load(result)
+    gpu = int(device.partition(":")[2] or 0) if device.startswith("cuda") else None
+    bench = StackBench(model, gpu, size, steps, float(saved["seconds"]), saved["picture"])
+    everything, both, card = budgets
+    bench.resident(everything, PROMPT)
+    bench.turns(both, PROMPT)
+    bench.card(card, PROMPT)
+
 
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--device", default="cuda:0", show_default=True)
 @click.option("--size", default=1024, show_default=True)
 @click.option("--steps", default=28, show_default=True)
-@click.option("--cards", default="16,12,8", show_default=True, help="GiB each")
-def main(model: Path, device: str, size: int, steps: int, cards: str) -> None:
+@click.option("--cards", default="16,12,8", show_default=True, help="GiB each, the first one for compiled rows, too")
+@click.option(
+    "--budgets", default="60,28,16", show_default=True,
+    help="GiB of stacks with room for all, not for text and denoiser together, and of a small card",
+)  # fmt: skip
+@click.option("--part", type=click.Choice(["all", "stages", "stacks"]), default="all", show_default=True)
+@click.option("--result", type=click.Path(path_type=Path), hidden=True)
+def main(
+    model: Path, device: str, size: int, steps: int, cards: str, budgets: str, part: str, result: Path | None
+) -> None:
     start = time.perf_counter()
-    bench = Bench(str(model), torch.device(device), size, steps)
-    link = bench.link()
-    bench.plain()
-    gc.collect()  # the plain pipeline's 34 GB
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-    text, denoise, vae = (bench.stage(name) for name in ("text", "denoise", "vae"))
-    embeddings = bench.embeddings(text)
-    for residency in text.residencies:
-        residency.swap_out()
-    bench.swaps(denoise.residencies[0], link)
-    bench.turns(text, denoise, vae)
-    for residency in vae.residencies:
-        residency.swap_out()
-    denoise.residencies[0].swap_in(denoise.residencies[0].total_bytes)
-    bench.cards(denoise, embeddings, link, [float(part) for part in cards.split(",")])
-    row(what="all", s=time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as folder:
+        result = result or Path(folder, "plain.npz")
+        if part == "stages":
+            single_stages(model, device, size, steps, [float(gib) for gib in cards.split(",")], result)
+        elif part == "all":  # in a process of its own, so that its context leaves the GPU
+            subprocess.run([sys.executable, *sys.argv, "--part", "stages", "--result", str(result)], check=True)
+        if part != "stages":
+            stacks(model, device, size, steps, [int(float(gib) * GIB) for gib in budgets.split(",")], result)
+    row(what=part, s=time.perf_counter() - start)
 
 
 if __name__ == "__main__":

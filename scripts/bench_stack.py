@@ -1,0 +1,144 @@
+"""Rows of bench_gpu.py that need whole stacks: real workers in leases of one GPU."""
+
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator.gpus import used_bytes
+from protocol.client import Client
+from protocol.jobs import JobRequest
+
+TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
+GIB = 1 << 30
+
+
+def row(**values: Any) -> None:
+    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+
+
+class StackBench:
+    """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels."""
+
+    def __init__(self, model: Path, gpu: int | None, size: int, steps: int, plain: float, picture: np.ndarray) -> None:
+        self.model, self.gpu, self.plain, self.picture = model, gpu, plain, picture
+        self.recipe = {"width": size, "height": size, "steps": steps}
+        self.prompts = 0
+
+    @contextlib.contextmanager
+    def stack(self, budget: int, *arguments: str) -> Iterator[Client]:
+        where = ["--gpus", str(self.gpu)] if self.gpu is not None else ["--device", "cpu:0", "--dtype", "bfloat16"]
+        with tempfile.TemporaryDirectory(prefix="tg-") as folder:
+            command = [*TRIPTYCH, "up", "--model", str(self.model), "--state", folder, "--json", *where]
+            command += ["--budget", f"{self.gpu or 0}={budget}B", *arguments]
+            start = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            try:
+                assert process.stdout is not None
+                assert process.stdout.readline(), "the stack did not come up"
+                row(what="stack ready", s=time.perf_counter() - start)
+                with Client(folder, timeout=60) as client:
+                    yield client
+                    self.show(client)
+            finally:
+                process.send_signal(signal.SIGINT)
+                process.wait(30)
+                for log in sorted(Path(folder, "logs").glob("*.log")):
+                    bad = [line for line in log.read_text().splitlines() if " WARNING " in line or " ERROR " in line]
+                    for line in bad[-5:]:
+                        print(f"{log.stem}: {line}", flush=True)
+
+    def show(self, client: Client) -> None:
+        for worker in client.workers().workers:
+            weights = {c.component: (c.state, round(c.device_bytes / 1e9, 2), round(c.swap_seconds, 3))
+                       for c in worker.residency}  # fmt: skip
+            row(what=worker.name, lease_GB=worker.lease_bytes / 1e9, context_GB=worker.context_bytes / 1e9, **weights)
+
+    def new_request(self, seed: int = 1) -> JobRequest:
+        """With a prompt that was never seen."""
+        self.prompts += 1
+        return JobRequest(prompt=f"a large red circle at the top left, number {self.prompts}", seed=seed, **self.recipe)
+
+    def one(self, client: Client) -> float:
+        start = time.perf_counter()
+        client.wait(client.submit_many([self.new_request()])[0].id)
+        return time.perf_counter() - start
+
+    def same(self, client: Client, prompt: str) -> bool:
+        """Whether the stack's picture is that of the plain pipeline."""
+        job = client.submit(JobRequest(prompt=prompt, seed=1, **self.recipe))
+        client.wait(job.id)
+        _, tensor = client.raw_pictures(job.id)
+        return bytes(tensor.data) == (self.picture * 255).round().astype("uint8").tobytes()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[int]]:
+        """The most in use on the GPU by its driver's count."""
+        peak, stop = [0], threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(0.01):
+                peak[0] = max(peak[0], used_bytes(self.gpu) or 0 if self.gpu is not None else 0)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield peak
+        finally:
+            stop.set()
+            thread.join()
+
+    def resident(self, budget: int, prompt: str) -> None:
+        with self.stack(budget) as client:
+            equal = self.same(client, prompt)
+            times = [self.one(client) for _ in range(4)]
+            seconds = statistics.median(times)
+            row(what="whole picture through the stack, everything resident", s=seconds, times=times[:],
+                of_one_process=seconds / self.plain, goal=1.01, equal=equal)  # fmt: skip
+            self.kill(client)
+
+    def kill(self, client: Client) -> None:
+        """kill -9 of the denoise worker in mid-run, until its next step is reported."""
+        job = client.submit_many([self.new_request()])[0]
+        killed, steps = 0.0, max(2, self.recipe["steps"] // 4)
+        for event in client.events([job.id], timeout=120):
+            if not killed and event.state == "denoise" and event.running and event.step >= steps:
+                os.kill(next(w.pid for w in client.workers().workers if w.stage == "denoise"), signal.SIGKILL)
+                killed = time.perf_counter()
+            elif killed and event.state == "denoise" and event.running and 1 <= event.step < steps:
+                row(what="kill -9 of the denoise worker until its next step", s=time.perf_counter() - killed, goal=2.0)
+                break
+        client.wait(job.id)
+
+    def turns(self, budget: int, prompt: str) -> None:
+        """One GPU that can't hold text encoders and denoiser; new prompts, one after the other."""
+        with self.stack(budget) as client:
+            equal = self.same(client, prompt)
+            times = [self.one(client) for _ in range(3)]
+            row(what="whole picture, one GPU that can't hold both", s=statistics.median(times), times=times,
+                budget_GB=budget / 1e9, goal=5.8, equal=equal)  # fmt: skip
+
+    def card(self, budget: int, prompt: str, count: int = 8) -> None:
+        """A small card doing everything, with jobs in the queue."""
+        foreign = used_bytes(self.gpu) or 0 if self.gpu is not None else 0
+        with self.watched() as peak, self.stack(budget) as client:
+            equal = self.same(client, prompt)
+            start = time.perf_counter()
+            for job in client.submit_many([self.new_request() for _ in range(count)]):
+                client.wait(job.id)
+            seconds = (time.perf_counter() - start) / count
+            row(
+                what=f"{budget / GIB:g} GiB card doing everything, {count} jobs in the queue", s_a_picture=seconds,
+                goal=5.4, equal=equal, driver_bytes=peak[0] - foreign, card_bytes=budget, others_bytes=foreign,
+            )  # fmt: skip
