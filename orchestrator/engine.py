@@ -6,27 +6,26 @@ dropped, so each stage commits once.
 """
 
 import logging
-import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.fleet import Fleet, Worker
-from orchestrator.ledger import MORE, Account, Holding, Ledger
-from orchestrator.live import LiveJob, ModelKey
+from orchestrator.ledger import Account, Ledger
+from orchestrator.lending import Lending
+from orchestrator.live import LiveJob
 from orchestrator.outbox import Outbox
 from orchestrator.queues import StageQueues
-from orchestrator.scheduler import Assign, Holder, Lend, Room, Snapshot, WaitingTask, decide
+from orchestrator.scheduler import Assign, Lend
 from orchestrator.store import Store
 from orchestrator.watchers import Watchers
-from protocol.errors import Conflict, DoesNotFit, NotFound, QueueFull
+from protocol.errors import Conflict, NotFound, QueueFull
 from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, Stage, StageRecord
 from protocol.messages import (
     CancelTask,
     Committed,
     JobEvent,
-    Lease,
     Leased,
     Progress,
     Ready,
@@ -38,7 +37,6 @@ from protocol.messages import (
 )
 from protocol.recipes import CountTokens, resolve, text_key, token_counter
 from protocol.tensors import Tensor
-from protocol.units import format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +56,6 @@ class Limits:
     keep_alive: Mapping[Stage, float] = field(default_factory=dict)
 
 
-def ghost(hello: WorkerHello) -> str:
-    """Under which a process holds memory that has left the stack, but may not have ended."""
-    return f"{hello.host}/{hello.pid}"
-
-
 def key_of(task: TaskKey) -> tuple[str, str, int]:
     return task.job, task.stage, task.attempt
 
@@ -70,8 +63,11 @@ def key_of(task: TaskKey) -> tuple[str, str, int]:
 class Engine:
     def __init__(self, store: Store, outbox: Outbox, limits: Limits, accounts: Mapping[int, Account]) -> None:
         self.store, self.outbox, self.limits = store, outbox, limits
-        self.ledger = Ledger(accounts, store.workspaces())
         self.fleet, self.queues, self.watchers = Fleet(), StageQueues(), Watchers()
+        ledger = Ledger(accounts, store.workspaces())
+        self.lending = Lending(
+            ledger, self.fleet, self.queues, limits.patience, limits.keep_alive, store.remember_workspace
+        )
         self.jobs: dict[str, LiveJob] = {}  # unfinished ones
         self._by_text: dict[str, set[str]] = {}  # unfinished jobs by their embeddings' key
         self.counts: dict[JobState, int] = store.counts()
@@ -102,13 +98,9 @@ class Engine:
         worker.device_map = ready.device_map or worker.device_map
         worker.residency = ready.residency or worker.residency
         worker.context_bytes = ready.context_bytes or worker.context_bytes
-        gpu = worker.hello.gpu
-        if gpu is not None and gpu in self.ledger.accounts and ready.needs:
-            holding = Holding(gpu, ready.needs, ready.context_bytes, lease=ready.lease_bytes, share=ready.lease_weights)
-            self.ledger.join(worker.id, holding)
-            worker.lease_bytes = ready.lease_bytes
-        else:
-            self.ledger.has_worked(worker.id, ready.context_bytes)
+        self.lending.ready(worker, ready)
+        if reason := self.lending.hopeless(worker):
+            self._give_up(worker, reason)
         self.fleet.ready(worker)
 
     def lose_worker(self, worker: Worker, reason: str) -> None:
@@ -117,19 +109,19 @@ class Engine:
         What it holds of a GPU counts until its process is known to be gone.
         """
         self.fleet.remove(worker)
-        self.ledger.orphan(worker.id, ghost(worker.hello))
+        self.lending.left(worker)
         if worker.task:
             self._fail(worker.task, f"{worker.hello.name} {reason}", retry=True)
 
     def bury(self, worker: Worker) -> None:
         """A worker's process has ended."""
         self.lose_worker(worker, "died")
-        self.ledger.leave(ghost(worker.hello))
+        self.lending.buried(worker.hello.host, worker.hello.pid)
 
     def dismiss_worker(self, worker: Worker) -> None:
         """A worker leaves in good order; what it had in hand waits again, and nobody is to blame."""
         self.fleet.remove(worker)
-        self.ledger.orphan(worker.id, ghost(worker.hello))
+        self.lending.left(worker)
         job = self._current(worker.task) if worker.task else None
         if job:
             self._wait_again(job)
@@ -152,7 +144,7 @@ class Engine:
             )
         recipes = [resolve(request, self.model, self.dtype, self._count_tokens, self.speedups) for request in fresh]
         for recipe in recipes:
-            self._refuse_what_never_fits(recipe, self.model)
+            self.lending.refuse_what_never_fits(recipe, self.model)
         made = iter([self._create(request, recipe) for request, recipe in zip(fresh, recipes, strict=True)])
         return [known or next(made) for known in named]
 
@@ -197,61 +189,13 @@ class Engine:
 
     def assign(self) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
-        idle = self.fleet.idle()
-        if not idle:
-            return
-        places = {(worker.stage, worker.model) for worker in idle}
-        holders = self._holders()
-        waiting = {
-            place: self._first(*place, len(idle), holders) for place in places | {(h.stage, h.model) for h in holders}
-        }
-        gpus = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in {h.gpu for h in holders}}
-        snapshot = Snapshot(waiting, idle, self.queues.depth, {h.id: h for h in holders}, gpus, self.limits.patience)
-        for action in decide(snapshot):
+        for action in self.lending.decide(self.jobs):
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
                     self._hand_out(self.jobs[action.job], worker)
                 case Lend():
-                    self._lend(worker, action)
-
-    def _holders(self) -> list[Holder]:
-        """The workers that work in leases."""
-        found: list[Holder] = []
-        now = time.monotonic()
-        for worker in self.fleet:
-            holding = self.ledger.holdings.get(worker.id)
-            if holding is not None:
-                stage, keep = worker.hello.stage, self.limits.keep_alive.get(worker.hello.stage)
-                found.append(
-                    Holder(
-                        id=worker.id, stage=stage, model=worker.model, gpu=holding.gpu,
-                        need=self.ledger.need(worker.id, stage, worker.model), lease=holding.booked,
-                        share=holding.booked if holding.asked else holding.share, held=now - holding.since,
-                        expired=keep is not None and worker.state == "idle" and now - worker.idle_since >= keep,
-                    )
-                )  # fmt: skip
-        return found
-
-    def _first(self, stage: Stage, model: ModelKey, count: int, holders: Sequence[Holder]) -> list[WaitingTask]:
-        now = time.monotonic()
-        holder = next((h for h in holders if (h.stage, h.model) == (stage, model)), None)
-        found: list[WaitingTask] = []
-        for job_id in self.queues.first(stage, model, count):
-            job = self.jobs[job_id]
-            workspace = self._workspace(job.recipe, stage, model, holder.id) if holder else 0
-            found.append(WaitingTask(job_id, stage, model, workspace, now - job.queued))
-        return found
-
-    def _workspace(self, recipe: Recipe, stage: Stage, model: ModelKey, worker: str) -> int:
-        """A VAE takes what it gets: without enough it decodes in tiles."""
-        wanted = self.ledger.workspace(stage, model, recipe, self.ledger.holdings[worker].needs)
-        return min(wanted, max(0, self.ledger.most_workspace(worker))) if stage == "vae" else wanted
-
-    def _lend(self, worker: Worker, lend: Lend) -> None:
-        self.ledger.lend(worker.id, lend.bytes, lend.weights)
-        self.fleet.swap(worker)
-        self.outbox.to_worker(worker.identity, Lease(bytes=lend.bytes, weights=lend.weights))
+                    self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
 
     def _hand_out(self, job: LiveJob, worker: Worker) -> None:
         tensors = self._inputs(job)
@@ -261,7 +205,9 @@ class Engine:
             return
         self.queues.remove(job)
         self._move(job, lambda: job.hand_to(worker.id))
-        task = Task(job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe)
+        task = Task(
+            job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe, make_do=not self.lending.more(worker)
+        )  # fmt: skip
         self.store.note(job)
         self.fleet.give(worker, task)
         self.outbox.to_worker(worker.identity, task, tensors)
@@ -298,7 +244,7 @@ class Engine:
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
-        self._learn(worker, job.recipe, int(result.workspace_bytes * (MORE if result.cramped else 1)))
+        self.lending.learn(worker, job.recipe, result.workspace_bytes)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings,
@@ -314,55 +260,34 @@ class Engine:
 
     def failed(self, worker: Worker, failure: TaskFailed) -> None:
         """An attempt failed. One that had too little memory is no failure where more can be had."""
-        job, holding = self._current(failure), self.ledger.holdings.get(worker.id)
-        reason = f"{worker.hello.name}: {failure.reason}"
-        if not (job and holding and failure.out_of_memory):
+        job, reason = self._current(failure), f"{worker.hello.name}: {failure.reason}"
+        if not (job and failure.out_of_memory):
             self._fail(failure, reason, failure.retry)
-            return
-        self._learn(worker, job.recipe, int((holding.lease - holding.share) * MORE))
-        if self._workspace(job.recipe, failure.stage, worker.model, worker.id) <= self.ledger.most_workspace(worker.id):
+        elif self.lending.shortage(worker, job.recipe):
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
             self._wait_again(job)
         else:
-            self._fail(failure, reason, retry=False)
+            self._fail(failure, reason, failure.retry and not worker.lease_bytes)
 
     def leased(self, worker: Worker, leased: Leased) -> None:
-        """A worker has done what its lease said."""
-        if worker.id not in self.ledger.holdings:
+        """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
+        if not self.lending.leased(worker, leased):
             return
-        self.ledger.settled(worker.id, leased.bytes, leased.weights, leased.kept_bytes)
-        worker.lease_bytes = leased.bytes
-        worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         if leased.reason:
             for job_id in self.queues.first(worker.hello.stage, worker.model, 1):
                 self.queues.remove(job := self.jobs[job_id])
                 self._blame(job, f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 
-    def _learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
-        if workspace > 0 and worker.id in self.ledger.holdings:
-            key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
-            if key:
-                self.store.remember_workspace(key, workspace)
-
-    def _refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
-        """By what the denoiser was seen to take; DoesNotFit names the largest size of that shape that fits."""
-        key = ModelKey.of_recipe(recipe)
-        denoisers = [w.id for w in self.fleet if w.hello.stage == "denoise" and w.model == key]
-        leased = [worker for worker in denoisers if worker in self.ledger.holdings]
-        if not leased or len(leased) < len(denoisers):
-            return
-        wanted = self.ledger.certain("denoise", key, recipe)
-        most = max(self.ledger.most_workspace(worker) for worker in leased)
-        if wanted <= most:
-            return
-        scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple
-        width, height = (max(1, int(side * scale) // multiple) * multiple for side in (recipe.width, recipe.height))
-        raise DoesNotFit(
-            f"{recipe.width}x{recipe.height}, {recipe.num_images} a job, needs about {format_bytes(wanted)} "
-            f"of GPU memory beside the denoiser's weights; {format_bytes(most)} can be had.",
-            f"About {width}x{height} fits; or fewer pictures a job, or a larger budget for the denoiser's GPU.",
-        )
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        """Nothing that waits for this worker can ever be done."""
+        log.error("%s", reason)
+        stage = worker.hello.stage
+        others = [w for w in self.fleet if w is not worker and (w.hello.stage, w.model) == (stage, worker.model)]
+        if not others:
+            for job_id in self.queues.first(stage, worker.model, self.queues.depth[stage]):
+                self.queues.remove(job := self.jobs[job_id])
+                self._blame(job, reason, retry=False)
 
     def _current(self, task: TaskKey) -> LiveJob | None:
         """The job that a message is about, if the message is of its present attempt."""

@@ -1,7 +1,9 @@
 """The GPUs of this machine as the driver tells them, without torch."""
 
 import contextlib
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +39,17 @@ def used_bytes(index: int) -> int | None:
     import pynvml
 
     try:
-        pynvml.nvmlInit()  # counts its callers, and costs nothing after the first
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).used)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(_handle(index)).used)
     except pynvml.NVMLError:
         return None
+
+
+@functools.cache
+def _handle(index: int) -> Any:
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetHandleByIndex(index)
 
 
 def _text(value: str | bytes) -> str:

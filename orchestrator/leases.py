@@ -8,7 +8,7 @@ rest costs little up to there. What finds no room takes turns.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LEAST_IN_PLACE = 0.35  # of the largest one's weights, for others to stay beside it
+LEAST_IN_PLACE = 0.33  # of the largest one's weights, for others to stay beside it
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from orchestrator.leases import Need
 from orchestrator.live import ModelKey
 from protocol.jobs import Needs, Recipe, Stage
 
-FIRST_HEADROOM = 500_000_000  # bytes that a context grows by, at most, with the kernels of its first task
-HEADROOM = 64_000_000  # afterwards
+FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
+HEADROOM = 32_000_000  # afterwards
 MARGIN = 1.1  # of a workspace that was seen, for what the allocator can't fill
-ROUNDING = 64_000_000  # bytes, of its blocks
+ROUNDING = 300_000_000  # bytes, of its blocks; with less, a denoiser at 1024 × 1024 was seen to run out
 UNSEEN = 1.25  # of a workspace taken from another size
 FIXED_PART = 0.25  # of it, whatever the size
 MORE = 1.5  # of one that was too small
@@ -142,6 +142,11 @@ class Ledger:
             return None
         self.learned[key] = size
         return key
+
+    def after_shortage(self, worker: str) -> int:
+        """Bytes to be learned of a task that found too little: it shall have MORE next time."""
+        holding = self.holdings[worker]
+        return max(1, int(((holding.lease - holding.share) * MORE - ROUNDING) / MARGIN))
 
     def need(self, worker: str, stage: Stage, model: ModelKey) -> Need:
         """With the workspace of what it does now, or else of the largest that was seen."""

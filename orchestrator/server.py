@@ -13,7 +13,7 @@ from types import FrameType
 import zmq
 
 from orchestrator.desk import Desk
-from orchestrator.engine import Engine, Limits, ghost
+from orchestrator.engine import Engine, Limits
 from orchestrator.folder import StackFolder
 from orchestrator.ledger import Account
 from orchestrator.outbox import Letter, Outbox
@@ -184,7 +184,7 @@ class Server:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
         self.engine.learn_model(hello, envelope.tensor("tokenizer"))
-        self.engine.ledger.leave(ghost(hello))  # the same process again, which tells what it holds
+        self.engine.lending.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
         self.outbox.to_worker(worker.identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
@@ -196,7 +196,7 @@ class Server:
             if worker.hello.host == HOST and worker.hello.pid in pids:
                 self.engine.bury(worker)
         for pid in pids:
-            self.engine.ledger.leave(f"{HOST}/{pid}")
+            self.engine.lending.buried(HOST, pid)
 
     def _close(self) -> None:
         self.folder.withdraw()

@@ -120,7 +120,6 @@ class Result(TaskKey):
     seconds: float
     peak_bytes: Count = 0
     workspace_bytes: Count = 0  # of GPU memory beside the weights, at most
-    cramped: bool = False  # it had too little, and helped itself
     warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
 
 
@@ -151,6 +150,7 @@ class Task(TaskKey):
 
     kind = "task"
     recipe: Recipe
+    make_do: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
 
 
 class Lease(Message):

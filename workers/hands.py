@@ -31,6 +31,7 @@ StageRunner = TextStage | DenoiseStage | VaeStage
 Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
 Event = tuple[Message, list[Tensor]]
 PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
+IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
 PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
 
 
@@ -40,6 +41,7 @@ class Measured:
     seconds: float
     peak_bytes: int  # of GPU memory, all GPUs together; 0 on a CPU
     workspace_bytes: int  # of that, what was not the weights of one device
+    short: bool  # a library got less memory than it asked for, and may have computed in another way
 
 
 def run_measured(
@@ -50,13 +52,19 @@ def run_measured(
     if cuda:
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(gpu)
+    refused = refusals() if cuda else 0
     start = time.perf_counter()
     outcome = runner.run(recipe, tensors, report)
     seconds = time.perf_counter() - start
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
     peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     weights = sum(residency.device_bytes for residency in runner.residencies)
-    return Measured(outcome, seconds, peak, max(0, peak - weights))
+    return Measured(outcome, seconds, peak, max(0, peak - weights), cuda and refusals() > refused)
+
+
+def refusals() -> int:
+    """How often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
+    return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
 
 
 class Hands:
@@ -122,9 +130,13 @@ class Hands:
                 told = time.monotonic()
                 self._emit((Progress(**key, step=step, steps=steps), []))
 
+        if isinstance(runner, VaeStage):
+            runner.may_tile = task.make_do
         try:
             with turn(self._turns):
                 done = run_measured(runner, task.recipe, tensors, report)
+            if done.short and not task.make_do:
+                raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
         except Cancelled:
             log.info("cancelled", extra=extra)
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
@@ -139,7 +151,7 @@ class Hands:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(
                 **key, seconds=done.seconds, peak_bytes=done.peak_bytes, workspace_bytes=done.workspace_bytes,
-                cramped=done.outcome.cramped, warnings=done.outcome.warnings,
+                warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))

@@ -28,4 +28,3 @@ class StageError(Exception):
 class Outcome:
     tensors: list[Tensor]
     warnings: tuple[str, ...] = ()
-    cramped: bool = False  # there was too little GPU memory, and it helped itself

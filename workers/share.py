@@ -1,10 +1,12 @@
 """A worker's share of a GPU: taken as the orchestrator lends it, kept to, and given back."""
 
+import functools
 import logging
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -89,11 +91,18 @@ class Share:
             return None
         import pynvml
 
-        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
         try:
-            pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-            running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            running = pynvml.nvmlDeviceGetComputeRunningProcesses(driver_handle(self.device))
         except pynvml.NVMLError:
             return None
         return next((int(p.usedGpuMemory) for p in running if p.pid == os.getpid() and p.usedGpuMemory), None)
+
+
+@functools.cache
+def driver_handle(device: torch.device) -> Any:
+    """NVML's name for a GPU."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")

@@ -78,9 +78,9 @@ def plan_stream(blocks: Sequence[Block], total: int, budget: int) -> StreamPlan 
 
 
 def least_bytes(blocks: Sequence[Block], total: int) -> int:
-    """The smallest budget in which blocks are still copied while others compute: all streamed, in a ring for two."""
+    """The smallest budget that there is a plan for: all streamed, in a ring for one block."""
     everything = [tuple(block.large) for block in blocks]
-    return min(total, lay_out(everything, 2, blocks).resident_bytes(total)) if blocks else total
+    return min(total, lay_out(everything, 1, blocks).resident_bytes(total)) if blocks else total
 
 
 def plan_with(blocks: Sequence[Block], total: int, budget: int, slots: int) -> StreamPlan | None:

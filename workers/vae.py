@@ -24,6 +24,7 @@ class VaeStage:
             part for name in ("vae", "vqvae", "movq") if (part := getattr(self.pipeline, name, None)) is not None
         )
         self.dtype = self.vae.dtype
+        self.may_tile = True  # where memory is short
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """`pictures`, uint8 (n, height, width, 3), RGB."""
@@ -32,7 +33,7 @@ class VaeStage:
         try:
             pictures = self.decode(tensors)
         except torch.OutOfMemoryError:
-            if not hasattr(self.vae, "enable_tiling"):
+            if not (self.may_tile and hasattr(self.vae, "enable_tiling")):
                 raise
             release_memory()
             warnings = (IN_TILES,)
@@ -44,7 +45,7 @@ class VaeStage:
                 self.vae.disable_tiling()
         flat = np.ascontiguousarray(pictures)
         tensor = Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)
-        return Outcome([tensor], warnings, cramped=bool(warnings))
+        return Outcome([tensor], warnings)
 
     @torch.no_grad()
     def decode(self, tensors: tuple[Tensor, ...]) -> np.ndarray:
