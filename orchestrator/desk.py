@@ -135,6 +135,7 @@ class Desk:
         counts = tuple((state, count) for state, count in engine.counts.items() if count)
         return Stack(
             request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.model, counts=counts,
+            speedups=engine.speedups,
             queue_limit=engine.limits.queue,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The supervisor's side of the fork server: a child like others, which starts workers at once."""
+"""The supervisor's side of what starts workers at once: a fork server, or a spare process where that is impossible."""
 
 import contextlib
 import ctypes
@@ -8,14 +8,17 @@ import signal
 import socket
 import struct
 import sys
+import time
 from pathlib import Path
 
 import msgpack
 
-from orchestrator.child import Child
+from orchestrator.child import Child, Process
+from protocol.jobs import ProcessView
 from protocol.process import PID
 
 PR_SET_CHILD_SUBREAPER = 36
+AFTER_SECONDS = 10.0  # that a spare process leaves to the first workers
 
 
 class Forked:
@@ -59,8 +62,12 @@ class Forked:
 class ForkServer:
     """Starts a process that imports everything once. Until it is `ready`, and where it is gone, it starts nothing."""
 
+    name = "forkserver"
+    flags: tuple[str, ...] = ()
+    kind = socket.SOCK_SEQPACKET
+
     def __init__(self, log: Path, lifeline: int) -> None:
-        self.child = Child("forkserver", None, [], log, lifeline)
+        self.child = Child(self.name, None, [], log, lifeline)
         self.child.prepare = self._connect
         self.ready = False
         self.link: socket.socket | None = None
@@ -68,8 +75,12 @@ class ForkServer:
 
     @staticmethod
     def possible() -> bool:
-        """Whether this system can hand a grandchild over to its supervisor; asks it to."""
-        return sys.platform == "linux" and bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+        """Whether this system can hand a grandchild over to its supervisor; asks it to. TRIPTYCH_FORK=0 says no."""
+        return (
+            os.environ.get("TRIPTYCH_FORK") != "0"
+            and sys.platform == "linux"
+            and bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+        )
 
     @property
     def starting(self) -> bool:
@@ -78,9 +89,9 @@ class ForkServer:
     def _connect(self) -> None:
         """Before each start of the child: a new pair of sockets."""
         self.close()
-        self.link, self._far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.link, self._far_end = socket.socketpair(socket.AF_UNIX, self.kind)
         descriptor = self._far_end.fileno()
-        self.child.arguments = ["-m", "workers.forkserver", str(descriptor)]
+        self.child.arguments = ["-m", "workers.forkserver", str(descriptor), *self.flags]
         self.child.descriptors = (descriptor,)
 
     def listen(self) -> None:
@@ -94,7 +105,7 @@ class ForkServer:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 self.ready = len(self.link.recv(PID.size, socket.MSG_DONTWAIT)) == PID.size
 
-    def spawn(self, child: Child) -> Forked | None:
+    def spawn(self, child: Child) -> Process | None:
         """A worker's process; None if the server is gone."""
         if not self.ready or self.link is None:
             return None
@@ -102,11 +113,18 @@ class ForkServer:
         try:
             with child.log.open("ab") as log:
                 socket.send_fds(self.link, [request], [log.fileno(), child.lifeline])
-            self.link.settimeout(5.0)
-            return Forked(PID.unpack(self.link.recv(PID.size))[0])
+            return self._started(self.link)
         except (OSError, struct.error):
             self.lost()
             return None
+
+    def _started(self, link: socket.socket) -> Process | None:
+        link.settimeout(5.0)
+        return Forked(PID.unpack(link.recv(PID.size))[0])
+
+    def view(self) -> ProcessView:
+        view = self.child.view()
+        return view.model_copy(update={"state": "starting"}) if view.pid and not self.ready else view
 
     def lost(self) -> None:
         self.ready = False
@@ -117,3 +135,29 @@ class ForkServer:
             if end is not None:
                 end.close()
         self.link = self._far_end = None
+
+
+class Spare(ForkServer):
+    """One process that has imported everything waits for the next worker to be started, and becomes it.
+
+    It comes once the workers of a new stack have started by themselves, which they do side by side.
+    """
+
+    name = "spare"
+    flags = ("--spare",)
+    kind = socket.SOCK_STREAM  # one request, in one piece; not every system has another kind
+
+    def __init__(self, log: Path, lifeline: int) -> None:
+        super().__init__(log, lifeline)
+        self.child.start_at = time.monotonic() + AFTER_SECONDS
+
+    @property
+    def starting(self) -> bool:
+        """Nobody waits for it."""
+        return False
+
+    def _started(self, link: socket.socket) -> Process | None:
+        process, self.child.process = self.child.process, None
+        self.child.state, self.child.start_at = "waiting", time.monotonic()
+        self.lost()
+        return process

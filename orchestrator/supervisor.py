@@ -21,7 +21,7 @@ from orchestrator.accounts import accounts, leased_gpu
 from orchestrator.child import Child
 from orchestrator.config import OrchestratorSettings, StackConfig
 from orchestrator.folder import StackFolder
-from orchestrator.forks import ForkServer
+from orchestrator.forks import ForkServer, Spare
 from orchestrator.gpus import list_gpus
 from protocol import wire
 from protocol.endpoints import Endpoints
@@ -52,7 +52,8 @@ class Supervisor:
         self._dtype = stack_dtype(config)
         self._gpus = list_gpus()
         self._orchestrator = self._orchestrator_child()
-        self._forks = ForkServer(folder.log("forkserver"), self._lifeline) if ForkServer.possible() else None
+        starter = ForkServer if ForkServer.possible() else Spare
+        self._forks = starter(folder.log(starter.name), self._lifeline)
         self._workers: dict[Stage, list[Child]] = {
             stage: [self._worker_child(stage, i + 1) for i in range(config.stage(stage).workers)] for stage in STAGES
         }
@@ -85,7 +86,7 @@ class Supervisor:
 
     def _children(self) -> list[Child]:
         workers = [child for stage in STAGES for child in self._workers[stage]]
-        return [self._orchestrator, *([self._forks.child] if self._forks else []), *workers]
+        return [self._orchestrator, self._forks.child, *workers]
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -101,13 +102,12 @@ class Supervisor:
 
     def _start_due(self) -> None:
         now = time.monotonic()
-        if self._forks:
-            self._forks.listen()
+        self._forks.listen()
         for child in self._children():
             if child.state == "waiting" and child.wanted and now >= child.start_at:
-                if child.stage and self._forks and self._forks.starting:
+                if child.stage and self._forks.starting:
                     continue  # it is there sooner than a process that imports everything by itself
-                child.start(self._forks.spawn if child.stage and self._forks else None)
+                child.start(self._forks.spawn if child.stage else None)
                 log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
         for child, kill_at in self._leaving:
             if now >= kill_at:
@@ -115,7 +115,7 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Until a signal, a child's end, a message, or the next thing that is due."""
-        held = self._forks is not None and self._forks.starting
+        held = self._forks.starting
         due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted and not (c.stage and held)]
         due += [at for _, at in self._leaving]
         left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
@@ -123,7 +123,7 @@ class Supervisor:
         poller.register(self._wake, zmq.POLLIN)
         if self._link is not None:
             poller.register(self._link, zmq.POLLIN)
-        if self._forks and self._forks.link is not None and not self._forks.ready:
+        if self._forks.link is not None and not self._forks.ready:
             poller.register(self._forks.link, zmq.POLLIN)
         poller.poll(int(left * 1000) + 1)
         with contextlib.suppress(BlockingIOError):
@@ -143,7 +143,7 @@ class Supervisor:
                 self.notice(f"{child.name} ended ({child.reason}); {again}")
             if child is self._orchestrator:
                 self._said_hello = 0.0
-            elif self._forks and child is self._forks.child:
+            elif child is self._forks.child:
                 self._forks.lost()
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
 
@@ -160,7 +160,7 @@ class Supervisor:
         self.notice("stopping")
         deadline = time.monotonic() + GRACE_SECONDS
         workers = [child for stage in STAGES for child in self._workers[stage]] + [child for child, _ in self._leaving]
-        for group in (workers, [self._orchestrator, *([self._forks.child] if self._forks else [])]):
+        for group in (workers, [self._orchestrator, self._forks.child]):
             for child in group:
                 child.terminate()
             for child in group:
@@ -171,8 +171,7 @@ class Supervisor:
             for child in group:
                 if child.process is not None:
                     child.process.wait()
-        if self._forks:
-            self._forks.close()
+        self._forks.close()
         if self._link is not None:
             self._link.close(linger=0)
         self._context.term()
@@ -252,7 +251,7 @@ class Supervisor:
             self._said_hello = now
             if self._link is None:
                 self._link = dealer(self._context, self._endpoints.workers, new_identity())
-            views = tuple(child.view() for child in self._children())
+            views = tuple((self._forks if child is self._forks.child else child).view() for child in self._children())
             dead = tuple(self._dead)
             if self._say(SupervisorHello(pid=os.getpid())) and self._say(Processes(processes=views, exited_pids=dead)):
                 self._dead.clear()

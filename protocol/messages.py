@@ -318,6 +318,7 @@ class Stack(Message):
     pid: Count
     started: float
     model: ModelDescription | None
+    speedups: tuple[Name, ...]
     counts: tuple[tuple[JobState, int], ...]
     queue_limit: Count
 

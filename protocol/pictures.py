@@ -66,6 +66,6 @@ def read_recipe(path: Path) -> tuple[Recipe, int]:
         )
     try:
         found = json.loads(chunk)
-        return Recipe.model_validate(found["recipe"]), int(found["index"])
+        return Recipe.model_validate_json(json.dumps(found["recipe"])), int(found["index"])
     except (ValueError, KeyError, TypeError) as error:
         raise BadRequest(f"{str(path)!r} carries a recipe that can't be read.") from error

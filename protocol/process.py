@@ -38,6 +38,7 @@ def log_to_stderr(process: str, level: int = logging.INFO) -> None:
     handler.setFormatter(_Line(process))
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # names each of its kernels that this machine can't use
 
 
 def end_with_parent() -> None:

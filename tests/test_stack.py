@@ -76,6 +76,26 @@ def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: P
         assert again.equal(wanted)
 
 
+def test_where_forking_is_impossible_a_spare_process_becomes_the_next_worker(
+    state: Path, flux_dev: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRIPTYCH_FORK", "0")
+
+    def spare(workers: Workers) -> int | None:
+        """The process that waits, once it has imported everything."""
+        return next((p.pid for p in workers.processes if p.name == "spare" and p.state == "running"), None)
+
+    with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
+        _, wanted = stack.picture("a red star", seed=1, **SMALL)
+        found = until(stack, lambda w: spare(w) is not None)
+        waiting = spare(found)
+        os.kill(pid_of(found, "denoise-1"), signal.SIGKILL)
+        _, again = stack.picture("a red star", seed=1, **SMALL)
+        assert again.equal(wanted)
+        assert pid_of(stack.client.workers(), "denoise-1") == waiting
+        until(stack, lambda w: spare(w) not in (None, waiting))
+
+
 def test_two_denoisers_share_the_jobs(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         assert triptych("scale", "denoise=2", folder=state).returncode == 0

@@ -1,11 +1,12 @@
 """A process that has imported everything and computed nothing, from which workers are forked in milliseconds.
 
-    python -m workers.forkserver FD
+    python -m workers.forkserver FD [--spare]
 
 The supervisor asks through the socket FD, one datagram a worker: msgpack of its arguments and environment, and the
 descriptors of its log and its lifeline. The answer is the worker's process number. A worker is forked twice, so that it
 becomes the supervisor's own child (which is its subreaper). It never touches CUDA here, so each worker may choose its
-GPUs; and it makes no threads, so a fork leaves none behind.
+GPUs; and it makes no threads, so a fork leaves none behind. A spare process doesn't fork: it becomes the first worker
+that it is asked for.
 """
 
 import ctypes
@@ -38,9 +39,10 @@ STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
 MAX_REQUEST = 1 << 20
 
 
-def main(link: socket.socket) -> None:
+def main(link: socket.socket, spare: bool) -> None:
     """Serve until the supervisor is gone."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import_everything()
     link.send(PID.pack(os.getpid()))
@@ -49,6 +51,9 @@ def main(link: socket.socket) -> None:
         if not request:
             return
         arguments, environment = msgpack.unpackb(request)
+        if spare:
+            link.close()
+            become_worker(arguments, environment, *descriptors)
         pid = fork_twice(link, arguments, environment, *descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
@@ -117,4 +122,4 @@ def become_worker(arguments: list[str], environment: dict[str, str], log: int, l
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    main(socket.socket(fileno=int(sys.argv[1])), "--spare" in sys.argv)

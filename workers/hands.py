@@ -96,11 +96,14 @@ class Hands:
             self.bell.send(b"!")
 
     def _work(self) -> None:
+        """What ends this thread ends the worker."""
         try:
-            runner, device_map = self._load()
+            self._serve()
         except BaseException as error:
             self._emit(error)
-            return
+
+    def _serve(self) -> None:
+        runner, device_map = self._load()
         share = None if self._workspace is None else Share(runner.device, runner.residencies, self._workspace)
         ready = Ready(device_map=device_map, residency=views(runner))
         if share:
@@ -119,7 +122,6 @@ class Hands:
     def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
         extra = {"job": task.job}
-
         told = time.monotonic()
 
         def report(step: int, steps: int) -> None:
@@ -192,7 +194,9 @@ def cause_of(error: BaseException) -> str:
         error = error.__cause__
         parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
     if isinstance(error, torch.OutOfMemoryError):
-        parts.append("a smaller picture, fewer of them a job, or more --max-memory for this stage would help")
+        parts.append(
+            "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
+        )
     return "; ".join(parts)[:2000]
 
 

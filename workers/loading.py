@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 SAFETENSORS_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 # What a stage needs on a GPU beside its weights, in bytes: activations at about 1024 × 1024, erring high.
-WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 2_700_000_000}
+WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 3_430_000_000}
 
 
 @dataclass(slots=True)

@@ -1,6 +1,5 @@
 """What passes between stages that run alone: a safetensors file with the job's recipe in its metadata."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -33,7 +32,7 @@ def read(path: Path, expected: Stage) -> tuple[Recipe, tuple[Tensor, ...]]:
             raise BadRequest(
                 f"{str(path)!r} was not written by a stage.", f"It should come from: triptych worker {expected}."
             )
-        recipe = Recipe.model_validate(json.loads(metadata["recipe"]))
+        recipe = Recipe.model_validate_json(metadata["recipe"])
     except FileNotFoundError as error:
         raise BadRequest(
             f"There is no file {str(path)!r}.", f"triptych worker {expected} --standalone makes it."

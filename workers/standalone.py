@@ -14,6 +14,7 @@ from protocol.errors import BadRequest
 from protocol.jobs import JobRequest, Recipe, Stage
 from protocol.pictures import save_png, to_images
 from protocol.recipes import resolve, token_counter
+from protocol.speedups import canonical
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers import stage_file
@@ -56,7 +57,9 @@ def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tu
         raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
     tokenizer = longest_tokenizer(prepared.source)
     counter = token_counter(bytes(tokenizer.data)) if tokenizer else None
-    return resolve(JobRequest.model_validate(given), prepared.description, prepared.dtype, counter), ()
+    return resolve(
+        JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.settings.speedups
+    ), ()
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
@@ -75,7 +78,8 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) 
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
     request = JobRequest.model_validate({**kept, **given})
-    changed = resolve(request, prepared.description, recipe.dtype, None)
+    speedups = canonical({*recipe.speedups, *prepared.settings.speedups})
+    changed = resolve(request, prepared.description, recipe.dtype, None, speedups)
     if changed.negative_prompt != recipe.negative_prompt:
         raise BadRequest("--cfg-scale turns true CFG on or off; the embeddings are made for that.", "Give it to text.")
     return changed, tensors

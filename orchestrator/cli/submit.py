@@ -153,5 +153,11 @@ def request_from(client: Client, path: Path) -> JobRequest:
             f"this stack runs {stack.model.model!r} at {stack.model.revision}.",
             f"Start one with: triptych up --model {recipe.model}",
         )
+    if stack.speedups != recipe.speedups:
+        raise BadRequest(
+            f"{str(path)!r} was made with {', '.join(recipe.speedups) or 'no speedups'}; "
+            f"this stack runs with {', '.join(stack.speedups) or 'none'}, which gives other bits.",
+            "Start one with the same --compile, --attention, --fuse-qkv, --cache and --quantize.",
+        )
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(type(recipe).model_fields))
     return JobRequest.model_validate(kept)

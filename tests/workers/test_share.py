@@ -1,0 +1,149 @@
+"""A worker's share of a GPU, on a CPU that stands in for it: taken, kept to, given back; and hands that obey leases."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from protocol.jobs import JobRequest
+from protocol.messages import Lease, Leased, Message, Ready, Result, Task, TaskFailed
+from protocol.recipes import resolve
+from tests import tiny
+from tests.tiny import needs_gpus
+from workers import hands as hands_module
+from workers.describe import describe
+from workers.hands import Hands, Load, Measured
+from workers.loading import WORKSPACE, Devices, load
+from workers.outcome import Outcome
+from workers.share import Share
+from workers.source import Source, read
+from workers.text import TextStage
+from workers.vae import VaeStage
+
+CPU = torch.device("cpu")
+Start = Callable[..., Hands]
+DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return read("x", tiny.save(tiny.flux(depth=6), tmp_path_factory.mktemp("flux")), None)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(device: str, source: Source) -> None:
+    where = torch.device(device)
+    for stage in ("text", "denoise", "vae"):
+        loaded = load(source, stage, Devices(where, leased=True), torch.float32)
+        share = Share(where, tuple(loaded.residencies.values()), WORKSPACE[stage])
+        needs = share.needs()
+        assert all(residency.state == "out" for residency in share.residencies)
+        assert 0 < needs.least <= needs.weights
+        assert (needs.least == needs.weights) == (stage == "vae")
+        for weights in (needs.weights, needs.least, (needs.weights + needs.least) // 2):
+            share.take(weights + (1 << 30), weights)
+            assert sum(residency.device_bytes for residency in share.residencies) <= weights
+            assert all(residency.state != "out" for residency in share.residencies)
+        assert share.give_back() <= 32 << 20
+        assert all(residency.device_bytes == 0 for residency in share.residencies)
+        assert (share.context_bytes() > 0) == (device != "cpu")
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Hands at work, given how to load and, in leases, a workspace."""
+    with contextlib.ExitStack() as stack:
+
+        def started(load: Load, workspace: int | None = None) -> Hands:
+            hands = Hands(load, None, workspace)
+            stack.enter_context(hands.wake)
+            stack.enter_context(hands.bell)
+            hands.start()
+            return hands
+
+        yield started
+
+
+def next_of(hands: Hands) -> Message:
+    event = hands.events.get(timeout=30)
+    assert not isinstance(event, BaseException), event
+    return event[0]
+
+
+def task(source: Source, make_do: bool) -> Task:
+    recipe = resolve(JobRequest(prompt="a", width=32, height=32, seed=1), describe(source), "float32", None)
+    return Task(job="j", stage="text", attempt=1, recipe=recipe, make_do=make_do)
+
+
+def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Start) -> None:
+    def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
+        return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
+
+    hands = start(loading, 1)
+    ready = next_of(hands)
+    assert isinstance(ready, Ready)
+    assert ready.needs is not None
+    hands.give(Lease(bytes=ready.needs.weights, weights=ready.needs.weights), ())
+    leased = next_of(hands)
+    assert isinstance(leased, Leased)
+    assert (leased.bytes, leased.reason) == (ready.needs.weights, "")
+    assert {component.state for component in leased.residency} == {"in"}
+    hands.give(task(source, True), ())
+    assert isinstance(next_of(hands), Result)
+    assert isinstance(next_of(hands), Ready)
+    hands.give(Lease(bytes=100, weights=100), ())
+    refused = next_of(hands)
+    assert isinstance(refused, Leased)
+    assert refused.bytes == 0
+    assert "too few even to stream" in refused.reason
+    assert {component.state for component in refused.residency} == {"out"}
+
+
+def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can_be_had(
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hands_module, "run_measured", lambda *_: Measured(Outcome([]), 0.1, 1, 1, short=True))
+    hands = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
+    assert isinstance(next_of(hands), Ready)
+    hands.give(task(source, make_do=False), ())
+    failed = next_of(hands)
+    assert isinstance(failed, TaskFailed)
+    assert failed.out_of_memory
+    assert isinstance(next_of(hands), Ready)
+    hands.give(task(source, make_do=True), ())
+    result = next_of(hands)
+    assert isinstance(result, Result)
+    assert "last bits may differ" in result.warnings[0]
+    assert isinstance(next_of(hands), Ready)
+
+
+def test_a_vae_does_not_tile_while_more_memory_can_be_had(
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = VaeStage(load(source, "vae", Devices(CPU), torch.float32), CPU)
+
+    def cramped(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(stage.vae, "decode", cramped)
+    hands = start(lambda: (stage, ()))
+    next_of(hands)
+    hands.give(task(source, make_do=False), ())
+    failed = next_of(hands)
+    assert isinstance(failed, TaskFailed)
+    assert not stage.may_tile
+    assert isinstance(next_of(hands), Ready)
+
+
+def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
+        return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
+
+    hands = start(loading, 1)
+    next_of(hands)
+    monkeypatch.setattr(hands_module, "settle", lambda *_: 1 / 0)
+    hands.give(Lease(bytes=1, weights=1), ())
+    assert isinstance(hands.events.get(timeout=30), ZeroDivisionError)
