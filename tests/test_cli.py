@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from protocol.pictures import read_recipe, save_png
 from tests.stacks import RunningStack, triptych
 
 SMALL = ("--size", "32x32", "--steps", "2")
@@ -74,6 +75,11 @@ def test_retry_of_a_png_makes_it_again_bit_for_bit(stack: RunningStack, tmp_path
     assert again.returncode == 0, again.stderr
     with Image.open(tmp_path / "x.png") as a, Image.open(tmp_path / "y.png") as b:
         assert a.tobytes() == b.tobytes()
+        recipe, _ = read_recipe(tmp_path / "x.png")
+        save_png(a, tmp_path / "z.png", recipe.model_copy(update={"speedups": ("denoise:compile",)}), "job", 0)
+    other = triptych("retry", "z.png", folder=stack.folder, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "made with denoise:compile" in other.stderr
 
 
 def test_no_wait_then_wait_show_jobs_and_json(stack: RunningStack, tmp_path: Path) -> None:

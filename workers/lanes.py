@@ -1,6 +1,6 @@
 """Copies beside computation: a stream of its own on a GPU; on a CPU the same calls, each done when it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Protocol
 
 import torch
@@ -53,9 +53,9 @@ class HostLane:
 
 
 class CudaLane:
-    """Sources that are not page-locked pass through a page-locked buffer, a piece at a time."""
+    """Sources that are not `locked`, which may have to be waited for, pass through a page-locked buffer in pieces."""
 
-    def __init__(self, device: torch.device, locked: bool) -> None:
+    def __init__(self, device: torch.device, locked: Container[torch.Tensor]) -> None:
         self.device, self._locked = device, locked
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
@@ -69,7 +69,7 @@ class CudaLane:
             assert after.event is not None
             self._stream.wait_event(after.event)
             for place, source in copies:
-                if self._locked:
+                if source in self._locked:
                     place.copy_(source, non_blocking=True)
                 else:
                     self._through_buffer(place, source)
@@ -101,5 +101,5 @@ class CudaLane:
 BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
 
 
-def lane_for(device: torch.device, locked: bool) -> Lane:
+def lane_for(device: torch.device, locked: Container[torch.Tensor]) -> Lane:
     return CudaLane(device, locked) if device.type == "cuda" else HostLane(device)

@@ -14,6 +14,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,17 +138,37 @@ def lock(address: int, size: int) -> int:
     return int(torch.cuda.cudart().cudaHostRegister(address, size, REGISTER_READ_ONLY))
 
 
-def page_lock(weights: HostWeights) -> bool:
-    """Page-lock weights for this process's life: mapped ones in place, private ones as a page-locked copy.
+class PageLocks:
+    """Weights that are being page-locked for this process's life, a file at a time, beside whatever else goes on.
 
-    False, with a message in the log, where the driver refuses: then they pass through a buffer.
+    What the driver refuses, with a message in the log, passes through a buffer instead.
     """
-    for path, file in weights.files.items():
-        if code := lock(file.data_ptr(), file.nbytes):
-            log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
-            with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
-                torch.zeros(1, device="cuda").add_(1)
-            return False
-    for name in weights.private:
-        weights.tensors[name] = weights.tensors[name].pin_memory()
-    return True
+
+    def __init__(self, weights: HostWeights, device: torch.device) -> None:
+        """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
+        for name in weights.private:
+            weights.tensors[name] = weights.tensors[name].pin_memory()
+        self._device = device
+        pool = ThreadPoolExecutor(1, "page-lock")
+        files = sorted(weights.files.items(), key=lambda item: item[1].data_ptr())  # as swapping in takes them
+        self._starts = [file.data_ptr() for _, file in files]
+        self._locks = [pool.submit(self._lock, path, file) for path, file in files]
+        self._ends = [file.data_ptr() + file.nbytes for _, file in files]
+        pool.shutdown(wait=False)
+
+    def _lock(self, path: str, file: torch.Tensor) -> bool:
+        with torch.cuda.device(self._device):
+            code = lock(file.data_ptr(), file.nbytes)
+            if code:
+                log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
+                with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
+                    torch.zeros(1, device=self._device).add_(1)
+        return not code
+
+    def __contains__(self, tensor: object) -> bool:
+        """Whether a weight is page-locked; waits until its file has had its turn."""
+        assert isinstance(tensor, torch.Tensor)
+        index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
+        if index >= 0 and tensor.data_ptr() < self._ends[index]:
+            return self._locks[index].result()
+        return True  # a private one

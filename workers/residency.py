@@ -7,7 +7,7 @@ bits in every residency: only where weights lie changes, never what is computed.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.lanes import lane_for
-from workers.mapped import host_weights, page_lock, plain_parameters
+from workers.mapped import PageLocks, host_weights, plain_parameters
 from workers.modulation import Call, Modulation, Results, Watch, uncompiled
 from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
 
@@ -41,11 +41,11 @@ class Residency:
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
         weights = host_weights(module, name)
-        locked = device.type == "cuda" and page_lock(weights)
+        locks: Container[torch.Tensor] = PageLocks(weights, device) if device.type == "cuda" else ()
         self._host = weights.tensors
         self._parameters = plain_parameters(module)
         self._quantized = quantized_parameters(module)
-        self._lane = lane_for(device, locked)
+        self._lane = lane_for(device, locks)
         self._rows = block_rows(module)
         self.blocks = streamable(module, self._rows)
         self._quantized_bytes = sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
@@ -72,6 +72,9 @@ class Residency:
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
+        if self.state == "in" and self.total_bytes <= budget:
+            self._budget = budget
+            return
         self.swap_out()
         start = time.perf_counter()
         self._budget = budget

@@ -40,6 +40,8 @@ class Share:
 
         The smaller components come in whole first; what is left is the largest one's.
         """
+        if weights < sum(residency.device_bytes for residency in self.residencies):
+            self.give_back()
         self._cap(size)
         left = weights
         ordered = sorted(self.residencies, key=lambda residency: residency.total_bytes)

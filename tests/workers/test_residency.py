@@ -1,5 +1,7 @@
 """Bits are the same wherever the weights are; planned from sizes, run on the CPU with the same code as on a GPU."""
 
+import contextlib
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,19 +10,20 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPTextModel, T5EncoderModel
+from transformers import CLIPTextModel, Qwen2Config, Qwen2Model, T5EncoderModel
 
 from protocol.errors import DoesNotFit
 from protocol.jobs import JobRequest
 from protocol.recipes import resolve
 from tests import tiny
 from tests.tiny import needs_gpus
+from workers import mapped
 from workers import residency as residency_module
 from workers.denoise import DenoiseStage, Play
 from workers.describe import describe
 from workers.lanes import Copies, HostLane, Mark
 from workers.loading import Devices, load
-from workers.mapped import host_weights
+from workers.mapped import HostWeights, PageLocks, host_weights
 from workers.residency import Residency, block_rows
 from workers.source import Source, read
 from workers.streaming import Block, plan_stream, room
@@ -41,6 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.t5(layers=6).save_pretrained(folder / "t5")
     tiny.clip(layers=6).save_pretrained(folder / "clip")
     tiny.sd15().unet.save_pretrained(folder / "unet")
+    Qwen2Model(
+        Qwen2Config(
+            vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    ).save_pretrained(folder / "qwen")  # fmt: skip
     return folder
 
 
@@ -60,6 +69,7 @@ CASES: dict[str, tuple[type, Callable[[torch.nn.Module, str], torch.Tensor]]] = 
     "t5": (T5EncoderModel, text),
     "clip": (CLIPTextModel, text),
     "unet": (UNet2DConditionModel, unet),
+    "qwen": (Qwen2Model, text),
 }
 
 
@@ -178,6 +188,29 @@ def test_loading_leaves_weights_in_the_mapped_file_and_a_cast_makes_a_private_co
     cast = host_weights(cls.from_pretrained(folder / case, dtype=torch.bfloat16), case)
     assert cast.private == set(cast.tensors)
     assert cast.private_bytes == sum(tensor.nbytes for tensor in mapped.tensors.values()) // 2
+
+
+def test_files_are_page_locked_one_after_the_other_and_only_what_is_refused_takes_the_buffer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = [host_weights(cls.from_pretrained(folder / case), case) for case, (cls, _) in CASES.items()]
+    both = HostWeights(weights[0].tensors | weights[1].tensors, weights[0].files | weights[1].files, frozenset())
+    refused, go, order = next(iter(weights[1].files.values())).data_ptr(), threading.Event(), []
+
+    def lock(address: int, size: int) -> int:
+        go.wait(30)
+        order.append(address)
+        return 1 if address == refused else 0
+
+    monkeypatch.setattr(mapped, "lock", lock)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    locks = PageLocks(both, torch.device("cpu"))
+    assert order == []  # nobody waited
+    go.set()
+    assert all(tensor in locks for tensor in weights[0].tensors.values())
+    assert not any(tensor in locks for tensor in weights[1].tensors.values())
+    assert order == sorted(file.data_ptr() for file in both.files.values())
+    assert torch.zeros(3) in locks  # none of a file
 
 
 def test_blocks_are_the_items_of_the_outermost_lists(folder: Path) -> None:

@@ -1,8 +1,5 @@
 """A worker's share of a GPU, on a CPU that stands in for it: taken, kept to, given back; and hands that obey leases."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
 
@@ -22,7 +19,6 @@ from workers.text import TextStage
 from workers.vae import VaeStage
 
 CPU = torch.device("cpu")
-Start = Callable[..., Hands]
 DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
 
 
@@ -50,19 +46,14 @@ def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(dev
         assert (share.context_bytes() > 0) == (device != "cpu")
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
+KEPT: list[Hands] = []  # their threads wait for orders as long as this process lives
+
+
+def start(load: Load, workspace: int | None = None) -> Hands:
     """Hands at work, given how to load and, in leases, a workspace."""
-    with contextlib.ExitStack() as stack:
-
-        def started(load: Load, workspace: int | None = None) -> Hands:
-            hands = Hands(load, None, workspace)
-            stack.enter_context(hands.wake)
-            stack.enter_context(hands.bell)
-            hands.start()
-            return hands
-
-        yield started
+    KEPT.append(hands := Hands(load, None, workspace))
+    hands.start()
+    return hands
 
 
 def next_of(hands: Hands) -> Message:
@@ -76,7 +67,7 @@ def task(source: Source, make_do: bool) -> Task:
     return Task(job="j", stage="text", attempt=1, recipe=recipe, make_do=make_do)
 
 
-def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Start) -> None:
+def test_hands_obey_leases_and_tell_what_could_not_be(source: Source) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
@@ -101,7 +92,7 @@ def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Sta
 
 
 def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can_be_had(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+    source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hands_module, "run_measured", lambda *_: Measured(Outcome([]), 0.1, 1, 1, short=True))
     hands = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
@@ -115,12 +106,9 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     result = next_of(hands)
     assert isinstance(result, Result)
     assert "last bits may differ" in result.warnings[0]
-    assert isinstance(next_of(hands), Ready)
 
 
-def test_a_vae_does_not_tile_while_more_memory_can_be_had(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = VaeStage(load(source, "vae", Devices(CPU), torch.float32), CPU)
 
     def cramped(*_: object, **__: object) -> None:
@@ -133,12 +121,9 @@ def test_a_vae_does_not_tile_while_more_memory_can_be_had(
     failed = next_of(hands)
     assert isinstance(failed, TaskFailed)
     assert not stage.may_tile
-    assert isinstance(next_of(hands), Ready)
 
 
-def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whatever_goes_wrong_in_the_hands_ends_the_worker(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
