@@ -1,5 +1,8 @@
 """A worker's share of a GPU, on a CPU that stands in for it: taken, kept to, given back; and hands that obey leases."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from tests import tiny
 from tests.tiny import needs_gpus
 from workers import hands as hands_module
 from workers.describe import describe
-from workers.hands import Hands, Load, Measured
+from workers.hands import Event, Hands, Load, Measured
 from workers.loading import WORKSPACE, Devices, load
 from workers.outcome import Outcome
 from workers.share import Share
@@ -46,18 +49,31 @@ def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(dev
         assert (share.context_bytes() > 0) == (device != "cpu")
 
 
-KEPT: list[Hands] = []  # their threads wait for orders as long as this process lives
+Start = Callable[..., Hands]
 
 
-def start(load: Load, workspace: int | None = None) -> Hands:
-    """Hands at work, given how to load and, in leases, a workspace."""
-    KEPT.append(hands := Hands(load, None, workspace))
-    hands.start()
-    return hands
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Hands at work, given how to load and, in leases, a workspace; a test ends when they rest."""
+    with contextlib.ExitStack() as stack:
+
+        def started(load: Load, workspace: int | None = None) -> Hands:
+            hands = Hands(load, None, workspace)
+            stack.enter_context(hands.wake).settimeout(30)
+            stack.enter_context(hands.bell)
+            hands.start()
+            return hands
+
+        yield started
+
+
+def next_event(hands: Hands) -> Event | BaseException:
+    hands.wake.recv(1)  # one for each event
+    return hands.events.get_nowait()
 
 
 def next_of(hands: Hands) -> Message:
-    event = hands.events.get(timeout=30)
+    event = next_event(hands)
     assert not isinstance(event, BaseException), event
     return event[0]
 
@@ -67,7 +83,7 @@ def task(source: Source, make_do: bool) -> Task:
     return Task(job="j", stage="text", attempt=1, recipe=recipe, make_do=make_do)
 
 
-def test_hands_obey_leases_and_tell_what_could_not_be(source: Source) -> None:
+def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Start) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
@@ -92,7 +108,7 @@ def test_hands_obey_leases_and_tell_what_could_not_be(source: Source) -> None:
 
 
 def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can_be_had(
-    source: Source, monkeypatch: pytest.MonkeyPatch
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hands_module, "run_measured", lambda *_: Measured(Outcome([]), 0.1, 1, 1, short=True))
     hands = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
@@ -106,9 +122,12 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     result = next_of(hands)
     assert isinstance(result, Result)
     assert "last bits may differ" in result.warnings[0]
+    assert isinstance(next_of(hands), Ready)
 
 
-def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vae_does_not_tile_while_more_memory_can_be_had(
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = VaeStage(load(source, "vae", Devices(CPU), torch.float32), CPU)
 
     def cramped(*_: object, **__: object) -> None:
@@ -121,9 +140,12 @@ def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, monkey
     failed = next_of(hands)
     assert isinstance(failed, TaskFailed)
     assert not stage.may_tile
+    assert isinstance(next_of(hands), Ready)
 
 
-def test_whatever_goes_wrong_in_the_hands_ends_the_worker(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
+    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
@@ -131,4 +153,4 @@ def test_whatever_goes_wrong_in_the_hands_ends_the_worker(source: Source, monkey
     next_of(hands)
     monkeypatch.setattr(hands_module, "settle", lambda *_: 1 / 0)
     hands.give(Lease(bytes=1, weights=1), ())
-    assert isinstance(hands.events.get(timeout=30), ZeroDivisionError)
+    assert isinstance(next_event(hands), ZeroDivisionError)
