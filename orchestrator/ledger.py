@@ -5,7 +5,7 @@ The sum never passes the budget. A worker's lease counts from before it is told 
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.leases import Need
@@ -65,6 +65,11 @@ class Ledger:
     accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `_key`
     holdings: dict[str, Holding] = field(default_factory=dict)  # by worker
+    _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
+
+    def __post_init__(self) -> None:
+        for key, size in self.learned.items():
+            self._note(key, size)
 
     def join(self, worker: str, holding: Holding) -> None:
         self.holdings[worker] = holding
@@ -125,15 +130,17 @@ class Ledger:
         if seen is not None:
             return int(seen * MARGIN) + ROUNDING
         size = _size(stage, recipe)
-        others = [(pixels, bytes_) for pixels, bytes_ in self._sizes(stage, model) if pixels]
-        if others:
+        if others := self._sizes(stage, model):
             pixels, bytes_ = max(others)
             return int(bytes_ * max(FIXED_PART, size / pixels) * UNSEEN) + ROUNDING
         return int(needs.workspace * max(0.25, size / MEGAPIXEL))
 
-    def _sizes(self, stage: Stage, model: ModelKey) -> list[tuple[int, int]]:
-        prefix = _prefix(stage, model)
-        return [(json.loads(key)[-1], size) for key, size in self.learned.items() if key.startswith(prefix)]
+    def _sizes(self, stage: Stage, model: ModelKey) -> Collection[tuple[int, int]]:
+        return self._seen.get(_prefix(stage, model), {}).values()
+
+    def _note(self, key: str, size: int) -> None:
+        *place, _, pixels = json.loads(key)
+        self._seen.setdefault(json.dumps(place), {})[key] = pixels, size
 
     def learn(self, stage: Stage, model: ModelKey, recipe: Recipe, size: int) -> str | None:
         """Remember what a task took; its key where that is news."""
@@ -141,6 +148,7 @@ class Ledger:
         if size <= self.learned.get(key, 0):
             return None
         self.learned[key] = size
+        self._note(key, size)
         return key
 
     def after_shortage(self, worker: str) -> int:
@@ -182,9 +190,9 @@ def _size(stage: Stage, recipe: Recipe) -> int:
 
 
 def _prefix(stage: Stage, model: ModelKey) -> str:
-    return json.dumps([stage, model.revision, model.dtype, model.speedups])[:-1]
+    return json.dumps([stage, model.revision, model.dtype, model.speedups])
 
 
 def _key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
     size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
-    return f"{_prefix(stage, model)}, {json.dumps(size)}, {_size(stage, recipe)}]"
+    return f"{_prefix(stage, model)[:-1]}, {json.dumps(size)}, {_size(stage, recipe)}]"

@@ -11,7 +11,7 @@ from protocol.jobs import Recipe
 from protocol.tensors import Tensor
 from workers.describe import call_parameters, guidance_arguments
 from workers.loading import Loaded
-from workers.modulation import Call, Results
+from workers.modulation import Call, Results, standing_in
 from workers.outcome import Outcome, Report, StageError
 from workers.skeleton import Decoding
 from workers.torch_tensors import Value, pack, unpack
@@ -108,11 +108,8 @@ class Play:
             calls.append(Call(args, kwargs))
             return results.zeros(calls[-1])
 
-        self.denoiser.forward = record
-        try:
+        with standing_in(self.denoiser, record):
             self._run()
-        finally:
-            del self.denoiser.forward
         return calls
 
     def rehearse(self) -> None:

@@ -226,15 +226,14 @@ class Modulation:
         hook = self._linear[0].register_forward_pre_hook(reach)
         self._looking = True
         try:
-            for module in self._before:
-                module.forward = remembering(module.forward)
-            with uncompiled([block for block, _ in self._of_row]):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(uncompiled([block for block, _ in self._of_row]))
+                for module in self._before:
+                    stack.enter_context(standing_in(module, remembering(module.forward)))
                 return [self._vector(call) for call in calls]
         finally:
             self._looking = False
             hook.remove()
-            for module in self._before:
-                module.__dict__.pop("forward", None)
 
     def _vector(self, call: Call) -> torch.Tensor:
         try:
@@ -299,6 +298,20 @@ def uncompiled(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
             block.forward = forward
 
 
+@contextlib.contextmanager
+def standing_in(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for a while; what else is hooked on comes back after it."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
 def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that gives its last result again where its arguments are the same."""
     last: list[Any] = []
@@ -325,4 +338,7 @@ def same(one: Any, other: Any) -> bool:
             return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
         case tuple() | list():
             return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    try:
+        return bool(one == other)
+    except (ValueError, TypeError, RuntimeError):  # whatever it is, it can't be told
+        return False

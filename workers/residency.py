@@ -78,10 +78,19 @@ class Residency:
         self.swap_out()
         start = time.perf_counter()
         self._budget = budget
+        self.plan = self._plan(budget) if self.total_bytes > budget else None
+        try:
+            self._bring_in()
+        except BaseException:
+            self._let_go()
+            raise
+        self.state = "streamed" if self.plan else "in"
+        self.seconds = time.perf_counter() - start
+
+    def _bring_in(self) -> None:
         streamed: set[str] = set()
         if self.modulation:
             self.modulation.stay()
-        self.plan = self._plan(budget) if self.total_bytes > budget else None
         if self.plan:
             streamed = {name for piece in self.plan.pieces for name in piece}
             if self.modulation:
@@ -94,8 +103,6 @@ class Residency:
         if self.plan:
             self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._lane)
         self._lane.synchronize()
-        self.state = "streamed" if self.plan else "in"
-        self.seconds = time.perf_counter() - start
 
     def _plan(self, budget: int) -> StreamPlan:
         plan = self._plan_with(self.modulation, budget) if budget >= self.least_bytes or self.modulation else None
@@ -120,6 +127,11 @@ class Residency:
         if self.state == "out":
             return
         start = time.perf_counter()
+        self._let_go()
+        self.state = "out"
+        self.seconds = time.perf_counter() - start
+
+    def _let_go(self) -> None:
         self._lane.synchronize()
         if self._ring:
             self._ring.close()
@@ -132,8 +144,6 @@ class Residency:
         self._ring = self._slab = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self.state = "out"
-        self.seconds = time.perf_counter() - start
 
     def start(self) -> None:
         """Before a run: let the first blocks' weights be on their way."""

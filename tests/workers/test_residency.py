@@ -163,6 +163,26 @@ def wanted_bytes(source: Source, share: float) -> int:
 
 
 @torch.no_grad()
+def test_a_swap_in_that_fails_leaves_nothing_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    residency = Residency("t5", T5EncoderModel.from_pretrained(folder / "t5").eval(), torch.device("cpu"))
+    wanted = text(T5EncoderModel.from_pretrained(folder / "t5").eval(), "cpu")
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(residency_module, "Ring", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            residency.swap_in(int(residency.total_bytes * 0.7))
+    assert (residency.state, residency.device_bytes, residency._slab) == ("out", 0, None)
+    assert len({p.untyped_storage().data_ptr() for p in residency.module.parameters()}) == 1  # the file's
+    assert torch.equal(text(residency.module, "cpu"), wanted)
+    residency.swap_in(int(residency.total_bytes * 0.7))
+    residency.start()
+    assert torch.equal(text(residency.module, "cpu"), wanted)
+
+
+@torch.no_grad()
 def test_a_run_that_breaks_off_leaves_the_next_one_right(folder: Path) -> None:
     module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
     wanted = tiny.flux_forward(module, "cpu")
