@@ -34,8 +34,8 @@ CREATE TABLE artifacts(
     used INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX artifacts_by_use ON artifacts(kind, used);
 CREATE TABLE models(revision TEXT PRIMARY KEY, description TEXT NOT NULL, tokenizer BLOB);
-CREATE TABLE workspaces(key TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;
 """
+UPGRADES = {1: "CREATE TABLE workspaces(key TEXT PRIMARY KEY, bytes INTEGER NOT NULL) WITHOUT ROWID;"}  # from a version
 COLUMNS = (
     "number, id, state, stage, priority, recipe, request, text_key, attempt, failures, step, cached, records, reasons, "
     "created, finished, pictures"
@@ -70,13 +70,14 @@ class Store:
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            steps = [*([SCHEMA] if version == 0 else []), *(sql for old, sql in UPGRADES.items() if old >= version)]
+            if steps and version < SCHEMA_VERSION:
+                db.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise TriptychError(
                 f"The job database {str(path)!r} can't be used: {error}.", "Give another folder with --state DIR."
             ) from error
-        if version not in (0, SCHEMA_VERSION):
+        if version > SCHEMA_VERSION:
             raise TriptychError(
                 f"The job database {str(path)!r} has schema {version}; this release knows {SCHEMA_VERSION}.",
                 "Use the release that wrote it, or give another folder with --state DIR.",

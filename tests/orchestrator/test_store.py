@@ -115,3 +115,19 @@ def test_a_database_of_another_release_or_no_database_is_refused(tmp_path: Path)
     (broken / "jobs.sqlite").write_bytes(b"this is not a database" * 100)
     with pytest.raises(TriptychError, match="can't be used"):
         open_store(broken)
+
+
+def test_a_database_of_an_earlier_release_goes_on_with_its_jobs(tmp_path: Path) -> None:
+    import sqlite3
+
+    store = open_store(tmp_path)
+    store.put("text", "a", SMALL)
+    store.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as db:
+        db.execute("DROP TABLE workspaces")
+        db.execute("PRAGMA user_version = 1")
+    upgraded = open_store(tmp_path)
+    assert upgraded.has("text", "a")
+    upgraded.remember_workspace("k", 5)
+    upgraded.close()
+    assert open_store(tmp_path).workspaces() == {"k": 5}
