@@ -1,14 +1,14 @@
 """Who may use how much of a GPU: pure arithmetic on what its workers need.
 
 Where all fit, all are in. Where they don't, one of them, the largest, works in what the others leave: those that can do
-with little keep that little beside it, as long as the largest still has a third of its weights in place: streaming the
-rest costs little up to there. What finds no room takes turns.
+with little keep that little beside it, as long as the largest still has a quarter of its weights in place: streaming
+the rest costs little up to there. What finds no room takes turns.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-LEAST_IN_PLACE = 0.33  # of the largest one's weights, for others to stay beside it
+LEAST_IN_PLACE = 0.25  # of the largest one's weights, for others to stay beside it
 
 
 @dataclass(frozen=True, slots=True)

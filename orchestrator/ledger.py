@@ -157,13 +157,13 @@ class Ledger:
         return max(1, int(((holding.lease - holding.share) * MORE - ROUNDING) / MARGIN))
 
     def need(self, worker: str, stage: Stage, model: ModelKey) -> Need:
-        """With the workspace of what it does now, or else of the largest that was seen."""
+        """With the largest workspace that was seen, or else with what it has now."""
         holding = self.holdings[worker]
         needs = holding.needs
-        if holding.lease and not holding.asked:
+        if needs.workspace and (sizes := self._sizes(stage, model)):
+            workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING
+        elif holding.lease and not holding.asked:
             workspace = holding.lease - holding.share
-        elif sizes := self._sizes(stage, model):
-            workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING if needs.workspace else 0
         else:
             workspace = needs.workspace
         if stage == "vae":

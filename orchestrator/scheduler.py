@@ -3,7 +3,8 @@
 The snapshot need not hold every waiting task, only the first of each queue: as many as there are idle workers.
 
 Where workers of a GPU must take turns, the one that is in goes on until its queue is empty, unless another's task and
-its own turn have lasted for longer than `patience`. Nobody is sent away where there is room.
+its own turn have lasted for longer than `patience`. Nobody is sent away where there is room. Who streams more than
+needed gets more room, where several tasks wait for him and nobody else wants it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -16,6 +17,7 @@ from protocol.jobs import STAGES, Stage
 # How far a stage may run ahead of the next, in jobs waiting there: finished embeddings (4 MB each for FLUX.1) must
 # not pile up on disk while the denoiser works through them.
 AHEAD: dict[Stage, int] = {"text": 64, "denoise": 256}
+WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Holder:
     stage: Stage
     model: ModelKey
     gpu: int
-    need: Need  # its workspace being that of what it does now, or did last
+    need: Need  # its workspace being that of the largest task that it has done
     lease: int = 0  # bytes; while one is being changed, the larger of both
     share: int = 0  # of it for weights
     held: float = 0.0  # seconds since it has that lease
@@ -105,6 +107,7 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
     assigned: list[Assign] = []
     wants: list[Want] = []
     working: set[str] = set()  # holders with a task now or in their queue
+    busiest: set[str] = set()  # with several
     for stage in reversed(STAGES):
         room = room_ahead(stage, snapshot.depth)
         places = {(w.stage, w.model) for w in snapshot.idle} | {(h.stage, h.model) for h in snapshot.holders.values()}
@@ -118,6 +121,8 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
             room -= len(given)
             busy = {action.worker for action in given}
             working |= busy
+            if snapshot.depth.get(stage, 0) > len(given):
+                busiest |= busy
             if left:
                 working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
                 without = [snapshot.holders[w.id] for w in idle if w.id in snapshot.holders and w.id not in busy]
@@ -128,7 +133,7 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
     for gpu, space in snapshot.gpus.items():
         holders = [holder for holder in snapshot.holders.values() if holder.gpu == gpu]
         here = [want for want in wants if want.holder.gpu == gpu]
-        turns = Turns(space, holders, here, idle_ids, working, snapshot.patience)
+        turns = Turns(space, holders, here, idle_ids, working, busiest, snapshot.patience)
         turns.play()
         lent += turns.lent
         yielding |= turns.yielding
@@ -167,9 +172,11 @@ class Turns:
         wants: Sequence[Want],
         idle: Collection[str],
         working: Collection[str],
+        busiest: Collection[str],
         patience: float,
     ) -> None:
-        self.holders, self.idle, self.working, self.patience = holders, idle, working, patience
+        self.holders, self.idle, self.patience = holders, idle, patience
+        self.working, self.busiest = working, busiest
         self.free = room.free
         self.wants = sorted(wants, key=self._urgency)
         needs = {holder.id: holder.need for holder in holders} | {want.holder.id: want.need for want in wants}
@@ -185,8 +192,21 @@ class Turns:
         for holder in self._idle_holders():
             if holder.expired and holder.id not in wanting and holder.id not in self.working:
                 self._take_back(holder)
+        if not self.wants:
+            self._widen()
         if self.free < 0 and not self.lent and (there := self._idle_holders()):  # contexts have grown
             self._take_back(max(there, key=lambda holder: holder.lease))
+
+    def _widen(self) -> None:
+        """More room for those that have streamed more than they would have to, before their next task."""
+        for holder in self._idle_holders():
+            turn = self.levels[holder.id].turn
+            share = min(holder.need.weights, turn - holder.need.workspace)
+            worth = share >= holder.share + WORTH_A_SWAP * holder.need.weights
+            if holder.id in self.busiest and worth and turn - holder.lease <= self.free:
+                self.free -= max(0, turn - holder.lease)
+                self.lent.append(Lend(holder.id, turn, share))
+                self.yielding.add(holder.id)
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
         """Those that waited too long first, by how long; else late stages first."""

@@ -207,6 +207,30 @@ def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
     assert world.swaps == 3
 
 
+def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_nobody_else_wants_it() -> None:
+    world = World(int(14.5 * GB), dict(FLUX), {stage: stage for stage in STAGES})
+    world.held = dict.fromkeys(STAGES, (0, 0))
+    world.held["denoise"] = (6 * GB, 6 * GB - FLUX["denoise"].workspace)
+    task = ("a", FLUX["denoise"].workspace, 0)
+    assert [type(action) for action in decide_with(world, [task])] == [Assign]
+    (lend,) = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)])
+    assert isinstance(lend, Lend)
+    assert lend.bytes == levels(world.available, FLUX)["denoise"].turn
+    actions = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)], text=1)
+    assert {action.worker for action in actions} == {"denoise", "text"}  # room for others comes first
+    assert any(isinstance(action, Assign) for action in actions)
+    world.held["denoise"] = (lend.bytes - GB, lend.weights - GB)
+    assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
+
+
+def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | Lend]:
+    world.queues = {
+        "denoise": denoise,
+        "text": [(f"t{number}", FLUX["text"].workspace, 0) for number in range(text)],
+    }
+    return decide(world.snapshot())
+
+
 def recipe(width: int = 1024, num_images: int = 1) -> Recipe:
     return Recipe(
         prompt="a", negative_prompt=None, width=width, height=1024, steps=28, guidance=3.5, cfg_scale=None, seed=1,

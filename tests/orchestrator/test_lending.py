@@ -58,6 +58,7 @@ def test_stages_that_do_not_fit_together_take_turns(state: Path) -> None:
         second = denoise.obey()
         assert second.bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
         assert second.bytes - second.weights == DENOISE.workspace
+        denoise.settle()
         views = {view.stage: view for view in client.workers().workers}
         assert views["denoise"].lease_bytes == second.bytes
         assert (views["text"].lease_bytes, views["text"].gpu) == (0, 0)
