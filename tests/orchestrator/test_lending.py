@@ -35,9 +35,9 @@ def leased(running: Orchestrator, stage: str, needs: Needs) -> FakeWorker:
     return worker.ready(needs, context_bytes=CONTEXT)
 
 
-def finish(worker: FakeWorker, workspace: int = 0) -> Task:
-    task = worker.take()
-    result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=0.1, workspace_bytes=workspace)
+def finish(worker: FakeWorker, task: Task | None = None) -> Task:
+    task = task or worker.take()
+    result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=0.1)
     worker.say(result, OUTPUTS[task.stage])
     worker.hear(Committed)
     worker.ready(context_bytes=CONTEXT)
@@ -58,11 +58,11 @@ def test_stages_that_do_not_fit_together_take_turns(state: Path) -> None:
         second = denoise.obey()
         assert second.bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
         assert second.bytes - second.weights == DENOISE.workspace
-        denoise.settle()
+        task = denoise.take()
         views = {view.stage: view for view in client.workers().workers}
         assert views["denoise"].lease_bytes == second.bytes
         assert (views["text"].lease_bytes, views["text"].gpu) == (0, 0)
-        finish(denoise)
+        finish(denoise, task)
         client.submit("a cat 0", seed=7, width=1024, height=1024)  # a prompt that is known swaps nothing
         finish(denoise)
         finish(denoise)
