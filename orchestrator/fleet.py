@@ -31,6 +31,7 @@ class Worker:
     residency: tuple[ComponentView, ...] = ()
     lease_bytes: int = 0
     context_bytes: int = 0
+    refused: bool = False  # its last lease was too small for it
 
     @property
     def id(self) -> str:

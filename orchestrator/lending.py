@@ -93,6 +93,7 @@ class Lending:
                     id=worker.id, stage=stage, model=worker.model, gpu=holding.gpu,
                     need=self.ledger.need(worker.id, stage, worker.model), lease=holding.booked,
                     share=holding.booked if holding.asked else holding.share, held=now - holding.since,
+                    lasting=keep is None and not worker.refused,
                     expired=keep is not None and worker.state == "idle" and now - worker.idle_since >= keep,
                 )
             )  # fmt: skip
@@ -129,7 +130,7 @@ class Lending:
         if worker.id not in self.ledger.holdings:
             return False
         self.ledger.settled(worker.id, leased.bytes, leased.weights, leased.kept_bytes)
-        worker.lease_bytes = leased.bytes
+        worker.lease_bytes, worker.refused = leased.bytes, bool(leased.reason)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         return True
 

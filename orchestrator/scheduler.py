@@ -4,7 +4,8 @@ The snapshot need not hold every waiting task, only the first of each queue: as 
 
 Where workers of a GPU must take turns, the one that is in goes on until its queue is empty, unless another's task and
 its own turn have lasted for longer than `patience`. Nobody is sent away where there is room. Who streams more than
-needed gets more room, where several tasks wait for him and nobody else wants it.
+needed gets more room, where several tasks wait for him and nobody else wants it. What fits beside all others for good
+comes in before there is work.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -49,6 +50,7 @@ class Holder:
     share: int = 0  # of it for weights
     held: float = 0.0  # seconds since it has that lease
     expired: bool = False  # it has been idle for longer than its weights are to be kept
+    lasting: bool = False  # its weights may come before there is work, and stay
 
     def covers(self, task: WaitingTask) -> bool:
         return self.lease > 0 and task.workspace <= self.lease - self.share
@@ -194,6 +196,7 @@ class Turns:
                 self._take_back(holder)
         if not self.wants:
             self._widen()
+            self._settle_down()
         if self.free < 0 and not self.lent and (there := self._idle_holders()):  # contexts have grown
             self._take_back(max(there, key=lambda holder: holder.lease))
 
@@ -207,6 +210,16 @@ class Turns:
                 self.free -= max(0, turn - holder.lease)
                 self.lent.append(Lend(holder.id, turn, share))
                 self.yielding.add(holder.id)
+
+    def _settle_down(self) -> None:
+        """Those that will never have to go come in at once."""
+        moved = {lend.worker for lend in self.lent}
+        for holder in self.holders:
+            size = self.levels[holder.id].beside
+            waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
+            if waits and size == self.needs[holder.id].whole and size <= self.free:
+                self.free -= size
+                self.lent.append(Lend(holder.id, size, holder.need.weights))
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
         """Those that waited too long first, by how long; else late stages first."""

@@ -51,6 +51,7 @@ class Supervisor:
         self._endpoints = self._choose_endpoints()
         self._dtype = stack_dtype(config)
         self._gpus = list_gpus()
+        self.accounts = accounts(config, self._gpus)  # what is lent of which GPU
         self._orchestrator = self._orchestrator_child()
         starter = ForkServer if ForkServer.possible() else Spare
         self._forks = starter(folder.log(starter.name), self._lifeline)
@@ -78,6 +79,15 @@ class Supervisor:
             finally:
                 self._shut_down()
         return self._signal
+
+    def sharing(self) -> dict[int, list[Stage]]:
+        """The stages that share each GPU in leases."""
+        found: dict[int, list[Stage]] = {}
+        for stage in STAGES:
+            gpu = leased_gpu(self.config, stage, self._gpus)
+            if gpu in self.accounts and self.config.stage(stage).workers:
+                found.setdefault(gpu, []).append(stage)
+        return found
 
     def stop(self) -> None:
         """End `run`, from any thread."""
@@ -190,7 +200,7 @@ class Supervisor:
         keep = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
         settings = OrchestratorSettings(
             queue_limit=config.queue_limit, embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures,
-            patience=config.patience, keep_alive=keep, gpus=accounts(config, self._gpus),
+            patience=config.patience, keep_alive=keep, gpus=self.accounts,
         )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),

@@ -22,6 +22,7 @@ from protocol.client import Client
 from protocol.endpoints import published
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.jobs import STAGES, Stage
+from protocol.units import format_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
@@ -113,6 +114,8 @@ def up(state: Path | None, as_json: bool, **options: Any) -> None:
     supervisor = Supervisor(folder, config, say)
     threading.Thread(target=announce_ready, args=(folder.path, config, as_json), daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
+    for gpu, stages in supervisor.sharing().items():
+        say(f"GPU {gpu}: {format_bytes(supervisor.accounts[gpu].budget)} for {', '.join(stages)}")
     supervisor.run()
 
 

@@ -69,6 +69,7 @@ class World:
     done: list[str] = field(default_factory=list)
     swaps: int = 0
     patience: float = 30.0
+    lasting: bool = False
 
     def booked(self) -> dict[str, int]:
         coming = {worker: doing.bytes for worker, doing in self.busy.items() if isinstance(doing, Lend)}
@@ -79,7 +80,15 @@ class World:
         free = self.available - sum(booked.values())
         holders = {
             w: Holder(
-                w, self.stages[w], MODEL, 0, self._need(w), booked[w], self.held[w][1], self.now - self.since.get(w, 0)
+                w,
+                self.stages[w],
+                MODEL,
+                0,
+                self._need(w),
+                booked[w],
+                self.held[w][1],
+                self.now - self.since.get(w, 0),
+                lasting=self.lasting,
             )
             for w in self.needs
         }
@@ -147,6 +156,7 @@ def worlds(draw: st.DrawFn) -> World:
     world = World(available, wanted, {stage: stage for stage in STAGES})
     world.held = dict.fromkeys(STAGES, (0, 0))
     world.patience = draw(st.sampled_from([3.0, 30.0]))
+    world.lasting = draw(st.booleans())
     return world
 
 

@@ -119,7 +119,7 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
 
 
 def test_a_lease_that_fails_counts_as_a_failure_of_what_waited_for_it(state: Path) -> None:
-    with orchestrator(state, **one_gpu(13 * GB)) as running:
+    with orchestrator(state, **one_gpu(13 * GB), keep_alive={"text": 1000}) as running:
         text = leased(running, "text", TEXT)
         client = running.client()
         job = client.submit("a cat", seed=1)
@@ -193,3 +193,16 @@ def test_a_stage_too_large_for_its_budget_fails_its_jobs_and_new_ones_are_refuse
             client.wait(job.id, 20)
         with pytest.raises(DoesNotFit, match="denoise takes at least"):
             client.submit("a dog", seed=1)
+
+
+def test_what_fits_for_good_comes_in_before_there_is_work_and_is_not_tried_again_where_that_fails(state: Path) -> None:
+    with orchestrator(state, **one_gpu(13 * GB)) as running:
+        text = leased(running, "text", TEXT)
+        lease = text.hear(Lease)
+        assert lease.bytes == TEXT.weights + TEXT.workspace
+        text.say(Leased(bytes=0, weights=0, reason="no memory after all"))
+        text.settle()
+        text.settle()
+        assert sum(isinstance(envelope.message, Lease) for envelope in text.seen) == 1
+        running.client().submit("a cat", seed=1)
+        assert text.obey().bytes
