@@ -22,7 +22,8 @@ def leased_gpu(config: StackConfig, stage: Stage, gpus: Sequence[Gpu]) -> int | 
     if settings.gpus is not None:
         return settings.gpus[0] if len(settings.gpus) == 1 else None
     if device.startswith("cuda:"):
-        return int(device.removeprefix("cuda:"))
+        number = device.removeprefix("cuda:")
+        return int(number) if number.isdigit() else None
     return gpus[0].index if len(gpus) == 1 else None
 
 

@@ -89,6 +89,8 @@ def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
         index, equals, amount = value.rpartition("=")
         if equals and not index.isdigit():
             raise BadRequest(f"--budget {value!r} is not right.", "Write --budget GPU=AMOUNT, as in --budget 0=16GB.")
+        if not equals and not list_gpus():
+            raise BadRequest("There is no GPU here to have a budget.", "With --device cpu:0, write --budget 0=14MB.")
         indices = [int(index)] if equals else [gpu.index for gpu in list_gpus() if gpu.index not in found]
         found |= dict.fromkeys(indices, amount)
     return found
