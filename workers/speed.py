@@ -116,6 +116,9 @@ def fuse(module: Any) -> None:
 def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
     """One of diffusers' step caches; BadRequest for a model that takes none."""
     kind, _, threshold = text.partition(":")
+    if not hasattr(module, "enable_cache"):
+        reason = f"{type(module).__name__} can't use the step cache {kind!r}, nor any other of diffusers'."
+        raise BadRequest(reason, "Leave it out.")
     now = {"current_timestep_callback": lambda: pipeline.current_timestep}
     match kind:
         case "first-block":
@@ -133,7 +136,7 @@ def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
             )  # fmt: skip
     try:
         module.enable_cache(config)
-    except (AttributeError, ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, NotImplementedError) as error:
         raise BadRequest(
             f"{type(module).__name__} can't use the step cache {kind!r}: {error}", "Choose another, or leave it out."
         ) from error
