@@ -21,7 +21,7 @@ def test_the_synchronous_client_submits_streams_and_fetches(stack: RunningStack)
     with triptych.Client(stack.folder) as client:
         # Steps are told of at most every 0.1 s, so it takes many.
         job = client.submit("a red star", seed=1, num_images=2, **{**SMALL, "steps": 100})
-        events = list(client.events([job.id], timeout=60))
+        events = list(client.events([job.id], timeout=150))
         assert events[-1].state == "done"
         assert {event.state for event in events} >= {"denoise", "vae", "done"}
         assert 0 < max(event.step for event in events if event.state == "denoise") < 100
