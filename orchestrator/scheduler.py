@@ -182,7 +182,7 @@ class Turns:
         self.free = room.free
         self.wants = sorted(wants, key=self._urgency)
         needs = {holder.id: holder.need for holder in holders} | {want.holder.id: want.need for want in wants}
-        self.needs, self.levels = needs, levels(room.available, needs)
+        self.needs, self.levels, self.available = needs, levels(room.available, needs), room.available
         self.lent: list[Lend] = []
         self.yielding: set[str] = set()
 
@@ -217,7 +217,9 @@ class Turns:
         for holder in self.holders:
             size = self.levels[holder.id].beside
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
-            if waits and size == self.needs[holder.id].whole and size <= self.free:
+            turns = [self.levels[other.id].turn for other in self.holders if other.id != holder.id]
+            for_good = size == self.needs[holder.id].whole and size + max(turns, default=0) <= self.available
+            if waits and for_good and size <= self.free:
                 self.free -= size
                 self.lent.append(Lend(holder.id, size, holder.need.weights))
 
@@ -250,7 +252,11 @@ class Turns:
         above = [h for h in others if h.lease > self.levels[h.id].beside]
         both = [h for h in above if h in resting]
         tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
-        choices = [both, resting, [h for h in above if h in tired], tired]
+        above_tired = [h for h in above if h in tired]
+        choices = [both, resting, above_tired, tired]
+        beside = sum(self.levels[h.id].beside for h in self.holders if h.id != want.holder.id)
+        if (level.beside or level.turn) + beside <= self.available and sum(h.lease for h in above) >= missing:
+            choices = [both, above_tired]  # there is room beside those that stay, once the others are done
         for givers in choices:
             if sum(holder.lease for holder in givers) >= missing:
                 break

@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import zmq
@@ -22,7 +22,7 @@ from orchestrator.child import Child
 from orchestrator.config import OrchestratorSettings, StackConfig
 from orchestrator.folder import StackFolder
 from orchestrator.forks import ForkServer, Spare
-from orchestrator.gpus import list_gpus
+from orchestrator.gpus import Gpu, list_gpus
 from protocol import wire
 from protocol.endpoints import Endpoints
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
@@ -49,8 +49,8 @@ class Supervisor:
         self._bell.setblocking(False)
         self._signal = 0
         self._endpoints = self._choose_endpoints()
-        self._dtype = stack_dtype(config)
         self._gpus = list_gpus()
+        self._dtype = stack_dtype(config, self._gpus)
         self.accounts = accounts(config, self._gpus)  # what is lent of which GPU
         self._orchestrator = self._orchestrator_child()
         starter = ForkServer if ForkServer.possible() else Spare
@@ -294,11 +294,11 @@ def last_line(child: Child) -> str:
     return child.reason.partition(": ")[2].removeprefix("Error: ") or child.reason
 
 
-def stack_dtype(config: StackConfig) -> str:
+def stack_dtype(config: StackConfig, gpus: Sequence[Gpu]) -> str:
     """One dtype for all stages, since what passes between them carries it: bfloat16 if any computes on a GPU."""
     if config.dtype != "auto":
         return config.dtype
     devices = [config.stage(stage).device for stage in STAGES]
-    on_gpu = any(d.startswith("cuda") or (d == "auto" and list_gpus()) for d in devices)
+    on_gpu = any(d.startswith("cuda") or (d == "auto" and gpus) for d in devices)
     on_mps = any(d == "mps" or (d == "auto" and sys.platform == "darwin") for d in devices)
     return "bfloat16" if on_gpu or on_mps else "float32"

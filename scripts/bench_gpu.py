@@ -8,15 +8,13 @@ allocates is capped, and the driver's count of all memory in use, contexts inclu
 JSON line a row.
 """
 
-import contextlib
 import gc
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 from diffusers import FluxPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_stack import StackBench, row
+from bench_stack import StackBench, row, watched
 from protocol.jobs import JobRequest, Recipe
 from protocol.recipes import resolve
 from protocol.tensors import Tensor
@@ -50,7 +48,7 @@ def quiet(step: int, steps: int) -> None:
 
 
 class Driver:
-    """The most memory in use on a GPU by the driver's account, all processes and contexts."""
+    """Memory in use on a GPU by the driver's account, all processes and contexts."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -60,22 +58,6 @@ class Driver:
             return 0
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[list[int]]:
-        peak, stop = [self.used()], threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(0.02):
-                peak[0] = max(peak[0], self.used())
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield peak
-        finally:
-            stop.set()
-            thread.join()
 
 
 class Bench:
@@ -191,7 +173,7 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.set_per_process_memory_fraction((card - context) / total, self.device)
             budget = card - context - workspace - MARGIN if self.device.type == "cuda" else card
-            with self.driver.watched() as used:
+            with watched(self.driver.used) as used:
                 residency.swap_in(budget)
                 first = self.timed(denoise)[0]
                 seconds, got = self.timed(denoise, 3)

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,24 @@ GIB = 1 << 30
 
 def row(**values: Any) -> None:
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+
+
+@contextlib.contextmanager
+def watched(used: Callable[[], int]) -> Iterator[list[int]]:
+    """The most that `used` gives meanwhile."""
+    peak, stop = [used()], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.01):
+            peak[0] = max(peak[0], used())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
 
 
 class StackBench:
@@ -82,22 +100,9 @@ class StackBench:
         _, tensor = client.raw_pictures(job.id)
         return bytes(tensor.data) == (self.picture * 255).round().astype("uint8").tobytes()
 
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[list[int]]:
-        """The most in use on the GPU by its driver's count."""
-        peak, stop = [0], threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(0.01):
-                peak[0] = max(peak[0], used_bytes(self.gpu) or 0 if self.gpu is not None else 0)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield peak
-        finally:
-            stop.set()
-            thread.join()
+    def used(self) -> int:
+        """Bytes in use on the GPU by its driver's count; 0 without one."""
+        return used_bytes(self.gpu) or 0 if self.gpu is not None else 0
 
     def resident(self, budget: int, prompt: str) -> None:
         with self.stack(budget) as client:
@@ -131,8 +136,8 @@ class StackBench:
 
     def card(self, budget: int, prompt: str, count: int = 8) -> None:
         """A small card doing everything, with jobs in the queue."""
-        foreign = used_bytes(self.gpu) or 0 if self.gpu is not None else 0
-        with self.watched() as peak, self.stack(budget) as client:
+        foreign = self.used()
+        with watched(self.used) as peak, self.stack(budget) as client:
             equal = self.same(client, prompt)
             start = time.perf_counter()
             for job in client.submit_many([self.new_request() for _ in range(count)]):

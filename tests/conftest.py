@@ -3,9 +3,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import tiny
+from tests.chance import examples
 from tests.stacks import RunningStack, running_stack
+
+settings.register_profile("suite", examples(100))
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_each_stage_killed_between_jobs_comes_back_and_the_bits_stay(state: Path
         until(stack, lambda w: pid_of(w, "denoise-1") != pid_of(new, "denoise-1") if up(w, "denoise") else False)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems start workers one by one")
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have a spare process instead")
 def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         _, wanted = stack.picture("a red star", seed=1, **SMALL)

@@ -85,13 +85,14 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
 def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
     """'0=16GB' is one GPU's; a bare '16GB' is that of all that there are."""
     found: dict[int, str] = {}
+    gpus = list_gpus()
     for value in values:
         index, equals, amount = value.rpartition("=")
         if equals and not index.isdigit():
             raise BadRequest(f"--budget {value!r} is not right.", "Write --budget GPU=AMOUNT, as in --budget 0=16GB.")
-        if not equals and not list_gpus():
+        if not equals and not gpus:
             raise BadRequest("There is no GPU here to have a budget.", "With --device cpu:0, write --budget 0=14MB.")
-        indices = [int(index)] if equals else [gpu.index for gpu in list_gpus() if gpu.index not in found]
+        indices = [int(index)] if equals else [gpu.index for gpu in gpus if gpu.index not in found]
         found |= dict.fromkeys(indices, amount)
     return found
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.leases import Need, levels
@@ -11,6 +11,7 @@ from orchestrator.ledger import FIRST_HEADROOM, HEADROOM, Account, Holding, Ledg
 from orchestrator.live import ModelKey
 from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Snapshot, WaitingTask, decide
 from protocol.jobs import STAGES, Needs, Recipe, Stage
+from tests.chance import examples
 
 MODEL = ModelKey("m", "bfloat16")
 GB = 10**9
@@ -160,7 +161,7 @@ def worlds(draw: st.DrawFn) -> World:
     return world
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(world=worlds(), arrivals=st.lists(st.integers(0, 60), max_size=12))
 def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[int]) -> None:
     for number, at in enumerate(sorted(arrivals)):
@@ -174,7 +175,7 @@ def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[
     assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(world=worlds(), jobs=st.integers(1, 20))
 def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) -> None:
     world.patience = 1e9
@@ -185,7 +186,7 @@ def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) 
     assert world.swaps == 3
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(world=worlds(), every=st.integers(1, 3))
 def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> None:
     """Denoising could go on for ever; the first pictures come out all the same."""

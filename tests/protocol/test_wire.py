@@ -6,13 +6,14 @@ from typing import Any
 
 import msgpack
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import wire
 from protocol.errors import ProtocolError, TriptychError, VersionMismatch
 from protocol.messages import EVERY_MESSAGE, FROM_CLIENT, Heartbeat, Message, Ready, Submit
 from protocol.tensors import ITEMSIZE, Tensor
+from tests.chance import examples
 from tests.protocol.strategies import messages, tensors
 
 
@@ -21,7 +22,7 @@ def frame(fields: Any, specs: Any = ()) -> bytes:
 
 
 @pytest.mark.parametrize("cls", EVERY_MESSAGE, ids=lambda cls: cls.kind)
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(data=st.data())
 def test_every_message_survives_the_wire(cls: type[Message], data: st.DataObject) -> None:
     message = data.draw(messages(cls))
@@ -49,14 +50,14 @@ def test_every_dtype_survives_torch_and_the_wire(dtype: str) -> None:
     assert torch.equal(back.contiguous().view(torch.uint8), original.contiguous().view(torch.uint8))
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(st.lists(st.binary(max_size=200), max_size=6))
 def test_random_frames_are_a_clean_error(frames: list[bytes]) -> None:
     with pytest.raises(TriptychError):
         wire.decode(frames)
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(data=st.data())
 def test_damaged_messages_decode_or_are_a_clean_error(data: st.DataObject) -> None:
     frames = [

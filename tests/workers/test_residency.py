@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextModel, Qwen2Config, Qwen2Model, T5EncoderModel
 
@@ -16,6 +16,7 @@ from protocol.errors import DoesNotFit
 from protocol.jobs import JobRequest
 from protocol.recipes import resolve
 from tests import tiny
+from tests.chance import examples
 from tests.tiny import needs_gpus
 from workers import mapped
 from workers import residency as residency_module
@@ -244,7 +245,7 @@ def test_blocks_are_the_items_of_the_outermost_lists(folder: Path) -> None:
     besides=st.integers(0, 100_000),
     share=st.floats(0.05, 1.0),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_a_plan_keeps_to_its_budget_and_streams_evenly(sizes: list[list[int]], besides: int, share: float) -> None:
     blocks = [Block(f"b{i}", {f"b{i}.{j}": size for j, size in enumerate(row)}) for i, row in enumerate(sizes)]
     total = besides + sum(room(size) for row in sizes for size in row)
