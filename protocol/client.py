@@ -96,12 +96,17 @@ class Client:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit."""
         return self.submit_many([request_of(prompt, options)])[0]
 
-    def submit_many(self, requests: Sequence[JobRequest], timeout: float | None = None) -> list[Job]:
-        """Accept many jobs; each thousand is accepted whole or not at all. Waits for the stack to know its model."""
+    def submit_many(
+        self, requests: Sequence[JobRequest], timeout: float | None = None, watch: bool = False
+    ) -> list[Job]:
+        """Accept many jobs; each thousand is accepted whole or not at all. Waits for the stack to know its model.
+
+        With `watch`, `events` of these jobs misses nothing of what happens before it is called.
+        """
         jobs: list[Job] = []
         named = with_ids(requests)
         for start in range(0, len(named), MAX_JOBS):
-            answer = self._ask(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS])
+            answer = self._ask(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS], watch=watch)
             assert isinstance(answer.message, Jobs)
             jobs += answer.message.jobs
         return jobs

@@ -59,7 +59,7 @@ def make(client: Client, requests: Sequence[JobRequest], options: dict[str, Any]
     """Submit, and unless told not to wait, follow the jobs and write their pictures."""
     if client.stack().model is None and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
-    jobs = client.submit_many(requests, timeout=MODEL_SECONDS)
+    jobs = client.submit_many(requests, timeout=MODEL_SECONDS, watch=not options["no_wait"])
     if options["no_wait"]:
         tell(jobs, [], options)
     else:
