@@ -106,11 +106,12 @@ class TaskKey(Message):
 
 
 class Progress(TaskKey):
-    """Some steps are done, and more are to come."""
+    """Some steps are done, and more are to come. A checkpoint of `saved` steps may lie beside it, for any worker."""
 
     kind = "progress"
     step: Count
     steps: Count
+    saved: Count = 0
 
 
 class Result(TaskKey):

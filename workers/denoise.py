@@ -1,6 +1,7 @@
 """Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,30 +10,68 @@ from diffusers import DiffusionPipeline
 
 from protocol.jobs import Recipe
 from protocol.tensors import Tensor
+from workers.checkpoint import LEAST_SECONDS, PREFIX, Checkpoint, Detour, Recorder, Steps, is_one, read
 from workers.describe import call_parameters, guidance_arguments
 from workers.loading import Loaded
 from workers.modulation import Call, Results, standing_in
-from workers.outcome import Outcome, Report, StageError
+from workers.outcome import Outcome, Report, StageError, unheard
 from workers.skeleton import Decoding
+from workers.source import stages_of
 from workers.torch_tensors import Value, pack, unpack
 
 
 class DenoiseStage:
-    def __init__(self, loaded: Loaded, device: torch.device) -> None:
+    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = LEAST_SECONDS) -> None:
+        """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
+        self.checkpoint_seconds = checkpoint_seconds
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
-        """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them."""
+        """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
+
+        With a checkpoint among the tensors it goes on from there.
+        """
+        saved = read(tensors, self.device) if is_one(tensors) else None
+        embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(PREFIX))
         try:
             with contextlib.ExitStack() as stack:
                 for residency in self.residencies:
-                    play = Play(self, residency.module, recipe, tensors)
+                    play = Play(self, residency.module, recipe, embeddings, whole=saved is None)
                     stack.enter_context(residency.job(play if len(self.residencies) == 1 else None))
-                decoding = self.until_decoding(self.arguments(recipe, tensors, report))
+                steps = stack.enter_context(self.course(recipe, report, saved))
+                steps.begin()
+                decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
         finally:
             reset_caches(self.pipeline)
         return Outcome(pack(self.travelling(decoding)))
+
+    @contextlib.contextmanager
+    def course(self, recipe: Recipe, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
+        """The job's steps: recorded as they go, and from a checkpoint on if there is one."""
+        denoiser = self.denoiser()
+        if denoiser is None:
+            yield Steps(report, recipe.steps)
+            return
+        recorder = None
+        with contextlib.ExitStack() as stack:
+            if self.checkpoint_seconds is not None:
+                recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds)
+                hook = denoiser.register_forward_hook(recorder.see, with_kwargs=True)
+                stack.callback(hook.remove)
+            detour = Detour(saved, denoiser.forward) if saved else None
+            if detour:
+                stack.enter_context(standing_in(denoiser, detour))
+            yield Steps(report, recipe.steps, recorder, detour)
+
+    def denoiser(self) -> torch.nn.Module | None:
+        """The one whose work can be gone on with: not one of two, nor one whose step cache has a memory of its own."""
+        components = self.pipeline.components.items()
+        found = [part for name, part in components if stages_of(name) == ("denoise",) and part is not None]
+        if len(found) != 1 or getattr(found[0], "is_cache_enabled", False):
+            return None
+        assert isinstance(found[0], torch.nn.Module)
+        return found[0]
 
     def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
         try:
@@ -41,7 +80,7 @@ class DenoiseStage:
             return decoding
         raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
 
-    def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> dict[str, Any]:
+    def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], steps: Steps) -> dict[str, Any]:
         parameters = call_parameters(self.pipeline)
         true_cfg, distilled = guidance_arguments(self.pipeline)
         arguments: dict[str, Any] = {
@@ -61,21 +100,11 @@ class DenoiseStage:
         arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
         if "use_resolution_binning" in parameters:
             arguments["use_resolution_binning"] = False  # it would resize after decoding; the size asked for is made
-        report(0, recipe.steps)
         if "callback_on_step_end" in parameters:
-            arguments["callback_on_step_end"] = self.step_end(recipe, report)
+            arguments["callback_on_step_end"] = steps.end
         elif "callback" in parameters:
-            arguments["callback"] = lambda step, *_: report(step + 1, recipe.steps)
+            arguments["callback"] = steps.ended(self.pipeline.scheduler)
         return arguments
-
-    def step_end(self, recipe: Recipe, report: Report) -> Any:
-        def on_step_end(
-            pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]
-        ) -> dict[str, Any]:
-            report(step + 1, max(recipe.steps, getattr(pipeline, "_num_timesteps", recipe.steps)))
-            return values
-
-        return on_step_end
 
     def travelling(self, decoding: Decoding) -> dict[str, Value]:
         """The tensors among decode's arguments; a generator or a flag has no part in decoding."""
@@ -99,6 +128,7 @@ class Play:
     denoiser: torch.nn.Module
     recipe: Recipe
     tensors: tuple[Tensor, ...]
+    whole: bool  # it begins at the first step, so that all of it can be watched
 
     def foresee(self, results: Results) -> list[Call]:
         """All forwards of the job, by its loop run dry: the denoiser gives zeros, so only the latents are wrong."""
@@ -131,7 +161,8 @@ class Play:
             hook.remove()
 
     def _run(self) -> None:
-        self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, lambda step, steps: None))
+        steps = Steps(unheard, self.recipe.steps)
+        self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, steps))
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:

@@ -19,7 +19,7 @@ from protocol.jobs import ComponentView, Recipe
 from protocol.messages import Lease, Leased, Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
-from workers.outcome import Cancelled, Outcome, StageError, release_memory
+from workers.outcome import Cancelled, Outcome, Report, Saved, StageError, release_memory
 from workers.share import Share
 from workers.text import TextStage
 from workers.turns import turn
@@ -44,9 +44,7 @@ class Measured:
     short: bool  # a library got less memory than it asked for, and may have computed in another way
 
 
-def run_measured(
-    runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Callable[[int, int], None]
-) -> Measured:
+def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Measured:
     """Run a stage once, with its time and its peak of GPU memory."""
     cuda = runner.device.type == "cuda"
     if cuda:
@@ -124,13 +122,14 @@ class Hands:
         extra = {"job": task.job}
         told = time.monotonic()
 
-        def report(step: int, steps: int) -> None:
+        def report(step: int, steps: int, saved: Saved | None = None) -> None:
             nonlocal told
             if (task.job, task.attempt) in self._cancelled:
                 raise Cancelled
-            if 0 < step < steps and time.monotonic() - told >= PROGRESS_SECONDS:
+            if saved or (0 < step < steps and time.monotonic() - told >= PROGRESS_SECONDS):
                 told = time.monotonic()
-                self._emit((Progress(**key, step=step, steps=steps), []))
+                progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
+                self._emit((progress, saved.tensors if saved else []))
 
         if isinstance(runner, VaeStage):
             runner.may_tile = task.make_do

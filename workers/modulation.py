@@ -18,6 +18,7 @@ import torch
 
 from workers.lanes import Lane, Mark
 from workers.streaming import room, view_of
+from workers.torch_tensors import DTYPES
 
 MOST_ROWS = 8  # of a vector that counts as one a step, batch and guidance included
 LEAST_SHARE = 0.02  # of a model's bytes, below which it is not worth the trouble
@@ -47,6 +48,14 @@ class Results:
                 for r in results
             )
         )
+
+    def plain(self) -> list[list[object]]:
+        """As lists and plain values, for a checkpoint."""
+        return [[str(dtype).removeprefix("torch."), list(sizes)] for dtype, sizes in self.tensors]
+
+    @staticmethod
+    def from_plain(plain: list[Any]) -> "Results":
+        return Results(tuple((DTYPES[dtype], tuple(sizes)) for dtype, sizes in plain))
 
     def zeros(self, call: Call) -> tuple[torch.Tensor, ...]:
         """Stand-ins of the right shapes, for a forward whose values don't matter."""
@@ -248,23 +257,22 @@ class Modulation:
         if self._looking:
             return
         self._call += 1
-        if self._call == 0:
-            return
         if self._call >= len(self._vectors):
             self._catch_up(Call(args, kwargs))
         targets = [lookup.now for lookup in self._lookups if lookup.now is not None]
-        torch._foreach_copy_(targets, [table[self._call] for table in self._tables])
+        if targets:
+            torch._foreach_copy_(targets, [table[self._call] for table in self._tables])
 
     def _fill(self, indices: Sequence[int]) -> None:
         """At a block's first run in a job: its layers' results for all forwards."""
-        if self._call != 0:
-            return
         for index in indices:
+            if self._tables[index]:
+                return
             if self._passing and (arrived := self._arrived[index]):
                 self._lane.wait(arrived)
             linear = self._linear[index]
             self._tables[index] = [type(linear).forward(linear, vector) for vector in self._vectors]
-            self._lookups[index].now = self._tables[index][0].clone()
+            self._lookups[index].now = self._tables[index][self._call].clone()
             if self._passing and index + SLOTS < len(self._layers):
                 self._fetch(index + SLOTS)
 
@@ -275,6 +283,8 @@ class Modulation:
         self._put(self._lookups)
         self._vectors.append(vector)
         for source, table in zip(self._sources, self._tables, strict=True):
+            if not table:
+                continue  # it fills at its block's first run
             weight, bias = (
                 None if (t := source.get(leaf)) is None else t.to(vector.device) for leaf in ("weight", "bias")
             )

@@ -1,13 +1,31 @@
 """What a stage gives back, and how it tells how far it is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from protocol.tensors import Tensor
 
-Report = Callable[[int, int], None]  # (steps done, steps in all); raises Cancelled at a step boundary
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint, after `step` steps."""
+
+    step: int
+    tensors: list[Tensor]
+
+
+class Report(Protocol):
+    def __call__(self, step: int, steps: int, saved: Saved | None = None) -> None:
+        """So many steps of so many are done; a checkpoint may come along, of this step or the one before.
+
+        Raises Cancelled at a step boundary.
+        """
+
+
+def unheard(step: int, steps: int, saved: Saved | None = None) -> None:
+    """A report that nobody wants."""
 
 
 def release_memory() -> None:

@@ -25,6 +25,10 @@ State = Literal["in", "streamed", "out"]
 class Play(Protocol):
     """A job as it will go, told before it does."""
 
+    @property
+    def whole(self) -> bool:
+        """It begins with its first forward."""
+
     def foresee(self, results: Results) -> Sequence[Call]:
         """The forwards that it will make, if each gives such results."""
 
@@ -174,7 +178,7 @@ class Residency:
                 yield
             finally:
                 self.modulation.end()
-        elif play and not self._learned:
+        elif play and play.whole and not self._learned:
             with Watch(self.module, self._rows) as self._seen:
                 yield
         else:

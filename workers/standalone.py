@@ -19,6 +19,7 @@ from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers import stage_file
 from workers.hands import Measured, StageRunner, resident_bytes, run_measured
+from workers.outcome import Saved
 from workers.startup import Prepared, longest_tokenizer
 
 BEFORE: dict[Stage, Stage] = {"denoise": "text", "vae": "denoise"}
@@ -85,7 +86,7 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) 
     return changed, tensors
 
 
-def report_steps(step: int, steps: int) -> None:
+def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:
     if step:
         print(f"\rstep {step}/{steps}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
 

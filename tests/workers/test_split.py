@@ -14,7 +14,7 @@ from tests import tiny
 from workers.denoise import DenoiseStage
 from workers.describe import describe
 from workers.loading import Devices, load
-from workers.outcome import Cancelled, StageError
+from workers.outcome import Cancelled, Saved, StageError, unheard
 from workers.source import Source, read
 from workers.text import TextStage, returned_names
 from workers.torch_tensors import to_wire
@@ -40,7 +40,7 @@ def stages(source: Source, dtype: torch.dtype = torch.float32) -> tuple[TextStag
 def through(source: Source, recipe: Recipe) -> torch.Tensor:
     tensors: tuple[Any, ...] = ()
     for stage in stages(source):
-        tensors = tuple(stage.run(recipe, tensors, lambda step, steps: None).tensors)
+        tensors = tuple(stage.run(recipe, tensors, unheard).tensors)
     (pictures,) = tensors
     return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
 
@@ -111,10 +111,10 @@ def test_cancel_stops_at_a_step_boundary_and_the_stage_goes_on(flux_dev: Path) -
     source = read(str(flux_dev), flux_dev, None)
     text, denoise, _ = stages(source)
     recipe = resolve(JobRequest(prompt="a", steps=4, seed=1, width=32, height=32), describe(source), "float32", None)
-    embeddings = tuple(text.run(recipe, (), lambda step, steps: None).tensors)
+    embeddings = tuple(text.run(recipe, (), unheard).tensors)
     seen: list[int] = []
 
-    def report(step: int, steps: int) -> None:
+    def report(step: int, steps: int, saved: Saved | None = None) -> None:
         seen.append(step)
         if step == 2:
             raise Cancelled
@@ -122,8 +122,8 @@ def test_cancel_stops_at_a_step_boundary_and_the_stage_goes_on(flux_dev: Path) -
     with pytest.raises(Cancelled):
         denoise.run(recipe, embeddings, report)
     assert seen == [0, 1, 2]
-    undisturbed = denoise.run(recipe, embeddings, lambda step, steps: None)
-    fresh = stages(source)[1].run(recipe, embeddings, lambda step, steps: None)
+    undisturbed = denoise.run(recipe, embeddings, unheard)
+    fresh = stages(source)[1].run(recipe, embeddings, unheard)
     assert undisturbed.tensors[0].data == fresh.tensors[0].data
 
 
@@ -133,13 +133,13 @@ def test_nan_is_a_failure_and_never_a_black_picture(flux_dev: Path) -> None:
     recipe = resolve(JobRequest(prompt="a", steps=1, seed=1, width=32, height=32), describe(source), "float32", None)
     bad = to_wire("decode:0", torch.full((1, 4, 16, 16), torch.nan))
     with pytest.raises(StageError, match="NaN"):
-        vae.run(recipe, (bad,), lambda step, steps: None)
+        vae.run(recipe, (bad,), unheard)
     embeddings = (
         to_wire("prompt_embeds", torch.full((1, 512, 32), torch.inf)),
         to_wire("pooled_prompt_embeds", torch.zeros(1, 32)),
     )
     with pytest.raises(StageError, match="NaN"):
-        denoise.run(recipe, embeddings, lambda step, steps: None)
+        denoise.run(recipe, embeddings, unheard)
 
 
 def test_returned_names_are_those_of_the_last_return() -> None:
