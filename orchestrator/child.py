@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+import psutil
+
 from protocol.jobs import ProcessView, Stage
 from protocol.process import LIFELINE
 
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long the next failure counts as the first again
 LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
-UNRECOVERABLE = (2, 4, 5)  # exit codes after which another try gives the same: usage, model missing, does not fit
+UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
+UNUSABLE = 7  # exit code of what may be better later, but not if it was so from the start
 
 
 class Process(Protocol):
@@ -45,6 +48,8 @@ class Child:
     started: float = 0.0
     wanted: bool = True
     exit_code: int = 0  # of the last end
+    verdict: str = ""  # why it is being killed
+    stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None
     descriptors: tuple[int, ...] = ()  # that it gets besides
     prepare: Callable[[], None] | None = None  # called before each start
@@ -78,16 +83,33 @@ class Child:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
 
+    def put_down(self, verdict: str) -> None:
+        """Kill it, for a reason that is remembered."""
+        self.verdict = f"killed: {verdict}"
+        self.kill()
+
+    def notice_stop(self) -> float | None:
+        """Monotonic seconds since when it is stopped by a signal (SIGSTOP), so that it does nothing; else None."""
+        if self.process is None:
+            return None
+        try:
+            still = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            still = False
+        self.stopped = (self.stopped or time.monotonic()) if still else 0.0
+        return self.stopped or None
+
     def reap(self) -> int | None:
         """The process number of a process that has just ended; the next start is planned, if one is wanted."""
         if self.process is None or (code := self.process.poll()) is None:
             return None
         pid, asked = self.process.pid, self.state == "stopping"
         self.process, self.exit_code = None, code
-        self.reason = "restarted on request" if asked else exit_reason(code, self.log)
+        self.reason = "restarted on request" if asked else self.verdict or exit_reason(code, self.log)
+        self.verdict, self.stopped = "", 0.0
         if not asked:
             self.failures = 1 if time.monotonic() - self.started > HEALTHY_SECONDS else self.failures + 1
-        if code in UNRECOVERABLE and not asked:
+        if not asked and (code in UNRECOVERABLE or (code == UNUSABLE and not self.restarts)):
             self.wanted = False
         self.restarts += 1
         self.state = "waiting"

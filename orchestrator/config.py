@@ -24,7 +24,7 @@ from pydantic.functional_validators import BeforeValidator
 from protocol.errors import BadRequest
 from protocol.jobs import STAGES, Stage
 from protocol.speedups import canonical
-from protocol.units import parse_bytes
+from protocol.units import parse_bytes, parse_seconds
 
 
 def _bytes(value: object) -> object:
@@ -44,6 +44,17 @@ def _seconds(value: object) -> object:
     return None if value == "forever" else value
 
 
+def _duration(value: object) -> object:
+    value = _seconds(value)
+    return parse_seconds(value) if isinstance(value, str) else value
+
+
+def _or_off(value: object) -> object:
+    return None if value == "off" else value
+
+
+Duration = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(_duration)]
+SecondsOrOff = Annotated[Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(_or_off)]
 Seconds = Annotated[
     Annotated[float, Field(ge=0, allow_inf_nan=False)] | None, BeforeValidator(_seconds)  # None: forever
 ]
@@ -73,8 +84,16 @@ class StackConfig(Settings):
     revision: str | None = None
     dtype: str = "auto"
     queue_limit: Annotated[int, Field(ge=1)] = 10_000  # unfinished jobs
+    queue_bytes: Bytes = 20_000_000_000  # that unfinished jobs may hold on disk
+    disk_floor: Bytes = 1_000_000_000  # left on the disk, below which no jobs are taken
+    keep_jobs: Duration = 30 * 86400.0  # how long to remember ended jobs: "30d", or "forever"
+    checkpoint: SecondsOrOff = 0.1  # between two checkpoints of a denoising job at least; 0: every step; or "off"
+    step_timeout: Annotated[float, Field(gt=0)] = 600.0  # seconds at one step, after which a worker counts as hung
     embedding_cache: Bytes = 1_000_000_000  # on disk
     keep_pictures: Bytes = 4_000_000_000  # on disk; the oldest go first
+    client_jobs: Annotated[int, Field(ge=1)] = 1000  # unfinished ones of one key
+    client_rate: Annotated[float, Field(gt=0)] = 10.0  # jobs a second of one key, a minute's worth at once
+    keep: bool = True  # False: nothing outlives the orchestrator; to measure what keeping costs
     listen: str | None = None  # tcp://127.0.0.1:PORT for clients, instead of a private socket
     gpus: dict[int, Budget] = Field(default_factory=dict)  # the stack's budgets; others: all that is free
     patience: Annotated[float, Field(gt=0)] = 30.0  # seconds that a task waits for those whose turn it is
@@ -110,10 +129,17 @@ class OrchestratorSettings(Settings):
     """What the supervisor gives the orchestrator's process."""
 
     queue_limit: int = 10_000
+    queue_bytes: int = 20_000_000_000
+    disk_floor: int = 1_000_000_000
     embedding_cache: int = 1_000_000_000
     keep_pictures: int = 4_000_000_000
+    keep_jobs: float | None = 30 * 86400.0  # seconds; None: for ever
     patience: float = 30.0
-    keep_alive: dict[Stage, float] = Field(default_factory=dict)
+    step_seconds: float = 600.0
+    client_jobs: int = 1000  # unfinished ones of one key
+    client_rate: float = 10.0  # jobs a second of one key, a minute's worth at once
+    keep: bool = True  # False: nothing outlives the process; to measure what keeping costs
+    keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
     gpus: dict[int, AccountSettings] = Field(default_factory=dict)
 
 

@@ -3,25 +3,30 @@
 import logging
 import os
 import time
+from collections import deque
 
 from orchestrator.engine import Engine
 from orchestrator.version import VERSION
-from protocol.errors import BadRequest, NotFound, QueueFull, TriptychError
+from protocol.errors import BadRequest, Conflict, NotFound, QueueFull, TriptychError
 from protocol.jobs import ProcessView, Stage
 from protocol.messages import (
     Cancel,
+    Collected,
+    CollectGarbage,
     Done,
+    Drain,
     Error,
     FetchPictures,
     GetJobs,
     GetStack,
     GetWorkers,
     Jobs,
+    KillProcess,
     Message,
     Pictures,
     Question,
     Restart,
-    RestartStage,
+    RestartProcess,
     Retry,
     Scale,
     SetScale,
@@ -33,6 +38,7 @@ from protocol.messages import (
 
 log = logging.getLogger(__name__)
 
+MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
 MAX_PARKED = 1000  # submissions that may wait for the first worker to say what the model is
 
 
@@ -43,6 +49,8 @@ class Desk:
         self.processes: tuple[ProcessView, ...] = ()
         self._parked: dict[tuple[bytes, int], Submit] = {}  # by client and question
         self._started = time.time()
+        self._rolling: deque[str] = deque()  # names of processes to be restarted, one after the other
+        self._under_way: int | None = None  # process number of the first's old life
 
     def answer(self, client: bytes, question: Message) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
@@ -90,14 +98,22 @@ class Desk:
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
             case GetWorkers():
                 views = tuple(worker.view() for worker in engine.fleet)
-                self._reply(client, Workers(request=number, workers=views, processes=self.processes))
+                drained = tuple(sorted(engine.drained))
+                self._reply(client, Workers(request=number, workers=views, processes=self.processes, drained=drained))
+            case Drain(stage=stage, on=on):
+                engine.drain(stage, on)
+                self._reply(client, Done(request=number))
+            case CollectGarbage(older=older):
+                self._reply(client, self._collect(number, older))
             case GetStack():
                 self._reply(client, self._stack(number))
             case Restart(stage=stage):
-                self._tell_supervisor(RestartStage(stage=stage), stage)
+                self._check_supervisor(stage)
+                self._rolling.extend(p.name for p in self.processes if p.stage == stage and p.name not in self._rolling)
                 self._reply(client, Done(request=number))
             case Scale(stage=stage, count=count):
-                self._tell_supervisor(SetScale(stage=stage, count=count), stage)
+                self._check_supervisor(stage)
+                self._tell_supervisor(SetScale(stage=stage, count=count))
                 self._reply(client, Done(request=number))
             case _:
                 raise BadRequest(f"A message of kind {question.kind!r} is not a question.")
@@ -108,7 +124,7 @@ class Desk:
                 raise QueueFull("Too many submissions wait for the first worker to load the model.", "Try again later.")
             self._parked[client, submit.request] = submit
             return
-        jobs = self.engine.accept(submit.jobs)
+        jobs = self.engine.accept(submit.jobs, "")
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
         if submit.watch:
             self._watch(client, [job.id for job in jobs if not job.ended])
@@ -121,14 +137,29 @@ class Desk:
 
     def _pictures(self, client: bytes, number: int, job_id: str) -> None:
         job = self.engine.known(job_id)
-        tensors = self.engine.store.get("pictures", job_id) if job.pictures else None
-        if tensors is None:
-            reason = (
-                f"Job {job_id} is {job.state}." if job.state != "done" else f"The pictures of job {job_id} are gone."
+        tensors = self.engine.store.artifacts.get("pictures", job_id) if job.pictures else None
+        if tensors is not None:
+            self.engine.outbox.to_client(client, Pictures(request=number, job=job.view()), tensors)
+        elif job.pictures:
+            self.engine.make_again(job)
+            raise Conflict(
+                f"The pictures of job {job_id} were damaged on disk; they are being made again, bit for bit.",
+                f"Wait for them: triptych wait {job_id}",
             )
-            hint = "Wait for it." if not job.ended else "Submit it again with the same seed for the same picture."
-            raise NotFound(reason, hint)
-        self.engine.outbox.to_client(client, Pictures(request=number, job=job.view()), tensors)
+        elif job.state == "done":
+            raise NotFound(
+                f"The pictures of job {job_id} are gone: only the newest are kept (--keep-pictures).",
+                "Submit it again with the same seed for the same picture.",
+            )
+        else:
+            raise NotFound(f"Job {job_id} is {job.state}.", "" if job.ended else "Wait for it.")
+
+    def _collect(self, number: int, older: float) -> Collected:
+        held = sum(self.engine.store.artifacts.bytes_of.values())
+        gone = self.engine.forget_old(time.time() - older, MOST_FORGOTTEN)
+        return Collected(
+            request=number, jobs=len(gone), bytes=held - sum(self.engine.store.artifacts.bytes_of.values())
+        )
 
     def _stack(self, number: int) -> Stack:
         engine = self.engine
@@ -136,13 +167,40 @@ class Desk:
         return Stack(
             request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.model, counts=counts,
             speedups=engine.speedups,
-            queue_limit=engine.limits.queue,
+            queue_limit=engine.settings.queue_limit,
         )  # fmt: skip
 
-    def _tell_supervisor(self, message: RestartStage | SetScale, stage: Stage) -> None:
+    def roll(self) -> None:
+        """Go on with restarts: the next worker once the one before is back, so that a stage is never without."""
+        while self._rolling:
+            name, old = self._rolling[0], self._under_way
+            process = next((p for p in self.processes if p.name == name), None)
+            if process is None or process.pid is None:
+                if old is None:  # it is not there to be restarted
+                    self._rolling.popleft()
+                    continue
+                return
+            if old is None:
+                self._under_way = process.pid
+                self._tell_supervisor(RestartProcess(name=name))
+                return
+            back = any(w.hello.name == name and w.hello.pid != old and w.state != "loading" for w in self.engine.fleet)
+            if not back:
+                return
+            self._rolling.popleft()
+            self._under_way = None
+
+    def kill(self, pid: int, reason: str) -> None:
+        """Have the supervisor end a process of its own; nothing happens if it isn't, or there is no supervisor."""
+        self._tell_supervisor(KillProcess(pid=pid, reason=reason))
+
+    def _tell_supervisor(self, message: RestartProcess | SetScale | KillProcess) -> None:
+        if self.supervisor is not None:
+            self.engine.outbox.to_worker(self.supervisor, message)
+
+    def _check_supervisor(self, stage: Stage) -> None:
         if self.supervisor is None:
             raise NotFound(
                 "This stack runs without a supervisor.",
                 f"Start workers by hand: triptych worker {stage} --connect ENDPOINT.",
             )
-        self.engine.outbox.to_worker(self.supervisor, message)

@@ -5,22 +5,28 @@ sends what the outbox holds. Each task carries (job, stage, attempt): a result t
 dropped, so each stage commits once.
 """
 
+import json
 import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 
+from orchestrator.artifacts import Kind
+from orchestrator.config import OrchestratorSettings
+from orchestrator.delays import Delays
 from orchestrator.fleet import Fleet, Worker
+from orchestrator.intake import Intake
 from orchestrator.ledger import Account, Ledger
 from orchestrator.lending import Lending
 from orchestrator.live import LiveJob
 from orchestrator.outbox import Outbox
+from orchestrator.pace import Pace
 from orchestrator.queues import StageQueues
 from orchestrator.scheduler import Assign, Lend
 from orchestrator.store import Store
 from orchestrator.watchers import Watchers
-from protocol.errors import Conflict, NotFound, QueueFull
+from protocol.errors import Conflict, NotFound
 from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, Stage, StageRecord
 from protocol.messages import (
     CancelTask,
@@ -36,24 +42,15 @@ from protocol.messages import (
     WorkerHello,
 )
 from protocol.recipes import CountTokens, resolve, text_key, token_counter
-from protocol.tensors import Tensor
+from protocol.tensors import CHECKPOINT, Tensor
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 3  # tries of one stage
+MAX_ATTEMPTS = 3  # tries of one stage at the same point
 KEEP_REASONS = 16
-OUTPUT = {"denoise": "latents", "vae": "pictures"}  # the kind of artifact that a stage leaves, but for text
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much an engine takes and keeps; `keep_alive` in seconds by stage, none for ever."""
-
-    queue: int  # unfinished jobs
-    cache_bytes: int  # of embeddings
-    picture_bytes: int
-    patience: float = 30.0  # seconds that a task waits for others to finish theirs, before they must give way
-    keep_alive: Mapping[Stage, float] = field(default_factory=dict)
+OUTPUT: dict[Stage, Kind] = {"denoise": "latents", "vae": "pictures"}  # what a stage leaves, but for text
+HOLD_SECONDS = 1.0  # after a restart, for workers to come back and say what they have in hand
+LOST_NUMBERS = 2  # attempts that a killed orchestrator may have handed out without keeping their numbers
 
 
 def key_of(task: TaskKey) -> tuple[str, str, int]:
@@ -61,12 +58,15 @@ def key_of(task: TaskKey) -> tuple[str, str, int]:
 
 
 class Engine:
-    def __init__(self, store: Store, outbox: Outbox, limits: Limits, accounts: Mapping[int, Account]) -> None:
-        self.store, self.outbox, self.limits = store, outbox, limits
+    def __init__(
+        self, store: Store, outbox: Outbox, settings: OrchestratorSettings, accounts: Mapping[int, Account], disk: Path
+    ) -> None:
+        self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.queues, self.watchers = Fleet(), StageQueues(), Watchers()
+        self.intake, self.delays, self.pace = Intake(settings, store, disk), Delays(), Pace(settings.step_seconds)
         ledger = Ledger(accounts, store.workspaces())
         self.lending = Lending(
-            ledger, self.fleet, self.queues, limits.patience, limits.keep_alive, store.remember_workspace
+            ledger, self.fleet, self.queues, settings.patience, settings.keep_alive, store.remember_workspace
         )
         self.jobs: dict[str, LiveJob] = {}  # unfinished ones
         self._by_text: dict[str, set[str]] = {}  # unfinished jobs by their embeddings' key
@@ -74,10 +74,12 @@ class Engine:
         self.model: ModelDescription | None = None  # of the workers of this run
         self.dtype = ""
         self.speedups: tuple[str, ...] = ()
+        self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         self._count_tokens: CountTokens | None = None
         for job in store.unfinished():
-            job.attempt += 1  # a task may have been handed out that was only noted; its result would be late
+            job.attempts += LOST_NUMBERS  # so that no two tasks ever have the same
             self._adopt(job)
+        self._hold_until = time.monotonic() + HOLD_SECONDS if self.jobs else 0.0
 
     # -- models and workers ---------------------------------------------------------------------
 
@@ -92,8 +94,8 @@ class Engine:
         self._count_tokens = token_counter(self.store.tokenizer(model.revision))
 
     def ready(self, worker: Worker, ready: Ready) -> None:
-        """A worker's hands are free; if it drops a task without a word, that was a failed attempt."""
-        if worker.task:
+        """A worker's hands are free, unless it says what is in them; if it drops a task without a word, that failed."""
+        if worker.task and ready.in_hand is None:
             self._fail(worker.task, f"{worker.hello.name} dropped it", retry=True)
         worker.device_map = ready.device_map or worker.device_map
         worker.residency = ready.residency or worker.residency
@@ -101,7 +103,25 @@ class Engine:
         self.lending.ready(worker, ready)
         if reason := self.lending.hopeless(worker):
             self._give_up(worker, reason)
-        self.fleet.ready(worker)
+        if ready.in_hand is None:
+            self.fleet.ready(worker)
+        else:
+            self._claimed(worker, *ready.in_hand)
+
+    def _claimed(self, worker: Worker, job_id: str, stage: Stage, attempt: int) -> None:
+        """A worker that has come back has a task in hand: it goes on, unless somebody else has begun it."""
+        job = self.jobs.get(job_id)
+        task = TaskKey(job=job_id, stage=stage, attempt=attempt)
+        if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage) or attempt > job.attempts:
+            self.fleet.give(worker, task, None)
+            self.outbox.to_worker(worker.identity, CancelTask(job=job_id, stage=stage, attempt=attempt))
+            return
+        log.info("%s goes on with it", worker.hello.name, extra={"job": job_id})
+        self._unqueue(job)
+        self._move(job, lambda: job.claimed_by(worker.id, attempt))
+        self.fleet.give(worker, task, Pace.key(stage, job.recipe))
+        self.store.note(job)
+        self.announce(job)
 
     def lose_worker(self, worker: Worker, reason: str) -> None:
         """A worker is gone without a word; what it had in hand is tried again.
@@ -126,35 +146,39 @@ class Engine:
         if job:
             self._wait_again(job)
 
+    def drain(self, stage: Stage, on: bool) -> None:
+        """Give a stage's workers nothing more to do, until told otherwise; it outlives a restart."""
+        (self.drained.add if on else self.drained.discard)(stage)
+        self.store.set("drained", json.dumps(sorted(self.drained)))
+
     # -- accepting ------------------------------------------------------------------------------
 
-    def accept(self, requests: tuple[JobRequest, ...]) -> list[LiveJob]:
-        """Accept all of the requests or none; those that are here already count as accepted."""
+    def accept(self, requests: tuple[JobRequest, ...], owner: str) -> list[LiveJob]:
+        """Accept all of the requests or none; those that are here already count as accepted.
+
+        `owner` is the name of the client's key; empty for this machine's own user.
+        """
         if self.model is None:
             raise NotFound("No worker has joined yet, so the model is not known.")
-        named = [self._known(request) for request in requests]
+        named = [self._known(request, owner) for request in requests]
         fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
         ids = [request.id for request in fresh if request.id is not None]
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
-        if len(self.jobs) + len(fresh) > self.limits.queue:
-            raise QueueFull(
-                f"The queue holds {len(self.jobs)} of at most {self.limits.queue} jobs; {len(fresh)} more don't fit.",
-                "Wait for some to finish, cancel some, or start the stack with a larger --queue-limit.",
-            )
+        self.intake.check(fresh, owner)
         recipes = [resolve(request, self.model, self.dtype, self._count_tokens, self.speedups) for request in fresh]
         for recipe in recipes:
             self.lending.refuse_what_never_fits(recipe, self.model)
-        made = iter([self._create(request, recipe) for request, recipe in zip(fresh, recipes, strict=True)])
+        made = iter([self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)])
         return [known or next(made) for known in named]
 
-    def _known(self, request: JobRequest) -> LiveJob | None:
+    def _known(self, request: JobRequest, owner: str) -> LiveJob | None:
         job = self.find(request.id) if request.id else None
-        if job and job.request != request.model_dump_json():
+        if job and (job.request != request.model_dump_json() or job.owner != owner):
             raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
         return job
 
-    def _create(self, request: JobRequest, recipe: Recipe) -> LiveJob:
+    def _create(self, request: JobRequest, recipe: Recipe, owner: str) -> LiveJob:
         job = LiveJob(
             id=request.id or secrets.token_hex(6),
             number=self.store.next_number(),
@@ -163,6 +187,7 @@ class Engine:
             text_key=text_key(recipe),
             request=request.model_dump_json(),
             created=time.time(),
+            owner=owner,
         )
         self.store.insert(job)
         self._count(job.state, +1)
@@ -171,9 +196,10 @@ class Engine:
 
     def _adopt(self, job: LiveJob) -> None:
         self.jobs[job.id] = job
+        self.intake.add(job)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
         self.queues.add(job)
-        if job.stage == "text" and self.store.has("text", job.text_key):
+        if job.stage == "text" and self.store.artifacts.has("text", job.text_key):
             self._skip_text(job)
 
     def find(self, job_id: str) -> LiveJob | None:
@@ -189,7 +215,11 @@ class Engine:
 
     def assign(self) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
-        for action in self.lending.decide(self.jobs):
+        for job_id in self.delays.take():
+            self.queues.add(self.jobs[job_id])
+        if time.monotonic() < self._hold_until:
+            return
+        for action in self.lending.decide(self.jobs, self.drained):
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
@@ -197,19 +227,26 @@ class Engine:
                 case Lend():
                     self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
 
+    def next_due(self) -> float | None:
+        """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
+        times = [self._hold_until] if time.monotonic() < self._hold_until else []
+        if (due := self.delays.next()) is not None:
+            times.append(due)
+        return min(times, default=None)
+
     def _hand_out(self, job: LiveJob, worker: Worker) -> None:
         tensors = self._inputs(job)
         if tensors is None:
             log.warning("an artifact of the stage before %s is gone; going back", job.stage, extra={"job": job.id})
             self._go_back(job)
             return
-        self.queues.remove(job)
+        self._unqueue(job)
         self._move(job, lambda: job.hand_to(worker.id))
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe, make_do=not self.lending.more(worker)
         )  # fmt: skip
         self.store.note(job)
-        self.fleet.give(worker, task)
+        self.fleet.give(worker, task, Pace.key(job.stage, job.recipe))
         self.outbox.to_worker(worker.identity, task, tensors)
         self.announce(job)
 
@@ -218,23 +255,51 @@ class Engine:
             case "text":
                 return ()
             case "denoise":
-                return self.store.get("text", job.text_key)
+                embeddings = self.store.artifacts.get("text", job.text_key)
+                return embeddings and (*embeddings, *self._checkpoint(job))
             case "vae":
-                return self.store.get("latents", job.id)
+                return self.store.artifacts.get("latents", job.id)
+
+    def _checkpoint(self, job: LiveJob) -> tuple[Tensor, ...]:
+        """Where the last attempt had come to."""
+        if not job.saved:
+            return ()
+        found = self.store.artifacts.get("checkpoint", job.id)
+        if found is None:
+            self._begin_anew(job)
+        return found or ()
+
+    def _begin_anew(self, job: LiveJob) -> None:
+        """The stage's first step comes next, whatever was saved."""
+        job.saved = 0
+        self.store.artifacts.drop("checkpoint", job.id)
+        self.store.update(job)
+
+    def _unqueue(self, job: LiveJob) -> None:
+        self.queues.remove(job)
+        self.delays.drop(job.id)
 
     def _go_back(self, job: LiveJob) -> None:
         """Run the stage again whose artifact was lost; equal recipes give equal bits, so nothing is lost with it."""
-        self.queues.remove(job)
+        self._unqueue(job)
         job.stage = "denoise" if job.stage == "vae" else "text"
         self.store.update(job)
         self.queues.add(job)
 
     # -- what workers say -----------------------------------------------------------------------
 
-    def progress(self, task: Progress) -> None:
-        if job := self._current(task):
-            job.step = task.step
-            self.announce(job)
+    def progress(self, worker: Worker, task: Progress, tensors: tuple[Tensor, ...]) -> None:
+        """Steps are done; a checkpoint is kept before anybody hears of them."""
+        job = self._current(task)
+        if job is None:
+            return
+        self.pace.moved(worker, job.recipe, task.step)
+        job.step = task.step
+        if task.saved > job.saved and tensors and all(tensor.name.startswith(CHECKPOINT) for tensor in tensors):
+            self.store.artifacts.put("checkpoint", job.id, tensors)
+            job.saved = task.saved
+            self.store.update(job)
+        self.announce(job)
 
     def result(self, worker: Worker, result: Result, tensors: tuple[Tensor, ...]) -> None:
         """Commit a stage's outcome, once."""
@@ -252,7 +317,10 @@ class Engine:
         if result.stage == "text":
             self._keep_embeddings(job, tensors)
         else:
-            self.store.put(OUTPUT[result.stage], job.id, tensors)
+            self.store.artifacts.put(OUTPUT[result.stage], job.id, tensors)
+        self.pace.moved(worker, job.recipe, worker.step + 1)
+        if result.stage == "denoise":
+            self.store.artifacts.drop("checkpoint", job.id)
         if result.stage == "vae":
             self._finish(job, record)
         else:
@@ -261,6 +329,8 @@ class Engine:
     def failed(self, worker: Worker, failure: TaskFailed) -> None:
         """An attempt failed. One that had too little memory is no failure where more can be had."""
         job, reason = self._current(failure), f"{worker.hello.name}: {failure.reason}"
+        if job and job.saved and not failure.out_of_memory:
+            self._begin_anew(job)  # in case that what it began with is to blame
         if not (job and failure.out_of_memory):
             self._fail(failure, reason, failure.retry)
         elif self.lending.shortage(worker, job.recipe):
@@ -275,7 +345,7 @@ class Engine:
             return
         if leased.reason:
             for job_id in self.queues.first(worker.hello.stage, worker.model, 1):
-                self.queues.remove(job := self.jobs[job_id])
+                self._unqueue(job := self.jobs[job_id])
                 self._blame(job, f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 
@@ -286,7 +356,7 @@ class Engine:
         others = [w for w in self.fleet if w is not worker and (w.hello.stage, w.model) == (stage, worker.model)]
         if not others:
             for job_id in self.queues.first(stage, worker.model, self.queues.depth[stage]):
-                self.queues.remove(job := self.jobs[job_id])
+                self._unqueue(job := self.jobs[job_id])
                 self._blame(job, reason, retry=False)
 
     def _current(self, task: TaskKey) -> LiveJob | None:
@@ -304,14 +374,14 @@ class Engine:
 
     def _skip_text(self, job: LiveJob) -> None:
         """The prompt's embeddings are known: no text worker is needed."""
-        self.queues.remove(job)
-        self.store.touch("text", job.text_key)
+        self._unqueue(job)
+        self.store.artifacts.touch("text", job.text_key)
         job.cached = True
         self._pass_on(job, StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True))
 
     def _keep_embeddings(self, job: LiveJob, tensors: tuple[Tensor, ...]) -> None:
-        self.store.put("text", job.text_key, tensors)
-        self.store.shrink("text", self.limits.cache_bytes, spare=self._by_text)
+        self.store.artifacts.put("text", job.text_key, tensors)
+        self.store.artifacts.shrink("text", self.settings.embedding_cache, spare=self._by_text)
         for other_id in list(self._by_text.get(job.text_key, ())):
             other = self.jobs[other_id]
             if other is not job and other.stage == "text" and other.worker is None:
@@ -321,7 +391,7 @@ class Engine:
         job.pictures = job.recipe.num_images
         job.finish_stage(record)
         self._end(job, "done")
-        for gone in self.store.shrink("pictures", self.limits.picture_bytes, spare=(job.id,)):
+        for gone in self.store.artifacts.shrink("pictures", self.settings.keep_pictures, spare=(job.id,)):
             self._without_pictures(gone)
 
     def _without_pictures(self, job_id: str) -> None:
@@ -337,7 +407,7 @@ class Engine:
         """An attempt of a job that is in no queue has failed."""
         log.warning("%s failed: %s", job.stage, reason, extra={"job": job.id})
         job.reasons = (*job.reasons, f"{job.stage}, attempt {job.attempt}: {reason}")[-KEEP_REASONS:]
-        job.failures += 1
+        job.count_failure()
         if retry and job.failures < MAX_ATTEMPTS:
             self._wait_again(job)
         else:
@@ -346,7 +416,8 @@ class Engine:
     def _wait_again(self, job: LiveJob) -> None:
         job.hand_back()
         self.store.update(job)
-        self.queues.add(job)
+        if not self.delays.add(job.id, job.failures):
+            self.queues.add(job)
         self.announce(job)
 
     # -- ending ---------------------------------------------------------------------------------
@@ -357,7 +428,7 @@ class Engine:
             task = CancelTask(job=job.id, stage=job.stage, attempt=job.attempt)
             self.outbox.to_worker(bytes.fromhex(job.worker), task)
         else:
-            self.queues.remove(job)
+            self._unqueue(job)
         self._end(job, "cancelled")
 
     def retry(self, job: LiveJob) -> LiveJob:
@@ -365,18 +436,38 @@ class Engine:
         if job.state not in ("failed", "cancelled"):
             raise Conflict(f"Job {job.id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
         self._count(job.state, -1)
-        job.state, job.finished, job.failures = "queued", None, 0
+        self._revive(job)
+        return job
+
+    def make_again(self, job: LiveJob) -> None:
+        """A finished job whose pictures can't be read any more runs again; its recipe gives the same bits."""
+        self._count(job.state, -1)
+        job.stage, job.pictures, job.records = "text", 0, ()
+        self._revive(job)
+
+    def _revive(self, job: LiveJob) -> None:
+        job.state, job.finished, job.failures, job.saved_at_failure = "queued", None, 0, -1
         self._count(job.state, +1)
         self._adopt(job)
         self.store.update(job)
-        return job
+
+    def forget_old(self, before: float, limit: int) -> list[LiveJob]:
+        """Remove jobs that ended before a moment (seconds since the epoch), the oldest `limit` of them."""
+        gone = [job for job in self.store.ended_before(before, limit) if job.id not in self.jobs]
+        for job in gone:
+            self.store.forget(job)
+            self._count(job.state, -1)
+        return gone
 
     def _end(self, job: LiveJob, state: JobState) -> None:
         self._move(job, lambda: job.end(state, time.time()))
+        job.saved = 0
+        self.store.artifacts.drop("checkpoint", job.id)
         if state != "failed":
-            self.store.drop("latents", job.id)
+            self.store.artifacts.drop("latents", job.id)
         self.store.update(job)
         del self.jobs[job.id]
+        self.intake.add(job, -1)
         same_text = self._by_text[job.text_key]
         same_text.discard(job.id)
         if not same_text:

@@ -7,10 +7,11 @@ from typing import Literal
 
 from orchestrator.live import ModelKey
 from orchestrator.scheduler import IdleWorker
-from protocol.jobs import ComponentView, WorkerView
+from protocol.jobs import ComponentView, Stage, WorkerView
 from protocol.messages import Heartbeat, TaskKey, WorkerHello
 
-SILENCE_SECONDS = 10.0  # a worker's loop beats every second, even while it computes
+SILENCE_SECONDS = 5.0  # a worker's loop beats twice a second, even while it computes
+LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for long
 
 
 @dataclass(slots=True)
@@ -24,6 +25,9 @@ class Worker:
     state: Literal["loading", "idle", "busy", "swapping"] = "loading"
     idle_since: float = 0.0  # monotonic seconds
     task: TaskKey | None = None
+    pace: tuple[Stage, ModelKey, int] | None = None  # what its task's steps are like
+    step: int = 0  # of its task, as far as it was told
+    moved: float = 0.0  # monotonic seconds, when it last came further
     done: int = 0
     rss_bytes: int = 0
     gpu_bytes: int = 0
@@ -82,11 +86,12 @@ class Fleet:
     def swap(self, worker: Worker) -> None:
         """Its lease changes; it says when it is done."""
         del self._idle[worker.identity]
-        worker.state = "swapping"
+        worker.state, worker.pace, worker.moved = "swapping", None, time.monotonic()
 
-    def give(self, worker: Worker, task: TaskKey) -> None:
-        del self._idle[worker.identity]
-        worker.state, worker.task = "busy", task
+    def give(self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None) -> None:
+        self._idle.pop(worker.identity, None)
+        worker.state, worker.task, worker.pace = "busy", task, pace
+        worker.step, worker.moved = 0, time.monotonic()
 
     def remove(self, worker: Worker) -> None:
         self.workers.pop(worker.identity, None)
@@ -96,5 +101,9 @@ class Fleet:
         return [IdleWorker(w.id, w.hello.stage, w.model) for w in self._idle.values()]
 
     def silent(self) -> list[Worker]:
-        limit = time.monotonic() - SILENCE_SECONDS
-        return [worker for worker in self if worker.heard < limit]
+        now = time.monotonic()
+        limits = {"loading": LOADING_SECONDS}
+        return [worker for worker in self if now - worker.heard > limits.get(worker.state, SILENCE_SECONDS)]
+
+    def of_process(self, host: str, pid: int) -> list[Worker]:
+        return [worker for worker in self if (worker.hello.host, worker.hello.pid) == (host, pid)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from protocol.endpoints import PUBLISHED, Endpoints
-from protocol.errors import Conflict, TriptychError
+from protocol.errors import Conflict, StateUnusable, TriptychError
 
 LONGEST_IPC_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
@@ -26,14 +26,19 @@ class StackFolder:
                 part.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.path.chmod(0o700)
         except OSError as error:
-            raise TriptychError(
-                f"The state folder {str(self.path)!r} can't be made: {error.strerror}.",
+            raise StateUnusable(
+                f"The state folder {str(self.path)!r} can't be used: {error.strerror}.",
                 "Give another with --state DIR.",
             ) from error
 
     @property
     def database(self) -> Path:
         return self.path / "jobs.sqlite"
+
+    @property
+    def backup(self) -> Path:
+        """Of the database, but for artifacts."""
+        return self.path / "jobs.backup.sqlite"
 
     @property
     def artifacts(self) -> Path:
@@ -84,7 +89,13 @@ class StackFolder:
 
     def lock(self, role: str) -> TextIO:
         """Hold the folder in a role until the returned file is closed or the process ends; Conflict if it is held."""
-        file = (self.path / f"{role}.lock").open("a+")
+        try:
+            file = (self.path / f"{role}.lock").open("a+")
+        except OSError as error:
+            raise StateUnusable(
+                f"The state folder {str(self.path)!r} can't be written: {error.strerror}.",
+                "Make it writable, or give another with --state DIR.",
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

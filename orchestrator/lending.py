@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from orchestrator.fleet import Fleet, Worker
@@ -62,9 +62,9 @@ class Lending:
 
     # -- what next ------------------------------------------------------------------------------
 
-    def decide(self, jobs: Mapping[str, LiveJob]) -> list[Assign | Lend]:
+    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | Lend]:
         """The scheduler's decision; drivers are asked only where memory is to be lent."""
-        idle = self._fleet.idle()
+        idle = [worker for worker in self._fleet.idle() if worker.stage not in drained]
         if not idle:
             return []
         holders = self._holders()

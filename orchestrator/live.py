@@ -39,8 +39,11 @@ class LiveJob:
     created: float
     state: JobState = "queued"
     stage: Stage = "text"
-    attempt: int = 0
-    failures: int = 0  # of the present stage
+    attempt: int = 0  # the task that is in hand, or was last
+    attempts: int = 0  # the highest number that any task of it had
+    failures: int = 0  # of the present stage, since it last came further
+    saved: int = 0  # steps in its checkpoint
+    owner: str = ""  # name of the client's key; empty for this machine's own user
     step: int = 0
     cached: bool = False
     records: tuple[StageRecord, ...] = ()
@@ -48,6 +51,7 @@ class LiveJob:
     finished: float | None = None
     pictures: int = 0
     worker: str | None = None  # identity of this incarnation; never stored
+    saved_at_failure: int = -1  # never stored
     queued: float = 0.0  # monotonic seconds, when it came to wait at its stage; never stored
 
     @property
@@ -65,20 +69,33 @@ class LiveJob:
 
     def hand_to(self, worker: str) -> None:
         self.worker = worker
-        self.attempt += 1
-        self.step = 0
+        self.attempts += 1
+        self.attempt = self.attempts
+        self.step = self.saved
         self.state = self.stage
 
+    def claimed_by(self, worker: str, attempt: int) -> None:
+        """A worker has this stage in hand that was given it before a restart."""
+        self.worker, self.attempt, self.state = worker, attempt, self.stage
+
     def hand_back(self) -> None:
-        """The attempt is over without a result; the stage waits again."""
+        """The attempt is over without a result; the stage waits again, from where it had come to."""
         self.worker = None
-        self.step = 0
+        self.step = self.saved
+
+    def count_failure(self) -> None:
+        """One that came further than the last is the first one again: it may not be the job's fault."""
+        if self.saved > self.saved_at_failure:
+            self.failures = 0
+        self.failures, self.saved_at_failure = self.failures + 1, self.saved
 
     def finish_stage(self, record: StageRecord) -> None:
         """Go on to the next stage, keeping how this one went."""
         self.records = (*(r for r in self.records if r.stage != record.stage), record)
         self.worker = None
-        self.failures = 0
+        self.failures, self.saved_at_failure = 0, -1
+        if self.stage == "denoise":
+            self.saved = 0
         if self.stage in NEXT_STAGE:
             self.stage = NEXT_STAGE[self.stage]
             if not record.cached:

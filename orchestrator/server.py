@@ -4,23 +4,28 @@ One thread, two ROUTER sockets. All messages that wait are handled before one co
 nothing is promised before the commit that it depends on. Whatever a peer sends, the loop goes on.
 """
 
+import contextlib
 import errno
 import logging
+import math
 import socket
+import time
 from collections.abc import Callable, Mapping
 from types import FrameType
 
 import zmq
 
-from orchestrator.desk import Desk
-from orchestrator.engine import Engine, Limits
+from orchestrator.config import OrchestratorSettings
+from orchestrator.desk import MOST_FORGOTTEN, Desk
+from orchestrator.engine import Engine
+from orchestrator.fleet import Worker
 from orchestrator.folder import StackFolder
 from orchestrator.ledger import Account
 from orchestrator.outbox import Letter, Outbox
 from orchestrator.store import Store
 from protocol import wire
 from protocol.endpoints import Endpoints
-from protocol.errors import TriptychError
+from protocol.errors import StateUnusable, TriptychError
 from protocol.messages import (
     FROM_CLIENT,
     FROM_SUPERVISOR,
@@ -44,7 +49,9 @@ from protocol.tensors import Buffer
 
 log = logging.getLogger(__name__)
 
-HEARTBEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 0.5
+KEEP_HOUSE_SECONDS = 60.0
+BACKUP_SECONDS = 3600.0
 HOST = socket.gethostname()
 BATCH = 256  # messages of one socket between two commits
 Handler = Callable[[bytes, list[Buffer]], None]
@@ -52,17 +59,23 @@ Handler = Callable[[bytes, list[Buffer]], None]
 
 class Server:
     def __init__(
-        self, folder: StackFolder, endpoints: Endpoints, limits: Limits, accounts: Mapping[int, Account]
+        self,
+        folder: StackFolder,
+        endpoints: Endpoints,
+        settings: OrchestratorSettings,
+        accounts: Mapping[int, Account],
     ) -> None:
         self.folder = folder
         self.outbox = Outbox()
-        self.store = Store(folder.database, folder.artifacts)
-        self.engine = Engine(self.store, self.outbox, limits, accounts)
+        self.settings = settings
+        self.store = Store(folder.database if settings.keep else None, folder.artifacts)
+        self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts)
         self.desk = Desk(self.engine)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._clients = router(self._context, endpoints.clients)
         self._workers = router(self._context, endpoints.workers)
         self._stopping = False
+        self._kept_house = self._backed_up = 0.0  # monotonic seconds
         bound = (side.getsockopt_string(zmq.LAST_ENDPOINT) for side in (self._clients, self._workers))
         self.endpoints = Endpoints(*bound)
 
@@ -77,13 +90,21 @@ class Server:
         poller.register(self._workers, zmq.POLLIN)
         try:
             while not self._stopping:
-                poller.poll(int(HEARTBEAT_SECONDS * 1000))
+                poller.poll(self._pause())
                 self._drain(self._workers, self._from_worker)
                 self._drain(self._clients, self._from_client)
                 self._notice_silence()
+                self.desk.roll()
                 self._settle()
+                self._keep_house()
         finally:
             self._close()
+
+    def _pause(self) -> int:
+        """Milliseconds until there is something to do without a message."""
+        due = self.engine.next_due()
+        left = HEARTBEAT_SECONDS if due is None else min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic()))
+        return math.ceil(left * 1000)
 
     def _drain(self, source: zmq.Socket[bytes], handle: Handler) -> None:
         for _ in range(BATCH):
@@ -122,9 +143,35 @@ class Server:
             self.desk.supervisor = None
 
     def _notice_silence(self) -> None:
+        """Who says nothing, or says that all is well and comes no further, is ended by force."""
         for worker in self.engine.fleet.silent():
-            log.warning("%s has been silent for too long", worker.hello.name)
-            self.engine.lose_worker(worker, "fell silent")
+            self._give_up(worker, "fell silent")
+        for worker, seconds in self.engine.pace.overdue(self.engine.fleet):
+            self._give_up(worker, f"came no further for {seconds:.0f} s")
+
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        log.warning("%s %s", worker.hello.name, reason)
+        self.engine.lose_worker(worker, reason)
+        if worker.hello.host == HOST:
+            self.desk.kill(worker.hello.pid, reason)
+
+    def _keep_house(self) -> None:
+        """Now and then: let go of old jobs, and keep a copy of the others."""
+        now = time.monotonic()
+        if now - self._kept_house < KEEP_HOUSE_SECONDS:
+            return
+        self._kept_house = now
+        if self.settings.keep_jobs is not None:
+            self.engine.forget_old(time.time() - self.settings.keep_jobs, MOST_FORGOTTEN)
+        if self.settings.keep and now - self._backed_up >= BACKUP_SECONDS:
+            self._backed_up = now
+            self._back_up()
+
+    def _back_up(self) -> None:
+        try:
+            self.store.back_up(self.folder.backup)
+        except (StateUnusable, OSError) as error:
+            log.error("no backup could be made: %s", error)
 
     # -- clients --------------------------------------------------------------------------------
 
@@ -153,6 +200,7 @@ class Server:
                 return
             case SupervisorHello():
                 self.desk.supervisor = identity
+                self.outbox.to_worker(identity, Beat())
                 return
             case Processes(processes=processes, exited_pids=pids) if identity == self.desk.supervisor:
                 self.desk.processes = processes
@@ -171,7 +219,7 @@ class Server:
                 engine.fleet.beat(worker, beat)
                 self.outbox.to_worker(identity, Beat())
             case Progress() as task:
-                engine.progress(task)
+                engine.progress(worker, task, envelope.tensors)
             case Result() as result:
                 engine.result(worker, result, envelope.tensors)
             case TaskFailed() as failure:
@@ -184,6 +232,8 @@ class Server:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
         self.engine.learn_model(hello, envelope.tensor("tokenizer"))
+        for old in self.engine.fleet.of_process(hello.host, hello.pid):
+            self.engine.dismiss_worker(old)  # which has lost its link, and says next what it has in hand
         self.engine.lending.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
@@ -192,15 +242,15 @@ class Server:
 
     def _bury(self, pids: set[int]) -> None:
         """The supervisor saw these processes end: their tasks need not wait for silence."""
-        for worker in list(self.engine.fleet):
-            if worker.hello.host == HOST and worker.hello.pid in pids:
-                self.engine.bury(worker)
         for pid in pids:
+            for worker in self.engine.fleet.of_process(HOST, pid):
+                self.engine.bury(worker)
             self.engine.lending.buried(HOST, pid)
 
     def _close(self) -> None:
         self.folder.withdraw()
-        self.store.close()
+        with contextlib.suppress(StateUnusable):  # it has been said, and what was not committed was promised to nobody
+            self.store.close()
         self._clients.close()
         self._workers.close()
         self._context.term()

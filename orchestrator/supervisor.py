@@ -25,16 +25,29 @@ from orchestrator.forks import ForkServer, Spare
 from orchestrator.gpus import Gpu, list_gpus
 from protocol import wire
 from protocol.endpoints import Endpoints
-from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
+from protocol.errors import BadRequest, DoesNotFit, ModelMissing, StateDamaged, StateUnusable, TriptychError
 from protocol.jobs import STAGES, Stage
-from protocol.messages import TO_SUPERVISOR, Message, Processes, RestartStage, SetScale, SupervisorHello
+from protocol.messages import (
+    TO_SUPERVISOR,
+    Beat,
+    KillProcess,
+    Message,
+    Processes,
+    RestartProcess,
+    SetScale,
+    SupervisorHello,
+)
 from protocol.sockets import dealer, new_identity, receive, send
 
 log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
+STOPPED_SECONDS = 0.5  # that a process may stand still by a signal
+DEAF_SECONDS = 10.0  # that the orchestrator may leave the supervisor without an answer
 HELLO_SECONDS = 1.0  # the supervisor says hello again and again: the orchestrator may be a new one
-BY_EXIT_CODE: dict[int, type[TriptychError]] = {cls.exit_code: cls for cls in (BadRequest, ModelMissing, DoesNotFit)}
+BY_EXIT_CODE: dict[int, type[TriptychError]] = {
+    cls.exit_code: cls for cls in (BadRequest, ModelMissing, DoesNotFit, StateUnusable, StateDamaged)
+}
 Notice = Callable[[str], None]
 
 
@@ -62,6 +75,7 @@ class Supervisor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: zmq.Socket[bytes] | None = None
         self._said_hello = 0.0
+        self._answered = 0.0  # monotonic seconds of the orchestrator's last answer; 0: it has given none yet
         self._dead: list[int] = []
 
     # -- life -----------------------------------------------------------------------------------
@@ -73,6 +87,7 @@ class Supervisor:
                 while not self._signal:
                     self._start_due()
                     self._wait()
+                    self._end_the_hung()
                     self._reap()
                     self._converse()
                     self._refuse_hopeless()
@@ -128,6 +143,7 @@ class Supervisor:
         held = self._forks.starting
         due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted and not (c.stage and held)]
         due += [at for _, at in self._leaving]
+        due += [child.stopped + STOPPED_SECONDS for child in self._children() if child.stopped]
         left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
@@ -138,6 +154,16 @@ class Supervisor:
         poller.poll(int(left * 1000) + 1)
         with contextlib.suppress(BlockingIOError):
             self._wake.recv(4096)
+
+    def _end_the_hung(self) -> None:
+        """What stands still is replaced; what it had in hand goes on elsewhere."""
+        now = time.monotonic()
+        for child in self._children():
+            since = child.notice_stop()
+            if since is not None and now - since >= STOPPED_SECONDS:
+                child.put_down("it was stopped by a signal, and stood still")
+        if self._answered and now - self._answered > DEAF_SECONDS and self._orchestrator.state == "running":
+            self._orchestrator.put_down(f"it gave no answer for {DEAF_SECONDS:g} s")
 
     def _reap(self) -> None:
         gone = [child for child, _ in self._leaving]
@@ -152,7 +178,7 @@ class Supervisor:
                 again = f"starting it again in {child.backoff():g} s" if child.wanted else "it stays down"
                 self.notice(f"{child.name} ended ({child.reason}); {again}")
             if child is self._orchestrator:
-                self._said_hello = 0.0
+                self._said_hello = self._answered = 0.0
             elif child is self._forks.child:
                 self._forks.lost()
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
@@ -161,7 +187,8 @@ class Supervisor:
         """Where the settings can't work from the start, say why instead of standing there without a stage."""
         groups = [[self._orchestrator], *self._workers.values()]
         for group in groups:
-            hopeless = [child for child in group if not child.wanted and child.restarts == 1]
+            first = group[0] is not self._orchestrator  # it is needed at any time, a stage may be lost later
+            hopeless = [child for child in group if not child.wanted and (child.restarts == 1 or not first)]
             if hopeless and len(hopeless) == len(group):
                 raise BY_EXIT_CODE[hopeless[0].exit_code](last_line(hopeless[0]))
 
@@ -199,8 +226,10 @@ class Supervisor:
         config = self.config
         keep = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
         settings = OrchestratorSettings(
-            queue_limit=config.queue_limit, embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures,
-            patience=config.patience, keep_alive=keep, gpus=self.accounts,
+            queue_limit=config.queue_limit, queue_bytes=config.queue_bytes, disk_floor=config.disk_floor,
+            embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures, keep_jobs=config.keep_jobs,
+            patience=config.patience, step_seconds=config.step_timeout, client_jobs=config.client_jobs,
+            client_rate=config.client_rate, keep=config.keep, keep_alive=keep, gpus=self.accounts,
         )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),
@@ -221,6 +250,9 @@ class Supervisor:
         else:
             arguments += ["--device", config.device]
         gpus = config.gpus if lease is None or config.device.startswith("cpu") else (lease,)
+        if stage == "denoise":
+            pause = self.config.checkpoint
+            arguments += ["--checkpoint", "off" if pause is None or not self.config.keep else f"{pause:g}"]
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]
         for speedup in self.config.speedups():
@@ -246,11 +278,12 @@ class Supervisor:
         if child.process is not None:
             self._leaving.append((child, time.monotonic() + GRACE_SECONDS))
 
-    def _restart(self, stage: Stage) -> None:
-        self.notice(f"restarting {stage}")
-        for child in self._workers[stage]:
-            child.wanted, child.failures, child.start_at = True, 0, 0.0
-            self._dismiss(child)
+    def _restart(self, name: str) -> None:
+        for child in self._children():
+            if child.stage and child.name == name:
+                self.notice(f"restarting {name}")
+                child.wanted, child.failures, child.start_at = True, 0, 0.0
+                self._dismiss(child)
 
     # -- the orchestrator -----------------------------------------------------------------------
 
@@ -276,8 +309,14 @@ class Supervisor:
             match message:
                 case SetScale(stage=stage, count=count):
                     self._scale(stage, count)
-                case RestartStage(stage=stage):
-                    self._restart(stage)
+                case RestartProcess(name=name):
+                    self._restart(name)
+                case KillProcess(pid=pid, reason=reason):
+                    for child in self._children():
+                        if child.process is not None and child.process.pid == pid:
+                            child.put_down(reason)
+                case Beat():
+                    self._answered = now
 
     def _say(self, message: Message) -> bool:
         assert self._link is not None

@@ -31,6 +31,9 @@ from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
     MAX_JOBS,
     Cancel,
+    Collected,
+    CollectGarbage,
+    Drain,
     FetchPictures,
     GetJobs,
     GetStack,
@@ -157,6 +160,18 @@ class AsyncClient:
 
     async def scale(self, stage: Stage, count: int) -> None:
         await self._ask(Scale, stage=stage, count=count)
+
+    async def drain(self, stage: Stage, on: bool = True) -> None:
+        await self._ask(Drain, stage=stage, on=on)
+
+    async def collect_garbage(self, older: int) -> tuple[int, int]:
+        jobs = size = 0
+        while True:
+            message = (await self._ask(CollectGarbage, older=older)).message
+            assert isinstance(message, Collected)
+            if not message.jobs:
+                return jobs, size
+            jobs, size = jobs + message.jobs, size + message.bytes
 
     # -- the wire -------------------------------------------------------------------------------
 

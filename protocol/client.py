@@ -32,6 +32,9 @@ from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
     MAX_JOBS,
     Cancel,
+    Collected,
+    CollectGarbage,
+    Drain,
     FetchPictures,
     GetJobs,
     GetStack,
@@ -174,12 +177,26 @@ class Client:
         return message
 
     def restart(self, stage: Stage) -> None:
-        """Replace a stage's workers; what they had in hand is done again."""
+        """Replace a stage's workers, one after the other; others go on with what they had in hand."""
         self._ask(Restart, stage=stage)
 
     def scale(self, stage: Stage, count: int) -> None:
         """Keep `count` workers of a stage from now on."""
         self._ask(Scale, stage=stage, count=count)
+
+    def drain(self, stage: Stage, on: bool = True) -> None:
+        """Give a stage's workers nothing more to do, or, with `on` False, again."""
+        self._ask(Drain, stage=stage, on=on)
+
+    def collect_garbage(self, older: int) -> tuple[int, int]:
+        """Remove jobs that ended more than so many seconds ago, with their pictures: how many, and bytes on disk."""
+        jobs = size = 0
+        while True:
+            message = self._ask(CollectGarbage, older=older).message
+            assert isinstance(message, Collected)
+            if not message.jobs:
+                return jobs, size
+            jobs, size = jobs + message.jobs, size + message.bytes
 
     # -- the wire -------------------------------------------------------------------------------
 

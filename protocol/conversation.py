@@ -11,6 +11,7 @@ from protocol.jobs import Job, JobRequest
 from protocol.messages import (
     TO_CLIENT,
     Cancel,
+    Drain,
     Error,
     FetchPictures,
     GetJobs,
@@ -31,7 +32,7 @@ PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is 
 
 
 # Asking these twice is harmless: jobs carry ids, and the rest only looks or names a wanted state.
-REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale)
+REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale, Drain)
 
 
 class Conversation:

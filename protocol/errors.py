@@ -80,6 +80,20 @@ class QueueFull(DoesNotFit):
     code = "queue_full"
 
 
+class StateUnusable(TriptychError):
+    """What must be kept can't be written or read: a full or read-only disk, another release's database."""
+
+    code = "state_unusable"
+    exit_code = 7
+
+
+class StateDamaged(StateUnusable):
+    """What was kept is not what was written."""
+
+    code = "state_damaged"
+    exit_code = 8
+
+
 class JobFailed(TriptychError):
     """An accepted job that ended without a picture."""
 
@@ -111,7 +125,7 @@ BY_CODE: dict[str, type[TriptychError]] = {
     kind.code: kind
     for kind in (
         TriptychError, BadRequest, NotFound, Conflict, NoStack, VersionMismatch, ModelMissing, DoesNotFit, QueueFull,
-        JobFailed, JobCancelled, WaitTimeout, ProtocolError,
+        StateUnusable, StateDamaged, JobFailed, JobCancelled, WaitTimeout, ProtocolError,
     )
 }  # fmt: skip
 

@@ -66,7 +66,10 @@ class WorkerHello(Message):
 
 
 class Ready(Message):
-    """The model is loaded and the hands are free: exactly one task, or a lease, may come."""
+    """The model is loaded and the hands are free: exactly one task, or a lease, may come.
+
+    With `in_hand` they are not: a worker that has come back still works at that task, or has its result.
+    """
 
     kind = "ready"
     device_map: tuple[tuple[str, str], ...] = ()
@@ -75,6 +78,7 @@ class Ready(Message):
     context_bytes: Count = 0  # of its CUDA context with its libraries
     lease_bytes: Count = 0  # that it holds
     lease_weights: Count = 0
+    in_hand: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
 
 
 class Leased(Message):
@@ -173,7 +177,7 @@ class Committed(TaskKey):
 
 
 class Beat(Message):
-    """Answer to a heartbeat: a worker that hears none makes a new connection."""
+    """Answer to a heartbeat, or to the supervisor's hello: who hears none knows that something is wrong."""
 
     kind = "beat"
 
@@ -200,9 +204,19 @@ class SetScale(Message):
     count: Annotated[int, Field(ge=0, le=1024)]
 
 
-class RestartStage(Message):
-    kind = "restart-stage"
-    stage: Stage
+class RestartProcess(Message):
+    """End a worker's process in good order, and start another."""
+
+    kind = "restart-process"
+    name: Name
+
+
+class KillProcess(Message):
+    """A process has shown no sign of life, or of progress: it is to be ended, and another started."""
+
+    kind = "kill-process"
+    pid: Count
+    reason: Line
 
 
 # -- client → orchestrator --------------------------------------------------------------------------
@@ -272,6 +286,21 @@ class Scale(Question):
     count: Annotated[int, Field(ge=0, le=1024)]
 
 
+class Drain(Question):
+    """Give a stage's workers nothing more to do; or, with `on` False, again."""
+
+    kind = "drain"
+    stage: Stage
+    on: bool = True
+
+
+class CollectGarbage(Question):
+    """Remove jobs that ended longer ago than `older`, with what they left."""
+
+    kind = "collect-garbage"
+    older: Count  # seconds
+
+
 # -- orchestrator → client --------------------------------------------------------------------------
 
 
@@ -308,6 +337,7 @@ class Workers(Message):
     request: Count
     workers: tuple[WorkerView, ...]
     processes: tuple[ProcessView, ...]
+    drained: tuple[Stage, ...] = ()
 
 
 class Stack(Message):
@@ -322,6 +352,15 @@ class Stack(Message):
     speedups: tuple[Name, ...]
     counts: tuple[tuple[JobState, int], ...]
     queue_limit: Count
+
+
+class Collected(Message):
+    """What was removed."""
+
+    kind = "collected"
+    request: Count
+    jobs: Count
+    bytes: Count
 
 
 class Done(Message):
@@ -353,10 +392,12 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     GetStack,
     Restart,
     Scale,
+    Drain,
+    CollectGarbage,
 )
 TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, Lease, CancelTask, Committed, Beat, Error)
-TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartStage, Error)
-TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Done, Error)
+TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartProcess, KillProcess, Beat, Error)
+TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Collected, Done, Error)
 EVERY_MESSAGE: tuple[type[Message], ...] = tuple(
     dict.fromkeys((*FROM_WORKER, *FROM_SUPERVISOR, *FROM_CLIENT, *TO_WORKER, *TO_SUPERVISOR, *TO_CLIENT))
 )

@@ -13,6 +13,7 @@ ITEMSIZE: dict[str, int] = {
     "float8_e4m3fn": 1, "float8_e5m2": 1,
 }  # fmt: skip
 
+CHECKPOINT = "checkpoint:"  # begins the names of the tensors that a checkpoint is made of
 MAX_DIMENSIONS = 8
 MAX_NAME = 128
 

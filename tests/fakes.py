@@ -1,14 +1,14 @@
 """A worker that speaks the protocol and computes nothing, and an orchestrator of its own process to speak to."""
 
 import contextlib
-import os
+import itertools
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import zmq
 
@@ -24,9 +24,11 @@ from protocol.messages import (
     Lease,
     Leased,
     Message,
+    Progress,
     Ready,
     Result,
     Task,
+    TaskFailed,
     Welcome,
     WorkerHello,
 )
@@ -53,6 +55,7 @@ OUTPUTS: dict[Stage, Tensor] = {
     "denoise": Tensor("decode:0", "float32", (1, 2), bytes(8)),
     "vae": Tensor("pictures", "uint8", (1, 2, 2, 3), bytes(range(12))),
 }
+PIDS = itertools.count(10_000_000)  # of no process: two workers never share one
 M = TypeVar("M", bound=Message)
 PATIENCE_MS = 20_000
 
@@ -77,7 +80,7 @@ class FakeWorker:
             WorkerHello(
                 name=name or f"fake-{stage}",
                 stage=stage,
-                pid=pid or os.getpid(),
+                pid=pid or next(PIDS),
                 host=socket.gethostname(),
                 device="none",
                 dtype="float32",
@@ -100,7 +103,7 @@ class FakeWorker:
             if isinstance(envelope.message, kind):
                 return envelope.message
 
-    def ready(self, needs: Needs | None = None, **fields: int) -> "FakeWorker":
+    def ready(self, needs: Needs | None = None, **fields: Any) -> "FakeWorker":
         self.say(Ready(needs=needs, **fields))
         return self
 
@@ -112,6 +115,20 @@ class FakeWorker:
 
     def take(self) -> Task:
         return self.hear(Task)
+
+    def inputs(self) -> dict[str, bytes]:
+        """What lay beside the last message that was heard."""
+        return {tensor.name: bytes(tensor.data) for tensor in self.seen[-1].tensors}
+
+    def progress(self, task: Task, step: int, saved: bool = True) -> None:
+        """Tell of a step, with a checkpoint that says which."""
+        tensor = Tensor("checkpoint:state", "uint8", (2,), step.to_bytes(2, "big"))
+        key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
+        self.say(Progress(**key, step=step, steps=4, saved=step if saved else 0), *([tensor] if saved else []))
+
+    def fail(self, task: Task, reason: str = "hiccup", retry: bool = True) -> None:
+        self.say(TaskFailed(job=task.job, stage=task.stage, attempt=task.attempt, reason=reason, retry=retry))
+        self.ready()
 
     def finish(self, task: Task, seconds: float = 0.1) -> None:
         result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=seconds)
@@ -171,9 +188,18 @@ class Orchestrator:
         self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))  # type: ignore[arg-type]
         return worker
 
+    @property
+    def workers(self) -> list[FakeWorker]:
+        return [opened for opened in self._opened if isinstance(opened, FakeWorker)]
+
     def client(self) -> Client:
         self._opened.append(client := Client(self.folder, timeout=20))
         return client
+
+    def restart(self) -> None:
+        """Killed without a warning, and started again."""
+        self.kill()
+        self.start()
 
     def stop(self) -> str:
         for opened in self._opened:

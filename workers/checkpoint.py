@@ -17,15 +17,13 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 
-from protocol.tensors import Tensor
+from protocol.tensors import CHECKPOINT, Tensor
 from workers.modulation import Call, Results
 from workers.outcome import Report, Saved
 from workers.torch_tensors import from_wire, to_wire
 
-PREFIX = "checkpoint:"  # of the tensors' names
-STATE = f"{PREFIX}state"
+STATE = f"{CHECKPOINT}state"
 COST_SHARE = 0.01  # of the time between two checkpoints that making one may take
-LEAST_SECONDS = 0.1  # between two of them: nobody misses less
 
 
 class Unstorable(Exception):
@@ -110,13 +108,13 @@ class Draft:
             self.arrived.synchronize()
         packed = msgpack.packb(self.state)
         state = Tensor(STATE, "uint8", (len(packed),), packed)
-        rest = [to_wire(f"{PREFIX}{i}", tensor) for i, tensor in enumerate(self.tensors)]
+        rest = [to_wire(f"{CHECKPOINT}{i}", tensor) for i, tensor in enumerate(self.tensors)]
         return Saved(self.step, [state, *rest])
 
 
 def read(tensors: Sequence[Tensor], device: torch.device) -> Checkpoint:
     """The checkpoint among received tensors, which must hold one; ValueError."""
-    mine = [tensor for tensor in tensors if tensor.name.startswith(PREFIX)]
+    mine = [tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)]
     state = next(tensor for tensor in mine if tensor.name == STATE)
     values = [from_wire(tensor) for tensor in mine if tensor.name != STATE]
     match msgpack.unpackb(state.data):
@@ -137,7 +135,7 @@ def is_one(tensors: Sequence[Tensor]) -> bool:
 class Recorder:
     """Takes checkpoints of one job at its step ends, as often as costs less than COST_SHARE of the time."""
 
-    def __init__(self, scheduler: Any, device: torch.device, seconds: float = LEAST_SECONDS) -> None:
+    def __init__(self, scheduler: Any, device: torch.device, seconds: float) -> None:
         """`seconds` lie between two checkpoints at least; 0 is for one at every step."""
         self._scheduler, self._device, self._seconds = scheduler, device, seconds
         self._begun: dict[str, tuple[object, int]] | None = None  # the scheduler's variables as the loop began

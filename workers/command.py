@@ -12,6 +12,7 @@ from protocol.jobs import Stage
 from protocol.speedups import canonical
 from protocol.units import parse_bytes
 
+LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
 RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
           "max_sequence_length")  # fmt: skip
 
@@ -41,6 +42,12 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
     multiple=True,
     metavar="STAGE:NAME[=VALUE]",
     help="As the stack's others: denoise:compile, text:quantize=int8 …",
+)
+@click.option(
+    "--checkpoint",
+    default=f"{LEAST_SECONDS:g}",
+    metavar="SECONDS|off",
+    help="Between two checkpoints of a denoising job at least; 0: every step.",
 )
 @click.option("--lease-gpu", type=int, hidden=True, help="The GPU whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
@@ -139,4 +146,14 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         turns=options["turns"],
         lease_gpu=options["lease_gpu"],
         speedups=canonical(options["speedups"]),
+        checkpoint_seconds=checkpoint_seconds(options["checkpoint"]),
     )
+
+
+def checkpoint_seconds(text: str) -> float | None:
+    if text == "off":
+        return None
+    try:
+        return max(0.0, float(text))
+    except ValueError as error:
+        raise BadRequest(f"--checkpoint is {text!r}.", "Give seconds, or off.") from error

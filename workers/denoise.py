@@ -9,8 +9,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from protocol.jobs import Recipe
-from protocol.tensors import Tensor
-from workers.checkpoint import LEAST_SECONDS, PREFIX, Checkpoint, Detour, Recorder, Steps, is_one, read
+from protocol.tensors import CHECKPOINT, Tensor
+from workers.checkpoint import Checkpoint, Detour, Recorder, Steps, is_one, read
 from workers.describe import call_parameters, guidance_arguments
 from workers.loading import Loaded
 from workers.modulation import Call, Results, standing_in
@@ -21,7 +21,7 @@ from workers.torch_tensors import Value, pack, unpack
 
 
 class DenoiseStage:
-    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = LEAST_SECONDS) -> None:
+    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = None) -> None:
         """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
@@ -33,7 +33,7 @@ class DenoiseStage:
         With a checkpoint among the tensors it goes on from there.
         """
         saved = read(tensors, self.device) if is_one(tensors) else None
-        embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(PREFIX))
+        embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
         try:
             with contextlib.ExitStack() as stack:
                 for residency in self.residencies:

@@ -1,7 +1,7 @@
 """A worker's conversation with the orchestrator: hello, ready, one task, its progress, its result, and a beat a second.
 
-If the orchestrator falls silent, the worker makes a new socket and says hello again as a new incarnation; a result
-that was not yet committed goes with it.
+If the orchestrator falls silent, the worker makes a new socket and says hello again as a new incarnation. The task in
+its hands goes on meanwhile: it says so, and which; a result that was not yet committed goes with it.
 """
 
 import logging
@@ -36,7 +36,7 @@ from workers.hands import Hands, resident_bytes
 
 log = logging.getLogger(__name__)
 
-SILENCE_BEATS = 4  # missed answers after which the link counts as dead
+SILENCE_SECONDS = 4.0  # without an answer, after which the link counts as dead
 
 
 class WorkerLoop:
@@ -49,7 +49,10 @@ class WorkerLoop:
         self._poller.register(hands.wake, zmq.POLLIN)
         self._beat_seconds = 1.0
         self._heard = self._beaten = 0.0
-        self._idle = self._welcome = False
+        self._idle = self._loaded = self._welcome = False
+        self._task: Task | None = None  # in hand
+        self._ordered = 0  # links made when the last order came
+        self._links = 0
         self._ready = Ready()  # all that was told of this worker since it loaded
         self._result: tuple[Result, list[Tensor]] | None = None  # until it is committed
         self._gpu_bytes = 0
@@ -83,6 +86,7 @@ class WorkerLoop:
         self._poller.register(self._socket, zmq.POLLIN)
         self._heard = self._beaten = time.monotonic()
         self._welcome = False
+        self._links += 1
         self._say(self._hello, self._frames)
 
     def _close(self) -> None:
@@ -103,7 +107,7 @@ class WorkerLoop:
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
-        if now - self._heard > SILENCE_BEATS * self._beat_seconds:
+        if now - self._heard > SILENCE_SECONDS:
             log.warning("the orchestrator is silent; connecting anew")
             self._connect()
         elif self._welcome and now - self._beaten >= self._beat_seconds:
@@ -131,12 +135,10 @@ class WorkerLoop:
         match envelope.message:
             case Welcome(heartbeat_seconds=seconds):
                 self._beat_seconds, self._welcome = seconds, True
-                if self._result:
-                    self._say(*self._result)
-                if self._idle:
-                    self._say(self._ready)
+                self._say_what_is()
             case Task() | Lease() as order:
-                self._idle = False
+                self._idle, self._ordered = False, self._links
+                self._task = order if isinstance(order, Task) else None
                 self._hands.give(order, envelope.tensors)
             case CancelTask(job=job, attempt=attempt):
                 self._hands.cancel(job, attempt)
@@ -149,6 +151,18 @@ class WorkerLoop:
                 raise from_wire(code, message, hint)
             case Beat() | Error():
                 pass
+
+    def _say_what_is(self) -> None:
+        """To an orchestrator that may know nothing: what is held, what is in hand, and its result if there is one."""
+        if not self._loaded:
+            return
+        task = self._result[0] if self._result else self._task
+        if task:
+            self._say(self._ready.model_copy(update={"in_hand": (task.job, task.stage, task.attempt)}))
+        if self._result:
+            self._say(*self._result)
+        if self._idle:
+            self._say(self._ready)
 
     # -- what the hands have done ---------------------------------------------------------------
 
@@ -164,7 +178,7 @@ class WorkerLoop:
             message, tensors = event
             match message:
                 case Ready():
-                    self._idle = True
+                    self._idle, self._loaded, self._task = True, True, None
                     self._remember(message, *(name for name in message.model_fields_set if getattr(message, name)))
                 case Leased():
                     self._idle = True
@@ -172,6 +186,8 @@ class WorkerLoop:
                     self._remember(message, "residency", "context_bytes")
                     held = {"lease_bytes": message.bytes, "lease_weights": message.weights}
                     self._ready = self._ready.model_copy(update=held)
+                    if self._ordered != self._links:  # another orchestrator, or one that thinks this worker gone
+                        message = self._ready
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes

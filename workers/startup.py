@@ -15,7 +15,7 @@ from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.describe import describe
 from workers.hands import Hands, StageRunner
-from workers.loading import WORKSPACE, Devices, load
+from workers.loading import WORKSPACE, Devices, Loaded, load
 from workers.loop import WorkerLoop
 from workers.skeleton import quiet
 from workers.source import Source, locate
@@ -23,9 +23,6 @@ from workers.speed import Speed
 from workers.text import TextStage
 from workers.vae import VaeStage
 
-RUNNERS: dict[Stage, type[TextStage] | type[DenoiseStage] | type[VaeStage]] = {
-    "text": TextStage, "denoise": DenoiseStage, "vae": VaeStage,
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,6 +37,7 @@ class WorkerSettings:
     name: str
     lease_gpu: int | None = None  # it works in leases of this GPU's memory
     speedups: tuple[str, ...] = ()  # of its whole stack
+    checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
     turns: Path | None = None  # lock file of those that compute on this CPU
 
 
@@ -76,7 +74,16 @@ class Prepared:
         devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
         stage = self.settings.stage
         loaded = load(self.source, stage, devices, DTYPES[self.dtype], Speed.of(stage, self.settings.speedups))
-        return RUNNERS[stage](loaded, devices.primary), loaded.device_map
+        return self._runner(loaded, devices.primary), loaded.device_map
+
+    def _runner(self, loaded: Loaded, device: torch.device) -> StageRunner:
+        match self.settings.stage:
+            case "text":
+                return TextStage(loaded, device)
+            case "denoise":
+                return DenoiseStage(loaded, device, self.settings.checkpoint_seconds)
+            case "vae":
+                return VaeStage(loaded, device)
 
 
 def prepare(settings: WorkerSettings) -> Prepared:

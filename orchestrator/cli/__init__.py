@@ -20,7 +20,9 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "retry": ("orchestrator.cli.submit", "retry", "Run failed or cancelled jobs again, or make a PNG's picture again."),
     "workers": ("orchestrator.cli.stack", "workers", "Show the workers of the running stack."),
     "restart": ("orchestrator.cli.stack", "restart", "Restart a stage's workers."),
+    "drain": ("orchestrator.cli.stack", "drain", "Give a stage's workers nothing more to do."),
     "scale": ("orchestrator.cli.stack", "scale", "Change how many workers a stage has."),
+    "gc": ("orchestrator.cli.jobs", "gc", "Remove old jobs and their pictures."),
     "logs": ("orchestrator.cli.logs", "logs", "Show the logs of a stack."),
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
@@ -30,7 +32,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
 
 EPILOG = """\b
 Exit codes: 0 done, 2 wrong usage, 3 no stack reachable, 4 model missing or not permitted,
-5 does not fit, 6 job failed, 124 timeout, 130 interrupted.
+5 does not fit, 6 job failed, 7 state can't be written, 8 state damaged, 124 timeout, 130 interrupted.
 Every option can be set as TRIPTYCH_COMMAND_OPTION; TRIPTYCH_STATE names the stack's folder.
 """
 

@@ -1,4 +1,4 @@
-"""`jobs`, `show` and `cancel`."""
+"""`jobs`, `show`, `cancel` and `gc`."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from orchestrator.cli.options import json_option, quiet_option, state_folder, st
 from orchestrator.cli.table import print_table
 from protocol.client import Client
 from protocol.jobs import JOB_STATES, Job, JobState
+from protocol.units import format_bytes, parse_seconds
 
 
 @click.command()
@@ -100,3 +101,14 @@ def cancel(job_ids: tuple[str, ...], as_json: bool, quiet: bool, state: Path | N
         print(json.dumps([job.model_dump(mode="json") for job in found]))
     else:
         print("\n".join(job.id if quiet else f"{job.id} {job.state}" for job in found))
+
+
+@click.command()
+@click.option("--older-than", default="7d", show_default=True, metavar="30d", help="Since they ended: 30d, 12h, 0.")
+@state_option
+def gc(older_than: str, state: Path | None) -> None:
+    """Remove jobs that ended long ago, with their pictures. A stack does so by itself after --keep-jobs (30 days)."""
+    seconds = parse_seconds(older_than)
+    with Client(state_folder(state)) as client:
+        count, size = client.collect_garbage(int(seconds))
+    print(f"{count} jobs removed, {format_bytes(size)} freed.", file=sys.stderr)

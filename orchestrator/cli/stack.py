@@ -1,7 +1,8 @@
-"""`workers`, `restart` and `scale`."""
+"""`workers`, `restart`, `drain` and `scale`."""
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,8 @@ from protocol.errors import BadRequest
 from protocol.jobs import STAGES, ComponentView, ProcessView, Stage, WorkerView
 from protocol.messages import Workers
 from protocol.units import format_bytes
+
+POLL_SECONDS = 0.1
 
 
 @click.command()
@@ -39,6 +42,8 @@ def workers(device_map: bool, as_json: bool, quiet: bool, state: Path | None) ->
         print_table(
             ("worker", "state", "pid", "device", "dtype", "tasks", "memory", "up", "note"), table(found), wide=8
         )
+        for stage in found.drained:
+            print(f"{stage} is drained: triptych drain {stage} --off", file=sys.stderr)
         print(f"Workers may join at {published(state_folder(state)).workers}", file=sys.stderr)
 
 
@@ -94,10 +99,24 @@ def weights(component: ComponentView) -> str:
 @click.argument("stage", type=click.Choice(get_args(Stage)))
 @state_option
 def restart(stage: Stage, state: Path | None) -> None:
-    """Restart the workers of STAGE; what they have in hand is done again, nothing is lost."""
+    """Restart the workers of STAGE, one after the other; others go on with what they have in hand, nothing is lost."""
     with Client(state_folder(state)) as client:
         client.restart(stage)
     print(f"Restarting {stage}.", file=sys.stderr)
+
+
+@click.command()
+@click.argument("stage", type=click.Choice(get_args(Stage)))
+@click.option("--off", is_flag=True, help="Let it work again.")
+@click.option("--no-wait", is_flag=True, help="Don't wait for what its workers have in hand.")
+@state_option
+def drain(stage: Stage, off: bool, no_wait: bool, state: Path | None) -> None:
+    """Give the workers of STAGE nothing more to do, and wait until their hands are free. Jobs wait for --off."""
+    with Client(state_folder(state)) as client:
+        client.drain(stage, on=not off)
+        while not (off or no_wait) and any(w.job for w in client.workers().workers if w.stage == stage):
+            time.sleep(POLL_SECONDS)
+    print(f"{stage} {'works again' if off else 'is drained; let it work again with --off'}.", file=sys.stderr)
 
 
 @click.command()

@@ -26,7 +26,10 @@ from protocol.units import format_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
-FLAGS = ("model", "revision", "dtype", "queue_limit", "listen", "compile", "attention", "cache", "fuse_qkv")
+FLAGS = (
+    "model", "revision", "dtype", "queue_limit", "queue_bytes", "disk_floor", "keep_jobs", "checkpoint",
+    "step_timeout", "listen", "compile", "attention", "cache", "fuse_qkv",
+)  # fmt: skip
 
 
 def stack_options(command: Command) -> Command:
@@ -53,6 +56,14 @@ def stack_options(command: Command) -> Command:
         click.option("--quantize", multiple=True, metavar="STAGE=KIND",
                      help="torchao's int8, int8-dynamic, fp8, fp8-dynamic of text or denoise. Tier: approximate."),
         click.option("--queue-limit", type=int, help="Unfinished jobs that are taken. [default: 10000]"),
+        click.option("--queue-bytes", metavar="20GB", help="What they may hold on disk. [default: 20GB]"),
+        click.option("--disk-floor", metavar="1GB",
+                     help="Take no jobs where the disk has less left than this. [default: 1GB]"),
+        click.option("--keep-jobs", metavar="30d|forever", help="How long to remember ended jobs. [default: 30d]"),
+        click.option("--checkpoint", metavar="SECONDS|off",
+                     help="Between two checkpoints of a denoising job at least; 0: every step. [default: 0.1]"),
+        click.option("--step-timeout", metavar="SECONDS",
+                     help="After so long at one step a worker counts as hung. [default: 600, or less once known]"),
         click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
     )):  # fmt: skip
         command = option(command)
@@ -99,9 +110,10 @@ def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
 
 @click.command()
 @stack_options
+@click.option("--restore", is_flag=True, help="Begin with the last backup of the job database, in its place.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once the stack is ready.")
 @state_option
-def up(state: Path | None, as_json: bool, **options: Any) -> None:
+def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None:
     """Start the orchestrator and the three stages' workers, and keep them running until Ctrl-C.
 
     With no options it runs the small demo model, which draws colored shapes and knows nothing else.
@@ -114,12 +126,24 @@ def up(state: Path | None, as_json: bool, **options: Any) -> None:
     folder = StackFolder(state_folder(state))
     config = stack_config(options)
     folder.create()
+    if restore:
+        go_back_to_backup(folder)
     supervisor = Supervisor(folder, config, say)
     threading.Thread(target=announce_ready, args=(folder.path, config, as_json), daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
     for gpu, stages in supervisor.sharing().items():
         say(f"GPU {gpu}: {format_bytes(supervisor.accounts[gpu].budget)} for {', '.join(stages)}")
     supervisor.run()
+
+
+def go_back_to_backup(folder: StackFolder) -> None:
+    """Put the last backup in the place of the job database, which is kept beside it."""
+    from orchestrator.database import restore
+
+    with folder.lock("supervisor"), folder.lock("orchestrator"):
+        made = time.time() - folder.backup.stat().st_mtime if folder.backup.exists() else 0
+        aside = restore(folder.database, folder.backup)
+    say(f"went back to a backup of {made / 60:.0f} minutes ago" + (f"; what was there is {aside}" if aside else ""))
 
 
 def say(line: str) -> None:
@@ -158,7 +182,6 @@ def announce_ready(folder: Path, config: StackConfig, as_json: bool) -> None:
 @click.option("--settings", required=True, help="OrchestratorSettings as JSON.")
 def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     """The orchestrator's process; the supervisor starts it."""
-    from orchestrator.engine import Limits
     from orchestrator.gpus import used_bytes
     from orchestrator.ledger import Account, no_driver
     from orchestrator.server import Server
@@ -171,12 +194,11 @@ def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     folder.create()
     with folder.lock("orchestrator"):
         given = OrchestratorSettings.model_validate_json(settings)
-        limits = Limits(given.queue_limit, given.embedding_cache, given.keep_pictures, given.patience, given.keep_alive)
         accounts = {
             index: Account(gpu.budget, gpu.foreign, functools.partial(used_bytes, index) if gpu.driver else no_driver)
             for index, gpu in given.gpus.items()
         }
-        server = Server(folder, Endpoints(clients, workers), limits, accounts)
+        server = Server(folder, Endpoints(clients, workers), given, accounts)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
         server.run()
