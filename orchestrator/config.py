@@ -23,6 +23,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from protocol.errors import BadRequest
 from protocol.jobs import STAGES, Stage
+from protocol.keys import Role
 from protocol.speedups import canonical
 from protocol.units import parse_bytes, parse_seconds
 
@@ -94,7 +95,8 @@ class StackConfig(Settings):
     client_jobs: Annotated[int, Field(ge=1)] = 1000  # unfinished ones of one key
     client_rate: Annotated[float, Field(gt=0)] = 10.0  # jobs a second of one key, a minute's worth at once
     keep: bool = True  # False: nothing outlives the orchestrator; to measure what keeping costs
-    listen: str | None = None  # tcp://127.0.0.1:PORT for clients, instead of a private socket
+    listen: str | None = None  # tcp://HOST:PORT for clients, beside the private socket
+    listen_workers: str | None = None  # the same for workers on other hosts
     gpus: dict[int, Budget] = Field(default_factory=dict)  # the stack's budgets; others: all that is free
     patience: Annotated[float, Field(gt=0)] = 30.0  # seconds that a task waits for those whose turn it is
     compile: bool = False  # the denoiser's blocks
@@ -139,8 +141,15 @@ class OrchestratorSettings(Settings):
     client_jobs: int = 1000  # unfinished ones of one key
     client_rate: float = 10.0  # jobs a second of one key, a minute's worth at once
     keep: bool = True  # False: nothing outlives the process; to measure what keeping costs
+    listen: str | None = None
+    listen_workers: str | None = None
     keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
     gpus: dict[int, AccountSettings] = Field(default_factory=dict)
+
+    def remote(self) -> list[tuple[Role, str]]:
+        """TCP endpoints by who may come to them."""
+        wanted: list[tuple[Role, str | None]] = [("client", self.listen), ("worker", self.listen_workers)]
+        return [(role, endpoint) for role, endpoint in wanted if endpoint]
 
 
 def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stage, dict[str, Any]]) -> StackConfig:

@@ -4,11 +4,13 @@ import logging
 import os
 import time
 from collections import deque
+from dataclasses import dataclass
 
 from orchestrator.engine import Engine
+from orchestrator.live import LiveJob
 from orchestrator.version import VERSION
-from protocol.errors import BadRequest, Conflict, NotFound, QueueFull, TriptychError
-from protocol.jobs import ProcessView, Stage
+from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, TriptychError
+from protocol.jobs import ProcessView, Stage, WorkerView
 from protocol.messages import (
     Cancel,
     Collected,
@@ -42,64 +44,82 @@ MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
 MAX_PARKED = 1000  # submissions that may wait for the first worker to say what the model is
 
 
+ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who asks: a socket, and the name of the key that it came with; none for this machine's own user."""
+
+    identity: bytes
+    owner: str
+
+    @property
+    def local(self) -> bool:
+        return not self.owner
+
+
 class Desk:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.supervisor: bytes | None = None  # identity at the workers' socket
         self.processes: tuple[ProcessView, ...] = ()
-        self._parked: dict[tuple[bytes, int], Submit] = {}  # by client and question
+        self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question
         self._started = time.time()
         self._rolling: deque[str] = deque()  # names of processes to be restarted, one after the other
         self._under_way: int | None = None  # process number of the first's old life
 
-    def answer(self, client: bytes, question: Message) -> None:
+    def answer(self, peer: Peer, question: Message) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
         assert isinstance(question, Question)
         try:
-            self._answer(client, question)
+            self._answer(peer, question)
         except TriptychError as error:
             self._reply(
-                client, Error(request=question.request, code=error.code, message=error.message, hint=error.hint)
+                peer.identity, Error(request=question.request, code=error.code, message=error.message, hint=error.hint)
             )
 
     def unpark(self) -> None:
         """The model is known now: take the submissions that waited for it."""
         parked, self._parked = self._parked, {}
-        for (client, _), submit in parked.items():
-            self.answer(client, submit)
+        for (peer, _), submit in parked.items():
+            self.answer(peer, submit)
 
     def _reply(self, client: bytes, message: Message) -> None:
         self.engine.outbox.to_client(client, message)
 
-    def _answer(self, client: bytes, question: Question) -> None:
-        engine, number = self.engine, question.request
+    def _answer(self, peer: Peer, question: Question) -> None:
+        engine, number, client = self.engine, question.request, peer.identity
+        if isinstance(question, ADMINISTRATION) and not peer.local:
+            raise Forbidden(f"A client's key is not for {question.kind!r}.", "Do it on the stack's own host.")
         match question:
             case Submit():
-                self._submit(client, question)
+                self._submit(peer, question)
             case Watch(jobs=ids):
-                jobs = [engine.known(job_id) for job_id in ids]
+                jobs = [self._own(peer, job_id) for job_id in ids]
                 self._watch(client, [job.id for job in jobs if not job.ended])
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
                 for job in jobs:
                     self._reply(client, engine.event(job))
             case GetJobs(jobs=ids, states=states, limit=limit):
-                found = (engine.known(job_id) for job_id in ids) if ids else engine.store.newest(states, limit)
+                owner = None if peer.local else peer.owner
+                found = (self._own(peer, i) for i in ids) if ids else engine.store.newest(states, limit, owner)
                 live = (engine.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
             case FetchPictures(job=job_id):
-                self._pictures(client, number, job_id)
+                self._pictures(client, number, self._own(peer, job_id))
             case Cancel(jobs=ids):
-                for job in [engine.known(job_id) for job_id in ids]:
+                for job in [self._own(peer, job_id) for job_id in ids]:
                     if not job.ended:
                         engine.cancel(job)
                 self._reply(client, Jobs(request=number, jobs=tuple(engine.known(i).view() for i in ids)))
             case Retry(jobs=ids):
-                jobs = [engine.retry(job) for job in [engine.known(job_id) for job_id in ids]]
+                jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
             case GetWorkers():
-                views = tuple(worker.view() for worker in engine.fleet)
-                drained = tuple(sorted(engine.drained))
-                self._reply(client, Workers(request=number, workers=views, processes=self.processes, drained=drained))
+                views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
+                drained, processes = tuple(sorted(engine.drained)), self.processes if peer.local else ()
+                self._reply(client, Workers(request=number, workers=views, processes=processes, drained=drained))
             case Drain(stage=stage, on=on):
                 engine.drain(stage, on)
                 self._reply(client, Done(request=number))
@@ -118,13 +138,26 @@ class Desk:
             case _:
                 raise BadRequest(f"A message of kind {question.kind!r} is not a question.")
 
-    def _submit(self, client: bytes, submit: Submit) -> None:
+    def _own(self, peer: Peer, job_id: str) -> LiveJob:
+        """A job that the peer may see; to others it is as if there were none."""
+        job = self.engine.find(job_id)
+        if job is None or not (peer.local or job.owner == peer.owner):
+            raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
+        return job
+
+    def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
+        """Whose job a worker has in hand is nobody else's business."""
+        job = self.engine.jobs.get(view.job) if view.job else None
+        return view if peer.local or (job and job.owner == peer.owner) else view.model_copy(update={"job": None})
+
+    def _submit(self, peer: Peer, submit: Submit) -> None:
+        client = peer.identity
         if self.engine.model is None:
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the first worker to load the model.", "Try again later.")
-            self._parked[client, submit.request] = submit
+            self._parked[peer, submit.request] = submit
             return
-        jobs = self.engine.accept(submit.jobs, "")
+        jobs = self.engine.accept(submit.jobs, peer.owner)
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
         if submit.watch:
             self._watch(client, [job.id for job in jobs if not job.ended])
@@ -135,8 +168,8 @@ class Desk:
         for job_id in ids:
             self.engine.watchers.add(client, job_id)
 
-    def _pictures(self, client: bytes, number: int, job_id: str) -> None:
-        job = self.engine.known(job_id)
+    def _pictures(self, client: bytes, number: int, job: LiveJob) -> None:
+        job_id = job.id
         tensors = self.engine.store.artifacts.get("pictures", job_id) if job.pictures else None
         if tensors is not None:
             self.engine.outbox.to_client(client, Pictures(request=number, job=job.view()), tensors)

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -45,6 +46,10 @@ class StackFolder:
         return self.path / "artifacts"
 
     @property
+    def keys(self) -> Path:
+        return self.path / "keys"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -77,9 +82,9 @@ class StackFolder:
         folder = self.socket_folder()
         return Endpoints(f"ipc://{folder / 'clients'}", f"ipc://{folder / 'workers'}")
 
-    def publish(self, endpoints: Endpoints) -> None:
-        """Let clients and workers find the running orchestrator."""
-        text = json.dumps({"clients": endpoints.clients, "workers": endpoints.workers, "pid": os.getpid()})
+    def publish(self, endpoints: Endpoints, remote: Mapping[str, str]) -> None:
+        """Let clients and workers find the running orchestrator; `remote` are its TCP endpoints by role."""
+        text = json.dumps({**asdict(endpoints), "remote": dict(remote), "pid": os.getpid()})
         draft = self.path / f"{PUBLISHED}.new"
         draft.write_text(text)
         draft.replace(self.path / PUBLISHED)

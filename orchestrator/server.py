@@ -1,6 +1,6 @@
 """The orchestrator's loop: take what has come, decide, commit, then answer.
 
-One thread, two ROUTER sockets. All messages that wait are handled before one commit, so a busy stack pays for few;
+One thread. All messages that wait are handled before one commit, so a busy stack pays for few;
 nothing is promised before the commit that it depends on. Whatever a peer sends, the loop goes on.
 """
 
@@ -10,13 +10,16 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import astuple
 from types import FrameType
 
 import zmq
 
+from orchestrator.allowed import Gate, KeyFolder
 from orchestrator.config import OrchestratorSettings
-from orchestrator.desk import MOST_FORGOTTEN, Desk
+from orchestrator.desk import MOST_FORGOTTEN, Desk, Peer
+from orchestrator.doors import Doors
 from orchestrator.engine import Engine
 from orchestrator.fleet import Worker
 from orchestrator.folder import StackFolder
@@ -44,7 +47,6 @@ from protocol.messages import (
     WorkerGoodbye,
     WorkerHello,
 )
-from protocol.sockets import receive, router, send
 from protocol.tensors import Buffer
 
 log = logging.getLogger(__name__)
@@ -53,8 +55,6 @@ HEARTBEAT_SECONDS = 0.5
 KEEP_HOUSE_SECONDS = 60.0
 BACKUP_SECONDS = 3600.0
 HOST = socket.gethostname()
-BATCH = 256  # messages of one socket between two commits
-Handler = Callable[[bytes, list[Buffer]], None]
 
 
 class Server:
@@ -71,28 +71,23 @@ class Server:
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts)
         self.desk = Desk(self.engine)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._clients = router(self._context, endpoints.clients)
-        self._workers = router(self._context, endpoints.workers)
+        keys = KeyFolder(folder.keys)
+        self._doors = Doors(endpoints, settings.remote(), keys.server() if keys.exists else None, Gate(keys))
         self._stopping = False
         self._kept_house = self._backed_up = 0.0  # monotonic seconds
-        bound = (side.getsockopt_string(zmq.LAST_ENDPOINT) for side in (self._clients, self._workers))
-        self.endpoints = Endpoints(*bound)
 
     def stop(self, signal_number: int, frame: FrameType | None) -> None:
         self._stopping = True
 
     def run(self) -> None:
-        self.folder.publish(self.endpoints)
-        log.info("listening at %s and %s", self.endpoints.clients, self.endpoints.workers)
-        poller = zmq.Poller()
-        poller.register(self._clients, zmq.POLLIN)
-        poller.register(self._workers, zmq.POLLIN)
+        self.folder.publish(self._doors.local, dict(self._doors.remote))
+        for endpoint in (*astuple(self._doors.local), *(endpoint for _, endpoint in self._doors.remote)):
+            log.info("listening at %s", endpoint)
         try:
             while not self._stopping:
-                poller.poll(self._pause())
-                self._drain(self._workers, self._from_worker)
-                self._drain(self._clients, self._from_client)
+                self._doors.wait(self._pause())
+                self._shut_out()
+                self._doors.take(self._from_client, self._from_worker)
                 self._notice_silence()
                 self.desk.roll()
                 self._settle()
@@ -106,13 +101,13 @@ class Server:
         left = HEARTBEAT_SECONDS if due is None else min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic()))
         return math.ceil(left * 1000)
 
-    def _drain(self, source: zmq.Socket[bytes], handle: Handler) -> None:
-        for _ in range(BATCH):
-            try:
-                identity, *frames = receive(source)
-            except zmq.Again:
-                return
-            handle(bytes(identity), frames)
+    def _shut_out(self) -> None:
+        """Those whose keys were revoked get nothing more, and their word counts for nothing."""
+        for peer in self._doors.shut_out():
+            self.engine.watchers.forget_client(peer)
+            if worker := self.engine.fleet.workers.get(peer):
+                log.warning("the key of %s was revoked", worker.hello.name)
+                self.engine.lose_worker(worker, "lost its key")
 
     def _settle(self) -> None:
         """Commit, then send. Tasks alone go first: they promise nothing, and their workers need not wait for a disk."""
@@ -124,9 +119,8 @@ class Server:
             self._post(letter)
 
     def _post(self, letter: Letter) -> None:
-        target = self._workers if letter.to_worker else self._clients
         try:
-            send(target, [letter.identity, *wire.encode(letter.message, letter.tensors)])
+            self._doors.send(letter.identity, wire.encode(letter.message, letter.tensors))
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise
@@ -175,19 +169,19 @@ class Server:
 
     # -- clients --------------------------------------------------------------------------------
 
-    def _from_client(self, client: bytes, frames: list[Buffer]) -> None:
+    def _from_client(self, client: bytes, owner: str, frames: list[Buffer]) -> None:
         try:
             question = wire.decode(frames, FROM_CLIENT).message
         except TriptychError as error:
             self.outbox.to_client(client, Error(code=error.code, message=error.message, hint=error.hint))
             return
-        self.desk.answer(client, question)
+        self.desk.answer(Peer(client, owner), question)
 
     # -- workers and the supervisor -------------------------------------------------------------
 
-    def _from_worker(self, identity: bytes, frames: list[Buffer]) -> None:
+    def _from_worker(self, identity: bytes, key: str, frames: list[Buffer]) -> None:
         try:
-            envelope = wire.decode(frames, FROM_WORKER + FROM_SUPERVISOR)
+            envelope = wire.decode(frames, FROM_WORKER if key else FROM_WORKER + FROM_SUPERVISOR)
             self._take(identity, envelope)
         except TriptychError as error:
             self.outbox.to_worker(identity, Error(code=error.code, message=error.message, hint=error.hint))
@@ -251,7 +245,5 @@ class Server:
         self.folder.withdraw()
         with contextlib.suppress(StateUnusable):  # it has been said, and what was not committed was promised to nobody
             self.store.close()
-        self._clients.close()
-        self._workers.close()
-        self._context.term()
+        self._doors.close()
         log.info("stopped")

@@ -92,9 +92,15 @@ class Store:
     def unfinished(self) -> Iterator[LiveJob]:
         return self._select("WHERE state IN ('queued', 'text', 'denoise', 'vae') ORDER BY number", ())
 
-    def newest(self, states: Sequence[JobState], limit: int) -> Iterator[LiveJob]:
-        where = f"WHERE state IN ({','.join('?' * len(states))})" if states else ""
-        return self._select(f"{where} ORDER BY number DESC LIMIT ?", (*states, limit))
+    def newest(self, states: Sequence[JobState], limit: int, owner: str | None = None) -> Iterator[LiveJob]:
+        """Newest first; of one owner, or of all."""
+        wanted = [f"state IN ({','.join('?' * len(states))})"] if states else []
+        values: list[object] = [*states]
+        if owner is not None:
+            wanted.append("owner = ?")
+            values.append(owner)
+        where = f"WHERE {' AND '.join(wanted)}" if wanted else ""
+        return self._select(f"{where} ORDER BY number DESC LIMIT ?", (*values, limit))
 
     def counts(self) -> dict[JobState, int]:
         rows: Any = self._db.read("SELECT state, count(*) FROM jobs GROUP BY state")

@@ -24,7 +24,6 @@ from orchestrator.folder import StackFolder
 from orchestrator.forks import ForkServer, Spare
 from orchestrator.gpus import Gpu, list_gpus
 from protocol import wire
-from protocol.endpoints import Endpoints
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, StateDamaged, StateUnusable, TriptychError
 from protocol.jobs import STAGES, Stage
 from protocol.messages import (
@@ -61,7 +60,7 @@ class Supervisor:
         self._wake.setblocking(False)
         self._bell.setblocking(False)
         self._signal = 0
-        self._endpoints = self._choose_endpoints()
+        self._endpoints = folder.local_endpoints()
         self._gpus = list_gpus()
         self._dtype = stack_dtype(config, self._gpus)
         self.accounts = accounts(config, self._gpus)  # what is lent of which GPU
@@ -187,8 +186,8 @@ class Supervisor:
         """Where the settings can't work from the start, say why instead of standing there without a stage."""
         groups = [[self._orchestrator], *self._workers.values()]
         for group in groups:
-            first = group[0] is not self._orchestrator  # it is needed at any time, a stage may be lost later
-            hopeless = [child for child in group if not child.wanted and (child.restarts == 1 or not first)]
+            needed = self._orchestrator in group  # at any time; a stage, once it has run, may be lost
+            hopeless = [child for child in group if not child.wanted and (needed or child.restarts == 1)]
             if hopeless and len(hopeless) == len(group):
                 raise BY_EXIT_CODE[hopeless[0].exit_code](last_line(hopeless[0]))
 
@@ -218,10 +217,6 @@ class Supervisor:
 
     # -- children -------------------------------------------------------------------------------
 
-    def _choose_endpoints(self) -> Endpoints:
-        local = self.folder.local_endpoints()
-        return Endpoints(self.config.listen or local.clients, local.workers)
-
     def _orchestrator_child(self) -> Child:
         config = self.config
         keep = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
@@ -229,7 +224,8 @@ class Supervisor:
             queue_limit=config.queue_limit, queue_bytes=config.queue_bytes, disk_floor=config.disk_floor,
             embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures, keep_jobs=config.keep_jobs,
             patience=config.patience, step_seconds=config.step_timeout, client_jobs=config.client_jobs,
-            client_rate=config.client_rate, keep=config.keep, keep_alive=keep, gpus=self.accounts,
+            client_rate=config.client_rate, keep=config.keep, listen=config.listen,
+            listen_workers=config.listen_workers, keep_alive=keep, gpus=self.accounts,
         )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),

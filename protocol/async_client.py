@@ -25,7 +25,7 @@ from protocol.conversation import (
     request_of,
     with_ids,
 )
-from protocol.endpoints import default_folder, no_stack, published
+from protocol.endpoints import no_stack, reach
 from protocol.errors import NoStack, TriptychError, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
@@ -60,14 +60,14 @@ class AsyncClient:
     """As Client, with every method awaited. Use it as an async context manager."""
 
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
-        self._where = endpoint or published(Path(state) if state else default_folder()).clients
+        self._where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
         self._conversation = Conversation()
         self._answers: dict[int, asyncio.Future[Envelope]] = {}
         self._answered = False
         self._listeners: set[asyncio.Queue[JobEvent]] = set()
         self._context = zmq.asyncio.Context()
-        self._socket: Any = dealer(self._context, self._where, self._conversation.identity)  # type: ignore[arg-type]
+        self._socket: Any = dealer(self._context, self._where, self._conversation.identity, key)  # type: ignore[arg-type]
         self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:

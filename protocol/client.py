@@ -26,7 +26,7 @@ from protocol.conversation import (
     request_of,
     with_ids,
 )
-from protocol.endpoints import default_folder, no_stack, published
+from protocol.endpoints import no_stack, reach
 from protocol.errors import NoStack, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
@@ -63,7 +63,8 @@ class Client:
     """A connection to a running stack. Not for several threads at once: give each its own.
 
     Args:
-        state: the stack's folder; the user's default stack if neither this nor `endpoint` is given.
+        state: the stack's folder, or the file of a key for a remote stack; the user's default stack if neither this
+            nor `endpoint` is given.
         endpoint: the clients' endpoint itself, such as tcp://127.0.0.1:5555.
         timeout: seconds to wait for an answer.
 
@@ -72,13 +73,13 @@ class Client:
     """
 
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
-        self._where = endpoint or published(Path(state) if state else default_folder()).clients
+        self._where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
         self._conversation = Conversation()
         self._answered = False
         self._events: deque[JobEvent] = deque()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = dealer(self._context, self._where, self._conversation.identity)
+        self._socket = dealer(self._context, self._where, self._conversation.identity, key)
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Where a stack can be reached: its folder names the sockets while it runs."""
+"""Where a stack can be reached: its folder names the sockets while it runs, a key's file those of a remote one."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
-from protocol.errors import NoStack
+from protocol.errors import BadRequest, NoStack
+from protocol.keys import PeerKey, load
 
 PUBLISHED = "stack.json"
 
@@ -31,6 +32,19 @@ def published(folder: Path) -> Endpoints:
         return Endpoints(str(found["clients"]), str(found["workers"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise no_stack(f"in {str(folder)!r}") from error
+
+
+def reach(state: Path | None) -> tuple[str, PeerKey | None]:
+    """Where clients find a stack: in its folder, or in a key's file; NoStack, BadRequest."""
+    where = state or default_folder()
+    if not where.is_file():
+        return published(where).clients, None
+    key = load(where)
+    if key.role != "client":
+        raise BadRequest(
+            f"{str(where)!r} is a {key.role}'s key.", f"Use it as: triptych {key.role} STAGE --state {where}"
+        )
+    return key.endpoint, key
 
 
 def no_stack(where: str) -> NoStack:

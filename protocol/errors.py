@@ -47,6 +47,12 @@ class Conflict(BadRequest):
     code = "conflict"
 
 
+class Forbidden(BadRequest):
+    """What this key may not do."""
+
+    code = "forbidden"
+
+
 class NoStack(TriptychError):
     """Nothing answers at the endpoint."""
 
@@ -124,8 +130,8 @@ class ProtocolError(TriptychError):
 BY_CODE: dict[str, type[TriptychError]] = {
     kind.code: kind
     for kind in (
-        TriptychError, BadRequest, NotFound, Conflict, NoStack, VersionMismatch, ModelMissing, DoesNotFit, QueueFull,
-        StateUnusable, StateDamaged, JobFailed, JobCancelled, WaitTimeout, ProtocolError,
+        TriptychError, BadRequest, NotFound, Conflict, Forbidden, NoStack, VersionMismatch, ModelMissing, DoesNotFit,
+        QueueFull, StateUnusable, StateDamaged, JobFailed, JobCancelled, WaitTimeout, ProtocolError,
     )
 }  # fmt: skip
 

@@ -8,35 +8,56 @@ from collections.abc import Sequence
 import zmq
 
 from protocol.errors import BadRequest
+from protocol.keys import PeerKey
 from protocol.tensors import Buffer
 from protocol.wire import MAX_FRAME_BYTES
 
 HIGH_WATER = 2000  # messages a peer, each way
 LINGER_MS = 500  # what a closing socket may still take to send its last words
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1500  # a dead link drops after 2 s
+HANDSHAKE_MS = 10_000  # that a peer has to prove who it is
 MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 COPY_BELOW = 65536  # bytes; zero-copy pays above this
 
 
-def configure(socket: zmq.Socket[bytes]) -> None:
-    """The options that every socket has."""
+def configure(socket: zmq.Socket[bytes], largest: int | None = None) -> None:
+    """The options that every socket has; `largest` in bytes of a frame that may come."""
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.setsockopt(zmq.MAXMSGSIZE, largest or MAX_FRAME_BYTES)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     socket.setsockopt(zmq.IMMEDIATE, 1)
 
 
-def router(context: zmq.Context[zmq.Socket[bytes]], endpoint: str) -> zmq.Socket[bytes]:
-    """A bound ROUTER: it knows when a peer is gone, and nobody takes over another's identity."""
-    check_endpoint(endpoint)
+def router(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    secret: str | None = None,
+    domain: str = "",
+    largest: int | None = None,
+) -> zmq.Socket[bytes]:
+    """A bound ROUTER: it knows when a peer is gone, and nobody takes over another's identity.
+
+    With a `secret` key it wants CURVE, and whoever answers ZAP's questions for the `domain` decides who comes in.
+    BadRequest if the endpoint can't be bound, or is not on this machine and has no key.
+    """
+    check_endpoint(endpoint, secured=secret is not None)
     socket = context.socket(zmq.ROUTER)
-    configure(socket)
+    configure(socket, largest)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
-    socket.bind(endpoint)
+    if secret is not None:
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt_string(zmq.CURVE_SECRETKEY, secret)
+        socket.setsockopt_string(zmq.ZAP_DOMAIN, domain)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close()
+        raise BadRequest(f"Nothing can listen at {endpoint!r}: {error.strerror}.", "Choose another port.") from error
     return socket
 
 
@@ -45,39 +66,67 @@ def new_identity() -> bytes:
     return b"T" + secrets.token_bytes(15)
 
 
-def dealer(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes) -> zmq.Socket[bytes]:
+def dealer(
+    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes, key: PeerKey | None = None
+) -> zmq.Socket[bytes]:
     """A connected DEALER; `identity` is new for every incarnation."""
-    check_endpoint(endpoint)
+    check_endpoint(endpoint, secured=key is not None)
     socket = context.socket(zmq.DEALER)
     configure(socket)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
+    if key is not None:
+        socket.setsockopt_string(zmq.CURVE_SERVERKEY, key.server)
+        socket.setsockopt_string(zmq.CURVE_PUBLICKEY, key.public)
+        socket.setsockopt_string(zmq.CURVE_SECRETKEY, key.secret)
     socket.connect(endpoint)
     return socket
 
 
-def check_endpoint(endpoint: str) -> None:
-    """Refuse all but ipc and TCP on the loopback address, where nobody else can listen or knock."""
+def is_loopback(endpoint: str) -> bool | None:
+    """Whether a TCP endpoint is on the loopback address; None if it is no TCP endpoint."""
+    try:
+        address = urllib.parse.urlsplit(endpoint)
+        host, port = address.hostname or "", address.port
+    except ValueError:
+        return None
+    if address.scheme != "tcp" or not host or port is None:
+        return None
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_endpoint(endpoint: str, secured: bool = False) -> None:
+    """Refuse all but ipc and TCP, and without keys all but the loopback address, where no stranger knocks."""
     if endpoint.startswith(("ipc://", "inproc://")) and len(endpoint) > 9:
         return
-    address = urllib.parse.urlsplit(endpoint)
-    try:
-        host, port = address.hostname or "", address.port
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback, port = False, None
-    if address.scheme != "tcp" or not loopback or port is None:
-        raise BadRequest(
-            f"The endpoint {endpoint!r} is not local.",
-            "Use ipc://PATH or tcp://127.0.0.1:PORT: links are not encrypted.",
-        )
+    match is_loopback(endpoint):
+        case None:
+            raise BadRequest(f"{endpoint!r} is not an endpoint.", "Use ipc://PATH or tcp://HOST:PORT.")
+        case False if not secured:
+            raise BadRequest(
+                f"The endpoint {endpoint!r} is not on this machine, and there is no key for it.",
+                "Make one on the stack's host with 'triptych keys new NAME', or use tcp://127.0.0.1:PORT.",
+            )
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[Buffer]:
     """One multipart message without waiting; big frames are views of ZeroMQ's own memory. zmq.Again if none."""
     frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
     return [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
+
+
+def receive_from(socket: zmq.Socket[bytes]) -> tuple[str, list[Buffer]]:
+    """As `receive`, with the user that ZAP has named; empty without CURVE."""
+    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+    try:
+        user = str(frames[-1].get("User-Id"))
+    except zmq.ZMQError:
+        user = ""
+    return user, [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
 
 
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> None:

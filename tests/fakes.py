@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import zmq
 from orchestrator.config import OrchestratorSettings
 from protocol import wire
 from protocol.client import Client
-from protocol.endpoints import Endpoints, published
+from protocol.endpoints import PUBLISHED, Endpoints, published
 from protocol.jobs import ModelDescription, Needs, Stage
+from protocol.keys import PeerKey
 from protocol.messages import (
     TO_WORKER,
     Error,
@@ -71,10 +73,11 @@ class FakeWorker:
         model: ModelDescription = MODEL,
         gpu: int | None = None,
         pid: int | None = None,
+        key: PeerKey | None = None,
     ) -> None:
         self.stage = stage
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.socket = dealer(self._context, endpoint, new_identity())
+        self.socket = dealer(self._context, key.endpoint if key else endpoint, new_identity(), key)
         self.seen: list[wire.Envelope] = []
         self.say(
             WorkerHello(
@@ -179,6 +182,7 @@ class Orchestrator:
         first = self.process.stderr.readline()
         assert "listening" in first, first + self.process.stderr.read()
         assert published(self.folder) == self.endpoints
+        self.remote: dict[str, str] = json.loads((self.folder / PUBLISHED).read_text())["remote"]
 
     def kill(self) -> None:
         self.process.kill()

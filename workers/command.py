@@ -24,7 +24,10 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
     "--connect", metavar="ENDPOINT", help="Join the stack whose workers' endpoint this is ('triptych workers')."
 )
 @click.option(
-    "--state", type=click.Path(path_type=Path), envvar="TRIPTYCH_STATE", help="Join the stack in this folder."
+    "--state",
+    type=click.Path(path_type=Path),
+    envvar="TRIPTYCH_STATE",
+    help="Join the stack in this folder, or the remote one of this worker's key file.",
 )
 @click.option("-m", "--model", help="A folder, a hub id, or demo. [default: demo, or what made the input file]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
@@ -119,15 +122,24 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 
 def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
+    from protocol.keys import load
     from protocol.sockets import check_endpoint
     from workers.startup import serve
 
-    endpoint = options["connect"]
+    endpoint, key = options["connect"], None
     if endpoint is None:
-        folder = options["state"] or default_folder()
-        endpoint, options["turns"] = published(folder).workers, folder / "cpu.lock"
-    check_endpoint(endpoint)
-    serve(worker_settings(stage, name, options), endpoint)
+        where = options["state"] or default_folder()
+        if where.is_file():
+            key = load(where)
+            if key.role != "worker":
+                raise BadRequest(
+                    f"{str(where)!r} is a client's key.", "'triptych keys new NAME --role worker' makes one."
+                )
+            endpoint = key.endpoint
+        else:
+            endpoint, options["turns"] = published(where).workers, where / "cpu.lock"
+    check_endpoint(endpoint, secured=key is not None)
+    serve(worker_settings(stage, name, options), endpoint, key)
 
 
 def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:

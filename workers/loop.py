@@ -13,6 +13,7 @@ import zmq
 
 from protocol import wire
 from protocol.errors import TriptychError, from_wire
+from protocol.keys import PeerKey
 from protocol.messages import (
     TO_WORKER,
     Beat,
@@ -40,8 +41,10 @@ SILENCE_SECONDS = 4.0  # without an answer, after which the link counts as dead
 
 
 class WorkerLoop:
-    def __init__(self, endpoint: str, hello: WorkerHello, tokenizer: Tensor | None, hands: Hands) -> None:
-        self._endpoint, self._hello, self._hands = endpoint, hello, hands
+    def __init__(
+        self, endpoint: str, key: PeerKey | None, hello: WorkerHello, tokenizer: Tensor | None, hands: Hands
+    ) -> None:
+        self._endpoint, self._key, self._hello, self._hands = endpoint, key, hello, hands
         self._frames = [tokenizer] if tokenizer else []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
@@ -82,7 +85,7 @@ class WorkerLoop:
 
     def _connect(self) -> None:
         self._close()
-        self._socket = dealer(self._context, self._endpoint, new_identity())
+        self._socket = dealer(self._context, self._endpoint, new_identity(), self._key)
         self._poller.register(self._socket, zmq.POLLIN)
         self._heard = self._beaten = time.monotonic()
         self._welcome = False

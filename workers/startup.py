@@ -10,6 +10,7 @@ import torch
 
 from protocol.errors import BadRequest
 from protocol.jobs import ModelDescription, Stage
+from protocol.keys import PeerKey
 from protocol.messages import WorkerHello
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
@@ -109,8 +110,8 @@ def _json(source: Source, name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def serve(settings: WorkerSettings, endpoint: str) -> None:
-    """Join a stack and work until told to stop."""
+def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
+    """Join a stack and work until told to stop; a remote one lets a `key` in."""
     prepared = prepare(settings)
     hello = WorkerHello(
         name=settings.name,
@@ -126,6 +127,7 @@ def serve(settings: WorkerSettings, endpoint: str) -> None:
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
     WorkerLoop(
         endpoint,
+        key,
         hello,
         tokenizer,
         Hands(

@@ -23,6 +23,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "drain": ("orchestrator.cli.stack", "drain", "Give a stage's workers nothing more to do."),
     "scale": ("orchestrator.cli.stack", "scale", "Change how many workers a stage has."),
     "gc": ("orchestrator.cli.jobs", "gc", "Remove old jobs and their pictures."),
+    "keys": ("orchestrator.cli.keys", "keys", "Let clients and workers on other machines in."),
     "logs": ("orchestrator.cli.logs", "logs", "Show the logs of a stack."),
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),

@@ -28,7 +28,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
 FLAGS = (
     "model", "revision", "dtype", "queue_limit", "queue_bytes", "disk_floor", "keep_jobs", "checkpoint",
-    "step_timeout", "listen", "compile", "attention", "cache", "fuse_qkv",
+    "step_timeout", "listen", "listen_workers", "compile", "attention", "cache", "fuse_qkv",
 )  # fmt: skip
 
 
@@ -64,7 +64,9 @@ def stack_options(command: Command) -> Command:
                      help="Between two checkpoints of a denoising job at least; 0: every step. [default: 0.1]"),
         click.option("--step-timeout", metavar="SECONDS",
                      help="After so long at one step a worker counts as hung. [default: 600, or less once known]"),
-        click.option("--listen", metavar="ENDPOINT", help="For clients: tcp://127.0.0.1:PORT. [default: private]"),
+        click.option("--listen", metavar="tcp://HOST:PORT",
+                     help="For clients elsewhere; needs keys unless HOST is 127.0.0.1. [default: private]"),
+        click.option("--listen-workers", metavar="tcp://HOST:PORT", help="The same for workers on other hosts."),
     )):  # fmt: skip
         command = option(command)
     return command

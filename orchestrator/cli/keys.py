@@ -1,0 +1,133 @@
+"""`keys`: who may reach a stack from another machine."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.allowed import KeyFolder
+from orchestrator.cli.jobs import age
+from orchestrator.cli.options import json_option, state_folder, state_option
+from orchestrator.cli.table import print_table
+from orchestrator.folder import StackFolder
+from protocol.endpoints import PUBLISHED
+from protocol.errors import BadRequest
+from protocol.keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, save
+
+role_option = click.option("--role", type=click.Choice(ROLES), default="client", show_default=True)
+
+
+@click.group()
+def keys() -> None:
+    """Let clients and workers on other machines in, and out again.
+
+    \b
+    On the stack's host:
+      triptych keys new alice --endpoint tcp://my-host:5555      (writes alice.key)
+      triptych up --listen tcp://0.0.0.0:5555
+    Where alice sits, with that file:
+      triptych submit "a large red circle" --state alice.key
+    """
+
+
+def key_folder(state: Path | None) -> KeyFolder:
+    folder = StackFolder(state_folder(state))
+    folder.create()
+    return KeyFolder(folder.keys)
+
+
+@keys.command()
+@click.argument("name")
+@role_option
+@click.option(
+    "--endpoint", metavar="tcp://HOST:PORT", help="Where its holder finds the stack. [default: of the running stack]"
+)
+@click.option(
+    "--server", metavar="KEY", help="The stack's public key: make a pair here that is let in there with 'add'."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The key's file. [default: NAME.key]")
+@state_option
+def new(
+    name: str, role: Role, endpoint: str | None, server: str | None, output: Path | None, state: Path | None
+) -> None:
+    """Make a key NAME, let it in, and write the file that its holder needs. Carry it as you would a password."""
+    checked_name(name)
+    output = output or Path(f"{name}.key")
+    if output.exists():
+        raise BadRequest(f"{str(output)!r} exists already.", "Choose another file with -o, or remove it.")
+    pair = KeyPair.new()
+    if server is not None:
+        if endpoint is None:
+            raise BadRequest("With --server there is no stack here to ask.", "Give its --endpoint tcp://HOST:PORT.")
+        save(output, PeerKey(name, role, endpoint, checked_public(server), pair.public, pair.secret))
+        print(pair.public)
+        print(f"On the stack's host: triptych keys add {name} '{pair.public}' --role {role}", file=sys.stderr)
+        return
+    folder = key_folder(state)
+    first = not folder.exists
+    endpoint = endpoint or running_endpoint(state_folder(state), role)
+    key = PeerKey(name, role, endpoint, folder.server().public, pair.public, pair.secret)
+    folder.add(name, role, pair.public)
+    save(output, key)
+    use = f"triptych submit … --state {output}" if role == "client" else f"triptych worker STAGE --state {output}"
+    print(f"{output} lets a {role} in at {endpoint}. Carry it there safely; use it as: {use}", file=sys.stderr)
+    if first:
+        flag = "--listen" if role == "client" else "--listen-workers"
+        print(f"Start the stack with {flag} tcp://0.0.0.0:PORT (again, if it runs already).", file=sys.stderr)
+
+
+def running_endpoint(folder: Path, role: Role) -> str:
+    """Where the running stack listens for a role, as others may find it."""
+    try:
+        endpoint = str(json.loads((folder / PUBLISHED).read_text())["remote"][role])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        flag = "--listen" if role == "client" else "--listen-workers"
+        raise BadRequest(
+            "No stack runs here that listens for others.",
+            f"Give --endpoint tcp://HOST:PORT, as they will find it, and start the stack with {flag}.",
+        ) from error
+    return endpoint.replace("//0.0.0.0:", f"//{socket.getfqdn()}:")
+
+
+@keys.command()
+@click.argument("name")
+@click.argument("public")
+@role_option
+@state_option
+def add(name: str, public: str, role: Role, state: Path | None) -> None:
+    """Let a key NAME in that was made elsewhere, by its PUBLIC part."""
+    folder = key_folder(state)
+    folder.add(name, role, public)
+    print(f"{name} may come in as a {role}; the stack's public key is {folder.server().public}", file=sys.stderr)
+
+
+@keys.command("list")
+@json_option
+@state_option
+def list_keys(as_json: bool, state: Path | None) -> None:
+    """Show whose keys are let in."""
+    folder = key_folder(state)
+    entries = folder.entries()
+    if as_json:
+        rows: list[dict[str, Any]] = [
+            {"name": e.name, "role": e.role, "public": e.public, "added": e.added} for e in entries
+        ]
+        print(json.dumps(rows))
+        return
+    print_table(
+        ("name", "role", "added", "public key"), [[e.name, e.role, age(e.added), e.public] for e in entries], wide=0
+    )
+    if folder.exists:
+        print(f"The stack's public key is {folder.server().public}", file=sys.stderr)
+
+
+@keys.command()
+@click.argument("name")
+@state_option
+def revoke(name: str, state: Path | None) -> None:
+    """Let the key NAME in no longer, also where it is connected now."""
+    key_folder(state).revoke(name)
+    print(f"{name} is not let in any more.", file=sys.stderr)
