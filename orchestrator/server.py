@@ -75,6 +75,7 @@ class Server:
         self._doors = Doors(endpoints, settings.remote(), keys.server() if keys.exists else None, Gate(keys))
         self._stopping = False
         self._kept_house = self._backed_up = 0.0  # monotonic seconds
+        self._epoch = time.time() - time.monotonic()  # a clock that is set anew must not make jobs old
 
     def stop(self, signal_number: int, frame: FrameType | None) -> None:
         self._stopping = True
@@ -156,7 +157,7 @@ class Server:
             return
         self._kept_house = now
         if self.settings.keep_jobs is not None:
-            self.engine.forget_old(time.time() - self.settings.keep_jobs, MOST_FORGOTTEN)
+            self.engine.forget_old(self._epoch + now - self.settings.keep_jobs, MOST_FORGOTTEN)
         if self.settings.keep and now - self._backed_up >= BACKUP_SECONDS:
             self._backed_up = now
             self._back_up()
@@ -194,7 +195,8 @@ class Server:
                 return
             case SupervisorHello():
                 self.desk.supervisor = identity
-                self.outbox.to_worker(identity, Beat())
+                proven = tuple(w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.done)
+                self.outbox.to_worker(identity, Beat(proven=proven))
                 return
             case Processes(processes=processes, exited_pids=pids) if identity == self.desk.supervisor:
                 self.desk.processes = processes

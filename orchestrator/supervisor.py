@@ -127,6 +127,7 @@ class Supervisor:
     def _start_due(self) -> None:
         now = time.monotonic()
         self._forks.listen()
+        self._forks.child.proven |= self._forks.ready
         for child in self._children():
             if child.state == "waiting" and child.wanted and now >= child.start_at:
                 if child.stage and self._forks.starting:
@@ -311,8 +312,11 @@ class Supervisor:
                     for child in self._children():
                         if child.process is not None and child.process.pid == pid:
                             child.put_down(reason)
-                case Beat():
+                case Beat(proven=pids):
                     self._answered = now
+                    self._orchestrator.proven = True
+                    for child in self._children():
+                        child.proven |= child.process is not None and child.process.pid in pids
 
     def _say(self, message: Message) -> bool:
         assert self._link is not None
