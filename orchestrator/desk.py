@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orchestrator.engine import Engine
 from orchestrator.live import LiveJob
 from orchestrator.version import VERSION
-from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, TriptychError
+from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, StateUnusable, TriptychError
 from protocol.jobs import ProcessView, Stage, WorkerView
 from protocol.messages import (
     Cancel,
@@ -74,6 +74,8 @@ class Desk:
         assert isinstance(question, Question)
         try:
             self._answer(peer, question)
+        except StateUnusable:
+            raise
         except TriptychError as error:
             self._reply(
                 peer.identity, Error(request=question.request, code=error.code, message=error.message, hint=error.hint)

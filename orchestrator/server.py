@@ -173,10 +173,14 @@ class Server:
     def _from_client(self, client: bytes, owner: str, frames: list[Buffer]) -> None:
         try:
             question = wire.decode(frames, FROM_CLIENT).message
+            self.desk.answer(Peer(client, owner), question)
+        except StateUnusable:
+            raise
         except TriptychError as error:
             self.outbox.to_client(client, Error(code=error.code, message=error.message, hint=error.hint))
-            return
-        self.desk.answer(Peer(client, owner), question)
+        except Exception:  # whatever a peer sends, the others go on
+            log.exception("a client's question could not be answered")
+            self.outbox.to_client(client, Error(code="error", message="The orchestrator failed at this question."))
 
     # -- workers and the supervisor -------------------------------------------------------------
 
@@ -184,8 +188,14 @@ class Server:
         try:
             envelope = wire.decode(frames, FROM_WORKER if key else FROM_WORKER + FROM_SUPERVISOR)
             self._take(identity, envelope)
+        except StateUnusable:
+            raise
         except TriptychError as error:
             self.outbox.to_worker(identity, Error(code=error.code, message=error.message, hint=error.hint))
+        except Exception:
+            log.exception("a worker's message could not be handled")
+            if worker := self.engine.fleet.workers.get(identity):
+                self.engine.lose_worker(worker, "sent what could not be handled")
 
     def _take(self, identity: bytes, envelope: wire.Envelope) -> None:
         engine = self.engine

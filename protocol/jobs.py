@@ -16,6 +16,7 @@ Tier = Literal["exact", "numeric", "approximate"]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Text = Annotated[str, Field(max_length=100_000)]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**40)]
 MAX_SEED = 2**63 - 1
 
 
@@ -98,16 +99,16 @@ class ModelDescription(Data):
     model: str  # as it was given: a folder or a hub repo id
     revision: str
     pipeline: str  # class name in diffusers
-    size_multiple: int  # pixels
-    width: int  # default, pixels
-    height: int
-    max_pixels: int
-    steps: int
+    size_multiple: Positive  # pixels
+    width: Positive  # default, pixels
+    height: Positive
+    max_pixels: Positive
+    steps: Positive
     guidance: float | None  # default; None where the denoiser takes none
     cfg_scale: float | None  # default; None where the pipeline has no true CFG
     negative_prompt: bool
     max_sequence_length: int | None  # default; None where the pipeline has no such argument
-    max_sequence_limit: int  # tokens that fit a prompt at most
+    max_sequence_limit: Positive  # tokens that fit a prompt at most
     demo: bool = False
 
 

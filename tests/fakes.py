@@ -3,11 +3,12 @@
 import contextlib
 import itertools
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,8 +153,9 @@ class FakeWorker:
 class Orchestrator:
     """The orchestrator's process alone, with fake workers and a client; it can be killed and started again."""
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, **settings: object) -> None:
         self.folder, self._settings = folder, settings
+        self._environment = {**os.environ, **(environment or {})}
         self._opened: list[FakeWorker | Client] = []
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
@@ -177,7 +179,7 @@ class Orchestrator:
             settings.model_dump_json(),
         ]
         (self.folder / "stack.json").unlink(missing_ok=True)
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self._environment)
         assert self.process.stderr is not None
         first = self.process.stderr.readline()
         assert "listening" in first, first + self.process.stderr.read()
@@ -213,9 +215,11 @@ class Orchestrator:
 
 
 @contextlib.contextmanager
-def orchestrator(folder: Path, **settings: object) -> Iterator[Orchestrator]:
+def orchestrator(
+    folder: Path, environment: Mapping[str, str] | None = None, **settings: object
+) -> Iterator[Orchestrator]:
     """Its settings are OrchestratorSettings'."""
-    running = Orchestrator(folder, **settings)
+    running = Orchestrator(folder, environment, **settings)
     try:
         yield running
     finally:
