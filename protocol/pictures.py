@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from protocol.errors import BadRequest
@@ -56,10 +56,10 @@ def save_png(image: Image.Image, path: Path, recipe: Recipe, job: str, index: in
 def read_recipe(path: Path) -> tuple[Recipe, int]:
     """The recipe in a PNG that Triptych wrote, and which of the job's pictures it is."""
     try:
-        with Image.open(path) as image:
-            chunk = image.info.get(CHUNK) if image.format == "PNG" else None
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{str(path)!r} can't be read as a picture.") from error
+        with Image.open(path, formats=("PNG",)) as image:  # its header and texts, within Pillow's limits; no pixels
+            chunk = image.info.get(CHUNK)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadRequest(f"{str(path)!r} can't be read as a PNG picture.") from error
     if not isinstance(chunk, str):
         raise BadRequest(
             f"{str(path)!r} carries no recipe.", "Only PNGs that Triptych wrote do, while nobody strips them."

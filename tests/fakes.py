@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -156,6 +157,7 @@ class Orchestrator:
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, **settings: object) -> None:
         self.folder, self._settings = folder, settings
         self._environment = {**os.environ, **(environment or {})}
+        self._log = folder / "orchestrator.log"
         self._opened: list[FakeWorker | Client] = []
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
@@ -179,16 +181,21 @@ class Orchestrator:
             settings.model_dump_json(),
         ]
         (self.folder / "stack.json").unlink(missing_ok=True)
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=self._environment)
-        assert self.process.stderr is not None
-        first = self.process.stderr.readline()
-        assert "listening" in first, first + self.process.stderr.read()
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, stderr=log, env=self._environment)
+        while not (self.folder / PUBLISHED).exists():  # it writes it in one go, once it listens
+            assert self.process.poll() is None, self.log()
+            time.sleep(0.01)
         assert published(self.folder) == self.endpoints
         self.remote: dict[str, str] = json.loads((self.folder / PUBLISHED).read_text())["remote"]
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+
+    def log(self) -> str:
+        """What the process has said since it started."""
+        return self._log.read_text()
 
     def worker(self, stage: Stage, **arguments: object) -> FakeWorker:
         self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))  # type: ignore[arg-type]
@@ -211,7 +218,8 @@ class Orchestrator:
         for opened in self._opened:
             opened.close()
         self.process.send_signal(signal.SIGTERM)
-        return self.process.communicate(timeout=20)[1]
+        self.process.wait(timeout=20)
+        return self.log()
 
 
 @contextlib.contextmanager

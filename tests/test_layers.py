@@ -9,10 +9,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
-    "pickle": re.compile(r"\bimport pickle|\bcPickle|\bcloudpickle|recv_pyobj|send_pyobj"),
-    "torch.load": re.compile(r"\btorch\.load\(|\btorch\.save\("),
-    "eval": re.compile(r"(?<![\w.])(eval|exec)\("),
-    "shell": re.compile(r"shell=True|os\.system\("),
+    "pickle": re.compile(
+        r"\b(import|from) (pickle|cPickle|cloudpickle|dill|joblib|shelve|marshal)\b|allow_pickle=True"
+    ),
+    "pickles on sockets": re.compile(r"(recv|send)_pyobj|multiprocessing\.(connection|Queue|Pipe|managers)"),
+    "torch.load": re.compile(r"\btorch\.(load|save)\(|\.load_state_dict\(\s*torch|weights_only=False"),
+    "eval": re.compile(r"(?<![\w.])(eval|exec|__import__)\("),
+    "code of a model's": re.compile(r"trust_remote_code=True"),
+    "other weights": re.compile(r"use_safetensors=(False|None)"),
+    "shell": re.compile(r"shell=True|os\.(system|popen)\(|getoutput\("),
+    "yaml": re.compile(r"yaml\.(unsafe_)?load\("),
 }
 SOURCES = [p for name in ("protocol", "orchestrator", "workers", "scripts") for p in (ROOT / name).rglob("*.py")]
 

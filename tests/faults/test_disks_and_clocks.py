@@ -50,7 +50,8 @@ def test_a_full_disk_loses_nothing_that_was_accepted(small_disk: Path) -> None:
                 out.flush()
         result = Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1)
         denoise.say(result, big)
-        _, log = running.process.communicate(timeout=20)  # it keeps its word rather than go on without a disk
+        running.process.wait(timeout=20)  # it keeps its word rather than go on without a disk
+        log = running.log()
         assert running.process.returncode == 7, log
         assert "can't be" in log
         assert "Traceback" not in log
