@@ -2,12 +2,15 @@
 
     python scripts/bench.py pictures       the demo model: through a stack, and the same pipeline in one process
     python scripts/bench.py orchestrator   the orchestrator alone, with workers that do nothing
+    python scripts/bench.py restart        the orchestrator killed with 10,000 jobs queued
+    python scripts/bench.py keeping        artifacts and checkpoints kept, and not
 
 Prints one JSON line a row.
 """
 
+import contextlib
+import itertools
 import json
-import os
 import socket
 import statistics
 import subprocess
@@ -140,13 +143,16 @@ OUTPUTS: dict[Stage, Tensor] = {
 }
 
 
+PIDS = itertools.count(10_000_000)  # of no process
+
+
 class NullWorker:
     """Answers a task at once, with as little work of its own as can be."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], endpoint: str, stage: Stage, number: int) -> None:
         self.socket = dealer(context, endpoint, new_identity())
         self.socket.poll(10_000, zmq.POLLOUT)
-        hello = WorkerHello(name=f"{stage}-{number}", stage=stage, pid=os.getpid(), host=socket.gethostname(),
+        hello = WorkerHello(name=f"{stage}-{number}", stage=stage, pid=next(PIDS), host=socket.gethostname(),
                             device="none", dtype="float32", model=MODEL)  # fmt: skip
         output = OUTPUTS[stage]
         self._specs, self._data = [output.spec], output.data
@@ -182,21 +188,96 @@ def work(endpoint: str, each: int) -> None:
                 link.send_multipart(beat)
 
 
+def start_orchestrator(folder: str) -> subprocess.Popen[bytes]:
+    (Path(folder) / "stack.json").unlink(missing_ok=True)
+    settings = OrchestratorSettings(queue_limit=1_000_000).model_dump_json()
+    command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--settings", settings]
+    command += ["--clients", f"ipc://{folder}/c", "--workers", f"ipc://{folder}/w"]
+    with (Path(folder) / "log").open("ab") as log:
+        process = subprocess.Popen(command, stderr=log)
+    while not (Path(folder) / "stack.json").exists():
+        time.sleep(0.005)
+    return process
+
+
+@main.command()
+@click.option("--jobs", default=10_000, show_default=True)
+@click.option("--times", default=5, show_default=True)
+def restart(jobs: int, times: int) -> None:
+    """Seconds from starting a killed orchestrator to its knowing all queued jobs, and to its first task handed out."""
+    with tempfile.TemporaryDirectory(prefix="tb-") as folder:
+        process = start_orchestrator(folder)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        NullWorker(context, f"ipc://{folder}/w", "vae", 0)
+        with Client(folder, timeout=60) as client:
+            sent = client.submit_many([JobRequest(prompt=f"prompt {i}") for i in range(jobs)])
+        known, handed = [], []
+        for _ in range(times):
+            process.kill()
+            process.wait()
+            start = time.perf_counter()
+            process = start_orchestrator(folder)
+            with Client(folder, timeout=60) as client:
+                assert dict(client.stack().counts) == {"queued": jobs}
+                known.append(time.perf_counter() - start)
+                assert client.job(sent[-1].id).id == sent[-1].id
+            worker = NullWorker(context, f"ipc://{folder}/w", "text", 0)
+            while worker.socket.recv_multipart()[0] != b"\x01task":
+                pass
+            handed.append(time.perf_counter() - start)
+            worker.socket.close(linger=0)
+        process.terminate()
+        process.wait()
+        row(what="restart", jobs=jobs, known_s=round(statistics.median(known), 3), worst_known_s=round(max(known), 3),
+            first_task_s=round(statistics.median(handed), 3), goal_s=2.0)  # fmt: skip
+
+
+@main.command()
+@click.option("--jobs", default=200, show_default=True, help="of each kind")
+def keeping(jobs: int) -> None:
+    """Pictures a second on the demo model, with all kept that a crash would cost and with nothing kept, in turns."""
+    with tempfile.TemporaryDirectory(prefix="tb-") as folder, contextlib.ExitStack() as stack:
+        (Path(folder) / "nothing.toml").write_text("keep = false\ncheckpoint = 'off'\n")
+        clients = []
+        for name, options in (("kept", []), ("nothing", ["--config", f"{folder}/nothing.toml"])):
+            command = [*TRIPTYCH, "up", "--state", f"{folder}/{name}", "--json", "--device", "cpu", *options]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            assert process.stdout is not None
+            assert process.stdout.readline(), "the stack did not start"
+            clients.append(stack.enter_context(Client(f"{folder}/{name}", timeout=60)))
+        seconds: list[list[float]] = [[], []]
+        for turn in range(-1, jobs // QUEUED):
+            for which in (0, 1) if turn % 2 else (1, 0):
+                took = batch(clients[which], f"{turn}")
+                if turn >= 0:
+                    seconds[which].append(took)
+        ratios = [kept / nothing for kept, nothing in zip(*seconds, strict=True)]
+        row(what="keeping", jobs=jobs, kept_per_s=round(QUEUED / statistics.median(seconds[0]), 3),
+            nothing_kept_per_s=round(QUEUED / statistics.median(seconds[1]), 3),
+            cost_percent=round(100 * (statistics.median(ratios) - 1), 2), goal_percent=2.0)  # fmt: skip
+
+
+def batch(client: Client, turn: str) -> float:
+    """Seconds of a queue of pictures, all prompts new."""
+    start = time.perf_counter()
+    requests = [JobRequest(prompt=prompt, seed=i) for i, prompt in enumerate(prompts(QUEUED, turn))]
+    for job in client.submit_many(requests):
+        client.wait(job.id)
+        client.raw_pictures(job.id)
+    return time.perf_counter() - start
+
+
 @main.command()
 @click.option("--jobs", default=100_000, show_default=True)
 @click.option("--workers", "each", default=4, show_default=True, help="of each stage")
 def orchestrator(jobs: int, each: int) -> None:
     """Jobs a second through three stages of workers that do nothing, and the orchestrator's memory on the way."""
     with tempfile.TemporaryDirectory(prefix="tb-") as folder:
-        clients, workers = f"ipc://{folder}/c", f"ipc://{folder}/w"
-        settings = ["--settings", OrchestratorSettings().model_dump_json()]
-        command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--clients", clients, "--workers", workers, *settings]
-        with (Path(folder) / "log").open("wb") as log:
-            process = subprocess.Popen(command, stderr=log)
-        doing_nothing = subprocess.Popen([sys.executable, __file__, "_work", workers, str(each)])
+        process = start_orchestrator(folder)
+        doing_nothing = subprocess.Popen([sys.executable, __file__, "_work", f"ipc://{folder}/w", str(each)])
         try:
-            while not (Path(folder) / "stack.json").exists():
-                time.sleep(0.01)
             push(Client(folder, timeout=60), psutil.Process(process.pid), jobs)
         finally:
             doing_nothing.kill()
