@@ -6,6 +6,7 @@ also on connections that it made before.
 
 import fcntl
 import json
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 
 from protocol.errors import BadRequest, Conflict, NotFound, StateUnusable
 from protocol.keys import ROLES, KeyPair, Role, checked_name, checked_public, read_private, write_private
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,9 @@ class Gate:
         self._stamp = stamp
         try:
             self._by_public = {entry.public: entry for entry in self._folder.entries()}
-        except StateUnusable:
+        except StateUnusable as error:
+            log.error("nobody from outside is let in: %s", error)
             self._by_public = {}
-            raise
         return True
 
     def entry(self, public: str, role: Role) -> Entry | None:

@@ -77,7 +77,7 @@ class Engine:
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         self._count_tokens: CountTokens | None = None
         for job in store.unfinished():
-            job.attempts += LOST_NUMBERS  # so that no two tasks ever have the same
+            job.attempts += LOST_NUMBERS  # so that a task of before is told from one of now
             self._adopt(job)
         self._hold_until = time.monotonic() + HOLD_SECONDS if self.jobs else 0.0
 
@@ -96,7 +96,7 @@ class Engine:
     def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker's hands are free, unless it says what is in them; if it drops a task without a word, that failed."""
         if worker.task and ready.in_hand is None:
-            self._fail(worker.task, f"{worker.hello.name} dropped it", retry=True)
+            self._fail(worker, worker.task, f"{worker.hello.name} dropped it", retry=True)
         worker.device_map = ready.device_map or worker.device_map
         worker.residency = ready.residency or worker.residency
         worker.context_bytes = ready.context_bytes or worker.context_bytes
@@ -131,7 +131,7 @@ class Engine:
         self.fleet.remove(worker)
         self.lending.left(worker)
         if worker.task:
-            self._fail(worker.task, f"{worker.hello.name} {reason}", retry=True)
+            self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
     def bury(self, worker: Worker) -> None:
         """A worker's process has ended."""
@@ -142,7 +142,7 @@ class Engine:
         """A worker leaves in good order; what it had in hand waits again, and nobody is to blame."""
         self.fleet.remove(worker)
         self.lending.left(worker)
-        job = self._current(worker.task) if worker.task else None
+        job = self._current(worker, worker.task) if worker.task else None
         if job:
             self._wait_again(job)
 
@@ -290,7 +290,7 @@ class Engine:
 
     def progress(self, worker: Worker, task: Progress, tensors: tuple[Tensor, ...]) -> None:
         """Steps are done; a checkpoint is kept before anybody hears of them."""
-        job = self._current(task)
+        job = self._current(worker, task)
         if job is None:
             return
         self.pace.moved(worker, job.recipe, task.step)
@@ -304,7 +304,7 @@ class Engine:
     def result(self, worker: Worker, result: Result, tensors: tuple[Tensor, ...]) -> None:
         """Commit a stage's outcome, once."""
         worker.done += 1
-        job = self._current(result)
+        job = self._current(worker, result)
         self.outbox.to_worker(worker.identity, Committed(job=result.job, stage=result.stage, attempt=result.attempt))
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
@@ -328,16 +328,16 @@ class Engine:
 
     def failed(self, worker: Worker, failure: TaskFailed) -> None:
         """An attempt failed. One that had too little memory is no failure where more can be had."""
-        job, reason = self._current(failure), f"{worker.hello.name}: {failure.reason}"
+        job, reason = self._current(worker, failure), f"{worker.hello.name}: {failure.reason}"
         if job and job.saved and not failure.out_of_memory:
             self._begin_anew(job)  # in case that what it began with is to blame
         if not (job and failure.out_of_memory):
-            self._fail(failure, reason, failure.retry)
+            self._fail(worker, failure, reason, failure.retry)
         elif self.lending.shortage(worker, job.recipe):
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
             self._wait_again(job)
         else:
-            self._fail(failure, reason, failure.retry and not worker.lease_bytes)
+            self._fail(worker, failure, reason, failure.retry and not worker.lease_bytes)
 
     def leased(self, worker: Worker, leased: Leased) -> None:
         """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
@@ -359,12 +359,10 @@ class Engine:
                 self._unqueue(job := self.jobs[job_id])
                 self._blame(job, reason, retry=False)
 
-    def _current(self, task: TaskKey) -> LiveJob | None:
-        """The job that a message is about, if the message is of its present attempt."""
+    def _current(self, worker: Worker, task: TaskKey) -> LiveJob | None:
+        """The job that a worker's message is about, if it has it in hand and the message is of its present attempt."""
         job = self.jobs.get(task.job)
-        if job and job.worker and (job.id, job.stage, job.attempt) == key_of(task):
-            return job
-        return None
+        return job if job and job.worker == worker.id and (job.id, job.stage, job.attempt) == key_of(task) else None
 
     def _pass_on(self, job: LiveJob, record: StageRecord) -> None:
         self._move(job, lambda: job.finish_stage(record))
@@ -399,8 +397,8 @@ class Engine:
             job.pictures = 0
             self.store.update(job)
 
-    def _fail(self, task: TaskKey, reason: str, retry: bool) -> None:
-        if job := self._current(task):
+    def _fail(self, worker: Worker, task: TaskKey, reason: str, retry: bool) -> None:
+        if job := self._current(worker, task):
             self._blame(job, reason, retry)
 
     def _blame(self, job: LiveJob, reason: str, retry: bool) -> None:

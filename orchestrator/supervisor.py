@@ -74,6 +74,7 @@ class Supervisor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: zmq.Socket[bytes] | None = None
         self._said_hello = 0.0
+        self._looked = 0.0  # monotonic seconds of the last look at what hangs
         self._answered = 0.0  # monotonic seconds of the orchestrator's last answer; 0: it has given none yet
         self._dead: list[int] = []
 
@@ -158,6 +159,9 @@ class Supervisor:
     def _end_the_hung(self) -> None:
         """What stands still is replaced; what it had in hand goes on elsewhere."""
         now = time.monotonic()
+        if now - self._looked > DEAF_SECONDS / 2 and self._answered:
+            self._answered = now  # it was this process that stood still
+        self._looked = now
         for child in self._children():
             since = child.notice_stop()
             if since is not None and now - since >= STOPPED_SECONDS:

@@ -32,6 +32,11 @@ def client_of(running: Orchestrator, key: PeerKey, timeout: float = 20) -> Clien
     return client
 
 
+def stack_without_a_key(endpoint: str) -> None:
+    with Client(endpoint=endpoint) as client:
+        client.stack()
+
+
 def guarded(state: Path) -> None:
     KeyFolder(state / "keys").server()
 
@@ -76,8 +81,8 @@ def test_only_those_on_the_list_come_in_and_only_in_their_role(state: Path) -> N
         for key in strangers:
             with pytest.raises(NoStack):
                 client_of(running, key).stack()
-        with pytest.raises(NoStack):  # no key at all
-            Client(endpoint=alice.endpoint).stack()
+        with pytest.raises(NoStack):
+            stack_without_a_key(alice.endpoint)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         knock = dealer(context, running.remote["worker"], new_identity(), alice)
         assert not knock.poll(500, zmq.POLLOUT)  # a client's key at the workers' door
@@ -104,7 +109,7 @@ def test_a_revoked_key_counts_for_nothing_on_a_connection_that_it_has(state: Pat
     with orchestrator(state, **OPEN) as running:
         keys = KeyFolder(state / "keys")
         worker = running.worker("text", key=let_in(running, "box", "worker")).ready()
-        alice = client_of(running, key := let_in(running, "alice"), timeout=2)
+        alice = client_of(running, key := let_in(running, "alice"), timeout=1)
         alice.submit("a cat")
         task = worker.take()
         keys.revoke("alice")
@@ -124,7 +129,7 @@ def test_a_revoked_key_counts_for_nothing_on_a_connection_that_it_has(state: Pat
             alice.jobs()
         keys.revoke("alice")
         keys.add("alice", "client", key.public)
-        assert alice.jobs()[0].recipe.prompt == "a cat"
+        assert client_of(running, key).jobs()[0].recipe.prompt == "a cat"
 
 
 def test_one_client_cannot_fill_the_queue_of_all(state: Path) -> None:

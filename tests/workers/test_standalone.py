@@ -39,7 +39,7 @@ def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Pat
         (("text", "--standalone", "--prompt", "x", "--model", "nowhere"), 4, "no model 'nowhere'"),
         (("text", "--standalone", "--prompt", "x", "--dtype", "float8"), 2, "no dtype"),
         (("text", "--gpus", "first"), 2, "numbers"),
-        (("text", "--connect", "tcp://10.0.0.1:5"), 2, "not local"),
+        (("text", "--connect", "tcp://10.0.0.1:5"), 2, "not on this machine"),
     ],
 )
 def test_mistakes_get_one_line(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
