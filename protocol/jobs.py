@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Stage = Literal["text", "denoise", "vae"]
 STAGES: tuple[Stage, ...] = ("text", "denoise", "vae")
+BEFORE: dict[Stage, Stage] = {"denoise": "text", "vae": "denoise"}  # whose output a stage takes
 
 JobState = Literal["queued", "text", "denoise", "vae", "done", "failed", "cancelled"]
 ENDED: frozenset[JobState] = frozenset(("done", "failed", "cancelled"))

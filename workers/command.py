@@ -8,7 +8,7 @@ import click
 
 from protocol.endpoints import default_folder, published
 from protocol.errors import BadRequest
-from protocol.jobs import Stage
+from protocol.jobs import BEFORE, Stage
 from protocol.speedups import canonical
 from protocol.units import parse_bytes
 
@@ -105,10 +105,11 @@ def choose_gpus(gpus: str) -> None:
 
 
 def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
-    from workers.standalone import BEFORE, Debugging, run_standalone
+    given = {key: options[key] for key in RECIPE if options[key] is not None}
+    check_input(stage, given, options["input_path"])  # before the libraries are loaded, which takes seconds
+    from workers.standalone import Debugging, run_standalone
     from workers.startup import prepare
 
-    given = {key: options[key] for key in RECIPE if options[key] is not None}
     model, dtype = options["model"], options["dtype"]
     if stage in BEFORE and options["input_path"] is not None:
         from workers.stage_file import read
@@ -121,10 +122,24 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     run_standalone(prepare(settings), given, options["input_path"], output, debugging)
 
 
+def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
+    """What a stage begins with must be there; BadRequest."""
+    if stage not in BEFORE:
+        if "prompt" not in given:
+            raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
+        return
+    before = BEFORE[stage]
+    if path is None:
+        raise BadRequest(
+            f"The {stage} stage needs the output of the {before} stage.", "Give it with -i FILE.safetensors."
+        )
+    if not path.exists():
+        raise BadRequest(f"There is no file {str(path)!r}.", f"triptych worker {before} --standalone makes it.")
+
+
 def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
     from protocol.keys import load
     from protocol.sockets import check_endpoint
-    from workers.startup import serve
 
     endpoint, key = options["connect"], None
     if endpoint is None:
@@ -139,6 +154,8 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
         else:
             endpoint, options["turns"] = published(where).workers, where / "cpu.lock"
     check_endpoint(endpoint, secured=key is not None)
+    from workers.startup import serve
+
     serve(worker_settings(stage, name, options), endpoint, key)
 
 

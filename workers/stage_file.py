@@ -33,10 +33,6 @@ def read(path: Path, expected: Stage) -> tuple[Recipe, tuple[Tensor, ...]]:
                 f"{str(path)!r} was not written by a stage.", f"It should come from: triptych worker {expected}."
             )
         recipe = Recipe.model_validate_json(metadata["recipe"])
-    except FileNotFoundError as error:
-        raise BadRequest(
-            f"There is no file {str(path)!r}.", f"triptych worker {expected} --standalone makes it."
-        ) from error
     except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
         raise BadRequest(f"{str(path)!r} can't be read as a stage's output: {error}".splitlines()[0]) from error
     if metadata["stage"] != expected:

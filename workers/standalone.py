@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from protocol.errors import BadRequest
-from protocol.jobs import JobRequest, Recipe, Stage
+from protocol.jobs import BEFORE, JobRequest, Recipe, Stage
 from protocol.pictures import save_png, to_images
 from protocol.recipes import resolve, token_counter
 from protocol.speedups import canonical
@@ -22,7 +22,6 @@ from workers.hands import Measured, StageRunner, resident_bytes, run_measured
 from workers.outcome import Saved
 from workers.startup import Prepared, longest_tokenizer
 
-BEFORE: dict[Stage, Stage] = {"denoise": "text", "vae": "denoise"}
 BOUND_TO_TEXT = ("prompt", "negative_prompt", "num_images", "max_sequence_length")
 
 
@@ -54,8 +53,6 @@ def run_standalone(
 
 def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
     """The first stage has a recipe and no tensors yet."""
-    if "prompt" not in given:
-        raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
     tokenizer = longest_tokenizer(prepared.source)
     counter = token_counter(bytes(tokenizer.data)) if tokenizer else None
     return resolve(
@@ -67,10 +64,7 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) 
     """The file of the stage before; the options of this call override its recipe where they still can."""
     stage = prepared.settings.stage
     before = BEFORE[stage]
-    if path is None:
-        raise BadRequest(
-            f"The {stage} stage needs the output of the {before} stage.", "Give it with -i FILE.safetensors."
-        )
+    assert path is not None
     recipe, tensors = stage_file.read(path, before)
     if recipe.revision != prepared.source.revision:
         raise BadRequest(f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}.", "Use the same --model.")

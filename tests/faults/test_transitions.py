@@ -15,7 +15,7 @@ from tests.stacks import logs
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 from faults import Saboteur, Stack, leftovers
 
-TRANSITIONS = [("text", True), ("denoise", True), ("vae", True), ("done", False)]
+TRANSITIONS = [("text", True), ("denoise", True), ("vae", True)]
 REQUEST = JobRequest(prompt="a star", width=32, height=32, steps=40, seed=5)
 
 
