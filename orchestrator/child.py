@@ -15,7 +15,7 @@ from protocol.jobs import ProcessView, Stage
 from protocol.process import LIFELINE
 
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-HEALTHY_SECONDS = 60.0  # after so long, or once it has done a task, the next failure counts as the first again
+HEALTHY_SECONDS = 60.0  # after so long, or once it is known to work, the next failure counts as the first again
 LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
 UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
 UNUSABLE = 7  # exit code of what may be better later, but not if it was so from the start
@@ -48,7 +48,7 @@ class Child:
     started: float = 0.0
     wanted: bool = True
     exit_code: int = 0  # of the last end
-    proven: bool = False  # it has done a task; of what is no worker, that it has answered
+    proven: bool = False  # it works: it has said so, or the orchestrator has
     verdict: str = ""  # why it is being killed
     stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None

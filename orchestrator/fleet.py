@@ -11,6 +11,7 @@ from protocol.jobs import ComponentView, Stage, WorkerView
 from protocol.messages import Heartbeat, TaskKey, WorkerHello
 
 SILENCE_SECONDS = 5.0  # a worker's loop beats twice a second, even while it computes
+PROVEN_SECONDS = 2.0
 LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for long
 
 
@@ -23,6 +24,7 @@ class Worker:
     since: float  # seconds since the epoch
     heard: float  # monotonic seconds
     state: Literal["loading", "idle", "busy", "swapping"] = "loading"
+    joined: float = field(default_factory=time.monotonic)
     idle_since: float = 0.0  # monotonic seconds
     task: TaskKey | None = None
     pace: tuple[Stage, ModelKey, int] | None = None  # what its task's steps are like
@@ -40,6 +42,11 @@ class Worker:
     @property
     def id(self) -> str:
         return self.identity.hex()
+
+    @property
+    def proven(self) -> bool:
+        """It works: it has done a task, or has been ready for a while."""
+        return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
 
     @property
     def model(self) -> ModelKey:

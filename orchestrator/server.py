@@ -205,7 +205,7 @@ class Server:
                 return
             case SupervisorHello():
                 self.desk.supervisor = identity
-                proven = tuple(w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.done)
+                proven = tuple(w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.proven)
                 self.outbox.to_worker(identity, Beat(proven=proven))
                 return
             case Processes(processes=processes, exited_pids=pids) if identity == self.desk.supervisor:

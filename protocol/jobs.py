@@ -84,7 +84,7 @@ class Job(Data):
     state: JobState
     priority: int
     recipe: Recipe
-    attempt: int  # tasks handed out for it so far
+    attempt: int  # number of its last task; some are left out where the orchestrator was killed
     step: int  # denoising steps done
     cached: bool  # its prompt's embeddings were known
     records: tuple[StageRecord, ...]

@@ -180,9 +180,7 @@ class Beat(Message):
     """Answer to a heartbeat, or to the supervisor's hello: who hears none knows that something is wrong."""
 
     kind = "beat"
-    proven: Annotated[
-        tuple[Count, ...], Field(max_length=4096)
-    ] = ()  # processes that have done a task; to a supervisor
+    proven: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()  # processes that work; to a supervisor
 
 
 # -- supervisor ↔ orchestrator ----------------------------------------------------------------------

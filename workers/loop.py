@@ -38,6 +38,7 @@ from workers.hands import Hands, resident_bytes
 log = logging.getLogger(__name__)
 
 SILENCE_SECONDS = 4.0  # without an answer, after which the link counts as dead
+WELCOME_SECONDS = 1.0  # the same for the hello, which may have gone to an orchestrator that was just being killed
 
 
 class WorkerLoop:
@@ -110,7 +111,7 @@ class WorkerLoop:
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
-        if now - self._heard > SILENCE_SECONDS:
+        if now - self._heard > (SILENCE_SECONDS if self._welcome else WELCOME_SECONDS):
             log.warning("the orchestrator is silent; connecting anew")
             self._connect()
         elif self._welcome and now - self._beaten >= self._beat_seconds:
