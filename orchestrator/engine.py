@@ -112,7 +112,7 @@ class Engine:
         """A worker that has come back has a task in hand: it goes on, unless somebody else has begun it."""
         job = self.jobs.get(job_id)
         task = TaskKey(job=job_id, stage=stage, attempt=attempt)
-        if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage) or attempt > job.attempts:
+        if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage):
             self.fleet.give(worker, task, None)
             self.outbox.to_worker(worker.identity, CancelTask(job=job_id, stage=stage, attempt=attempt))
             return
@@ -133,9 +133,12 @@ class Engine:
         if worker.task:
             self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
-    def bury(self, worker: Worker) -> None:
-        """A worker's process has ended."""
-        self.lose_worker(worker, "died")
+    def bury(self, worker: Worker, blameless: bool) -> None:
+        """A worker's process has ended; `blameless` if what it had in hand can't have been the cause."""
+        if blameless:
+            self.dismiss_worker(worker)
+        else:
+            self.lose_worker(worker, "died")
         self.lending.buried(worker.hello.host, worker.hello.pid)
 
     def dismiss_worker(self, worker: Worker) -> None:
@@ -331,7 +334,9 @@ class Engine:
         job, reason = self._current(worker, failure), f"{worker.hello.name}: {failure.reason}"
         if job and job.saved and not failure.out_of_memory:
             self._begin_anew(job)  # in case that what it began with is to blame
-        if not (job and failure.out_of_memory):
+        if job and failure.cancelled:
+            self._wait_again(job)  # what we cancelled is no longer this worker's; so it was somebody else's mistake
+        elif not (job and failure.out_of_memory):
             self._fail(worker, failure, reason, failure.retry)
         elif self.lending.shortage(worker, job.recipe):
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})

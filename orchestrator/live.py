@@ -77,6 +77,7 @@ class LiveJob:
     def claimed_by(self, worker: str, attempt: int) -> None:
         """A worker has this stage in hand that was given it before a restart."""
         self.worker, self.attempt, self.state = worker, attempt, self.stage
+        self.attempts = max(self.attempts, attempt)
 
     def hand_back(self) -> None:
         """The attempt is over without a result; the stage waits again, from where it had come to."""

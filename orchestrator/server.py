@@ -10,7 +10,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from types import FrameType
 
@@ -208,9 +208,11 @@ class Server:
                 proven = tuple(w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.proven)
                 self.outbox.to_worker(identity, Beat(proven=proven))
                 return
-            case Processes(processes=processes, exited_pids=pids) if identity == self.desk.supervisor:
+            case Processes(processes=processes, exited_pids=pids, stopped_pids=stopped) if (
+                identity == self.desk.supervisor
+            ):
                 self.desk.processes = processes
-                self._bury(set(pids))
+                self._bury(pids, stopped)
                 return
         worker = engine.fleet.get(identity)
         if worker is None:
@@ -246,11 +248,11 @@ class Server:
         self.outbox.to_worker(worker.identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
         self.desk.unpark()
 
-    def _bury(self, pids: set[int]) -> None:
+    def _bury(self, pids: Sequence[int], stopped: Sequence[int]) -> None:
         """The supervisor saw these processes end: their tasks need not wait for silence."""
         for pid in pids:
             for worker in self.engine.fleet.of_process(HOST, pid):
-                self.engine.bury(worker)
+                self.engine.bury(worker, blameless=pid in stopped)
             self.engine.lending.buried(HOST, pid)
 
     def _close(self) -> None:

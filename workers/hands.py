@@ -83,6 +83,8 @@ class Hands:
         self._thread.start()
 
     def give(self, order: Task | Lease, tensors: tuple[Tensor, ...]) -> None:
+        if isinstance(order, Task):
+            self._cancelled.discard((order.job, order.attempt))  # what was cancelled under this number is over
         self._orders.put((order, tensors))
 
     def cancel(self, job: str, attempt: int) -> None:

@@ -9,7 +9,7 @@ from orchestrator.artifacts import INLINE_BYTES
 from protocol.client import Client
 from protocol.errors import Conflict, JobFailed, NotFound, QueueFull
 from protocol.jobs import JobRequest
-from protocol.messages import CancelTask, Committed, Result, Task
+from protocol.messages import CancelTask, Committed, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from tests.fakes import Orchestrator, orchestrator
 
@@ -258,3 +258,23 @@ def test_no_job_is_taken_that_there_is_no_room_for(state: Path) -> None:
             client.submit("another cat")
         decoded(running, client, job)
         client.submit("another cat")
+
+
+def test_a_number_that_was_cancelled_before_a_crash_may_come_again(state: Path) -> None:
+    """Attempts that a killed orchestrator handed out may not have been kept; a worker that tells of one is believed."""
+    with orchestrator(state) as running:
+        (job,) = encoded(running, running.client())
+        worker = running.worker("denoise", pid=7).ready()
+        worker.take()
+        running.restart()
+        back = running.worker("denoise", pid=7).ready(in_hand=(job, "denoise", 40))
+        back.settle()
+        client = running.client()
+        assert client.job(job).attempt == 40
+        back.say(TaskFailed(job=job, stage="denoise", attempt=40, reason="cancelled", retry=False, cancelled=True))
+        back.ready()
+        again = back.take()
+        assert again.attempt == 41
+        back.finish(again)
+        decoded(running, client, job)
+        assert client.job(job).reasons == ()
