@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -157,7 +158,8 @@ class Orchestrator:
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, **settings: object) -> None:
         self.folder, self._settings = folder, settings
         self._environment = {**os.environ, **(environment or {})}
-        self._log = folder / "orchestrator.log"
+        self._scratch = tempfile.TemporaryDirectory(prefix="tt-")
+        self._log = Path(self._scratch.name) / "orchestrator.log"
         self._opened: list[FakeWorker | Client] = []
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
@@ -219,7 +221,9 @@ class Orchestrator:
             opened.close()
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=20)
-        return self.log()
+        said = self.log()
+        self._scratch.cleanup()
+        return said
 
 
 @contextlib.contextmanager
