@@ -43,7 +43,7 @@ PROMPT = "a large red circle at the top left"
 MARGIN = 300_000_000  # bytes of the allocator's rounding
 
 
-def quiet(step: int, steps: int) -> None:
+def quiet(*progress: Any) -> None:
     pass
 
 
@@ -239,10 +239,12 @@ def single_stages(model: Path, device: str, size: int, steps: int, cards: list[f
     bench.cards(denoise, embeddings, link, cards[:1], limit_s=limit, goal_s=3.5)
 
 
-def stacks(model: Path, device: str, size: int, steps: int, budgets: list[int], result: Path) -> None:
+def stacks(
+    model: Path, device: str, size: int, steps: int, budgets: list[int], result: Path, logs: Path | None
+) -> None:
     saved = np.load(result)
     gpu = int(device.partition(":")[2] or 0) if device.startswith("cuda") else None
-    bench = StackBench(model, gpu, size, steps, float(saved["seconds"]), saved["picture"])
+    bench = StackBench(model, gpu, size, steps, float(saved["seconds"]), saved["picture"], logs)
     everything, both, card = budgets
     bench.resident(everything, PROMPT)
     bench.turns(both, PROMPT)
@@ -260,9 +262,18 @@ def stacks(model: Path, device: str, size: int, steps: int, budgets: list[int], 
     help="GiB of stacks with room for all, not for text and denoiser together, and of a small card",
 )  # fmt: skip
 @click.option("--part", type=click.Choice(["all", "stages", "stacks"]), default="all", show_default=True)
+@click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)
 def main(
-    model: Path, device: str, size: int, steps: int, cards: str, budgets: str, part: str, result: Path | None
+    model: Path,
+    device: str,
+    size: int,
+    steps: int,
+    cards: str,
+    budgets: str,
+    part: str,
+    logs: Path | None,
+    result: Path | None,
 ) -> None:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -272,7 +283,7 @@ def main(
         elif part == "all":  # in a process of its own, so that its context leaves the GPU
             subprocess.run([sys.executable, *sys.argv, "--part", "stages", "--result", str(result)], check=True)
         if part != "stages":
-            stacks(model, device, size, steps, [int(float(gib) * GIB) for gib in budgets.split(",")], result)
+            stacks(model, device, size, steps, [int(float(gib) * GIB) for gib in budgets.split(",")], result, logs)
     row(what=part, s=time.perf_counter() - start)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -24,8 +25,14 @@ TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
 GIB = 1 << 30
 
 
+def rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def row(**values: Any) -> None:
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in values.items()}), flush=True)
+    print(json.dumps({name: rounded(value) for name, value in values.items()}), flush=True)
 
 
 @contextlib.contextmanager
@@ -49,8 +56,10 @@ def watched(used: Callable[[], int]) -> Iterator[list[int]]:
 class StackBench:
     """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels."""
 
-    def __init__(self, model: Path, gpu: int | None, size: int, steps: int, plain: float, picture: np.ndarray) -> None:
-        self.model, self.gpu, self.plain, self.picture = model, gpu, plain, picture
+    def __init__(
+        self, model: Path, gpu: int | None, size: int, steps: int, plain: float, picture: np.ndarray, logs: Path | None
+    ) -> None:
+        self.model, self.gpu, self.plain, self.picture, self.logs = model, gpu, plain, picture, logs
         self.recipe = {"width": size, "height": size, "steps": steps}
         self.prompts = 0
 
@@ -76,6 +85,9 @@ class StackBench:
                     bad = [line for line in log.read_text().splitlines() if " WARNING " in line or " ERROR " in line]
                     for line in bad[-5:]:
                         print(f"{log.stem}: {line}", flush=True)
+                    if self.logs:
+                        self.logs.mkdir(parents=True, exist_ok=True)
+                        shutil.copy(log, self.logs / f"{budget}-{log.name}")
 
     def show(self, client: Client) -> None:
         for worker in client.workers().workers:
@@ -88,17 +100,18 @@ class StackBench:
         self.prompts += 1
         return JobRequest(prompt=f"a large red circle at the top left, number {self.prompts}", seed=seed, **self.recipe)
 
-    def one(self, client: Client) -> float:
+    def one(self, client: Client) -> tuple[float, dict[str, float]]:
+        """Seconds of a picture with a new prompt, and of them those that each stage computed."""
         start = time.perf_counter()
-        client.wait(client.submit_many([self.new_request()])[0].id)
-        return time.perf_counter() - start
+        job = client.wait(client.submit_many([self.new_request()])[0].id)
+        return time.perf_counter() - start, {record.stage: round(record.seconds, 3) for record in job.records}
 
-    def same(self, client: Client, prompt: str) -> bool:
-        """Whether the stack's picture is that of the plain pipeline."""
+    def differing(self, client: Client, prompt: str) -> int:
+        """Values of the stack's picture that are not those of the plain pipeline's."""
         job = client.submit(JobRequest(prompt=prompt, seed=1, **self.recipe))
         client.wait(job.id)
         _, tensor = client.raw_pictures(job.id)
-        return bytes(tensor.data) == (self.picture * 255).round().astype("uint8").tobytes()
+        return int(np.sum(np.frombuffer(tensor.data, "uint8") != (self.picture * 255).round().astype("uint8").ravel()))
 
     def used(self) -> int:
         """Bytes in use on the GPU by its driver's count; 0 without one."""
@@ -106,44 +119,51 @@ class StackBench:
 
     def resident(self, budget: int, prompt: str) -> None:
         with self.stack(budget) as client:
-            equal = self.same(client, prompt)
-            times = [self.one(client) for _ in range(4)]
+            differing = self.differing(client, prompt)
+            times, stages = zip(*[self.one(client) for _ in range(5)], strict=True)
             seconds = statistics.median(times)
-            row(what="whole picture through the stack, everything resident", s=seconds, times=times[:],
-                of_one_process=seconds / self.plain, goal=1.01, equal=equal)  # fmt: skip
+            row(what="whole picture through the stack, everything resident", s=seconds, times=times, stages=stages,
+                of_one_process=seconds / self.plain, goal=1.01, differing=differing)  # fmt: skip
             self.kill(client)
 
     def kill(self, client: Client) -> None:
-        """kill -9 of the denoise worker in mid-run, until its next step is reported."""
+        """kill -9 of the denoise worker in mid-run, until a step after those that were reported."""
         job = client.submit_many([self.new_request()])[0]
-        killed, steps = 0.0, max(2, self.recipe["steps"] // 4)
+        killed, lost, reached = 0.0, False, max(2, self.recipe["steps"] // 4)
         for event in client.events([job.id], timeout=120):
-            if not killed and event.state == "denoise" and event.running and event.step >= steps:
+            if event.state != "denoise":
+                continue
+            if not killed and event.running and event.step >= reached:
                 os.kill(next(w.pid for w in client.workers().workers if w.stage == "denoise"), signal.SIGKILL)
-                killed = time.perf_counter()
-            elif killed and event.state == "denoise" and event.running and 1 <= event.step < steps:
-                row(what="kill -9 of the denoise worker until its next step", s=time.perf_counter() - killed, goal=2.0)
+                killed, reached = time.perf_counter(), event.step
+            elif killed and not event.running:
+                lost = True
+            elif killed and not lost:
+                reached = max(reached, event.step)
+            elif killed and event.step > reached:
+                row(what="kill -9 of the denoise worker until its next step", s=time.perf_counter() - killed, goal=2.0,
+                    reached=reached, step=event.step)  # fmt: skip
                 break
         client.wait(job.id)
 
     def turns(self, budget: int, prompt: str) -> None:
         """One GPU that can't hold text encoders and denoiser; new prompts, one after the other."""
         with self.stack(budget) as client:
-            equal = self.same(client, prompt)
-            times = [self.one(client) for _ in range(3)]
+            differing = self.differing(client, prompt)
+            times, stages = zip(*[self.one(client) for _ in range(3)], strict=True)
             row(what="whole picture, one GPU that can't hold both", s=statistics.median(times), times=times,
-                budget_GB=budget / 1e9, goal=5.8, equal=equal)  # fmt: skip
+                stages=stages, budget_GB=budget / 1e9, goal=5.8, differing=differing)  # fmt: skip
 
     def card(self, budget: int, prompt: str, count: int = 8) -> None:
         """A small card doing everything, with jobs in the queue."""
         foreign = self.used()
         with watched(self.used) as peak, self.stack(budget) as client:
-            equal = self.same(client, prompt)
+            differing = self.differing(client, prompt)
             start = time.perf_counter()
             for job in client.submit_many([self.new_request() for _ in range(count)]):
                 client.wait(job.id)
             seconds = (time.perf_counter() - start) / count
             row(
                 what=f"{budget / GIB:g} GiB card doing everything, {count} jobs in the queue", s_a_picture=seconds,
-                goal=5.4, equal=equal, driver_bytes=peak[0] - foreign, card_bytes=budget, others_bytes=foreign,
+                goal=5.4, differing=differing, driver_bytes=peak[0] - foreign, card_bytes=budget, others_bytes=foreign,
             )  # fmt: skip
