@@ -1,7 +1,7 @@
 """What stages leave: tensors under a kind and a name, until nobody needs them.
 
 Small ones lie in the database, in the same transaction as the job that they belong to; large ones in files beside it,
-written whole before the row that names them. A file without a row is rubbish of a crash and removed at the next start.
+on the disk before the row that names them. A file without a row is rubbish of a crash and removed at the next start.
 All are checksummed: what is not as it was written counts as gone, and is made again.
 """
 
@@ -30,6 +30,7 @@ INLINE_BYTES = 128 << 10  # up to here SQLite is faster than a file of its own
 class Artifacts:
     def __init__(self, database: Database, folder: Path) -> None:
         self._db, self._folder = database, folder
+        self._unsafe: list[Path] = []  # files that may not be on the disk yet
         self._doomed: list[Path] = []  # files to remove once the transaction that let them go is safe
         rows: Any = database.read("SELECT kind, sum(bytes) FROM artifacts GROUP BY kind")
         sums: dict[str, int] = dict(rows)
@@ -43,6 +44,19 @@ class Artifacts:
         for path in self._folder.iterdir():
             if path.name not in known:
                 path.unlink(missing_ok=True)
+
+    def make_safe(self) -> None:
+        """Before the transaction that names them: see that files are on the disk. StateUnusable: there is no room."""
+        while self._unsafe:
+            path = self._unsafe.pop()
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+            except OSError as error:
+                raise unwritable(path, error) from error
 
     def committed(self) -> None:
         """The transaction is safe: remove the files that it let go."""
@@ -62,7 +76,8 @@ class Artifacts:
             blob = b"".join(t.data for t in tensors)
         else:
             file = f"{kind}-{os.urandom(12).hex()}"
-            self._write_file(self._folder / file, tensors)
+            self._write_file(path := self._folder / file, tensors)
+            self._unsafe.append(path)
         values = (f"{kind}/{name}", kind, specs, blob, file, size, self._tick(), checksum)
         columns = "key, kind, specs, data, file, bytes, used, checksum"
         self._db.write(f"INSERT INTO artifacts({columns}) VALUES(?,?,?,?,?,?,?,?)", values)
@@ -74,13 +89,9 @@ class Artifacts:
             with path.open("xb") as out:
                 for tensor in tensors:
                     out.write(tensor.data)
-                out.flush()
-                os.fsync(out.fileno())
         except OSError as error:
             path.unlink(missing_ok=True)
-            raise StateUnusable(
-                f"{str(path)!r} can't be written: {error.strerror}.", "Make room on its disk."
-            ) from error
+            raise unwritable(path, error) from error
 
     def get(self, kind: Kind, name: str) -> tuple[Tensor, ...] | None:
         """The tensors under a name; None if there are none, or they are not what was written."""
@@ -148,6 +159,10 @@ class Artifacts:
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
+
+
+def unwritable(path: Path, error: OSError) -> StateUnusable:
+    return StateUnusable(f"{str(path)!r} can't be written: {error.strerror}.", "Make room on its disk.")
 
 
 def _split(specs: Sequence[tuple[str, str, tuple[int, ...]]], data: memoryview) -> Iterator[Tensor]:

@@ -38,6 +38,7 @@ class Store:
     def commit(self) -> None:
         """Make everything written so far safe on disk."""
         self._flush()
+        self.artifacts.make_safe()
         self._db.commit()
         self.artifacts.committed()
 

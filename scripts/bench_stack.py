@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from orchestrator.gpus import used_bytes
 from protocol.client import Client
@@ -130,19 +130,22 @@ class StackBench:
         """kill -9 of the denoise worker in mid-run, until a step after those that were reported."""
         job = client.submit_many([self.new_request()])[0]
         killed, lost, reached = 0.0, False, max(2, self.recipe["steps"] // 4)
+        gone: list[float] = []
         for event in client.events([job.id], timeout=120):
             if event.state != "denoise":
                 continue
             if not killed and event.running and event.step >= reached:
-                os.kill(next(w.pid for w in client.workers().workers if w.stage == "denoise"), signal.SIGKILL)
+                worker = psutil.Process(next(w.pid for w in client.workers().workers if w.stage == "denoise"))
+                worker.kill()
                 killed, reached = time.perf_counter(), event.step
+                threading.Thread(target=lambda: (worker.wait(), gone.append(time.perf_counter() - killed))).start()
             elif killed and not event.running:
                 lost = True
             elif killed and not lost:
                 reached = max(reached, event.step)
             elif killed and event.step > reached:
                 row(what="kill -9 of the denoise worker until its next step", s=time.perf_counter() - killed, goal=2.0,
-                    reached=reached, step=event.step)  # fmt: skip
+                    process_gone_s=(*gone,), reached=reached, step=event.step)  # fmt: skip
                 break
         client.wait(job.id)
 

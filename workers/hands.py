@@ -18,6 +18,7 @@ from protocol.errors import DoesNotFit, TriptychError
 from protocol.jobs import ComponentView, Recipe
 from protocol.messages import Lease, Leased, Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
+from protocol.units import format_bytes
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, Report, Saved, StageError, release_memory
 from workers.share import Share
@@ -163,11 +164,13 @@ class Hands:
 def settle(share: Share, lease: Lease, runner: StageRunner) -> Leased:
     """Do what a lease says, and tell how it is now."""
     kept, size, weights, reason = 0, lease.bytes, lease.weights, ""
+    start = time.perf_counter()
     try:
         if size:
             share.take(size, weights)
         else:
             kept = share.give_back()
+        log.info("lease of %s taken in %.2f s", format_bytes(size), time.perf_counter() - start)
     except (torch.OutOfMemoryError, DoesNotFit) as error:
         log.warning("a lease of %d bytes was too small: %s", size, error)
         reason, size, weights, kept = cause_of(error), 0, 0, share.give_back()

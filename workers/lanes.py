@@ -1,9 +1,12 @@
 """Copies beside computation: a stream of its own on a GPU; on a CPU the same calls, each done when it returns."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+
+from workers.mapped import PageLocks
+from workers.torch_tensors import flat_bytes
 
 Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (place, source)
 
@@ -53,10 +56,10 @@ class HostLane:
 
 
 class CudaLane:
-    """Sources that are not `locked`, which may have to be waited for, pass through a page-locked buffer in pieces."""
+    """What is not page-locked by `locks`, which may have to be waited for, passes through a page-locked buffer."""
 
-    def __init__(self, device: torch.device, locked: Container[torch.Tensor]) -> None:
-        self.device, self._locked = device, locked
+    def __init__(self, device: torch.device, locks: PageLocks) -> None:
+        self.device, self._locks = device, locks
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._turn = 0
@@ -69,25 +72,26 @@ class CudaLane:
             assert after.event is not None
             self._stream.wait_event(after.event)
             for place, source in copies:
-                if source in self._locked:
-                    place.copy_(source, non_blocking=True)
-                else:
-                    self._through_buffer(place, source)
+                to, what = flat_bytes(place), flat_bytes(source)
+                for part in self._locks.parts(source):  # no copy may reach over two pieces of locked memory
+                    self._copy(to[part.start : part.end], what[part.start : part.end], part.locked)
             return Mark(self._stream.record_event())
 
-    def _through_buffer(self, place: torch.Tensor, source: torch.Tensor) -> None:
-        flat_place, flat_source = (t.reshape(-1).view(torch.uint8) for t in (place, source))
+    def _copy(self, place: torch.Tensor, source: torch.Tensor, locked: bool) -> None:
+        if locked:
+            place.copy_(source, non_blocking=True)
+            return
         if not self._buffers:
             self._buffers = [
                 (torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
             ]
-        for start in range(0, flat_source.nbytes, BUFFER_BYTES):
-            part = flat_source[start : start + BUFFER_BYTES]
+        for start in range(0, source.nbytes, BUFFER_BYTES):
+            part = source[start : start + BUFFER_BYTES]
             buffer, free = self._buffers[self._turn]
             self._turn = 1 - self._turn
             free.synchronize()
             buffer[: part.nbytes].copy_(part)
-            flat_place[start : start + part.nbytes].copy_(buffer[: part.nbytes], non_blocking=True)
+            place[start : start + part.nbytes].copy_(buffer[: part.nbytes], non_blocking=True)
             free.record(self._stream)
 
     def wait(self, mark: Mark) -> None:
@@ -101,5 +105,6 @@ class CudaLane:
 BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
 
 
-def lane_for(device: torch.device, locked: Container[torch.Tensor]) -> Lane:
-    return CudaLane(device, locked) if device.type == "cuda" else HostLane(device)
+def lane_for(device: torch.device, locks: PageLocks | None) -> Lane:
+    """`locks` are those of the weights that a GPU's lane is to carry."""
+    return HostLane(device) if locks is None else CudaLane(device, locks)

@@ -9,12 +9,13 @@ copied back.
 import bisect
 import contextlib
 import functools
+import itertools
 import logging
 import mmap
 import os
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from protocol.units import format_bytes
 log = logging.getLogger(__name__)
 
 REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
+LOCKERS = 2  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,41 +137,70 @@ def shared(path: str, inode: int) -> torch.Tensor | None:
 
 @functools.cache
 def lock(address: int, size: int) -> int:
-    """Page-lock a shared mapping in place; the CUDA error, 0 for none."""
+    """Page-lock a part of a shared mapping in place; the CUDA error, 0 for none."""
     return int(torch.cuda.cudart().cudaHostRegister(address, size, REGISTER_READ_ONLY))
 
 
-class PageLocks:
-    """Weights that are being page-locked for this process's life, a file at a time, beside whatever else goes on.
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a tensor's bytes, those that lie in one piece of locked memory, or in none."""
 
-    What the driver refuses, with a message in the log, passes through a buffer instead.
+    start: int
+    end: int
+    locked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a file in memory, from an address up to another: it is locked, or refused, as a whole."""
+
+    start: int
+    end: int
+    locked: Future[bool]
+
+
+class PageLocks:
+    """Weights that are being page-locked for this process's life, piece by piece, beside whatever else goes on.
+
+    Pieces, so that the first can be on its way to the GPU while the last is still to be locked. What the driver
+    refuses, with a message in the log, passes through a buffer instead.
     """
 
-    def __init__(self, weights: HostWeights, device: torch.device) -> None:
+    def __init__(self, weights: HostWeights, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
         """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
         for name in weights.private:
             weights.tensors[name] = weights.tensors[name].pin_memory()
         self._device = device
-        pool = ThreadPoolExecutor(1, "page-lock")
-        files = sorted(weights.files.items(), key=lambda item: item[1].data_ptr())  # as swapping in takes them
-        self._starts = [file.data_ptr() for _, file in files]
-        self._locks = [pool.submit(self._lock, path, file) for path, file in files]
-        self._ends = [file.data_ptr() + file.nbytes for _, file in files]
+        self._refused: set[str] = set()  # files
+        pool = ThreadPoolExecutor(LOCKERS, "page-lock")
+        self._pieces: list[Piece] = []
+        for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
+            end = file.data_ptr() + file.nbytes
+            for start in range(file.data_ptr(), end, piece_bytes):
+                size = min(piece_bytes, end - start)
+                self._pieces.append(Piece(start, start + size, pool.submit(self._lock, path, start, size)))
         pool.shutdown(wait=False)
 
-    def _lock(self, path: str, file: torch.Tensor) -> bool:
+    def _lock(self, path: str, start: int, size: int) -> bool:
+        if path in self._refused:
+            return False
         with torch.cuda.device(self._device):
-            code = lock(file.data_ptr(), file.nbytes)
+            code = lock(start, size)
             if code:
+                self._refused.add(path)
                 log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
                 with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
                     torch.zeros(1, device=self._device).add_(1)
         return not code
 
-    def __contains__(self, tensor: object) -> bool:
-        """Whether a weight is page-locked; waits until its file has had its turn."""
-        assert isinstance(tensor, torch.Tensor)
-        index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
-        if index >= 0 and tensor.data_ptr() < self._ends[index]:
-            return self._locks[index].result()
-        return True  # a private one
+    def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
+        """A contiguous weight's bytes as they may be copied, each part once it has had its turn."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
+        mapped = False
+        for piece in itertools.takewhile(lambda piece: piece.start < end, self._pieces[index:]):
+            if piece.end > start:
+                mapped = True
+                yield Part(max(piece.start, start) - start, min(piece.end, end) - start, piece.locked.result())
+        if not mapped:  # a private one
+            yield Part(0, tensor.nbytes, True)

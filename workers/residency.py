@@ -7,7 +7,7 @@ bits in every residency: only where weights lie changes, never what is computed.
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from workers.lanes import lane_for
 from workers.mapped import PageLocks, host_weights, plain_parameters
 from workers.modulation import Call, Modulation, Results, Watch, uncompiled
 from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
+from workers.torch_tensors import flat_bytes
 
 State = Literal["in", "streamed", "out"]
 
@@ -45,7 +46,7 @@ class Residency:
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
         weights = host_weights(module, name)
-        locks: Container[torch.Tensor] = PageLocks(weights, device) if device.type == "cuda" else ()
+        locks = PageLocks(weights, device) if device.type == "cuda" else None
         self._host = weights.tensors
         self._parameters = plain_parameters(module)
         self._quantized = quantized_parameters(module)
@@ -226,7 +227,7 @@ class Residency:
                 spans.append((source, source.nbytes, offset))
             offset += source.nbytes
             after = source.data_ptr() + source.nbytes, offset
-        copies = [(slab[start : start + length], bytes_from(first, length)) for first, length, start in spans]
+        copies = [(slab[start : start + length], flat_bytes(first, length)) for first, length, start in spans]
         self._lane.wait(self._lane.copy(copies, self._lane.mark()))
 
     def _move_buffers(self) -> None:
@@ -239,12 +240,6 @@ class Residency:
 
 def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
-
-
-def bytes_from(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Flat uint8 from where a tensor begins in its storage."""
-    start = tensor.storage_offset() * tensor.element_size()
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (length,), (1,))
 
 
 def block_rows(module: torch.nn.Module) -> list[str]:

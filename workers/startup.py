@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from workers.source import Source, locate
 from workers.speed import Speed
 from workers.text import TextStage
 from workers.vae import VaeStage
+from workers.warmup import warming_up
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,8 +77,10 @@ class Prepared:
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
         devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
-        stage = self.settings.stage
-        loaded = load(self.source, stage, devices, DTYPES[self.dtype], Speed.of(stage, self.settings.speedups))
+        stage, dtype, start = self.settings.stage, DTYPES[self.dtype], time.perf_counter()
+        with warming_up(devices.primary, dtype):
+            loaded = load(self.source, stage, devices, dtype, Speed.of(stage, self.settings.speedups))
+        log.info("loaded in %.2f s", time.perf_counter() - start)
         return self._runner(loaded, devices.primary), loaded.device_map
 
     def _runner(self, loaded: Loaded, device: torch.device) -> StageRunner:

@@ -61,3 +61,10 @@ def unpack(tensors: Iterable[Tensor], device: torch.device | str) -> dict[str, V
         else:
             values[name] = from_wire(tensor, device)
     return values
+
+
+def flat_bytes(tensor: torch.Tensor, length: int | None = None) -> torch.Tensor:
+    """A contiguous tensor's own memory as flat uint8; `length` bytes of it from where it begins in its storage."""
+    start = tensor.storage_offset() * tensor.element_size()
+    size = tensor.nbytes if length is None else length
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage(), start, (size,), (1,))

@@ -2,14 +2,13 @@
 
 import logging
 
-import numpy as np
 import torch
 
 from protocol.jobs import Recipe
 from protocol.tensors import Tensor
 from workers.loading import Loaded
 from workers.outcome import Outcome, Report, StageError, release_memory
-from workers.torch_tensors import unpack
+from workers.torch_tensors import to_wire, unpack
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +42,10 @@ class VaeStage:
                 pictures = self.decode(tensors)
             finally:
                 self.vae.disable_tiling()
-        flat = np.ascontiguousarray(pictures)
-        tensor = Tensor("pictures", "uint8", flat.shape, flat.reshape(-1).data)
-        return Outcome([tensor], warnings)
+        return Outcome([to_wire("pictures", pictures)], warnings)
 
     @torch.no_grad()
-    def decode(self, tensors: tuple[Tensor, ...]) -> np.ndarray:
+    def decode(self, tensors: tuple[Tensor, ...]) -> torch.Tensor:
         values = {name.removeprefix("decode:"): value for name, value in unpack(tensors, self.device).items()}
         positional = [values.pop(name) for name in sorted(filter(str.isdigit, values), key=int)]
         latents = positional[0] if positional else next(iter(values.values()))
@@ -65,12 +62,14 @@ class VaeStage:
             decoded = decoded[:, :, 0]  # a video VAE's single frame
         if decoded.ndim != 4:
             raise StageError(f"decoded a tensor of shape {tuple(decoded.shape)}; only pictures are supported")
-        return to_uint8(self.pipeline.image_processor.postprocess(decoded, output_type="np"))
+        return to_uint8(self.pipeline.image_processor.postprocess(decoded, output_type="pt"))
 
 
-def to_uint8(pictures: np.ndarray) -> np.ndarray:
-    """As `numpy_to_pil` in diffusers does it, but a NaN is an error and never a black picture."""
-    if not np.isfinite(pictures).all():
+def to_uint8(pictures: torch.Tensor) -> torch.Tensor:
+    """(n, 3, height, width) in 0 … 1 → uint8 (n, height, width, 3), where they lie.
+
+    As `pt_to_numpy` and `numpy_to_pil` of diffusers, but a NaN is an error and never a black picture.
+    """
+    if not torch.isfinite(pictures).all():
         raise StageError("the decoded picture holds NaN or infinity; another --dtype may help")
-    rounded: np.ndarray = (pictures * 255).round().astype(np.uint8)
-    return rounded
+    return (pictures.permute(0, 2, 3, 1).float() * 255).round().to(torch.uint8).contiguous()

@@ -13,6 +13,7 @@ from protocol.jobs import JobRequest, Recipe
 from protocol.recipes import resolve
 from protocol.tensors import Tensor
 from tests import tiny
+from tests.tiny import needs_gpus
 from workers.checkpoint import Unstorable, check_storable, freeze, thaw
 from workers.denoise import DenoiseStage
 from workers.describe import describe
@@ -30,10 +31,9 @@ NOISE = [
 ]  # fmt: skip
 
 
-def denoiser(source: Source, seconds: float | None = 0.0, budget: int = 0) -> DenoiseStage:
-    return DenoiseStage(
-        load(source, "denoise", Devices(CPU, {0: budget} if budget else {}), torch.float32), CPU, seconds
-    )
+def denoiser(source: Source, seconds: float | None = 0.0, budget: int = 0, device: torch.device = CPU) -> DenoiseStage:
+    devices = Devices(device, {0: budget} if budget else {})
+    return DenoiseStage(load(source, "denoise", devices, torch.float32), device, seconds)
 
 
 def prepared(pipeline: DiffusionPipeline, folder: Path, **fields: Any) -> tuple[Source, Recipe, tuple[Tensor, ...]]:
@@ -60,18 +60,18 @@ def run(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...]) -> tup
     return bytes(latents.data), saved, told
 
 
-def check_all(source: Source, recipe: Recipe, embeddings: tuple[Tensor, ...]) -> None:
-    wanted, saved, _ = run(denoiser(source), recipe, embeddings)
-    assert run(denoiser(source, None), recipe, embeddings)[:2] == (wanted, [])
+def check_all(source: Source, recipe: Recipe, embeddings: tuple[Tensor, ...], device: torch.device = CPU) -> None:
+    wanted, saved, _ = run(denoiser(source, device=device), recipe, embeddings)
+    assert run(denoiser(source, None, device=device), recipe, embeddings)[:2] == (wanted, [])
     assert saved
-    other = denoiser(source)
+    other = denoiser(source, device=device)
     for checkpoint in saved:
         latents, further, told = run(other, recipe, (*embeddings, *checkpoint.tensors))
         assert latents == wanted, f"differs from step {checkpoint.step} on"
         assert told[0] == checkpoint.step
         assert all(step > checkpoint.step for step in told[1:])
         assert [later.step for later in further] == [s.step for s in saved if s.step > checkpoint.step]
-    fresh = run(denoiser(source), recipe, (*embeddings, *saved[-1].tensors))
+    fresh = run(denoiser(source, device=device), recipe, (*embeddings, *saved[-1].tensors))
     assert fresh[0] == wanted
 
 
@@ -86,6 +86,12 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 def test_another_worker_goes_on_from_any_step_in_any_family(family: str, guided: bool, tmp_path: Path) -> None:
     fields: dict[str, Any] = {"negative_prompt": "blurry", "cfg_scale": 3.0} if guided else {"num_images": 2}
     check_all(*prepared(FAMILIES[family](), tmp_path / family, **fields))
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("family", ["flux", "sd15"])
+def test_another_worker_goes_on_from_any_step_on_cuda(family: str, tmp_path: Path) -> None:
+    check_all(*prepared(FAMILIES[family](), tmp_path), device=torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("scheduler", FLOW)

@@ -1,6 +1,7 @@
 """Bits are the same wherever the weights are; planned from sizes, run on the CPU with the same code as on a GPU."""
 
 import contextlib
+import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from protocol.recipes import resolve
 from tests import tiny
 from tests.chance import examples
 from tests.tiny import needs_gpus
-from workers import mapped
+from workers import loading, mapped
 from workers import residency as residency_module
 from workers.denoise import DenoiseStage, Play
 from workers.describe import describe
@@ -211,27 +212,37 @@ def test_loading_leaves_weights_in_the_mapped_file_and_a_cast_makes_a_private_co
     assert cast.private_bytes == sum(tensor.nbytes for tensor in mapped.tensors.values()) // 2
 
 
-def test_files_are_page_locked_one_after_the_other_and_only_what_is_refused_takes_the_buffer(
+def test_pieces_of_files_are_page_locked_in_order_and_only_what_is_refused_takes_the_buffer(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = [host_weights(cls.from_pretrained(folder / case), case) for case, (cls, _) in CASES.items()]
     both = HostWeights(weights[0].tensors | weights[1].tensors, weights[0].files | weights[1].files, frozenset())
-    refused, go, order = next(iter(weights[1].files.values())).data_ptr(), threading.Event(), []
+    refused, go, order = next(iter(weights[1].files.values())), threading.Event(), []
 
     def lock(address: int, size: int) -> int:
         go.wait(30)
-        order.append(address)
-        return 1 if address == refused else 0
+        order.append((address, size))
+        return 1 if refused.data_ptr() <= address < refused.data_ptr() + refused.nbytes else 0
 
     monkeypatch.setattr(mapped, "lock", lock)
+    monkeypatch.setattr(mapped, "LOCKERS", 1)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    locks = PageLocks(both, torch.device("cpu"))
+    locks = PageLocks(both, torch.device("cpu"), piece_bytes=50_000)
     assert order == []  # nobody waited
     go.set()
-    assert all(tensor in locks for tensor in weights[0].tensors.values())
-    assert not any(tensor in locks for tensor in weights[1].tensors.values())
-    assert order == sorted(file.data_ptr() for file in both.files.values())
-    assert torch.zeros(3) in locks  # none of a file
+    several = 0
+    for tensor in both.tensors.values():
+        parts = list(locks.parts(tensor))
+        several += len(parts) > 1
+        assert (parts[0].start, parts[-1].end) == (0, tensor.nbytes)
+        assert all(one.end == next.start for one, next in itertools.pairwise(parts))
+        inside = refused.data_ptr() <= tensor.data_ptr() < refused.data_ptr() + refused.nbytes
+        assert {part.locked for part in parts} == {not inside}
+    assert several > 0
+    assert order == sorted(order)
+    assert sum(refused.data_ptr() <= address < refused.data_ptr() + refused.nbytes for address, _ in order) == 1
+    assert sum(size for _, size in order if size != 50_000) < 50_000 * len(both.files)
+    assert [(part.end, part.locked) for part in locks.parts(torch.zeros(3))] == [(12, True)]  # none of a file
 
 
 def test_blocks_are_the_items_of_the_outermost_lists(folder: Path) -> None:
@@ -290,8 +301,9 @@ def jobs(stage: DenoiseStage, folder: Path, cfg: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("model", "ahead"), [("flux", True), ("sd3", True), ("chroma", False), ("pixart", False)])
 def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_some(
-    model: str, ahead: bool, device: str, cfg: bool, tmp_path: Path
+    model: str, ahead: bool, device: str, cfg: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(loading.WORKSPACE, "denoise", 0)
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     where = torch.device(device)
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(where), torch.float32), where), tmp_path, cfg)
