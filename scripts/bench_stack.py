@@ -53,6 +53,12 @@ def watched(used: Callable[[], int]) -> Iterator[list[int]]:
         thread.join()
 
 
+def tell_end(process: psutil.Process, killed: float, gone: list[float]) -> None:
+    """Note how long it takes until a killed process has let go of all that it held."""
+    process.wait()
+    gone.append(time.perf_counter() - killed)
+
+
 class StackBench:
     """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels."""
 
@@ -138,7 +144,7 @@ class StackBench:
                 worker = psutil.Process(next(w.pid for w in client.workers().workers if w.stage == "denoise"))
                 worker.kill()
                 killed, reached = time.perf_counter(), event.step
-                threading.Thread(target=lambda: (worker.wait(), gone.append(time.perf_counter() - killed))).start()
+                threading.Thread(target=tell_end, args=(worker, killed, gone)).start()
             elif killed and not event.running:
                 lost = True
             elif killed and not lost:
