@@ -69,13 +69,18 @@ def refusals() -> int:
 class Hands:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
-    def __init__(self, load: Load, turns: Path | None, workspace: int | None) -> None:
-        """`workspace` is given where it works in leases: bytes that the stage takes beside its weights, erring high."""
+    def __init__(
+        self, load: Load, turns: Path | None, workspace: int | None, warm: Callable[[], None] = lambda: None
+    ) -> None:
+        """`workspace` is given where it works in leases: bytes that the stage takes beside its weights, erring high.
+
+        `warm` waits until the device is ready to compute.
+        """
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._workspace = load, turns, workspace
+        self._load, self._turns, self._workspace, self._warm = load, turns, workspace, warm
         self._orders: queue.SimpleQueue[tuple[Task | Lease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
@@ -137,6 +142,7 @@ class Hands:
         if isinstance(runner, VaeStage):
             runner.may_tile = task.make_do
         try:
+            self._warm()
             with turn(self._turns):
                 done = run_measured(runner, task.recipe, tensors, report)
             if done.short and not task.make_do:

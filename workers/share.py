@@ -59,6 +59,7 @@ class Share:
         if self.device.type != "cuda":
             return 0
         torch.cuda.synchronize(self.device)
+        torch._C._cuda_clearCublasWorkspaces()  # which the allocator counts as in use
         torch.cuda.empty_cache()
         kept = self._reserved()
         if before is None:

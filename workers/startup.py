@@ -24,7 +24,7 @@ from workers.source import Source, locate
 from workers.speed import Speed
 from workers.text import TextStage
 from workers.vae import VaeStage
-from workers.warmup import warming_up
+from workers.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +77,8 @@ class Prepared:
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
         devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
-        stage, dtype, start = self.settings.stage, DTYPES[self.dtype], time.perf_counter()
-        with warming_up(devices.primary, dtype):
-            loaded = load(self.source, stage, devices, dtype, Speed.of(stage, self.settings.speedups))
+        stage, start = self.settings.stage, time.perf_counter()
+        loaded = load(self.source, stage, devices, DTYPES[self.dtype], Speed.of(stage, self.settings.speedups))
         log.info("loaded in %.2f s", time.perf_counter() - start)
         return self._runner(loaded, devices.primary), loaded.device_map
 
@@ -118,6 +117,8 @@ def _json(source: Source, name: str) -> Path | None:
 
 def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
+    device = resolve_device(settings.device)
+    warm_up = WarmUp(device, DTYPES[resolve_dtype(settings.dtype, device)])
     prepared = prepare(settings)
     hello = WorkerHello(
         name=settings.name,
@@ -140,6 +141,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
             prepared.load,
             settings.turns if prepared.device == "cpu" else None,
             None if settings.lease_gpu is None else WORKSPACE[settings.stage],
+            warm_up.join,
         ),
     ).run()
     logging.shutdown()

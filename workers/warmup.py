@@ -1,12 +1,11 @@
-"""What a GPU's first computation waits for, done while the weights are still on their way.
+"""What a GPU's first computation waits for, done while the model is still looked up and its weights are on their way.
 
-The context, and the libraries for products, attention and convolutions, which are loaded when they are first used.
+The context, the libraries for products, attention and convolutions, and the kernels that every model has: all are
+loaded when they are first used.
 """
 
-import contextlib
 import logging
 import threading
-from collections.abc import Iterator
 
 import torch
 from torch.nn import functional
@@ -14,37 +13,44 @@ from torch.nn import functional
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def warming_up(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Beside what goes on within; it has ended when that ends."""
-    if device.type != "cuda":
-        yield
-        return
-    thread = threading.Thread(target=_warm_up, args=(device, dtype), name="warm-up")
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+class WarmUp:
+    """Begins at once, beside whatever goes on; nothing at all on other devices than GPUs."""
 
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self._device, self._dtype = torch.device(device), dtype
+        self._thread = threading.Thread(target=self._run, name="warm-up", daemon=True)
+        if self._device.type == "cuda":
+            self._thread.start()
 
-def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    try:
-        compute_a_little(device, dtype)
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:  # a full GPU, say: whoever needs it will tell
-        log.info("no warm-up: %s", error)
-    torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()
+    def join(self) -> None:
+        if self._device.type == "cuda":
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            with torch.cuda.device(self._device):
+                compute_a_little(self._device, self._dtype)
+                torch.cuda.synchronize()
+        except Exception as error:  # whoever needs the GPU will tell what is wrong with it
+            log.info("no warm-up: %s", error)
 
 
 @torch.no_grad()
 def compute_a_little(device: torch.device, dtype: torch.dtype) -> None:
-    """One of each kind of computation that libraries outside torch do."""
+    """One of each kind of computation, on next to nothing."""
     square = torch.zeros(256, 256, dtype=dtype, device=device)
     functional.linear(square, square, square[0])
-    square @ square
     heads = square.view(1, 2, 256, 128)
     functional.scaled_dot_product_attention(heads, heads, heads)
-    image = square.view(1, 64, 32, 32)
-    functional.conv2d(image, square.view(-1)[: 64 * 64 * 9].view(64, 64, 3, 3), padding=1)
+    functional.conv2d(square.view(1, 64, 32, 32), square.view(-1)[: 64 * 64 * 9].view(64, 64, 3, 3), padding=1)
+    functional.group_norm(square.view(1, 64, 32, 32), 8)
+    wide = square.float()
+    for values in (square, wide):
+        functional.layer_norm(values, (256,))
+        functional.gelu(values, approximate="tanh")
+        functional.silu(values)
+        torch.cat([values + values[:, :1] * values, values * 2 - 1], dim=-1).mean(-1, keepdim=True)
+        torch.rsqrt(values.pow(2) + 1)
+        torch.stack([-values, values], dim=-1).flatten(-2)
+        torch.isfinite(values).all()
+    torch.arange(256, device=device).float().mul(-1).exp().cos().sin().to(dtype)

@@ -1,6 +1,7 @@
 """A worker's share of a GPU, on a CPU that stands in for it: taken, kept to, given back; and hands that obey leases."""
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -30,9 +31,20 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return read("x", tiny.save(tiny.flux(depth=6), tmp_path_factory.mktemp("flux")), None)
 
 
+@pytest.fixture
+def uncapped() -> Iterator[None]:
+    """The process's allocator is as it was, for the tests after this one."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.usefixtures("uncapped")
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(device: str, source: Source) -> None:
     where = torch.device(device)
+    gc.collect()
+    before = torch.cuda.memory_allocated() if device != "cpu" else 0  # of other tests
     for stage in ("text", "denoise", "vae"):
         loaded = load(source, stage, Devices(where, leased=True), torch.float32)
         share = Share(where, tuple(loaded.residencies.values()), WORKSPACE[stage])
@@ -44,7 +56,7 @@ def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(dev
             share.take(weights + (1 << 30), weights)
             assert sum(residency.device_bytes for residency in share.residencies) <= weights
             assert all(residency.state != "out" for residency in share.residencies)
-        assert share.give_back() <= 32 << 20
+        assert share.give_back() <= before + (32 << 20)
         assert all(residency.device_bytes == 0 for residency in share.residencies)
         assert (share.context_bytes() > 0) == (device != "cpu")
 
