@@ -4,11 +4,13 @@ One GPU if a component fits on one; else its layers over all GPUs of the stage b
 under `max_memory`; else streamed through the first GPU. What can't even be streamed is refused.
 """
 
+import contextlib
 import json
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from diffusers import DiffusionPipeline
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import Stage
 from protocol.units import format_bytes
+from workers.mapped import lock_ahead
 from workers.residency import Residency
 from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
 from workers.source import Source, stages_of
@@ -26,6 +29,7 @@ from workers.speed import EXACT, Speed
 log = logging.getLogger(__name__)
 
 SAFETENSORS_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What a stage needs on a GPU beside its weights, in bytes: activations at about 1024 × 1024, erring high.
 WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 3_430_000_000}
 
@@ -90,6 +94,8 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
     parts: dict[str, Any] = {}
     spread: list[tuple[str, str]] = []
     residencies: dict[str, Residency] = {}
+    if devices.leased and devices.primary.type == "cuda" and not speed.quantize:
+        lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
         for name in sorted(expected_components(cls)):
             if name in wanted and _has_weights(source, name):
@@ -203,13 +209,41 @@ def choose(size: int, room: Mapping[int, int], workspace: int) -> int | dict[int
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
     """Bytes of a component's weights once loaded as `dtype`, from the headers of its safetensors files."""
-    total = 0
-    for path in (source.folder / name).glob("*.safetensors"):
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
-        for key, entry in header.items():
-            if key != "__metadata__":
-                start, end = entry["data_offsets"]
-                total += (end - start) // SAFETENSORS_ITEMSIZE.get(entry["dtype"], 1) * dtype.itemsize
-    return total
+    return sum(
+        (end - start) // SAFETENSORS_ITEMSIZE.get(kind, 1) * dtype.itemsize
+        for path in weight_files(source, name)
+        for kind, (start, end) in stored(path)
+    )
+
+
+def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) -> list[Path]:
+    """Safetensors files of components that need no cast to `dtype`."""
+    kind = next(kind for kind, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    found: list[Path] = []
+    for path in (path for name in names for path in weight_files(source, name)):
+        with contextlib.suppress(struct.error, ValueError):  # a damaged file: loading will tell
+            if all(stored_kind == kind for stored_kind, _ in stored(path)):
+                found.append(path)
+    return found
+
+
+def weight_files(source: Source, name: str) -> list[Path]:
+    """The safetensors files that loading a component reads: not those of variants beside them."""
+    folder = source.folder / name
+    for base in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{base}.safetensors.index.json"
+        if index.exists():
+            return sorted(
+                folder / Path(part).name for part in set(json.loads(index.read_text())["weight_map"].values())
+            )
+        if (whole := folder / f"{base}.safetensors").exists():
+            return [whole]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def stored(path: Path) -> list[tuple[str, tuple[int, int]]]:
+    """(dtype, where it begins and ends) of each tensor in a safetensors file, from its header."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return [(entry["dtype"], tuple(entry["data_offsets"])) for key, entry in header.items() if key != "__metadata__"]

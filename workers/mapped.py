@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
-LOCKERS = 2  # threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +134,15 @@ def shared(path: str, inode: int) -> torch.Tensor | None:
         return None
 
 
-@functools.cache
 def lock(address: int, size: int) -> int:
     """Page-lock a part of a shared mapping in place; the CUDA error, 0 for none."""
     return int(torch.cuda.cudart().cudaHostRegister(address, size, REGISTER_READ_ONLY))
+
+
+@functools.cache
+def locker() -> ThreadPoolExecutor:
+    """The driver locks for one thread at a time."""
+    return ThreadPoolExecutor(1, "page-lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,39 +163,58 @@ class Piece:
     locked: Future[bool]
 
 
-class PageLocks:
-    """Weights that are being page-locked for this process's life, piece by piece, beside whatever else goes on.
+class LockedFile:
+    """A shared mapping that is being page-locked for this process's life, piece by piece, in the background.
 
     Pieces, so that the first can be on its way to the GPU while the last is still to be locked. What the driver
     refuses, with a message in the log, passes through a buffer instead.
     """
 
-    def __init__(self, weights: HostWeights, device: torch.device, piece_bytes: int = PIECE_BYTES) -> None:
-        """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
-        for name in weights.private:
-            weights.tensors[name] = weights.tensors[name].pin_memory()
-        self._device = device
-        self._refused: set[str] = set()  # files
-        pool = ThreadPoolExecutor(LOCKERS, "page-lock")
-        self._pieces: list[Piece] = []
-        for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
-            end = file.data_ptr() + file.nbytes
-            for start in range(file.data_ptr(), end, piece_bytes):
-                size = min(piece_bytes, end - start)
-                self._pieces.append(Piece(start, start + size, pool.submit(self._lock, path, start, size)))
-        pool.shutdown(wait=False)
+    def __init__(self, path: str, address: int, size: int, device: torch.device) -> None:
+        self._path, self._device, self._refused = path, device, False
+        end = address + size
+        self.pieces = [
+            Piece(start, stop := min(end, start + PIECE_BYTES), locker().submit(self._lock, start, stop - start))
+            for start in range(address, end, PIECE_BYTES)
+        ]
 
-    def _lock(self, path: str, start: int, size: int) -> bool:
-        if path in self._refused:
+    def _lock(self, start: int, size: int) -> bool:
+        if self._refused:
             return False
         with torch.cuda.device(self._device):
             code = lock(start, size)
             if code:
-                self._refused.add(path)
-                log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", path, code)
+                self._refused = True
+                log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", self._path, code)
                 with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
                     torch.zeros(1, device=self._device).add_(1)
         return not code
+
+
+locked_file = functools.cache(LockedFile)  # once in a process
+
+
+def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:
+    """Begin with files that are about to be loaded, as they are."""
+    found = [
+        (path, file)
+        for path in map(os.path.realpath, paths)
+        if (file := shared(path, os.stat(path).st_ino)) is not None
+    ]
+    for path, file in sorted(found, key=lambda item: item[1].data_ptr()):
+        locked_file(path, file.data_ptr(), file.nbytes, device)
+
+
+class PageLocks:
+    """Which of a module's weights are page-locked, or will be."""
+
+    def __init__(self, weights: HostWeights, device: torch.device) -> None:
+        """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
+        for name in weights.private:
+            weights.tensors[name] = weights.tensors[name].pin_memory()
+        self._pieces: list[Piece] = []
+        for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
+            self._pieces += locked_file(path, file.data_ptr(), file.nbytes, device).pieces
 
     def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
         """A contiguous weight's bytes as they may be copied, each part once it has had its turn."""

@@ -1,5 +1,6 @@
 """Where components go, decided from sizes alone."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tests.stacks import triptych
 from tests.tiny import needs_gpus
 from workers import loading, stage_file
 from workers.describe import describe
-from workers.loading import Devices, choose, load, weight_bytes
+from workers.loading import Devices, choose, files_as_they_are, load, weight_bytes, weight_files
 from workers.source import locate, read, stages_of
 
 GB = 10**9
@@ -37,6 +38,25 @@ def test_weights_are_sized_from_headers_at_the_dtype_they_will_have(flux_dev: Pa
     full = weight_bytes(source, "transformer", torch.float32)
     assert full == 2 * weight_bytes(source, "transformer", torch.bfloat16)
     assert full < sum(p.stat().st_size for p in (flux_dev / "transformer").glob("*.safetensors")) < full + 100_000
+
+
+def test_files_are_locked_ahead_that_need_no_cast_and_are_not_variants(flux_dev: Path, tmp_path: Path) -> None:
+    shutil.copytree(flux_dev, folder := tmp_path / "flux")
+    source = read("x", folder, None)
+    wanted = [path for name in ("transformer", "vae") for path in (folder / name).glob("*.safetensors")]
+    size = weight_bytes(source, "transformer", torch.float32)
+    shutil.copy(wanted[0], wanted[0].with_suffix(".ema.safetensors"))
+    assert sorted(files_as_they_are(source, ("transformer", "vae"), torch.float32)) == sorted(wanted)
+    assert files_as_they_are(source, ("transformer", "vae"), torch.bfloat16) == []
+    assert weight_bytes(source, "transformer", torch.float32) == size
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "../part-1.safetensors"}}
+    (folder / "vae" / "model.safetensors.index.json").write_text(json.dumps(index))
+    parts = [folder / "vae" / f"part-{n}.safetensors" for n in (1, 2)]
+    for part in parts:
+        shutil.copy(wanted[1], part)
+    assert weight_files(source, "vae") == parts
+    parts[1].write_bytes(b"torn")
+    assert files_as_they_are(source, ("vae",), torch.float32) == parts[:1]
 
 
 @needs_gpus(2)

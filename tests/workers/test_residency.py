@@ -225,9 +225,10 @@ def test_pieces_of_files_are_page_locked_in_order_and_only_what_is_refused_takes
         return 1 if refused.data_ptr() <= address < refused.data_ptr() + refused.nbytes else 0
 
     monkeypatch.setattr(mapped, "lock", lock)
-    monkeypatch.setattr(mapped, "LOCKERS", 1)
+    monkeypatch.setattr(mapped, "PIECE_BYTES", 50_000)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    locks = PageLocks(both, torch.device("cpu"), piece_bytes=50_000)
+    mapped.lock_ahead([Path(path) for path in both.files], torch.device("cpu"))
+    locks = PageLocks(both, torch.device("cpu"))
     assert order == []  # nobody waited
     go.set()
     several = 0
