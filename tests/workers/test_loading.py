@@ -50,7 +50,7 @@ def test_files_are_locked_ahead_that_need_no_cast_and_are_not_variants(flux_dev:
     assert files_as_they_are(source, ("transformer", "vae"), torch.bfloat16) == []
     assert weight_bytes(source, "transformer", torch.float32) == size
     index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors", "c": "../part-1.safetensors"}}
-    (folder / "vae" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     parts = [folder / "vae" / f"part-{n}.safetensors" for n in (1, 2)]
     for part in parts:
         shutil.copy(wanted[1], part)
