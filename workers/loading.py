@@ -233,9 +233,8 @@ def weight_files(source: Source, name: str) -> list[Path]:
     for base in ("diffusion_pytorch_model", "model"):
         index = folder / f"{base}.safetensors.index.json"
         if index.exists():
-            return sorted(
-                folder / Path(part).name for part in set(json.loads(index.read_text())["weight_map"].values())
-            )
+            names = {Path(part).name for part in json.loads(index.read_text())["weight_map"].values()}
+            return sorted(path for part in names if (path := folder / part).exists())
         if (whole := folder / f"{base}.safetensors").exists():
             return [whole]
     return sorted(folder.glob("*.safetensors"))
