@@ -106,7 +106,7 @@ class Desk:
             case GetJobs(jobs=ids, states=states, limit=limit):
                 owner = None if peer.local else peer.owner
                 found = (self._own(peer, i) for i in ids) if ids else engine.store.newest(states, limit, owner)
-                live = (engine.jobs.get(job.id, job) for job in found)
+                live = (engine.roster.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
             case FetchPictures(job=job_id):
                 self._pictures(client, number, self._own(peer, job_id))
@@ -114,7 +114,7 @@ class Desk:
                 for job in [self._own(peer, job_id) for job_id in ids]:
                     if not job.ended:
                         engine.cancel(job)
-                self._reply(client, Jobs(request=number, jobs=tuple(engine.known(i).view() for i in ids)))
+                self._reply(client, Jobs(request=number, jobs=tuple(engine.roster.known(i).view() for i in ids)))
             case Retry(jobs=ids):
                 jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
@@ -142,19 +142,19 @@ class Desk:
 
     def _own(self, peer: Peer, job_id: str) -> LiveJob:
         """A job that the peer may see; to others it is as if there were none."""
-        job = self.engine.find(job_id)
+        job = self.engine.roster.find(job_id)
         if job is None or not (peer.local or job.owner == peer.owner):
             raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
         return job
 
     def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
         """Whose job a worker has in hand is nobody else's business."""
-        job = self.engine.jobs.get(view.job) if view.job else None
+        job = self.engine.roster.jobs.get(view.job) if view.job else None
         return view if peer.local or (job and job.owner == peer.owner) else view.model_copy(update={"job": None})
 
     def _submit(self, peer: Peer, submit: Submit) -> None:
         client = peer.identity
-        if self.engine.model is None:
+        if self.engine.reception.model is None:
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the first worker to load the model.", "Try again later.")
             self._parked[peer, submit.request] = submit
@@ -198,11 +198,10 @@ class Desk:
 
     def _stack(self, number: int) -> Stack:
         engine = self.engine
-        counts = tuple((state, count) for state, count in engine.counts.items() if count)
+        counts = tuple((state, count) for state, count in engine.roster.counts.items() if count)
         return Stack(
-            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.model, counts=counts,
-            speedups=engine.speedups,
-            queue_limit=engine.settings.queue_limit,
+            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.reception.model,
+            counts=counts, speedups=engine.reception.speedups, queue_limit=engine.settings.queue_limit,
         )  # fmt: skip
 
     def roll(self) -> None:

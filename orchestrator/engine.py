@@ -7,14 +7,12 @@ dropped, so each stage commits once.
 
 import json
 import logging
-import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.artifacts import Kind
 from orchestrator.config import OrchestratorSettings
-from orchestrator.delays import Delays
 from orchestrator.fleet import Fleet, Worker
 from orchestrator.intake import Intake
 from orchestrator.ledger import Account, Ledger
@@ -22,12 +20,13 @@ from orchestrator.lending import Lending
 from orchestrator.live import LiveJob
 from orchestrator.outbox import Outbox
 from orchestrator.pace import Pace
-from orchestrator.queues import StageQueues
+from orchestrator.reception import Reception
+from orchestrator.roster import Roster
 from orchestrator.scheduler import Assign, Lend
 from orchestrator.store import Store
 from orchestrator.watchers import Watchers
-from protocol.errors import Conflict, NotFound
-from protocol.jobs import JobRequest, JobState, ModelDescription, Recipe, Stage, StageRecord
+from protocol.errors import Conflict
+from protocol.jobs import JobRequest, JobState, Stage, StageRecord
 from protocol.messages import (
     CancelTask,
     Committed,
@@ -39,9 +38,7 @@ from protocol.messages import (
     Task,
     TaskFailed,
     TaskKey,
-    WorkerHello,
 )
-from protocol.recipes import CountTokens, resolve, text_key, token_counter
 from protocol.tensors import CHECKPOINT, Tensor
 
 log = logging.getLogger(__name__)
@@ -62,36 +59,20 @@ class Engine:
         self, store: Store, outbox: Outbox, settings: OrchestratorSettings, accounts: Mapping[int, Account], disk: Path
     ) -> None:
         self.store, self.outbox, self.settings = store, outbox, settings
-        self.fleet, self.queues, self.watchers = Fleet(), StageQueues(), Watchers()
-        self.intake, self.delays, self.pace = Intake(settings, store, disk), Delays(), Pace(settings.step_seconds)
-        ledger = Ledger(accounts, store.workspaces())
+        self.fleet, self.watchers, self.pace = Fleet(), Watchers(), Pace(settings.step_seconds)
+        intake, ledger = Intake(settings, store, disk), Ledger(accounts, store.workspaces())
+        self.roster = Roster(store, intake)
         self.lending = Lending(
-            ledger, self.fleet, self.queues, settings.patience, settings.keep_alive, store.remember_workspace
+            ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store.remember_workspace
         )
-        self.jobs: dict[str, LiveJob] = {}  # unfinished ones
-        self._by_text: dict[str, set[str]] = {}  # unfinished jobs by their embeddings' key
-        self.counts: dict[JobState, int] = store.counts()
-        self.model: ModelDescription | None = None  # of the workers of this run
-        self.dtype = ""
-        self.speedups: tuple[str, ...] = ()
+        self.reception = Reception(store, self.roster, intake, self.lending)
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
-        self._count_tokens: CountTokens | None = None
         for job in store.unfinished():
             job.attempts += LOST_NUMBERS  # so that a task of before is told from one of now
             self._adopt(job)
-        self._hold_until = time.monotonic() + HOLD_SECONDS if self.jobs else 0.0
+        self._hold_until = time.monotonic() + HOLD_SECONDS if self.roster.jobs else 0.0
 
-    # -- models and workers ---------------------------------------------------------------------
-
-    def learn_model(self, hello: WorkerHello, tokenizer: Tensor | None) -> None:
-        """Requests are judged by the model of the worker that came last."""
-        model, dtype, self.speedups = hello.model, hello.dtype, hello.speedups
-        data = bytes(tokenizer.data) if tokenizer else None
-        if model == self.model and dtype == self.dtype and (data is None or self._count_tokens):
-            return
-        self.store.remember_model(model, data)
-        self.model, self.dtype = model, dtype
-        self._count_tokens = token_counter(self.store.tokenizer(model.revision))
+    # -- workers come and go --------------------------------------------------------------------
 
     def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker's hands are free, unless it says what is in them; if it drops a task without a word, that failed."""
@@ -110,15 +91,15 @@ class Engine:
 
     def _claimed(self, worker: Worker, job_id: str, stage: Stage, attempt: int) -> None:
         """A worker that has come back has a task in hand: it goes on, unless somebody else has begun it."""
-        job = self.jobs.get(job_id)
+        job = self.roster.jobs.get(job_id)
         task = TaskKey(job=job_id, stage=stage, attempt=attempt)
         if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage):
             self.fleet.give(worker, task, None)
             self.outbox.to_worker(worker.identity, CancelTask(job=job_id, stage=stage, attempt=attempt))
             return
         log.info("%s goes on with it", worker.hello.name, extra={"job": job_id})
-        self._unqueue(job)
-        self._move(job, lambda: job.claimed_by(worker.id, attempt))
+        self.roster.take_out(job)
+        self.roster.move(job, lambda: job.claimed_by(worker.id, attempt))
         self.fleet.give(worker, task, Pace.key(stage, job.recipe))
         self.store.note(job)
         self.announce(job)
@@ -161,79 +142,36 @@ class Engine:
 
         `owner` is the name of the client's key; empty for this machine's own user.
         """
-        if self.model is None:
-            raise NotFound("No worker has joined yet, so the model is not known.")
-        named = [self._known(request, owner) for request in requests]
-        fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
-        ids = [request.id for request in fresh if request.id is not None]
-        if len(set(ids)) < len(ids):
-            raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
-        self.intake.check(fresh, owner)
-        recipes = [resolve(request, self.model, self.dtype, self._count_tokens, self.speedups) for request in fresh]
-        for recipe in recipes:
-            self.lending.refuse_what_never_fits(recipe, self.model)
-        made = iter([self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)])
-        return [known or next(made) for known in named]
-
-    def _known(self, request: JobRequest, owner: str) -> LiveJob | None:
-        job = self.find(request.id) if request.id else None
-        if job and (job.request != request.model_dump_json() or job.owner != owner):
-            raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
-        return job
-
-    def _create(self, request: JobRequest, recipe: Recipe, owner: str) -> LiveJob:
-        job = LiveJob(
-            id=request.id or secrets.token_hex(6),
-            number=self.store.next_number(),
-            priority=request.priority,
-            recipe=recipe,
-            text_key=text_key(recipe),
-            request=request.model_dump_json(),
-            created=time.time(),
-            owner=owner,
-        )
-        self.store.insert(job)
-        self._count(job.state, +1)
-        self._adopt(job)
-        return job
+        jobs, new = self.reception.admit(requests, owner)
+        for job in new:
+            self.roster.count(job.state, +1)
+            self._adopt(job)
+        return jobs
 
     def _adopt(self, job: LiveJob) -> None:
-        self.jobs[job.id] = job
-        self.intake.add(job)
-        self._by_text.setdefault(job.text_key, set()).add(job.id)
-        self.queues.add(job)
+        self.roster.add(job)
         if job.stage == "text" and self.store.artifacts.has("text", job.text_key):
             self._skip_text(job)
-
-    def find(self, job_id: str) -> LiveJob | None:
-        return self.jobs.get(job_id) or self.store.job(job_id)
-
-    def known(self, job_id: str) -> LiveJob:
-        job = self.find(job_id)
-        if job is None:
-            raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
-        return job
 
     # -- handing out ----------------------------------------------------------------------------
 
     def assign(self) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
-        for job_id in self.delays.take():
-            self.queues.add(self.jobs[job_id])
+        self.roster.end_delays()
         if time.monotonic() < self._hold_until:
             return
-        for action in self.lending.decide(self.jobs, self.drained):
+        for action in self.lending.decide(self.roster.jobs, self.drained):
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
-                    self._hand_out(self.jobs[action.job], worker)
+                    self._hand_out(self.roster.jobs[action.job], worker)
                 case Lend():
                     self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
 
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
         times = [self._hold_until] if time.monotonic() < self._hold_until else []
-        if (due := self.delays.next()) is not None:
+        if (due := self.roster.next_due()) is not None:
             times.append(due)
         return min(times, default=None)
 
@@ -243,8 +181,8 @@ class Engine:
             log.warning("an artifact of the stage before %s is gone; going back", job.stage, extra={"job": job.id})
             self._go_back(job)
             return
-        self._unqueue(job)
-        self._move(job, lambda: job.hand_to(worker.id))
+        self.roster.take_out(job)
+        self.roster.move(job, lambda: job.hand_to(worker.id))
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe, make_do=not self.lending.more(worker)
         )  # fmt: skip
@@ -278,16 +216,12 @@ class Engine:
         self.store.artifacts.drop("checkpoint", job.id)
         self.store.update(job)
 
-    def _unqueue(self, job: LiveJob) -> None:
-        self.queues.remove(job)
-        self.delays.drop(job.id)
-
     def _go_back(self, job: LiveJob) -> None:
         """Run the stage again whose artifact was lost; equal recipes give equal bits, so nothing is lost with it."""
-        self._unqueue(job)
+        self.roster.take_out(job)
         job.stage = "denoise" if job.stage == "vae" else "text"
         self.store.update(job)
-        self.queues.add(job)
+        self.roster.queues.add(job)
 
     # -- what workers say -----------------------------------------------------------------------
 
@@ -349,8 +283,8 @@ class Engine:
         if not self.lending.leased(worker, leased):
             return
         if leased.reason:
-            for job_id in self.queues.first(worker.hello.stage, worker.model, 1):
-                self._unqueue(job := self.jobs[job_id])
+            for job_id in self.roster.queues.first(worker.hello.stage, worker.model, 1):
+                self.roster.take_out(job := self.roster.jobs[job_id])
                 self._blame(job, f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 
@@ -360,33 +294,32 @@ class Engine:
         stage = worker.hello.stage
         others = [w for w in self.fleet if w is not worker and (w.hello.stage, w.model) == (stage, worker.model)]
         if not others:
-            for job_id in self.queues.first(stage, worker.model, self.queues.depth[stage]):
-                self._unqueue(job := self.jobs[job_id])
+            for job_id in self.roster.queues.first(stage, worker.model, self.roster.queues.depth[stage]):
+                self.roster.take_out(job := self.roster.jobs[job_id])
                 self._blame(job, reason, retry=False)
 
     def _current(self, worker: Worker, task: TaskKey) -> LiveJob | None:
         """The job that a worker's message is about, if it has it in hand and the message is of its present attempt."""
-        job = self.jobs.get(task.job)
+        job = self.roster.jobs.get(task.job)
         return job if job and job.worker == worker.id and (job.id, job.stage, job.attempt) == key_of(task) else None
 
     def _pass_on(self, job: LiveJob, record: StageRecord) -> None:
-        self._move(job, lambda: job.finish_stage(record))
+        self.roster.move(job, lambda: job.finish_stage(record))
         self.store.update(job)
-        self.queues.add(job)
+        self.roster.queues.add(job)
         self.announce(job)
 
     def _skip_text(self, job: LiveJob) -> None:
         """The prompt's embeddings are known: no text worker is needed."""
-        self._unqueue(job)
+        self.roster.take_out(job)
         self.store.artifacts.touch("text", job.text_key)
         job.cached = True
         self._pass_on(job, StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True))
 
     def _keep_embeddings(self, job: LiveJob, tensors: tuple[Tensor, ...]) -> None:
         self.store.artifacts.put("text", job.text_key, tensors)
-        self.store.artifacts.shrink("text", self.settings.embedding_cache, spare=self._by_text)
-        for other_id in list(self._by_text.get(job.text_key, ())):
-            other = self.jobs[other_id]
+        self.store.artifacts.shrink("text", self.settings.embedding_cache, spare=self.roster.texts())
+        for other in self.roster.of_text(job.text_key):
             if other is not job and other.stage == "text" and other.worker is None:
                 self._skip_text(other)
 
@@ -419,8 +352,7 @@ class Engine:
     def _wait_again(self, job: LiveJob) -> None:
         job.hand_back()
         self.store.update(job)
-        if not self.delays.add(job.id, job.failures):
-            self.queues.add(job)
+        self.roster.wait(job)
         self.announce(job)
 
     # -- ending ---------------------------------------------------------------------------------
@@ -431,50 +363,45 @@ class Engine:
             task = CancelTask(job=job.id, stage=job.stage, attempt=job.attempt)
             self.outbox.to_worker(bytes.fromhex(job.worker), task)
         else:
-            self._unqueue(job)
+            self.roster.take_out(job)
         self._end(job, "cancelled")
 
     def retry(self, job: LiveJob) -> LiveJob:
         """Queue a failed or cancelled job again, from its last finished stage."""
         if job.state not in ("failed", "cancelled"):
             raise Conflict(f"Job {job.id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
-        self._count(job.state, -1)
+        self.roster.count(job.state, -1)
         self._revive(job)
         return job
 
     def make_again(self, job: LiveJob) -> None:
         """A finished job whose pictures can't be read any more runs again; its recipe gives the same bits."""
-        self._count(job.state, -1)
+        self.roster.count(job.state, -1)
         job.stage, job.pictures, job.records = "text", 0, ()
         self._revive(job)
 
     def _revive(self, job: LiveJob) -> None:
         job.state, job.finished, job.failures, job.saved_at_failure = "queued", None, 0, -1
-        self._count(job.state, +1)
+        self.roster.count(job.state, +1)
         self._adopt(job)
         self.store.update(job)
 
     def forget_old(self, before: float, limit: int) -> list[LiveJob]:
         """Remove jobs that ended before a moment (seconds since the epoch), the oldest `limit` of them."""
-        gone = [job for job in self.store.ended_before(before, limit) if job.id not in self.jobs]
+        gone = [job for job in self.store.ended_before(before, limit) if job.id not in self.roster.jobs]
         for job in gone:
             self.store.forget(job)
-            self._count(job.state, -1)
+            self.roster.count(job.state, -1)
         return gone
 
     def _end(self, job: LiveJob, state: JobState) -> None:
-        self._move(job, lambda: job.end(state, time.time()))
+        self.roster.move(job, lambda: job.end(state, time.time()))
         job.saved = 0
         self.store.artifacts.drop("checkpoint", job.id)
         if state != "failed":
             self.store.artifacts.drop("latents", job.id)
         self.store.update(job)
-        del self.jobs[job.id]
-        self.intake.add(job, -1)
-        same_text = self._by_text[job.text_key]
-        same_text.discard(job.id)
-        if not same_text:
-            del self._by_text[job.text_key]
+        self.roster.remove(job)
         log.info("%s", state, extra={"job": job.id})
         self.announce(job)
         self.watchers.forget_job(job.id)
@@ -494,15 +421,6 @@ class Engine:
             step=job.step,
             steps=job.recipe.steps,
             cached=job.cached,
-            ahead=0 if running or job.ended else self.queues.ahead_of(job),
+            ahead=0 if running or job.ended else self.roster.queues.ahead_of(job),
             reason=job.reasons[-1] if job.state == "failed" and job.reasons else "",
         )
-
-    def _move(self, job: LiveJob, change: Callable[[], None]) -> None:
-        """Change a job's state, keeping the counts."""
-        self._count(job.state, -1)
-        change()
-        self._count(job.state, +1)
-
-    def _count(self, state: JobState, by: int) -> None:
-        self.counts[state] = self.counts.get(state, 0) + by

@@ -239,7 +239,7 @@ class Server:
         if identity in self.engine.fleet.workers:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
-        self.engine.learn_model(hello, envelope.tensor("tokenizer"))
+        self.engine.reception.learn_model(hello, envelope.tensor("tokenizer"))
         for old in self.engine.fleet.of_process(hello.host, hello.pid):
             self.engine.dismiss_worker(old)  # which has lost its link, and says next what it has in hand
         self.engine.lending.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
