@@ -1,9 +1,11 @@
 """Speedups: close to the plain pipeline, the same again each time, named in the recipe, refused where they can't be."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from protocol.errors import BadRequest
 from protocol.jobs import JobRequest
@@ -20,6 +22,14 @@ from workers.speed import Speed
 from workers.text import TextStage
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def usual_attention() -> Iterator[None]:
+    """Setting one model's attention backend sets that of all later ones in this process."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
 
 
 @pytest.fixture(scope="module")
