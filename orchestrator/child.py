@@ -53,17 +53,17 @@ class Child:
     stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None
     descriptors: tuple[int, ...] = ()  # that it gets besides
-    prepare: Callable[[], None] | None = None  # called before each start
+    prepare: Callable[[], None] | None = None  # called before it is started anew
 
     def start(self, spawn: Callable[["Child"], Process | None] | None = None) -> None:
         """Start it anew, or by `spawn` if that gives a process."""
         self._rotate_log()
-        if self.prepare:
-            self.prepare()
         self.process = (spawn(self) if spawn else None) or self._popen()
         self.state, self.started, self.proven = "running", time.monotonic(), False
 
     def _popen(self) -> subprocess.Popen[bytes]:
+        if self.prepare:
+            self.prepare()
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 [sys.executable, *self.arguments],

@@ -18,6 +18,7 @@ from protocol.jobs import ProcessView
 from protocol.process import PID
 
 PR_SET_CHILD_SUBREAPER = 36
+ANSWER_SECONDS = 5.0  # for a fork
 AFTER_SECONDS = 10.0  # that a spare process leaves to the first workers
 
 
@@ -60,7 +61,10 @@ class Forked:
 
 
 class ForkServer:
-    """Starts a process that imports everything once. Until it is `ready`, and where it is gone, it starts nothing."""
+    """Starts a process that imports everything once. Until it is `ready`, and where it is gone, it starts nothing.
+
+    It has a twin, forked from it, which takes its place at once.
+    """
 
     name = "forkserver"
     flags: tuple[str, ...] = ()
@@ -72,6 +76,7 @@ class ForkServer:
         self.ready = False
         self.link: socket.socket | None = None
         self._far_end: socket.socket | None = None
+        self._twin: tuple[Forked, socket.socket] | None = None
 
     @staticmethod
     def possible() -> bool:
@@ -88,7 +93,7 @@ class ForkServer:
 
     def _connect(self) -> None:
         """Before each start of the child: a new pair of sockets."""
-        self.close()
+        self._hang_up()
         self.link, self._far_end = socket.socketpair(socket.AF_UNIX, self.kind)
         descriptor = self._far_end.fileno()
         self.child.arguments = ["-m", "workers.forkserver", str(descriptor), *self.flags]
@@ -105,6 +110,32 @@ class ForkServer:
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 self.ready = len(self.link.recv(PID.size, socket.MSG_DONTWAIT)) == PID.size
 
+    def keep_twin(self) -> None:
+        """See that there is one; call often."""
+        if self._twin and self._twin[0].poll() is not None:
+            self._twin[1].close()
+            self._twin = None
+        if self._twin or not self.ready or self.link is None:
+            return
+        near, far = socket.socketpair(socket.AF_UNIX, self.kind)
+        try:
+            socket.send_fds(self.link, [msgpack.packb([[], {}])], [far.fileno()])
+            self.link.settimeout(ANSWER_SECONDS)
+            self._twin = Forked(PID.unpack(self.link.recv(PID.size))[0]), near
+        except (OSError, struct.error):
+            near.close()
+            self.lost()
+        finally:
+            far.close()
+
+    def succeed(self) -> Process | None:
+        """The twin, in its place; None if there is none."""
+        if self._twin is None:
+            return None
+        self._hang_up()
+        (process, self.link), self._twin = self._twin, None
+        return process
+
     def spawn(self, child: Child) -> Process | None:
         """A worker's process; None if the server is gone."""
         if not self.ready or self.link is None:
@@ -119,7 +150,7 @@ class ForkServer:
             return None
 
     def _started(self, link: socket.socket) -> Process | None:
-        link.settimeout(5.0)
+        link.settimeout(ANSWER_SECONDS)
         return Forked(PID.unpack(link.recv(PID.size))[0])
 
     def view(self) -> ProcessView:
@@ -130,6 +161,15 @@ class ForkServer:
         self.ready = False
 
     def close(self) -> None:
+        self._hang_up()
+        if self._twin:
+            process, link = self._twin
+            process.kill()
+            process.wait()
+            link.close()
+            self._twin = None
+
+    def _hang_up(self) -> None:
         self.lost()
         for end in (self.link, self._far_end):
             if end is not None:
@@ -155,6 +195,9 @@ class Spare(ForkServer):
     def starting(self) -> bool:
         """Nobody waits for it."""
         return False
+
+    def keep_twin(self) -> None:
+        """It forks nothing."""
 
     def _started(self, link: socket.socket) -> Process | None:
         process, self.child.process = self.child.process, None

@@ -18,7 +18,7 @@ from types import FrameType
 import zmq
 
 from orchestrator.accounts import accounts, leased_gpu
-from orchestrator.child import Child
+from orchestrator.child import Child, Process
 from orchestrator.config import OrchestratorSettings, StackConfig
 from orchestrator.folder import StackFolder
 from orchestrator.forks import ForkServer, Spare
@@ -134,11 +134,18 @@ class Supervisor:
             if child.state == "waiting" and child.wanted and now >= child.start_at:
                 if child.stage and self._forks.starting:
                     continue  # it is there sooner than a process that imports everything by itself
-                child.start(self._forks.spawn if child.stage else None)
+                child.start(self._spawn)
                 log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
+        self._forks.keep_twin()
         for child, kill_at in self._leaving:
             if now >= kill_at:
                 child.kill()
+
+    def _spawn(self, child: Child) -> Process | None:
+        """By the fork server, which is itself followed by its twin; None: it has to start anew."""
+        if child is self._forks.child:
+            return self._forks.succeed()
+        return self._forks.spawn(child) if child.stage else None
 
     def _wait(self) -> None:
         """Until a signal, a child's end, a message, or the next thing that is due."""

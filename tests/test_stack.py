@@ -69,11 +69,16 @@ def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: P
         assert {psutil.Process(worker.pid).ppid() for worker in before.workers} == {stack.process.pid}
         server = next(p.pid for p in before.processes if p.name == "forkserver")
         assert "forkserver" in " ".join(psutil.Process(pid_of(before, "denoise-1")).cmdline())
+        killed = time.time()
         for pid in (server, pid_of(before, "denoise-1")):
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
         _, again = stack.picture("a red star", seed=1, **SMALL)
         assert again.equal(wanted)
+        after = stack.client.workers()
+        assert psutil.Process(pid_of(after, "denoise-1")).ppid() == stack.process.pid
+        twin = next(p.pid for p in after.processes if p.name == "forkserver")
+        assert psutil.Process(twin).create_time() < killed, "nothing had to be imported again"
 
 
 def test_where_forking_is_impossible_a_spare_process_becomes_the_next_worker(

@@ -5,11 +5,13 @@
 The supervisor asks through the socket FD, one datagram a worker: msgpack of its arguments and environment, and the
 descriptors of its log and its lifeline. The answer is the worker's process number. A worker is forked twice, so that it
 becomes the supervisor's own child (which is its subreaper). It never touches CUDA here, so each worker may choose its
-GPUs; and it makes no threads, so a fork leaves none behind. A spare process doesn't fork: it becomes the first worker
-that it is asked for.
+GPUs; and it makes no threads, so a fork leaves none behind. Asked for a twin (no arguments, the descriptor of another
+socket), it forks one that can do all that it can itself, and shares its memory: it takes over when this one is gone. A
+spare process doesn't fork: it becomes the first worker that it is asked for.
 """
 
 import ctypes
+import functools
 import importlib
 import os
 import signal
@@ -17,6 +19,7 @@ import socket
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
 from typing import NoReturn
 
 # A mere `is_available()` during an import would else bring up CUDA, which no fork survives.
@@ -40,11 +43,19 @@ MAX_REQUEST = 1 << 20
 
 
 def main(link: socket.socket, spare: bool) -> None:
-    """Serve until the supervisor is gone."""
+    end_with_supervisor()
+    import_everything()
+    serve(link, spare)
+
+
+def end_with_supervisor() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import_everything()
+
+
+def serve(link: socket.socket, spare: bool = False) -> None:
+    """Until the supervisor is gone."""
     link.send(PID.pack(os.getpid()))
     while True:
         request, descriptors, _, _ = socket.recv_fds(link, MAX_REQUEST, 2)
@@ -54,7 +65,10 @@ def main(link: socket.socket, spare: bool) -> None:
         if spare:
             link.close()
             become_worker(arguments, environment, *descriptors)
-        pid = fork_twice(link, arguments, environment, *descriptors)
+        if arguments:
+            pid = fork_twice(link, functools.partial(become_worker, arguments, environment, *descriptors))
+        else:
+            pid = fork_twice(link, functools.partial(become_twin, *descriptors))
         for descriptor in descriptors:
             os.close(descriptor)
         link.send(PID.pack(pid))
@@ -70,8 +84,8 @@ def import_everything() -> None:
         sys.exit(STAYS_DOWN)
 
 
-def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> int:
-    """A grandchild that runs the command; its process number."""
+def fork_twice(link: socket.socket, live: Callable[[], NoReturn]) -> int:
+    """A grandchild with a life of its own; its process number."""
     told, tell = os.pipe()
     go, hold = os.pipe()  # at its end once the process between is gone for good, whose death would be the worker's own
     with warnings.catch_warnings():
@@ -88,12 +102,21 @@ def fork_twice(link: socket.socket, arguments: list[str], environment: dict[str,
         os.read(go, 1)
         for descriptor in (told, tell, go):
             os.close(descriptor)
-        become_worker(arguments, environment, log, lifeline)
+        live()
     os.waitpid(between, 0)
     pid: int = PID.unpack(os.read(told, PID.size))[0]
     for descriptor in (told, tell, go, hold):
         os.close(descriptor)
     return pid
+
+
+def become_twin(link: int) -> NoReturn:
+    """Wait until the supervisor wants this one in the place of the one that it was forked from."""
+    try:
+        end_with_supervisor()
+        serve(socket.socket(fileno=link))
+    finally:
+        os._exit(0)
 
 
 def become_worker(arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> NoReturn:
