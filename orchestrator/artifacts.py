@@ -65,7 +65,6 @@ class Artifacts:
 
     def put(self, kind: Kind, name: str, tensors: Sequence[Tensor]) -> None:
         """Keep tensors under a name; what was there is replaced. StateUnusable: there is no room for them."""
-        self.drop(kind, name)
         size = sum(t.nbytes for t in tensors)
         specs = msgpack.packb([t.spec for t in tensors])
         checksum = zlib.crc32(specs)
@@ -80,7 +79,10 @@ class Artifacts:
             self._unsafe.append(path)
         values = (f"{kind}/{name}", kind, specs, blob, file, size, self._tick(), checksum)
         columns = "key, kind, specs, data, file, bytes, used, checksum"
-        self._db.write(f"INSERT INTO artifacts({columns}) VALUES(?,?,?,?,?,?,?,?)", values)
+        insert = f"INSERT OR IGNORE INTO artifacts({columns}) VALUES(?,?,?,?,?,?,?,?)"
+        if not self._db.write(insert, values):
+            self.drop(kind, name)
+            self._db.write(insert, values)
         self.bytes_of[kind] += size
 
     @staticmethod

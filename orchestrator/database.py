@@ -81,12 +81,13 @@ class Database:
         self.commit()
         self._db.close()
 
-    def write(self, sql: str, values: Sequence[object] = ()) -> None:
+    def write(self, sql: str, values: Sequence[object] = ()) -> int:
+        """How many rows it changed."""
         with explained(self.path):
             if not self._writing:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._writing = True
-            self._db.execute(sql, values)
+            return self._db.execute(sql, values).rowcount
 
     def commit(self) -> None:
         if self._writing:

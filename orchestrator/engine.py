@@ -212,9 +212,13 @@ class Engine:
 
     def _begin_anew(self, job: LiveJob) -> None:
         """The stage's first step comes next, whatever was saved."""
-        job.saved = 0
-        self.store.artifacts.drop("checkpoint", job.id)
+        self._drop_checkpoint(job)
         self.store.update(job)
+
+    def _drop_checkpoint(self, job: LiveJob) -> None:
+        if job.saved:
+            job.saved = 0
+            self.store.artifacts.drop("checkpoint", job.id)
 
     def _go_back(self, job: LiveJob) -> None:
         """Run the stage again whose artifact was lost; equal recipes give equal bits, so nothing is lost with it."""
@@ -257,7 +261,7 @@ class Engine:
             self.store.artifacts.put(OUTPUT[result.stage], job.id, tensors)
         self.pace.moved(worker, job.recipe, worker.step + 1)
         if result.stage == "denoise":
-            self.store.artifacts.drop("checkpoint", job.id)
+            self._drop_checkpoint(job)
         if result.stage == "vae":
             self._finish(job, record)
         else:
@@ -396,8 +400,7 @@ class Engine:
 
     def _end(self, job: LiveJob, state: JobState) -> None:
         self.roster.move(job, lambda: job.end(state, time.time()))
-        job.saved = 0
-        self.store.artifacts.drop("checkpoint", job.id)
+        self._drop_checkpoint(job)
         if state != "failed":
             self.store.artifacts.drop("latents", job.id)
         self.store.update(job)

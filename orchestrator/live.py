@@ -95,8 +95,6 @@ class LiveJob:
         self.records = (*(r for r in self.records if r.stage != record.stage), record)
         self.worker = None
         self.failures, self.saved_at_failure = 0, -1
-        if self.stage == "denoise":
-            self.saved = 0
         if self.stage in NEXT_STAGE:
             self.stage = NEXT_STAGE[self.stage]
             if not record.cached:
