@@ -124,7 +124,7 @@ class ForkServer:
             self._twin = Forked(PID.unpack(self.link.recv(PID.size))[0]), near
         except (OSError, struct.error):
             near.close()
-            self.lost()
+            self._give_up()
         finally:
             far.close()
 
@@ -146,8 +146,13 @@ class ForkServer:
                 socket.send_fds(self.link, [request], [log.fileno(), child.lifeline])
             return self._started(self.link)
         except (OSError, struct.error):
-            self.lost()
+            self._give_up()
             return None
+
+    def _give_up(self) -> None:
+        """It forks nothing, or too late, so that its answers can no longer be told apart."""
+        self.child.put_down("it did not fork")
+        self.lost()
 
     def _started(self, link: socket.socket) -> Process | None:
         link.settimeout(ANSWER_SECONDS)

@@ -195,14 +195,17 @@ locked_file = functools.cache(LockedFile)  # once in a process
 
 
 def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:
-    """Begin with files that are about to be loaded, as they are."""
-    found = [
-        (path, file)
+    """Begin with files that are about to be loaded, as they are, where they will be recognised then."""
+    found = {
+        (path, inode): file
         for path in map(os.path.realpath, paths)
-        if (file := shared(path, os.stat(path).st_ino)) is not None
-    ]
-    for path, file in sorted(found, key=lambda item: item[1].data_ptr()):
-        locked_file(path, file.data_ptr(), file.nbytes, device)
+        if (file := shared(path, inode := os.stat(path).st_ino)) is not None
+    }
+    mappings = file_mappings()
+    for (path, inode), file in sorted(found.items(), key=lambda item: item[1].data_ptr()):
+        mapping = mapping_of(file, mappings)  # some file systems tell other numbers there
+        if mapping and (mapping.path, mapping.inode) == (path, inode):
+            locked_file(path, file.data_ptr(), file.nbytes, device)
 
 
 class PageLocks:
