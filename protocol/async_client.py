@@ -25,7 +25,7 @@ from protocol.conversation import (
     request_of,
     with_ids,
 )
-from protocol.endpoints import no_stack, reach
+from protocol.endpoints import no_answer, reach
 from protocol.errors import NoStack, TriptychError, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
@@ -60,14 +60,14 @@ class AsyncClient:
     """As Client, with every method awaited. Use it as an async context manager."""
 
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
-        self._where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
+        self._where, self._key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
         self._conversation = Conversation()
         self._answers: dict[int, asyncio.Future[Envelope]] = {}
         self._answered = False
         self._listeners: set[asyncio.Queue[JobEvent]] = set()
         self._context = zmq.asyncio.Context()
-        self._socket: Any = dealer(self._context, self._where, self._conversation.identity, key)  # type: ignore[arg-type]
+        self._socket: Any = dealer(self._context, self._where, self._conversation.identity, self._key)  # type: ignore[arg-type]
         self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -195,7 +195,7 @@ class AsyncClient:
                 if not await self._socket.poll(
                     (left if self._answered else min(left, CONNECT_SECONDS)) * 1000, zmq.POLLOUT
                 ):
-                    raise no_stack(f"at {self._where}")
+                    raise no_answer(self._where, self._key)
                 await self._socket.send_multipart(frames)
                 pause = min(left, RESEND_SECONDS) if cls in REPEATABLE else left
                 if (await asyncio.wait([answer], timeout=pause))[0]:

@@ -26,7 +26,7 @@ from protocol.conversation import (
     request_of,
     with_ids,
 )
-from protocol.endpoints import no_stack, reach
+from protocol.endpoints import no_answer, reach
 from protocol.errors import NoStack, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
@@ -73,13 +73,13 @@ class Client:
     """
 
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
-        self._where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
+        self._where, self._key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
         self._conversation = Conversation()
         self._answered = False
         self._events: deque[JobEvent] = deque()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = dealer(self._context, self._where, self._conversation.identity, key)
+        self._socket = dealer(self._context, self._where, self._conversation.identity, self._key)
 
     def __enter__(self) -> Self:
         return self
@@ -216,7 +216,7 @@ class Client:
         while (now := time.monotonic()) < limit:
             connected_by = limit if self._answered else min(limit, now + CONNECT_SECONDS)
             if not self._socket.poll(milliseconds(connected_by), zmq.POLLOUT):
-                raise no_stack(f"at {self._where}")
+                raise no_answer(self._where, self._key)
             send(self._socket, frames)
             again = min(limit, now + RESEND_SECONDS) if cls in REPEATABLE else limit
             while envelope := self._receive(again):

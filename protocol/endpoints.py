@@ -47,6 +47,16 @@ def reach(state: Path | None) -> tuple[str, PeerKey | None]:
     return key.endpoint, key
 
 
+def no_answer(endpoint: str, key: PeerKey | None) -> NoStack:
+    """Nothing came of the connection. A server says nothing to keys that it doesn't let in."""
+    if key is None:
+        return no_stack(f"at {endpoint}")
+    return NoStack(
+        f"Nothing at {endpoint} lets the key {key.name!r} in.",
+        "Ask whoever runs the stack whether it is up, with --listen, and the key on its list: triptych keys list.",
+    )
+
+
 def no_stack(where: str) -> NoStack:
     return NoStack(
         f"No stack is running {where}.",

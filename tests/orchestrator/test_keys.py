@@ -79,7 +79,7 @@ def test_only_those_on_the_list_come_in_and_only_in_their_role(state: Path) -> N
             PeerKey("alice", "client", alice.endpoint, pair.public, alice.public, alice.secret),  # another server
         ]
         for key in strangers:
-            with pytest.raises(NoStack):
+            with pytest.raises(NoStack, match=f"lets the key {key.name!r} in"):
                 client_of(running, key).stack()
         with pytest.raises(NoStack):
             stack_without_a_key(alice.endpoint)
