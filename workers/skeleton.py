@@ -87,6 +87,13 @@ def on_meta(source: Source, name: str) -> ModelMixin:
         return cls.from_config(cls.load_config(source.folder, subfolder=name))
 
 
+def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
+    cls = component_class(source, name)
+    with init_empty_weights():
+        model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder, subfolder=name))
+    return model
+
+
 def stub_vae(source: Source, name: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
     """The real VAE class with its real configuration and buffers, whose `decode` raises Decoding."""
     cls = component_class(source, name)

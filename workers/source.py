@@ -58,8 +58,8 @@ def stages_of(component: str) -> tuple[Stage, ...]:
     return ()
 
 
-def locate(model: str, revision: str | None, stage: Stage) -> Source:
-    """Find or download what a stage needs; ModelMissing with what to do about it."""
+def locate(model: str, revision: str | None, stage: Stage | None) -> Source:
+    """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
     if model == DEMO:
         return read(model, DEMO_FOLDER, None)
     folder = Path(model).expanduser()
@@ -107,7 +107,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def download(repo: str, revision: str | None, stage: Stage) -> Path:
+def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
     """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -121,6 +121,8 @@ def download(repo: str, revision: str | None, stage: Stage) -> Path:
     small = ["model_index.json", "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
     try:
         base = Path(snapshot_download(repo, revision=revision, allow_patterns=small, ignore_patterns=[*SKIP]))
+        if stage is None:
+            return base
         weights = [f"{name}/*.safetensors" for name in read(repo, base, base.name).components(stage)]
         return Path(
             snapshot_download(repo, revision=base.name, allow_patterns=[*small, *weights], ignore_patterns=[*SKIP])
