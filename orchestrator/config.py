@@ -16,7 +16,7 @@ gpus = [0]
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.functional_validators import BeforeValidator
@@ -63,6 +63,9 @@ Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
 
 Budget = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_budget)]  # None: all that is free
 Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
+Device = Annotated[str, Field(pattern=r"^(auto|mps|cuda(:\d+)?|cpu(:\d+(,\d+)*)?)$")]
+Placement = Literal["auto", "replicas", "split", "tensor", "context"]
+Optimize = Literal["throughput", "latency"]
 
 
 class Settings(BaseModel):
@@ -72,10 +75,10 @@ class Settings(BaseModel):
 class StageConfig(Settings):
     """How one stage is run."""
 
-    workers: Annotated[int, Field(ge=0, le=64)] = 1
-    device: str = "auto"  # auto, cpu, mps, cuda, cuda:N; cpu:N is a CPU that stands in for GPU N, with its budget
-    gpus: tuple[int, ...] | None = None  # None: all
-    max_memory: Amounts = ()  # of each GPU for itself: one for all, or one each; none: leases, or all that is free
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None  # None: as the placement says
+    device: Device = "auto"  # auto, cpu, mps, cuda, cuda:N; cpu:0,1 is a CPU that plays GPUs 0 and 1, with budgets
+    gpus: Annotated[tuple[int, ...], Field(min_length=1)] | None = None  # None: those that the plan chooses
+    max_memory: Amounts = ()  # of each GPU for itself: one for all, or one each; none: as the plan says
     quantize: str = ""  # int8, int8-dynamic, fp8 or fp8-dynamic, of text and denoise
     keep_alive: Seconds = None  # how long a lease is kept when there is nothing to do: "forever", 0, or seconds
 
@@ -103,6 +106,11 @@ class StackConfig(Settings):
     attention: str = ""  # a backend of diffusers, for the denoiser
     cache: str = ""  # a step cache of diffusers, for the denoiser: first-block[:THRESHOLD], taylorseer, …
     fuse_qkv: bool = False  # of the denoiser
+    placement: Placement = "auto"  # of the denoiser: one a GPU, its layers over all, or all GPUs at one job
+    optimize: Optimize = "throughput"  # what auto is to choose for: pictures an hour, or the time of one
+    width: Annotated[int, Field(ge=1)] | None = None  # pixels, of the pictures that it is planned for
+    height: Annotated[int, Field(ge=1)] | None = None
+    steps: Annotated[int, Field(ge=1)] | None = None
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
 
     def speedups(self) -> tuple[str, ...]:
@@ -122,8 +130,10 @@ class StackConfig(Settings):
 class AccountSettings(Settings):
     """A GPU whose memory is leased to workers."""
 
-    budget: Annotated[int, Field(gt=0)]  # bytes
+    budget: Annotated[int, Field(gt=0)]  # bytes, for those that work in leases
     foreign: int = 0  # bytes in use before the stack came
+    kept: int = 0  # bytes beside the budget, that other workers of the stack keep for themselves
+    name: str = ""  # as its driver calls it
     driver: bool = True  # whether a driver counts what is in use
 
 

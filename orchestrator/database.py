@@ -7,10 +7,11 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from protocol.errors import StateDamaged, StateUnusable
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FIRST_SCHEMA = """
 CREATE TABLE jobs(
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, state TEXT NOT NULL, stage TEXT NOT NULL,
@@ -33,8 +34,9 @@ ALTER TABLE artifacts ADD COLUMN checksum INTEGER;
 CREATE INDEX jobs_by_end ON jobs(finished);
 CREATE TABLE settings(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """,
+    3: "CREATE TABLE paces(key TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;",
 }
-BACKED_UP = ("jobs", "models", "workspaces", "settings")  # pictures can be made again from their jobs
+BACKED_UP = ("jobs", "models", "workspaces", "settings", "paces")  # pictures can be made again from their jobs
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -151,6 +153,12 @@ def restore(path: Path, backup: Path) -> Path | None:
             shutil.move(path.with_name(path.name + rest), aside.with_name(aside.name + rest))
     draft.replace(path)
     return aside if there else None
+
+
+def peek(path: Path, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of a database that may be in use by another process, which notices nothing; StateUnusable, StateDamaged."""
+    with explained(path), contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        return list(db.execute(sql))
 
 
 @contextlib.contextmanager

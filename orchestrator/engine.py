@@ -62,9 +62,7 @@ class Engine:
         self.fleet, self.watchers, self.pace = Fleet(), Watchers(), Pace(settings.step_seconds)
         intake, ledger = Intake(settings, store, disk), Ledger(accounts, store.workspaces())
         self.roster = Roster(store, intake)
-        self.lending = Lending(
-            ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store.remember_workspace
-        )
+        self.lending = Lending(ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store)
         self.reception = Reception(store, self.roster, intake, self.lending)
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
@@ -251,6 +249,7 @@ class Engine:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
         self.lending.learn(worker, job.recipe, result.workspace_bytes)
+        self.lending.learn_pace(worker, job.recipe, result.seconds)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings,

@@ -5,6 +5,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from orchestrator.rates import GENERATIONS
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -13,6 +15,7 @@ class Gpu:
     total_bytes: int
     free_bytes: int
     driver: str
+    link: float = 0.0  # bytes a second from page-locked memory, at most; 0 where the driver doesn't tell
 
 
 def list_gpus() -> list[Gpu]:
@@ -30,8 +33,20 @@ def list_gpus() -> list[Gpu]:
         for index in range(pynvml.nvmlDeviceGetCount()):
             handle = pynvml.nvmlDeviceGetHandleByIndex(index)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            gpus.append(Gpu(index, _text(pynvml.nvmlDeviceGetName(handle)), memory.total, memory.free, driver))
+            name = _text(pynvml.nvmlDeviceGetName(handle))
+            gpus.append(Gpu(index, name, memory.total, memory.free, driver, _link(handle)))
         return gpus
+
+
+def _link(handle: Any) -> float:
+    import pynvml
+
+    try:
+        generation = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
+        lanes = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
+    except pynvml.NVMLError:
+        return 0.0
+    return GENERATIONS.get(generation, 0.0) * int(lanes) / 16
 
 
 def used_bytes(index: int) -> int | None:

@@ -30,9 +30,11 @@ def no_driver() -> None:
 class Account:
     """A GPU. `foreign` bytes were in use before the stack came; `used()` is its driver's count, None without one."""
 
-    budget: int
+    budget: int  # bytes, for those that work in leases
     foreign: int = 0
     used: Callable[[], int | None] = no_driver
+    kept: int = 0  # bytes beside the budget, that other workers of the stack keep
+    name: str = ""  # as its driver calls it
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ class Holding:
 @dataclass(slots=True)
 class Ledger:
     accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
-    learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `_key`
+    learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, Holding] = field(default_factory=dict)  # by worker
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
 
@@ -98,7 +100,7 @@ class Ledger:
         if used is None or book <= 0:
             return book
         pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
-        return min(book, max(0, account.budget - (used - account.foreign)) - pending)
+        return min(book, max(0, account.budget + account.kept - (used - account.foreign)) - pending)
 
     def _on(self, gpu: int) -> list[Holding]:
         return [holding for holding in self.holdings.values() if holding.gpu == gpu]
@@ -126,7 +128,7 @@ class Ledger:
         """Bytes that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
         if not needs.workspace:
             return 0
-        seen = self.learned.get(_key(stage, model, recipe))
+        seen = self.learned.get(workspace_key(stage, model, recipe))
         if seen is not None:
             return int(seen * MARGIN) + ROUNDING
         size = _size(stage, recipe)
@@ -144,7 +146,7 @@ class Ledger:
 
     def learn(self, stage: Stage, model: ModelKey, recipe: Recipe, size: int) -> str | None:
         """Remember what a task took; its key where that is news."""
-        key = _key(stage, model, recipe)
+        key = workspace_key(stage, model, recipe)
         if size <= self.learned.get(key, 0):
             return None
         self.learned[key] = size
@@ -193,6 +195,7 @@ def _prefix(stage: Stage, model: ModelKey) -> str:
     return json.dumps([stage, model.revision, model.dtype, model.speedups])
 
 
-def _key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
+def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
+    """Under which it is kept what a task of this size takes beside its stage's weights."""
     size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
     return f"{_prefix(stage, model)[:-1]}, {json.dumps(size)}, {_size(stage, recipe)}]"

@@ -2,22 +2,26 @@
 
 import math
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from orchestrator.experience import pace_key
 from orchestrator.fleet import Fleet, Worker
 from orchestrator.ledger import Holding, Ledger
 from orchestrator.live import LiveJob, ModelKey
 from orchestrator.queues import StageQueues
 from orchestrator.scheduler import Assign, Holder, Lend, Room, Snapshot, WaitingTask, decide
+from orchestrator.store import Store
 from protocol.errors import DoesNotFit
 from protocol.jobs import STAGES, ModelDescription, Recipe, Stage
 from protocol.messages import Lease, Leased, Ready, WorkerHello
 from protocol.units import format_bytes
 
+SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
+
 
 class Lending:
-    """`remember` keeps what was learned, a key and bytes; `keep_alive` is in seconds by stage, none for ever."""
+    """`keep_alive` is in seconds by stage, none for ever; `store` keeps what is learned."""
 
     def __init__(
         self,
@@ -26,10 +30,12 @@ class Lending:
         queues: StageQueues,
         patience: float,
         keep_alive: Mapping[Stage, float],
-        remember: Callable[[str, int], None],
+        store: Store,
     ) -> None:
         self.ledger, self._fleet, self._queues = ledger, fleet, queues
-        self._patience, self._keep_alive, self._remember = patience, keep_alive, remember
+        self._patience, self._keep_alive = patience, keep_alive
+        self._remember, self._remember_pace = store.remember_workspace, store.remember_pace
+        self._paces: dict[str, float] = {}  # seconds a step
 
     # -- workers come, and go -------------------------------------------------------------------
 
@@ -63,11 +69,15 @@ class Lending:
     # -- what next ------------------------------------------------------------------------------
 
     def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | Lend]:
-        """The scheduler's decision; drivers are asked only where memory is to be lent."""
+        """The scheduler's decision; drivers are asked only where memory is to be lent.
+
+        Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
+        """
         idle = [worker for worker in self._fleet.idle() if worker.stage not in drained]
         if not idle:
             return []
-        holders = self._holders()
+        holdings = self.ledger.holdings
+        holders = self._holders({holdings[worker.id].gpu for worker in idle if worker.id in holdings})
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places}
         by_id = {holder.id: holder for holder in holders}
@@ -80,12 +90,12 @@ class Lending:
             actions = decide(replace(snapshot, gpus=rooms))
         return actions
 
-    def _holders(self) -> list[Holder]:
+    def _holders(self, gpus: Container[int]) -> list[Holder]:
         now = time.monotonic()
         found: list[Holder] = []
         for worker in self._fleet:
             holding = self.ledger.holdings.get(worker.id)
-            if holding is None:
+            if holding is None or holding.gpu not in gpus:
                 continue
             stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
             found.append(
@@ -95,6 +105,7 @@ class Lending:
                     share=holding.booked if holding.asked else holding.share, held=now - holding.since,
                     lasting=keep is None and not worker.refused,
                     expired=keep is not None and worker.state == "idle" and now - worker.idle_since >= keep,
+                    most=max(0, self.ledger.most_workspace(worker.id)),
                 )
             )  # fmt: skip
         return found
@@ -103,19 +114,24 @@ class Lending:
         self, stage: Stage, model: ModelKey, count: int, holders: Iterable[Holder], jobs: Mapping[str, LiveJob]
     ) -> Sequence[WaitingTask]:
         now = time.monotonic()
-        holder = next((h for h in holders if (h.stage, h.model) == (stage, model)), None)
+        roomiest = self._roomiest(stage, model, holders)
         return [
-            WaitingTask(
-                job, stage, model, self._workspace(jobs[job].recipe, holder) if holder else 0, now - jobs[job].queued
-            )
+            WaitingTask(job, stage, model, self._workspace(jobs[job].recipe, roomiest), now - jobs[job].queued)
             for job in self._queues.first(stage, model, count)
         ]
 
-    def _workspace(self, recipe: Recipe, holder: Holder) -> int:
+    def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[Holder]) -> Holder | None:
+        """Of those that do a stage's tasks, the one with the most room beside its weights."""
+        able = [holder for holder in holders if (holder.stage, holder.model) == (stage, model)]
+        return max(able, key=lambda holder: holder.most or 0, default=None)
+
+    def _workspace(self, recipe: Recipe, roomiest: Holder | None) -> int:
         """At most what can be had at all: a VAE makes do with it, and a denoiser shows whether it is enough."""
-        needs = self.ledger.holdings[holder.id].needs
-        wanted = self.ledger.workspace(holder.stage, holder.model, recipe, needs)
-        return min(wanted, max(0, self.ledger.most_workspace(holder.id)))
+        if roomiest is None:
+            return 0
+        needs = self.ledger.holdings[roomiest.id].needs
+        wanted = self.ledger.workspace(roomiest.stage, roomiest.model, recipe, needs)
+        return min(wanted, max(0, self.ledger.most_workspace(roomiest.id)))
 
     # -- leases ---------------------------------------------------------------------------------
 
@@ -135,9 +151,13 @@ class Lending:
         return True
 
     def more(self, worker: Worker) -> bool:
-        """Whether a task that finds too little memory in this worker's lease could have more."""
+        """Whether a task that finds too little memory in this worker's lease could have more, here or elsewhere."""
         holding = self.ledger.holdings.get(worker.id)
-        return holding is not None and self.ledger.most_workspace(worker.id) > holding.lease - holding.share
+        if holding is None:
+            return False
+        place = (worker.hello.stage, worker.model)
+        able = [w.id for w in self._fleet if (w.hello.stage, w.model) == place and w.id in self.ledger.holdings]
+        return max(map(self.ledger.most_workspace, able)) > holding.lease - holding.share
 
     # -- what tasks take ------------------------------------------------------------------------
 
@@ -147,6 +167,16 @@ class Lending:
             key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
             if key:
                 self._remember(key, workspace)
+
+    def learn_pace(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
+        """What a task has taken; the first one of a process counts for nothing."""
+        account = self.ledger.accounts.get(-1 if worker.hello.gpu is None else worker.hello.gpu)
+        if account and worker.done > 1 and seconds > 0:
+            steps = recipe.steps if worker.hello.stage == "denoise" else 1
+            key = pace_key(worker.hello.stage, recipe, account.name)
+            if seconds / steps < SHORTER * self._paces.get(key, math.inf):
+                self._paces[key] = seconds / steps
+                self._remember_pace(key, seconds / steps)
 
     def shortage(self, worker: Worker, recipe: Recipe) -> bool:
         """A task has found too little; whether another try will find more."""

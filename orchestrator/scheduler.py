@@ -2,6 +2,9 @@
 
 The snapshot need not hold every waiting task, only the first of each queue: as many as there are idle workers.
 
+A stage may have many workers, on GPUs of any size. A task goes to whoever is free and has room for it; where nobody is
+in, one comes in where that displaces least.
+
 Where workers of a GPU must take turns, the one that is in goes on until its queue is empty, unless another's task and
 its own turn have lasted for longer than `patience`. Nobody is sent away where there is room. Who streams more than
 needed gets more room, where several tasks wait for him and nobody else wants it. What fits beside all others for good
@@ -26,7 +29,7 @@ class WaitingTask:
     job: str
     stage: Stage
     model: ModelKey
-    workspace: int = 0  # bytes of GPU memory that it takes beside the weights
+    workspace: int = 0  # bytes of GPU memory that it takes beside the weights, or as many as anybody can have
     waited: float = 0.0  # seconds at this stage
 
 
@@ -51,9 +54,13 @@ class Holder:
     held: float = 0.0  # seconds since it has that lease
     expired: bool = False  # it has been idle for longer than its weights are to be kept
     lasting: bool = False  # its weights may come before there is work, and stay
+    most: int | None = None  # bytes of workspace that it can ever have; None: whatever a task takes
 
     def covers(self, task: WaitingTask) -> bool:
         return self.lease > 0 and task.workspace <= self.lease - self.share
+
+    def can_ever(self, task: WaitingTask) -> bool:
+        return self.most is None or task.workspace <= self.most
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +135,7 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
             if left:
                 working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
                 without = [snapshot.holders[w.id] for w in idle if w.id in snapshot.holders and w.id not in busy]
-                wants += [Want(holder, task) for holder, task in zip(without, left, strict=False)]
+                wants += match(without, left, snapshot.gpus)
     idle_ids = {worker.id for worker in snapshot.idle}
     lent: list[Lend] = []
     yielding: set[str] = set()
@@ -145,15 +152,39 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
 def pair(
     idle: Sequence[IdleWorker], tasks: Sequence[WaitingTask], holders: Mapping[str, Holder]
 ) -> tuple[list[Assign], list[WaitingTask]]:
-    """Tasks in their order to workers in theirs, and the tasks left over. A lease must cover its worker's task."""
+    """Tasks in their order to workers in theirs, and the tasks left over. A lease must cover its worker's task.
+
+    Only a worker that can never have the room that a task takes may take a later one before it.
+    """
     left = list(tasks)
     given: list[Assign] = []
     for worker in idle:
         holder = holders.get(worker.id)
-        if left and (holder is None or holder.covers(left[0])):
-            task = left.pop(0)
+        task = next((task for task in left if holder is None or holder.can_ever(task)), None)
+        if task and (holder is None or holder.covers(task)):
+            left.remove(task)
             given.append(Assign(task.job, task.stage, worker.id))
     return given, left
+
+
+def match(holders: Sequence[Holder], tasks: Sequence[WaitingTask], gpus: Mapping[int, Room]) -> list[Want]:
+    """Workers that must come in for tasks, each where that displaces least."""
+    wants: list[Want] = []
+    free = list(holders)
+    for task in tasks:
+        able = [holder for holder in free if holder.can_ever(task)]
+        if not able:
+            continue
+        best = min(able, key=lambda holder: displaced(holder, task, gpus))
+        free.remove(best)
+        wants.append(Want(best, task))
+    return wants
+
+
+def displaced(holder: Holder, task: WaitingTask, gpus: Mapping[int, Room]) -> int:
+    """Bytes that others would have to give for all that a worker could use, in whole tenths of its weights."""
+    space = gpus[holder.gpu].free + holder.lease if holder.gpu in gpus else 0
+    return max(0, holder.need.weights + task.workspace - space) * 10 // max(1, holder.need.weights)
 
 
 def room_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:

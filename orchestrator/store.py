@@ -150,6 +150,13 @@ class Store:
     def remember_workspace(self, key: str, size: int) -> None:
         self._db.write("INSERT OR REPLACE INTO workspaces VALUES(?,?)", (key, size))
 
+    def remember_pace(self, key: str, seconds: float) -> None:
+        """The shortest that a stage's step took; see `experience`."""
+        self._db.write(
+            "INSERT INTO paces VALUES(?,?) ON CONFLICT(key) DO UPDATE SET seconds=min(seconds, excluded.seconds)",
+            (key, seconds),
+        )
+
     def tokenizer(self, revision: str) -> bytes | None:
         row: Any = self._db.first("SELECT tokenizer FROM models WHERE revision = ?", (revision,))
         return row[0] if row else None

@@ -12,17 +12,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import zmq
 
-from orchestrator.accounts import accounts, leased_gpu
+from orchestrator.arrangement import arrange
 from orchestrator.child import Child, Process
 from orchestrator.config import OrchestratorSettings, StackConfig
+from orchestrator.experience import experience_in
 from orchestrator.folder import StackFolder
 from orchestrator.forks import ForkServer, Spare
-from orchestrator.gpus import Gpu, list_gpus
+from orchestrator.gpus import list_gpus
+from orchestrator.placement import Post
 from protocol import wire
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, StateDamaged, StateUnusable, TriptychError
 from protocol.jobs import STAGES, Stage
@@ -54,22 +56,24 @@ class Supervisor:
     """`notice` gets one line for a person whenever something happens that they may want to know."""
 
     def __init__(self, folder: StackFolder, config: StackConfig, notice: Notice) -> None:
+        """Plans the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
+        gpus = list_gpus()
+        self._dtype = stack_dtype(config, bool(gpus))
+        self.arrangement = arrange(config, self._dtype, gpus, experience_in(folder))
         self._lifeline, self._life = os.pipe()
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)
         self._bell.setblocking(False)
         self._signal = 0
         self._endpoints = folder.local_endpoints()
-        self._gpus = list_gpus()
-        self._dtype = stack_dtype(config, self._gpus)
-        self.accounts = accounts(config, self._gpus)  # what is lent of which GPU
         self._orchestrator = self._orchestrator_child()
         starter = ForkServer if ForkServer.possible() else Spare
         self._forks = starter(folder.log(starter.name), self._lifeline)
-        self._workers: dict[Stage, list[Child]] = {
-            stage: [self._worker_child(stage, i + 1) for i in range(config.stage(stage).workers)] for stage in STAGES
-        }
+        self._workers: dict[Stage, list[Child]] = {stage: [] for stage in STAGES}
+        for post in self.arrangement.posts:
+            mine = self._workers[post.stage]
+            mine.append(self._worker_child(post, len(mine) + 1))
         self._leaving: list[tuple[Child, float]] = []  # scaled away or restarted, and when to kill
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: zmq.Socket[bytes] | None = None
@@ -95,15 +99,6 @@ class Supervisor:
             finally:
                 self._shut_down()
         return self._signal
-
-    def sharing(self) -> dict[int, list[Stage]]:
-        """The stages that share each GPU in leases."""
-        found: dict[int, list[Stage]] = {}
-        for stage in STAGES:
-            gpu = leased_gpu(self.config, stage, self._gpus)
-            if gpu in self.accounts and self.config.stage(stage).workers:
-                found.setdefault(gpu, []).append(stage)
-        return found
 
     def stop(self) -> None:
         """End `run`, from any thread."""
@@ -239,7 +234,7 @@ class Supervisor:
             embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures, keep_jobs=config.keep_jobs,
             patience=config.patience, step_seconds=config.step_timeout, client_jobs=config.client_jobs,
             client_rate=config.client_rate, keep=config.keep, listen=config.listen,
-            listen_workers=config.listen_workers, keep_alive=keep, gpus=self.accounts,
+            listen_workers=config.listen_workers, keep_alive=keep, gpus=self.arrangement.accounts,
         )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),
@@ -248,30 +243,21 @@ class Supervisor:
         ]  # fmt: skip
         return Child("orchestrator", None, arguments, self.folder.log("orchestrator"), self._lifeline)
 
-    def _worker_child(self, stage: Stage, number: int) -> Child:
-        config, name = self.config.stage(stage), f"{stage}-{number}"
+    def _worker_child(self, post: Post, number: int) -> Child:
+        name = f"{post.stage}-{number}"
         arguments = [
-            "-m", "orchestrator.cli", "worker", stage, "--connect", self._endpoints.workers, "--name", name,
+            "-m", "orchestrator.cli", "worker", post.stage, "--connect", self._endpoints.workers, "--name", name,
             "--model", self.config.model, "--dtype", self._dtype, "--turns", str(self.folder.turns),
+            *where(post),
         ]  # fmt: skip
-        lease = leased_gpu(self.config, stage, self._gpus)
-        if lease is not None:
-            arguments += ["--lease-gpu", str(lease), "--device", config.device.partition(":")[0]]
-        else:
-            arguments += ["--device", config.device]
-        gpus = config.gpus if lease is None or config.device.startswith("cpu") else (lease,)
-        if stage == "denoise":
+        if post.stage == "denoise":
             pause = self.config.checkpoint
             arguments += ["--checkpoint", "off" if pause is None or not self.config.keep else f"{pause:g}"]
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]
         for speedup in self.config.speedups():
             arguments += ["--speedup", speedup]
-        if gpus is not None:
-            arguments += ["--gpus", ",".join(map(str, gpus))]
-        if config.max_memory:
-            arguments += ["--max-memory", ",".join(f"{amount}B" for amount in config.max_memory)]
-        return Child(name, stage, arguments, self.folder.log(name), self._lifeline)
+        return Child(name, post.stage, arguments, self.folder.log(name), self._lifeline)
 
     def _scale(self, stage: Stage, count: int) -> None:
         children = self._workers[stage]
@@ -281,7 +267,8 @@ class Supervisor:
         taken = {child.name for child in children}
         free = (n for n in range(1, 1 << 20) if f"{stage}-{n}" not in taken)
         while len(children) < count:
-            children.append(self._worker_child(stage, next(free)))
+            number = next(free)
+            children.append(self._worker_child(self.arrangement.post(stage, number - 1), number))
 
     def _dismiss(self, child: Child) -> None:
         child.terminate()
@@ -344,11 +331,27 @@ class Supervisor:
         return True
 
 
+def where(post: Post) -> list[str]:
+    """A worker's options that say where it works."""
+    options = ["--device", post.device]
+    if post.gpus and post.device == "cuda":
+        options += ["--gpus", ",".join(map(str, post.gpus))]
+    if post.kind == "leases":
+        return [*options, "--lease-gpu", str(post.gpus[0])]
+    if post.memory:
+        options += ["--max-memory", ",".join(f"{amount}B" for amount in post.memory)]
+    if post.kind in ("tensor", "context"):
+        options += ["--parallel", post.kind, "--ranks", str(len(post.gpus))]
+    if post.cut:
+        options += ["--cut", ",".join(map(str, post.cut))]
+    return [*options, "--jobs", str(post.jobs)] if post.jobs > 1 else options
+
+
 def last_line(child: Child) -> str:
     return child.reason.partition(": ")[2].removeprefix("Error: ") or child.reason
 
 
-def stack_dtype(config: StackConfig, gpus: Sequence[Gpu]) -> str:
+def stack_dtype(config: StackConfig, gpus: bool) -> str:
     """One dtype for all stages, since what passes between them carries it: bfloat16 if any computes on a GPU."""
     if config.dtype != "auto":
         return config.dtype

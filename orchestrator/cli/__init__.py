@@ -25,6 +25,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "gc": ("orchestrator.cli.jobs", "gc", "Remove old jobs and their pictures."),
     "keys": ("orchestrator.cli.keys", "keys", "Let clients and workers on other machines in."),
     "logs": ("orchestrator.cli.logs", "logs", "Show the logs of a stack."),
+    "plan": ("orchestrator.cli.plan", "plan", "What a stack would do on these GPUs, or on others."),
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
     "completion": ("orchestrator.cli.completion", "completion", "Print the shell completion script."),

@@ -9,12 +9,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from orchestrator.cli.options import state_folder, state_option
-from orchestrator.config import OrchestratorSettings, StackConfig, load_config, parse_stage_values
+from orchestrator.cli.plan_words import in_words
+from orchestrator.config import (
+    Optimize,
+    OrchestratorSettings,
+    Placement,
+    StackConfig,
+    load_config,
+    parse_stage_values,
+)
 from orchestrator.folder import StackFolder
 from orchestrator.gpus import list_gpus
 from orchestrator.supervisor import Supervisor
@@ -22,13 +30,12 @@ from protocol.client import Client
 from protocol.endpoints import published
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.jobs import STAGES, Stage
-from protocol.units import format_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
 FLAGS = (
     "model", "revision", "dtype", "queue_limit", "queue_bytes", "disk_floor", "keep_jobs", "checkpoint",
-    "step_timeout", "listen", "listen_workers", "compile", "attention", "cache", "fuse_qkv",
+    "step_timeout", "listen", "listen_workers", "compile", "attention", "cache", "fuse_qkv", "placement", "optimize",
 )  # fmt: skip
 
 
@@ -39,9 +46,16 @@ def stack_options(command: Command) -> Command:
         click.option("-m", "--model", help="A folder, a hub id, or demo (draws shapes). [default: demo]"),
         click.option("--revision", help="Branch, tag or commit of a hub model."),
         click.option("--dtype", help="float32, bfloat16, float16. [default: bfloat16 on GPUs, float32 on the CPU]"),
-        click.option("--workers", multiple=True, metavar="STAGE=N", help="Workers of a stage: denoise=2. [default: 1]"),
+        click.option("--placement", type=click.Choice(get_args(Placement)),
+                     help="Of the denoiser: replicas (one a GPU), split (its layers over all GPUs), tensor or context "
+                     "(all GPUs at one job; tier: numeric). [default: auto, by the plan]"),
+        click.option("--optimize", type=click.Choice(get_args(Optimize)),
+                     help="What auto is to choose for. [default: throughput]"),
+        click.option("--workers", multiple=True, metavar="STAGE=N", help="Workers of a stage: denoise=2. "
+                     "[default: as the placement says]"),
         click.option("--device", multiple=True, metavar="[STAGE=]DEVICE", help="cpu, cuda, mps or auto."),
-        click.option("--gpus", multiple=True, metavar="[STAGE=]0,1", help="The GPUs that all or one may use."),
+        click.option("--gpus", multiple=True, metavar="[STAGE=]0,1",
+                     help="The GPUs that all or one may use. [default: those that the plan chooses]"),
         click.option("--max-memory", multiple=True, metavar="[STAGE=]16GB[,…]", help="The most to use of each GPU."),
         click.option("--budget", multiple=True, metavar="[GPU=]16GB",
                      help="The most that the stack may use of a GPU, contexts included. [default: all that is free]"),
@@ -122,7 +136,7 @@ def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None
 
     \b
     triptych up
-    triptych up --model black-forest-labs/FLUX.1-dev --device text=cpu --gpus denoise=0,1 --gpus vae=1
+    triptych up --model black-forest-labs/FLUX.1-dev --optimize latency
     triptych up --config stack.toml --state ~/stacks/flux
     """
     folder = StackFolder(state_folder(state))
@@ -131,10 +145,15 @@ def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None
     if restore:
         go_back_to_backup(folder)
     supervisor = Supervisor(folder, config, say)
-    threading.Thread(target=announce_ready, args=(folder.path, config, as_json), daemon=True).start()
+    arrangement = supervisor.arrangement
+    wanted = sum(post.jobs for post in arrangement.posts)
+    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json), daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
-    for gpu, stages in supervisor.sharing().items():
-        say(f"GPU {gpu}: {format_bytes(supervisor.accounts[gpu].budget)} for {', '.join(stages)}")
+    if arrangement.plan:
+        for line in in_words(arrangement.plan):
+            say(line)
+    elif arrangement.unplanned:
+        say(arrangement.unplanned)
     supervisor.run()
 
 
@@ -161,9 +180,8 @@ def wait_for_stack(folder: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def announce_ready(folder: Path, config: StackConfig, as_json: bool) -> None:
-    """Say once when every worker that is wanted has loaded its model."""
-    wanted = sum(config.stage(stage).workers for stage in STAGES)
+def announce_ready(folder: Path, wanted: int, as_json: bool) -> None:
+    """Say once when so many workers have loaded their model."""
     start = time.monotonic()
     wait_for_stack(folder)
     with contextlib.suppress(TriptychError), Client(folder) as client:
@@ -197,9 +215,12 @@ def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     with folder.lock("orchestrator"):
         given = OrchestratorSettings.model_validate_json(settings)
         accounts = {
-            index: Account(gpu.budget, gpu.foreign, functools.partial(used_bytes, index) if gpu.driver else no_driver)
+            index: Account(
+                gpu.budget, gpu.foreign, functools.partial(used_bytes, index) if gpu.driver else no_driver,
+                gpu.kept, gpu.name,
+            )
             for index, gpu in given.gpus.items()
-        }
+        }  # fmt: skip
         server = Server(folder, Endpoints(clients, workers), given, accounts)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)

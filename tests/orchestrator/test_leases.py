@@ -57,11 +57,11 @@ def test_on_16_gb_the_vae_stays_and_text_streams_beside_the_denoiser() -> None:
 
 @dataclass
 class World:
-    """A stack of one worker a stage and GPU, moved on by the scheduler alone; a tick is a second."""
+    """A stack that is moved on by the scheduler alone; a tick is a second."""
 
-    available: int
-    needs: dict[str, Need]  # by worker
-    stages: dict[str, Stage]
+    available: dict[int, int]  # by GPU
+    needs: dict[str, Need]  # by worker, whose name begins with its stage
+    gpu: dict[str, int]  # by worker
     queues: dict[Stage, list[tuple[str, int, int]]] = field(default_factory=dict)  # (job, workspace, since)
     held: dict[str, tuple[int, int]] = field(default_factory=dict)  # lease and its share
     busy: dict[str, tuple[str, int] | Lend] = field(default_factory=dict)
@@ -72,24 +72,36 @@ class World:
     patience: float = 30.0
     lasting: bool = False
 
+    def __post_init__(self) -> None:
+        self.held = self.held or dict.fromkeys(self.needs, (0, 0))
+
+    def stage(self, worker: str) -> Stage:
+        return next(stage for stage in STAGES if worker.startswith(stage))
+
+    def workspace(self, stage: Stage) -> int:
+        return next(need.workspace for worker, need in self.needs.items() if worker.startswith(stage))
+
     def booked(self) -> dict[str, int]:
         coming = {worker: doing.bytes for worker, doing in self.busy.items() if isinstance(doing, Lend)}
         return {worker: max(self.held[worker][0], coming.get(worker, 0)) for worker in self.needs}
 
+    def on(self, gpu: int) -> int:
+        return sum(size for worker, size in self.booked().items() if self.gpu[worker] == gpu)
+
     def snapshot(self) -> Snapshot:
         booked = self.booked()
-        free = self.available - sum(booked.values())
         holders = {
             w: Holder(
                 w,
-                self.stages[w],
+                self.stage(w),
                 MODEL,
-                0,
+                self.gpu[w],
                 self._need(w),
                 booked[w],
                 self.held[w][1],
                 self.now - self.since.get(w, 0),
                 lasting=self.lasting,
+                most=self.available[self.gpu[w]] - self.needs[w].least,
             )
             for w in self.needs
         }
@@ -97,9 +109,10 @@ class World:
             (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
             for stage, queue in self.queues.items()
         }
-        idle = [IdleWorker(w, self.stages[w], MODEL) for w in self.needs if w not in self.busy]
+        idle = [IdleWorker(w, self.stage(w), MODEL) for w in self.needs if w not in self.busy]
         depth = {stage: len(queue) for stage, queue in self.queues.items()}
-        return Snapshot(waiting, idle, depth, holders, {0: Room(self.available, free)}, self.patience)
+        rooms = {gpu: Room(size, size - self.on(gpu)) for gpu, size in self.available.items()}
+        return Snapshot(waiting, idle, depth, holders, rooms, self.patience)
 
     def _need(self, worker: str) -> Need:
         lease, share = self.held[worker]
@@ -111,14 +124,15 @@ class World:
             if isinstance(doing, Lend):
                 self.held[worker], self.since[worker] = (doing.bytes, doing.weights), self.now
             else:
-                self._finish(self.stages[worker], *doing)
+                self._finish(self.stage(worker), *doing)
         for action in decide(snapshot := self.snapshot()):
             assert action.worker not in self.busy
             if isinstance(action, Lend):
                 self._lend(snapshot, action)
             else:
                 self._assign(action)
-        assert sum(self.booked().values()) <= self.available, "the budget is passed"
+        for gpu, size in self.available.items():
+            assert self.on(gpu) <= size, "the budget is passed"
         self.now += 1
 
     def _lend(self, snapshot: Snapshot, lend: Lend) -> None:
@@ -129,7 +143,8 @@ class World:
             assert need.least <= lend.weights <= need.weights
         else:
             others = [h for h in snapshot.holders.values() if h.id != lend.worker]
-            blocked = [h for h in others if snapshot.waiting.get((h.stage, MODEL)) and h.id not in self.busy]
+            here = [h for h in others if h.gpu == self.gpu[lend.worker]]
+            blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in self.busy]
             assert blocked, f"{lend.worker} was sent away for nobody"
         self.busy[lend.worker] = lend
 
@@ -146,28 +161,48 @@ class World:
             self.done.append(job)
         else:
             following = STAGES[STAGES.index(stage) + 1]
-            self.queues.setdefault(following, []).append((job, self.needs[following].workspace, self.now))
+            self.queues.setdefault(following, []).append((job, self.workspace(following), self.now))
+
+
+def one_gpu(available: int, wanted: dict[Stage, Need]) -> World:
+    return World({0: available}, {**wanted}, dict.fromkeys(wanted, 0))
 
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    wanted: dict[str, Need] = {stage: draw(needs()) for stage in STAGES}
+    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
     least = max(need.small for need in wanted.values())
-    available = draw(st.integers(least, least + sum(need.whole for need in wanted.values())))
-    world = World(available, wanted, {stage: stage for stage in STAGES})
-    world.held = dict.fromkeys(STAGES, (0, 0))
+    world = one_gpu(draw(st.integers(least, least + sum(need.whole for need in wanted.values()))), wanted)
     world.patience = draw(st.sampled_from([3.0, 30.0]))
     world.lasting = draw(st.booleans())
     return world
 
 
+@st.composite
+def many_gpus(draw: st.DrawFn) -> World:
+    """Each stage has a worker on at least one of them; every worker can do its stage's tasks with a GPU to itself."""
+    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
+    count = draw(st.integers(1, 4))
+    gpu = {f"denoise-{n}": n for n in draw(st.sets(st.integers(0, count - 1), min_size=1))}
+    gpu |= {stage: draw(st.integers(0, count - 1)) for stage in ("text", "vae")}
+    if draw(st.booleans()):
+        gpu["vae-2"] = draw(st.integers(0, count - 1))
+    wants = {worker: wanted[next(s for s in STAGES if worker.startswith(s))] for worker in gpu}
+    everything = sum(need.whole for need in wants.values())
+    available = {}
+    for n in range(count):
+        least = max((wants[worker].small for worker, at in gpu.items() if at == n), default=0)
+        available[n] = draw(st.integers(least, least + everything))
+    return World(available, wants, gpu, patience=draw(st.sampled_from([3.0, 30.0])), lasting=draw(st.booleans()))
+
+
 @examples(300)
-@given(world=worlds(), arrivals=st.lists(st.integers(0, 60), max_size=12))
+@given(world=worlds() | many_gpus(), arrivals=st.lists(st.integers(0, 60), max_size=12))
 def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[int]) -> None:
     for number, at in enumerate(sorted(arrivals)):
         while world.now < at:
             world.tick()
-        world.queues.setdefault("text", []).append((f"j{number}", world.needs["text"].workspace, world.now))
+        world.queues.setdefault("text", []).append((f"j{number}", world.workspace("text"), world.now))
     for _ in range(2000):
         if len(world.done) == len(arrivals):
             break
@@ -179,7 +214,7 @@ def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[
 @given(world=worlds(), jobs=st.integers(1, 20))
 def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) -> None:
     world.patience = 1e9
-    world.queues["text"] = [(f"j{number}", world.needs["text"].workspace, 0) for number in range(jobs)]
+    world.queues["text"] = [(f"j{number}", world.workspace("text"), 0) for number in range(jobs)]
     for _ in range(2000):
         world.tick()
     assert len(world.done) == jobs
@@ -193,17 +228,16 @@ def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> No
     world.patience = 20.0
     for number in range(400):
         if number % every == 0:
-            world.queues.setdefault("denoise", []).append((f"d{number}", world.needs["denoise"].workspace, world.now))
+            world.queues.setdefault("denoise", []).append((f"d{number}", world.workspace("denoise"), world.now))
         if number % 50 == 0:
-            world.queues.setdefault("text", []).append((f"t{number}", world.needs["text"].workspace, world.now))
+            world.queues.setdefault("text", []).append((f"t{number}", world.workspace("text"), world.now))
         world.tick()
     assert "t0" in world.done or any(job == "t0" for job, *_ in world.queues.get("vae", []))
     assert world.done
 
 
 def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
-    world = World(int(14.5 * GB), dict(FLUX), {stage: stage for stage in STAGES})
-    world.held = dict.fromkeys(STAGES, (0, 0))
+    world = one_gpu(int(14.5 * GB), FLUX)
     world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0), ("b", FLUX["denoise"].workspace, 0)]
     for _ in range(12):
         world.tick()
@@ -219,19 +253,40 @@ def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
 
 
 def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_nobody_else_wants_it() -> None:
-    world = World(int(14.5 * GB), dict(FLUX), {stage: stage for stage in STAGES})
-    world.held = dict.fromkeys(STAGES, (0, 0))
+    world = one_gpu(int(14.5 * GB), FLUX)
     world.held["denoise"] = (6 * GB, 6 * GB - FLUX["denoise"].workspace)
     task = ("a", FLUX["denoise"].workspace, 0)
     assert [type(action) for action in decide_with(world, [task])] == [Assign]
     (lend,) = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)])
     assert isinstance(lend, Lend)
-    assert lend.bytes == levels(world.available, FLUX)["denoise"].turn
+    assert lend.bytes == levels(world.available[0], {**FLUX})["denoise"].turn
     actions = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)], text=1)
     assert {action.worker for action in actions} == {"denoise", "text"}  # room for others comes first
     assert any(isinstance(action, Assign) for action in actions)
     world.held["denoise"] = (lend.bytes - GB, lend.weights - GB)
     assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
+
+
+def test_a_free_gpu_is_used_before_anybody_must_go() -> None:
+    workers = {"denoise-0": FLUX["denoise"], "denoise-1": FLUX["denoise"], "text": FLUX["text"], "vae": FLUX["vae"]}
+    world = World({0: 40 * GB, 1: 30 * GB}, workers, {"denoise-0": 0, "denoise-1": 1, "text": 0, "vae": 1})
+    world.held["text"] = (FLUX["text"].whole, FLUX["text"].weights)
+    world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0)]
+    (lend,) = decide(world.snapshot())
+    assert lend.worker == "denoise-0"  # GPU 0 has 30 GB left, GPU 1 keeps 3 GB for the VAE
+    world.queues["denoise"].append(("b", FLUX["denoise"].workspace, 0))
+    assert {action.worker for action in decide(world.snapshot())} == {"denoise-0", "denoise-1"}
+
+
+def test_a_task_too_large_for_one_gpu_waits_for_the_other_and_smaller_ones_pass_it() -> None:
+    workers = {"denoise-0": Need(10 * GB, GB, GB), "denoise-1": Need(10 * GB, GB, GB)}
+    world = World({0: 4 * GB, 1: 20 * GB}, workers, {"denoise-0": 0, "denoise-1": 1})
+    world.held = {"denoise-0": (4 * GB, 3 * GB), "denoise-1": (20 * GB, 10 * GB)}
+    world.busy["denoise-1"] = ("x", GB)
+    world.queues["denoise"] = [("large", 8 * GB, 0), ("small", GB, 0)]
+    assert decide(world.snapshot()) == [Assign("small", "denoise", "denoise-0")]
+    world.busy = {"denoise-0": ("x", GB)}
+    assert decide(world.snapshot()) == [Assign("large", "denoise", "denoise-1")]
 
 
 def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | Lend]:

@@ -1,0 +1,61 @@
+"""From a configuration to what is started on this machine: every worker's place, what can be leased, and the plan."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.accounts import accounts, check_budgets
+from orchestrator.config import AccountSettings, StackConfig
+from orchestrator.experience import Experience
+from orchestrator.figures import NoFigures, find_figures
+from orchestrator.gpus import Gpu
+from orchestrator.machine import this_machine
+from orchestrator.placement import SEVERAL, Kind, Post, another, candidates, stand_ins
+from orchestrator.plan import Plan, check, choose
+from protocol.jobs import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """`plan` is None where no GPU is used, or where `unplanned` says why there is none."""
+
+    posts: tuple[Post, ...]
+    accounts: dict[int, AccountSettings]  # what is lent of which GPU
+    plan: Plan | None = None
+    unplanned: str = ""
+    spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
+
+    def post(self, stage: Stage, index: int) -> Post:
+        """The place of a stage's next worker, of which there are `index`."""
+        return another((*self.posts, *self.spare), stage, index)
+
+
+def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Experience) -> Arrangement:
+    """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    check_budgets(config, gpus)
+    machine = this_machine(gpus, config.gpus, stand_ins(config))
+    check(config, machine)
+    plan, unplanned = None, ""
+    posts = first(config, gpus)
+    if any(post.gpus for post in posts):
+        try:
+            figures = find_figures(config, dtype)
+        except NoFigures as error:
+            unplanned = error.message
+        else:
+            known = experience.of(machine, figures, config.speedups())
+            plan = choose(config, figures, known, experience.terms(config, figures))
+            posts = plan.posts
+    spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
+    return Arrangement(posts, accounts((*posts, *spare), machine, gpus), plan, unplanned, spare)
+
+
+def first(config: StackConfig, gpus: Sequence[Gpu]) -> tuple[Post, ...]:
+    """The placement to go without a plan: a denoiser in leases of each GPU."""
+    several: list[Kind] = [kind for kind in SEVERAL if kind == config.placement]
+    return next(candidates(config, [gpu.index for gpu in gpus], several, {}))
+
+
+def peopled(config: StackConfig) -> StackConfig:
+    """With a worker for stages that have none."""
+    stages = {s: v.model_copy(update={"workers": v.workers or None}) for s, v in config.stages.items()}
+    return config.model_copy(update={"stages": stages})

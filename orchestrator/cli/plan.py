@@ -1,0 +1,76 @@
+"""`plan`: what a stack would do on these GPUs or on others, before anything is downloaded, loaded or bought."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from orchestrator.cli.options import json_option, parse_size, state_folder, state_option
+from orchestrator.cli.plan_words import HEADER, as_data, rows, summary
+from orchestrator.cli.table import print_table
+from orchestrator.cli.up import stack_config, stack_options
+from orchestrator.config import StackConfig
+from orchestrator.experience import Experience, experience_in
+from orchestrator.figures import find_figures
+from orchestrator.folder import StackFolder
+from orchestrator.gpus import list_gpus
+from orchestrator.machine import imagined
+from orchestrator.plan import choose
+from orchestrator.supervisor import stack_dtype
+from protocol.errors import BadRequest
+from protocol.units import format_bytes
+
+NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anything else are the GPUs to plan for
+
+
+@click.command()
+@stack_options
+@click.option("--link", metavar="25GB/s", help="What a GPU gets from memory, each. [default: as the driver tells]")
+@click.option("--ram", metavar="64GB", help="Memory of the machine. [default: this one's]")
+@click.option("--size", callback=parse_size, metavar="WxH", help="Of the pictures. [default: the model's own]")
+@click.option("--steps", type=int, help="Denoising steps. [default: the model's own]")
+@json_option
+@state_option
+def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, **options: Any) -> None:
+    """Say what a stack would do: what lies where, what is streamed, seconds a step and a picture, and what would help.
+
+    Nothing is loaded, and of a hub model only its small files are downloaded. --gpus may give GPUs that aren't here, by
+    their memory or as NAME:MEMORY; otherwise the options are those of 'triptych up', which goes by the same plan.
+
+    \b
+    triptych plan --model black-forest-labs/FLUX.1-dev
+    triptych plan --model black-forest-labs/FLUX.1-dev --gpus 16GB,16GB --link 25GB/s
+    triptych plan --model black-forest-labs/FLUX.1-dev --gpus "RTX 4090:24GB,RTX 3060:12GB" --optimize latency
+    """
+    thought = [value for value in options["gpus"] if not NUMBERS.fullmatch(value)]
+    options["gpus"] = tuple(value for value in options["gpus"] if value not in thought)
+    if len(thought) > 1:
+        raise BadRequest("--gpus is given twice.", "Write --gpus 16GB,16GB for two.")
+    config = with_size(stack_config(options), options["size"], options["steps"])
+    gpus = list_gpus()
+    machine = imagined(thought[0] if thought else None, link, ram, config.gpus, gpus)
+    figures = find_figures(config, stack_dtype(config, bool(machine.cards)))
+    experience = Experience() if thought else experience_in(StackFolder(state_folder(state)))
+    known = experience.of(machine, figures, config.speedups())
+    found = choose(config, figures, known, experience.terms(config, figures))
+    if as_json:
+        print(json.dumps(as_data(found, {card.index: card.budget for card in machine.cards})))
+        return
+    recipe = figures.recipe
+    print(f"{figures.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")
+    for card in machine.cards:
+        link_speed = f"{format_bytes(int(card.rate.link))}/s"
+        print(f"GPU {card.index}: {card.name}, {format_bytes(card.budget)}, {link_speed} from memory")
+    print_table(HEADER, rows(found), wide=1)
+    print(summary(found))
+    for note in found.notes:
+        print(f"Note: {note}.")
+    for change in found.better:
+        print(f"Better with {change} a picture." if config.optimize == "throughput" else f"Better with {change} a job.")
+
+
+def with_size(config: StackConfig, size: tuple[int, int] | None, steps: int | None) -> StackConfig:
+    wanted = {"width": size and size[0], "height": size and size[1], "steps": steps}
+    return config.model_copy(update={name: value for name, value in wanted.items() if value is not None})

@@ -1,0 +1,88 @@
+"""A plan as a person reads it, and as a program does."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.plan import Plan
+from orchestrator.prediction import Share, Work
+from protocol.units import format_bytes
+
+HEADER = ("stage", "where", "weights", "workspace", "context", "residency", "streams", "a step", "a picture")
+
+
+def in_words(plan: Plan) -> list[str]:
+    """A few lines for whoever starts a stack."""
+    lines = []
+    for work in plan.prediction.work:
+        streamed = f", {format_bytes(int(work.streamed))} a step streamed" if work.streamed else ""
+        lines.append(f"{work.post.stage} on {where(work)}: {residency(work)}{streamed}, {seconds(work.seconds)}")
+    return [*lines, summary(plan), *plan.notes]
+
+
+def rows(plan: Plan) -> list[Sequence[str]]:
+    """A line for each worker on each of its GPUs."""
+    found: list[Sequence[str]] = []
+    for work in plan.prediction.work:
+        for index, share in enumerate(work.shares or (Share(-1, 0, 0, 0),)):
+            first = index == 0
+            place = where(work) if share.gpu < 0 else f"GPU {share.gpu}"
+            sizes = (share.weights, share.workspace, share.context)
+            found.append((
+                work.post.stage if first else "", place + kind(work),
+                *(format_bytes(size) if share.gpu >= 0 else "–" for size in sizes),
+                residency(work), format_bytes(int(work.streamed)) + " a step" if work.streamed else "–",
+                seconds(work.pass_seconds) if first else "", seconds(work.seconds) if first else "",
+            ))  # fmt: skip
+    return found
+
+
+def where(work: Work) -> str:
+    if not work.post.gpus:
+        return "the CPU" if work.post.device in ("cpu", "auto") else work.post.device
+    return f"GPU {'+'.join(map(str, work.post.gpus))}{kind(work)}"
+
+
+def kind(work: Work) -> str:
+    return f" ({work.post.kind})" if work.post.kind in ("split", "tensor", "context") else ""
+
+
+def residency(work: Work) -> str:
+    return {"in": "all in", "streamed": "streamed", "turns": "takes turns", "host": "in memory"}[work.residency]
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 0.995 else f"{value:.2f} s"
+
+
+def summary(plan: Plan) -> str:
+    p = plan.prediction
+    return (
+        f"{plan.why}: a picture every {seconds(p.picture_seconds)}, {p.pictures_an_hour:.0f} an hour; "
+        f"{seconds(p.latency)} for a single job with a new prompt"
+    )
+
+
+def as_data(plan: Plan, budgets: dict[int, int]) -> dict[str, Any]:
+    """Bytes and seconds."""
+    p = plan.prediction
+    return {
+        "why": plan.why,
+        "picture_seconds": p.picture_seconds,
+        "pictures_an_hour": p.pictures_an_hour,
+        "latency_seconds": p.latency,
+        "workers": [
+            {
+                "stage": work.post.stage, "kind": work.post.kind, "device": work.post.device, "cut": work.post.cut,
+                "residency": work.residency, "streamed_bytes_a_step": int(work.streamed),
+                "step_seconds": work.pass_seconds, "job_seconds": work.seconds, "swap_seconds": work.swap_seconds,
+                "gpus": [
+                    {"gpu": s.gpu, "weights": s.weights, "workspace": s.workspace, "context": s.context}
+                    for s in work.shares
+                ],
+            }
+            for work in p.work
+        ],
+        "gpus": [{"gpu": gpu, "budget": size, "used": p.used(gpu)} for gpu, size in budgets.items()],
+        "notes": list(plan.notes),
+        "better": list(plan.better),
+    }  # fmt: skip

@@ -1,0 +1,349 @@
+"""What a placement will do on a machine: who fits where, what is streamed, seconds a step, a picture and a job.
+
+Pure arithmetic on a model's figures and the GPUs' rates, by the rules that leases are given by.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.cut import Cut, cut_by_compute
+from orchestrator.leases import Level, Need, levels
+from orchestrator.ledger import HEADROOM, MARGIN, ROUNDING
+from orchestrator.machine import Card, Machine
+from orchestrator.placement import Post, with_memory
+from orchestrator.streamed import pass_seconds, streaming
+from protocol.errors import DoesNotFit
+from protocol.figures import ModelFigures, StageFigures
+from protocol.jobs import STAGES, Stage
+from protocol.units import format_bytes
+
+Residency = Literal["in", "streamed", "turns", "host"]
+WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
+OVERHEAD_SECONDS = 0.07  # of a job outside its stages: messages, disks, the PNG
+SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measured yet
+CONTEXT_SHARE = 1.15  # times what an equal part of the work would take, for what is exchanged; not measured yet
+TENSOR_SHARE = 1.26  # the same: 2.35 s on two GPUs for 3.73 s on one, compiled
+UNCOMPILED_TENSOR = 9.0  # times as long without compiling
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What else a prediction depends on; `workspaces` are bytes that were seen."""
+
+    compiled: bool = False
+    patience: float = 30.0  # seconds
+    workspaces: Mapping[Stage, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a worker has of one GPU, in bytes."""
+
+    gpu: int
+    weights: int
+    workspace: int
+    context: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.workspace + self.context
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A worker and how it will do."""
+
+    post: Post
+    shares: tuple[Share, ...]
+    residency: Residency
+    streamed: float  # bytes a pass, to each of its GPUs
+    pass_seconds: float
+    seconds: float  # a job's stage, once it is there
+    swap_seconds: float = 0.0  # to bring its weights in, where it must take turns
+    busy: tuple[float, ...] = ()  # seconds a job on each of its GPUs, where they work one after the other
+
+    def busy_on(self, gpu: int) -> float:
+        """Seconds a job."""
+        return self.busy[self.post.gpus.index(gpu)] if self.busy else self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    work: tuple[Work, ...]
+    job_seconds: float  # between two jobs, with enough of them in the queue
+    latency: float  # seconds of one job, prompt not cached, all warm
+    pictures: int  # a job
+
+    @property
+    def picture_seconds(self) -> float:
+        return self.job_seconds / self.pictures
+
+    @property
+    def pictures_an_hour(self) -> float:
+        return 3600 / self.picture_seconds
+
+    def of(self, stage: Stage) -> list[Work]:
+        return [work for work in self.work if work.post.stage == stage]
+
+    def used(self, gpu: int) -> int:
+        """Bytes of a GPU at most, contexts included; of those that take turns the largest is in."""
+        here = [(work, share) for work in self.work for share in work.shares if share.gpu == gpu]
+        stay = sum(share.bytes for work, share in here if work.residency != "turns")
+        turning = [share for work, share in here if work.residency == "turns"]
+        largest = max((share.weights + share.workspace for share in turning), default=0)
+        return stay + largest + sum(share.context for share in turning)
+
+
+def predict(figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> Prediction:
+    """DoesNotFit, with what would, where a worker can never do anything."""
+    book = Book(figures, machine, posts, terms)
+    settled = [book.settle(post) for post in posts]
+    work = [*map(book.work, settled)]
+    return Prediction(
+        tuple(work), steady_state(work, terms.patience), latency(work, machine), figures.recipe.num_images
+    )
+
+
+class Book:
+    """Who has how much of each GPU."""
+
+    def __init__(self, figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> None:
+        self.figures, self.machine, self.terms = figures, machine, terms
+        self.posts = list(posts)
+        self._standing = {card.index: 0 for card in machine.cards}
+        self._levels: dict[int, dict[str, Level]] = {}
+        self._settled: dict[int, Post] = {}
+
+    # -- what each needs ------------------------------------------------------------------------
+
+    def workspace(self, stage: Stage, card: Card) -> int:
+        """Bytes that a lease has for it, as the ledger counts."""
+        if card.stands_in:
+            return 0
+        seen = self.terms.workspaces.get(stage) or int(self.figures.stage(stage).largest * WORKSPACE)
+        return int(seen * MARGIN) + ROUNDING
+
+    def context(self, card: Card) -> int:
+        return card.rate.context + HEADROOM if card.rate.context else 0
+
+    def need(self, post: Post, card: Card) -> Need:
+        figures = self.figures.stage(post.stage)
+        return Need(figures.weights, figures.least, self.workspace(post.stage, card))
+
+    def left(self, card: Card, but: Post | None = None) -> int:
+        """Bytes beside all contexts and what workers keep for themselves; `but` one, which is to get its part."""
+        here = [post for post in self.posts if card.index in post.gpus]
+        own = sum(post.memory[post.gpus.index(card.index)] for post in here if post.memory and post is not but)
+        return card.budget - len(here) * self.context(card) - own - self._standing[card.index]
+
+    def free_beside_leases(self, card: Card, post: Post) -> int:
+        """Bytes for a worker that keeps them, beside the least that those in leases need."""
+        leased = [self.need(other, card) for other in self.posts if other.kind == "leases" and card.index in other.gpus]
+        return self.left(card, post) - sum(need.small for need in leased)
+
+    # -- who keeps what -------------------------------------------------------------------------
+
+    def settle(self, post: Post) -> Post:
+        """With the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
+        if post.kind in ("leases", "host") or post.memory:
+            return post
+        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        free = [self.free_beside_leases(card, post) for card in cards]
+        match post.kind:
+            case "split":
+                cut = self._cut(post, cards, free)
+                settled = with_memory(post, cut.bytes, cut.blocks)
+            case "tensor":
+                figures = self.figures.stage(post.stage)  # what is run once a job passes through
+                size = figures.loose + -(-(figures.weights - figures.once) // len(cards))
+                settled = with_memory(post, [size + self.workspace(post.stage, card) for card in cards])
+            case _:
+                most = [self.need(post, card).whole for card in cards]
+                settled = with_memory(post, [min(pair) for pair in zip(free, most, strict=True)])
+        for card, room, wanted in zip(cards, free, settled.memory, strict=True):
+            least = self.need(post, card).small if post.kind == "context" else wanted
+            if least > room:
+                raise too_large(post, card, least, room)
+            self._standing[card.index] += wanted
+        return settled
+
+    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Cut:
+        figures = self.figures.stage(post.stage)
+        spaces = [post.jobs * self.workspace(post.stage, card) for card in cards]
+        room = [max(0, size - space) for size, space in zip(free, spaces, strict=True)]
+        speeds = [card.flops(post.stage, self.terms.compiled) for card in cards]
+        cut = cut_by_compute(figures.blocks, figures.weights - sum(b.bytes for b in figures.blocks), room, speeds)
+        if cut is None:
+            raise DoesNotFit(
+                f"The layers of {post.stage}, {format_bytes(figures.weights)}, do not fit "
+                f"{', '.join(format_bytes(size) for size in room)} of GPUs {', '.join(map(str, post.gpus))}.",
+                "Other placements stream what does not fit: --placement auto.",
+            )
+        return Cut(cut.blocks, tuple(size + space for size, space in zip(cut.bytes, spaces, strict=True)))
+
+    # -- how they will do -----------------------------------------------------------------------
+
+    def work(self, post: Post) -> Work:
+        figures = self.figures.stage(post.stage)
+        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        match post.kind:
+            case "host":
+                a_pass = figures.flop / self.machine.cpu_flops
+                return Work(post, (), "host", 0.0, a_pass, a_pass * figures.passes)
+            case "leases":
+                return self._in_leases(post, figures, cards[0])
+            case "split":
+                return self._split(post, figures, cards)
+        shares, passes, most = [], [], 0.0
+        for card, memory in zip(cards, post.memory, strict=True):
+            share, streamed, a_pass = self._alone(post, figures, card, memory, len(cards))
+            shares.append(share)
+            passes.append(a_pass)
+            most = max(most, streamed)
+        seconds = max(passes) * figures.passes
+        return Work(post, tuple(shares), "streamed" if most else "in", most, max(passes), seconds)
+
+    def _alone(
+        self, post: Post, figures: StageFigures, card: Card, memory: int, parts: int
+    ) -> tuple[Share, float, float]:
+        """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
+        workspace = self.workspace(post.stage, card)
+        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
+        if post.kind == "tensor":
+            factor = TENSOR_SHARE * (1.0 if self.terms.compiled else UNCOMPILED_TENSOR)
+            return self._share(card, memory - workspace, workspace), 0.0, compute / parts * factor
+        found = streaming(figures, memory - workspace)
+        if found is None:
+            raise too_large(post, card, figures.least + workspace, memory)
+        if post.kind == "context":
+            compute *= CONTEXT_SHARE / parts
+        seconds = pass_seconds(compute, found.a_pass, card.rate.link)
+        return self._share(card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
+
+    def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
+        cut = post.cut
+        if not cut:  # as accelerate will cut it: by bytes
+            sizes = [
+                max(0, size - self.workspace(post.stage, card)) for size, card in zip(post.memory, cards, strict=True)
+            ]
+            whole = sum(sizes) or 1
+            cut = tuple(len(figures.blocks) * size // whole for size in sizes)
+        first, busy = 0, []
+        for count, card in zip(cut, cards, strict=True):
+            flop = sum(block.flop for block in figures.blocks[first : first + count])
+            busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes)
+            first += count
+        shares = [
+            self._share(
+                card, size - post.jobs * self.workspace(post.stage, card), post.jobs * self.workspace(post.stage, card)
+            )
+            for card, size in zip(cards, post.memory, strict=True)
+        ]
+        total = sum(busy)
+        return Work(post, tuple(shares), "in", 0.0, total / figures.passes, total, busy=tuple(busy))
+
+    def _in_leases(self, post: Post, figures: StageFigures, card: Card) -> Work:
+        found = self._levels_on(card)
+        name = str(self.posts.index(post))
+        level = found[name]
+        need = self.need(post, card)
+        if not level.turn:
+            raise too_large(post, card, need.small, max(0, self.left(card)))
+        others = [other for key, other in found.items() if key != name]
+        largest = max(found, key=lambda key: (self.need(self.posts[int(key)], card).weights, key))
+        crowded = any(other != largest and not found[other].beside for other in found if found[other].turn != 0)
+        stays = level.beside > 0 or (
+            name == largest and not crowded and level.turn + sum(other.beside for other in others) <= self.left(card)
+        )
+        size = level.beside if level.beside and name != largest else level.turn
+        weights = min(need.weights, size - need.workspace)
+        how = streaming(figures, weights)
+        if how is None:
+            raise too_large(post, card, need.small, size)
+        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
+        a_pass = pass_seconds(compute, how.a_pass, card.rate.link)
+        seconds = a_pass * figures.passes + max(0.0, how.once / card.rate.link - a_pass)
+        residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
+        share = self._share(card, weights, need.workspace)
+        swap = 0.0 if stays else weights / card.rate.link
+        return Work(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
+
+    def _levels_on(self, card: Card) -> dict[str, Level]:
+        if card.index not in self._levels:
+            needs = {
+                str(index): self.need(post, card)
+                for index, post in enumerate(self.posts)
+                if post.kind == "leases" and card.index in post.gpus
+            }
+            self._levels[card.index] = levels(self.left(card), needs)
+        return self._levels[card.index]
+
+    def _share(self, card: Card, weights: int, workspace: int) -> Share:
+        return Share(card.index, max(0, weights), workspace, self.context(card))
+
+
+def too_large(post: Post, card: Card, least: int, room: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"{post.stage} takes at least {format_bytes(least)} of GPU {card.index} beside contexts; "
+        f"{format_bytes(max(0, room))} of it can be had.",
+        "Give it more of that GPU (--budget), another GPU (--gpus), or the CPU (--device).",
+    )
+
+
+def latency(work: Sequence[Work], machine: Machine) -> float:
+    """Seconds of one job in a stack that waits for it: the quickest worker of each stage, its turn included."""
+    total = OVERHEAD_SECONDS
+    for stage in STAGES:
+        mine = [one.seconds + one.swap_seconds for one in work if one.post.stage == stage]
+        total += min(mine, default=0.0)
+    return total
+
+
+def steady_state(work: Sequence[Work], patience: float) -> float:
+    """Seconds between two jobs with many in the queue, each GPU as busy as the others let it be."""
+    load: dict[int, float] = {}  # seconds a job by GPU, of the stages beside the denoiser
+    limits: list[float] = []  # jobs a second of what has no GPU
+    for stage in STAGES:
+        mine = [one for one in work if one.post.stage == stage]
+        if stage != "denoise":
+            for one in mine:
+                for gpu in one.post.gpus:
+                    load[gpu] = load.get(gpu, 0.0) + (one.seconds + turn_seconds(one, work, patience)) / len(mine)
+        here = [one for one in mine if not one.post.gpus and one.seconds]
+        if here and len(here) == len(mine):
+            limits.append(sum(1 / one.seconds for one in here))
+    denoisers = [one for one in work if one.post.stage == "denoise"]
+    sharing: dict[int, int] = {}
+    for one in denoisers:
+        for gpu in one.post.gpus:
+            sharing[gpu] = sharing.get(gpu, 0) + 1
+
+    def possible(rate: float) -> bool:
+        if any(rate > limit for limit in limits) or any(rate * seconds > 1 for seconds in load.values()):
+            return False
+        done = 0.0
+        for one in denoisers:
+            if not one.post.gpus:
+                done += 1 / one.seconds
+                continue
+            parts = []
+            for gpu in one.post.gpus:
+                busy = one.busy_on(gpu) / (SPLIT_EFFICIENCY if one.busy else 1.0) + turn_seconds(one, work, patience)
+                parts.append((1 - rate * load.get(gpu, 0.0)) / sharing[gpu] / busy)
+            done += min(parts)
+        return not denoisers or done >= rate
+
+    low, high = 0.0, 1e6
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if possible(middle) else (low, middle)
+    return 1 / low if low else float("inf")
+
+
+def turn_seconds(one: Work, work: Sequence[Work], patience: float) -> float:
+    """Of swapping, for each job: those that take turns do as many jobs a turn as come together in `patience`."""
+    if not one.swap_seconds:
+        return 0.0
+    denoisers = [other.seconds for other in work if other.post.stage == "denoise" and other.seconds]
+    return one.swap_seconds / max(1.0, patience / min(denoisers, default=patience))
