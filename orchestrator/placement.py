@@ -32,7 +32,7 @@ class Post:
     @property
     def jobs(self) -> int:
         """How many it has in hand at once."""
-        return IN_FLIGHT if self.kind == "split" and self.stage == "denoise" and len(self.gpus) > 1 else 1
+        return IN_FLIGHT if self.cut else 1
 
 
 Posts = tuple[Post, ...]

@@ -36,6 +36,12 @@ def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: 
     """The best placement by the configuration's measure; DoesNotFit or BadRequest where there is none."""
     check(config, machine)
     found, refusals = look(config, figures, machine, terms)
+    text = config.stage("text")
+    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and machine.cards:
+        on_cpu = config.model_copy(
+            update={"stages": {**config.stages, "text": text.model_copy(update={"device": "cpu"})}}
+        )
+        found, _ = look(on_cpu, figures, machine, terms)  # GPUs are short
     if not found:
         raise _nothing_fits(config, figures, machine, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
@@ -61,8 +67,9 @@ def check(config: StackConfig, machine: Machine) -> None:
             f"--placement {config.placement} takes several GPUs for the denoiser.",
             f"GPUs here: {sorted(there) or 'none'}.",
         )
-    if config.placement in ("tensor", "context") and config.stage("denoise").quantize:
-        raise BadRequest(f"--placement {config.placement} does not go with --quantize.", "Leave one of them out.")
+    rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache}
+    for option in (option for option, given in rivals.items() if given and config.placement in SEVERAL):
+        raise BadRequest(f"--placement {config.placement} does not go with {option}.", "Leave one of them out.")
 
 
 def look(
@@ -86,7 +93,7 @@ def cards_of(config: StackConfig, machine: Machine) -> list[int]:
 
 def several(config: StackConfig) -> list[Kind]:
     """What a denoiser may do with several GPUs; parallel ones change bits, as compiling does."""
-    if config.stage("denoise").quantize:
+    if config.stage("denoise").quantize or config.cache:
         return []
     return ["split", "tensor", "context"] if config.compile else ["split"]
 
@@ -141,6 +148,8 @@ def _notes(figures: ModelFigures, machine: Machine, best: Prediction) -> tuple[s
             "each swap reads from the disk, which no figure here counts"
         )
     used = {gpu for work in best.work for gpu in work.post.gpus}
+    if used and any(not work.post.gpus and work.post.stage == "text" for work in best.work):
+        notes.append("text encoders work on the CPU, and leave the GPUs to the others")
     if unknown := sorted({card.name for card in machine.cards if card.index in used and not card.rate.known}):
         notes.append(f"the speed of {', '.join(unknown)} is a guess; a stack that has run knows better")
     if idle := [card.index for card in machine.cards if card.index not in used]:

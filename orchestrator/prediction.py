@@ -11,7 +11,7 @@ from orchestrator.cut import Cut, cut_by_compute
 from orchestrator.leases import Level, Need, levels
 from orchestrator.ledger import HEADROOM, MARGIN, ROUNDING
 from orchestrator.machine import Card, Machine
-from orchestrator.placement import Post, with_memory
+from orchestrator.placement import IN_FLIGHT, Post, with_memory
 from orchestrator.streamed import pass_seconds, streaming
 from protocol.errors import DoesNotFit
 from protocol.figures import ModelFigures, StageFigures
@@ -146,21 +146,14 @@ class Book:
 
     def settle(self, post: Post) -> Post:
         """With the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
-        if post.kind in ("leases", "host") or post.memory:
-            return post
         cards = [self.machine.card(gpu) for gpu in post.gpus]
+        if post.kind in ("leases", "host", "own"):
+            return post
+        if post.memory:
+            cut = self._cut(post, cards, list(post.memory)) if post.kind == "split" else None
+            return with_memory(post, post.memory, cut.blocks) if cut else post
         free = [self.free_beside_leases(card, post) for card in cards]
-        match post.kind:
-            case "split":
-                cut = self._cut(post, cards, free)
-                settled = with_memory(post, cut.bytes, cut.blocks)
-            case "tensor":
-                figures = self.figures.stage(post.stage)  # what is run once a job passes through
-                size = figures.loose + -(-(figures.weights - figures.once) // len(cards))
-                settled = with_memory(post, [size + self.workspace(post.stage, card) for card in cards])
-            case _:
-                most = [self.need(post, card).whole for card in cards]
-                settled = with_memory(post, [min(pair) for pair in zip(free, most, strict=True)])
+        settled = self._with_memory(post, cards, free)
         for card, room, wanted in zip(cards, free, settled.memory, strict=True):
             least = self.need(post, card).small if post.kind == "context" else wanted
             if least > room:
@@ -168,19 +161,37 @@ class Book:
             self._standing[card.index] += wanted
         return settled
 
-    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Cut:
+    def _with_memory(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
         figures = self.figures.stage(post.stage)
-        spaces = [post.jobs * self.workspace(post.stage, card) for card in cards]
+        if post.kind == "tensor":  # what is run once a job passes through
+            size = figures.loose + -(-(figures.weights - figures.once) // len(cards))
+            return with_memory(post, [size + self.workspace(post.stage, card) for card in cards])
+        if post.kind == "split" and (cut := self._cut(post, cards, free)):
+            return with_memory(post, cut.bytes, cut.blocks)
+        if post.kind == "split" and sum(free) < figures.weights + sum(self.workspace(post.stage, c) for c in cards):
+            raise self._uncut(post, free)
+        most = [self.need(post, card).whole for card in cards]
+        return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)])
+
+    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Cut | None:
+        """By arithmetic; None where the model's blocks are not simply one after the other."""
+        figures = self.figures.stage(post.stage)
+        if post.stage != "denoise" or any(block.name.count(".") != 1 for block in figures.blocks):
+            return None
+        spaces = [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
         room = [max(0, size - space) for size, space in zip(free, spaces, strict=True)]
         speeds = [card.flops(post.stage, self.terms.compiled) for card in cards]
         cut = cut_by_compute(figures.blocks, figures.weights - sum(b.bytes for b in figures.blocks), room, speeds)
         if cut is None:
-            raise DoesNotFit(
-                f"The layers of {post.stage}, {format_bytes(figures.weights)}, do not fit "
-                f"{', '.join(format_bytes(size) for size in room)} of GPUs {', '.join(map(str, post.gpus))}.",
-                "Other placements stream what does not fit: --placement auto.",
-            )
+            raise self._uncut(post, room)
         return Cut(cut.blocks, tuple(size + space for size, space in zip(cut.bytes, spaces, strict=True)))
+
+    def _uncut(self, post: Post, room: Sequence[int]) -> DoesNotFit:
+        return DoesNotFit(
+            f"The layers of {post.stage}, {format_bytes(self.figures.stage(post.stage).weights)}, do not fit "
+            f"{', '.join(format_bytes(max(0, size)) for size in room)} of GPUs {', '.join(map(str, post.gpus))}.",
+            "Other placements stream what does not fit: --placement auto. Text encoders on the CPU leave more room.",
+        )
 
     # -- how they will do -----------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ class DenoiseStage:
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
         self.checkpoint_seconds = checkpoint_seconds
+        self.gates = loaded.gates
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
@@ -36,6 +37,8 @@ class DenoiseStage:
         embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
         try:
             with contextlib.ExitStack() as stack:
+                if self.gates:
+                    stack.enter_context(self.gates.job())
                 for residency in self.residencies:
                     play = Play(self, residency.module, recipe, embeddings, whole=saved is None)
                     stack.enter_context(residency.job(play if len(self.residencies) == 1 else None))

@@ -96,10 +96,18 @@ class Hands:
     def cancel(self, job: str, attempt: int) -> None:
         self._cancelled.add((job, attempt))
 
-    def _emit(self, event: Event | BaseException) -> None:
-        self.events.put(event)
+    def fail(self, error: BaseException) -> None:
+        """End the worker, from any thread."""
+        self._emit(error)
+
+    def ring(self) -> None:
+        """Wake whoever listens."""
         with contextlib.suppress(BlockingIOError):  # a full bell has rung already
             self.bell.send(b"!")
+
+    def _emit(self, event: Event | BaseException) -> None:
+        self.events.put(event)
+        self.ring()
 
     def _work(self) -> None:
         """What ends this thread ends the worker."""

@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,18 @@ from diffusers import DiffusionPipeline
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
 from protocol.jobs import Stage
 from protocol.units import format_bytes
+from workers.gates import Gates, twin_of
 from workers.mapped import lock_ahead
-from workers.residency import Residency
-from workers.skeleton import component_class, expected_components, pipeline_class, plain_settings, quiet, stub_vae
+from workers.residency import Residency, block_rows
+from workers.skeleton import (
+    component_class,
+    expected_components,
+    on_meta,
+    pipeline_class,
+    plain_settings,
+    quiet,
+    stub_vae,
+)
 from workers.source import Source, stages_of
 from workers.speed import EXACT, Speed
 
@@ -47,16 +56,18 @@ class Devices:
     room: dict[int, int] = field(default_factory=dict)
     evenly: bool = True
     leased: bool = False
+    cut: tuple[int, ...] = ()  # blocks of the denoiser on each of its GPUs
 
     @staticmethod
-    def of(device: str, max_memory: tuple[int, ...], leased: bool = False) -> "Devices":
+    def of(device: str, max_memory: tuple[int, ...], leased: bool = False, cut: tuple[int, ...] = ()) -> "Devices":
         """All visible GPUs for 'cuda', one for 'cuda:1'.
 
         `max_memory` caps this process's allocator: bytes of each GPU, one amount for all or one each; () is all.
         """
         chosen = torch.device(device)
         if chosen.type != "cuda":
-            return Devices(chosen, {0: min(max_memory)} if max_memory else {}, leased=leased)
+            room_there = {0: min(max_memory)} if max_memory and not cut else {}
+            return Devices(chosen, room_there, leased=leased, cut=cut)
         if not torch.cuda.is_available():
             raise TriptychError(
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
@@ -75,7 +86,7 @@ class Devices:
             room[gpu] = min(free, limits[i]) if limits else free
             if limits:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
-        return Devices(torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2)
+        return Devices(torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2, cut=cut)
 
 
 @dataclass(slots=True)
@@ -85,6 +96,21 @@ class Loaded:
     pipeline: DiffusionPipeline
     device_map: tuple[tuple[str, str], ...]
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
+    gates: Gates | None = None  # where several jobs go through it at once
+
+    def another(self) -> "Loaded":
+        """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
+        parts = dict(self.pipeline.components)
+        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module) and stages_of(name) == ("denoise",):
+                parts[name] = twin_of(part)
+                if self.gates:
+                    self.gates.around(parts[name])
+        settings = {name: value for name, value in self.pipeline.config.items() if name not in parts and name[0] != "_"}
+        pipeline = type(self.pipeline)(**parts, **settings)
+        pipeline.set_progress_bar_config(disable=True)
+        return Loaded(pipeline, self.device_map, self.residencies, self.gates)
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed = EXACT) -> Loaded:
@@ -94,6 +120,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
     parts: dict[str, Any] = {}
     spread: list[tuple[str, str]] = []
     residencies: dict[str, Residency] = {}
+    gates: Gates | None = None
     if devices.leased and devices.primary.type == "cuda" and not speed.quantize:
         lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
@@ -103,6 +130,8 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
                 spread += places
                 if residency:
                     residencies[name] = residency
+                if devices.cut:
+                    gates = Gates(parts[name], parts_of(devices))
             elif name in wanted:
                 parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
             elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
@@ -112,7 +141,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
         pipeline = cls(**parts, **plain_settings(source, cls))
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread), residencies)
+    return Loaded(pipeline, tuple(spread), residencies, gates)
 
 
 def _has_weights(source: Source, name: str) -> bool:
@@ -140,6 +169,10 @@ def load_weights(
         speed.after_loading(module)
         return module
 
+    if devices.cut and devices.primary.type == "cuda":
+        module, spread = spread_layers(source, name, devices, devices.room, arguments)
+        speed.after_loading(module)
+        return module, spread, None
     if devices.leased:
         module = from_host()
         residency = Residency(name, module, devices.primary, whole=stage == "vae")
@@ -177,10 +210,12 @@ def load_weights(
 def spread_layers(
     source: Source, name: str, devices: Devices, place: dict[int, int], arguments: dict[str, Any]
 ) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
-    """A component's layers over several GPUs, by accelerate."""
-    log.info("%s is spread under %s", name, place)
-    device_map = "auto" if devices.evenly else "sequential"
+    """A component's layers over several GPUs, by accelerate: by the cut, where there is one."""
+    log.info("%s is spread under %s, cut %s", name, place, devices.cut or "by bytes")
+    device_map: Any = "auto" if devices.evenly else "sequential"
     cls = component_class(source, name)
+    if devices.cut:
+        device_map = cut_map(on_meta(source, name), parts_of(devices))
     try:
         module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
     except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
@@ -192,6 +227,32 @@ def spread_layers(
         ) from error
     spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
     return module, spread
+
+
+def parts_of(devices: Devices) -> list[tuple[torch.device, int]]:
+    """The devices that a denoiser is cut over, and how many of its blocks each gets."""
+    gpus: list[torch.device] = [torch.device("cuda", gpu) for gpu in devices.room] or [devices.primary] * len(
+        devices.cut
+    )
+    if len(gpus) != len(devices.cut):
+        raise BadRequest(f"--cut has {len(devices.cut)} parts for {len(gpus)} GPU(s).", "Give one for each.")
+    return list(zip(gpus, devices.cut, strict=True))
+
+
+def cut_map(model: torch.nn.Module, parts: Sequence[tuple[torch.device, int]]) -> dict[str, int]:
+    """Where each of a model's modules goes: blocks by the cut, what comes before them first, what comes after last."""
+    rows = block_rows(model)
+    if sum(count for _, count in parts) != len(rows):
+        raise BadRequest(f"--cut gives {[count for _, count in parts]} blocks; there are {len(rows)}.", "Leave it out.")
+    places = [device.index for device, count in parts for _ in range(count)]
+    found: dict[str, int] = {}
+    passed = False
+    for name, _ in model.named_children():
+        inside = [row for row in rows if row.startswith(f"{name}.")]
+        passed = passed or bool(inside)
+        if not inside:
+            found[name] = places[-1 if passed else 0]
+    return found | dict(zip(rows, places, strict=True))
 
 
 def _device_name(where: int | str | torch.device) -> str:

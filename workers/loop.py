@@ -62,11 +62,14 @@ class WorkerLoop:
         self._gpu_bytes = 0
         self._stop_reason = ""
 
-    def run(self) -> None:
-        """Until SIGTERM or SIGINT; raises what loading the stage raised."""
+    def heed_signals(self) -> None:
+        """Stop at SIGTERM or SIGINT; for the main thread only."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
         signal.set_wakeup_fd(self._hands.bell.fileno(), warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        """Until it is stopped; raises what loading the stage raised."""
         self._hands.start()
         self._connect()
         while not self._stop_reason:
@@ -81,6 +84,15 @@ class WorkerLoop:
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self._stop_reason = signal.Signals(number).name
+
+    def stop(self, reason: str) -> None:
+        """From any thread."""
+        self._stop_reason = reason
+        self._hands.ring()
+
+    def fail(self, error: BaseException) -> None:
+        """Let `run` raise an error of another thread's."""
+        self._hands.fail(error)
 
     # -- the link -------------------------------------------------------------------------------
 

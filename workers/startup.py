@@ -3,9 +3,12 @@
 import logging
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -28,6 +31,7 @@ from workers.warmup import WarmUp
 
 log = logging.getLogger(__name__)
 
+STOP_SECONDS = 2.0  # that a worker beside another may take for its goodbye
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -44,6 +48,10 @@ class WorkerSettings:
     speedups: tuple[str, ...] = ()  # of its whole stack
     checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
     turns: Path | None = None  # lock file of those that compute on this CPU
+    cut: tuple[int, ...] = ()  # blocks of a denoiser on each of its GPUs
+    jobs: int = 1  # at once
+    parallel: Literal["tensor", "context"] | None = None  # what its ranks do together
+    ranks: int = 1
 
 
 def resolve_device(device: str) -> str:
@@ -76,11 +84,32 @@ class Prepared:
 
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
-        devices = Devices.of(self.device, self.settings.max_memory, self.settings.lease_gpu is not None)
-        stage, start = self.settings.stage, time.perf_counter()
-        loaded = load(self.source, stage, devices, DTYPES[self.dtype], Speed.of(stage, self.settings.speedups))
+        (load,) = self.loaders()
+        return load()
+
+    def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
+        """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
+        if self.settings.jobs == 1:
+            return [lambda: self._stage(*self._weights())]
+        once = Once(self._weights)
+
+        def lane() -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+            loaded, device = once.get()
+            return self._stage(loaded.another(), device)
+
+        return [lane] * self.settings.jobs
+
+    def _weights(self) -> tuple[Loaded, torch.device]:
+        settings = self.settings
+        devices = Devices.of(self.device, settings.max_memory, settings.lease_gpu is not None, settings.cut)
+        start = time.perf_counter()
+        speed = Speed.of(settings.stage, settings.speedups)
+        loaded = load(self.source, settings.stage, devices, DTYPES[self.dtype], speed)
         log.info("loaded in %.2f s", time.perf_counter() - start)
-        return self._runner(loaded, devices.primary), loaded.device_map
+        return loaded, devices.primary
+
+    def _stage(self, loaded: Loaded, device: torch.device) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        return self._runner(loaded, device), loaded.device_map
 
     def _runner(self, loaded: Loaded, device: torch.device) -> StageRunner:
         match self.settings.stage:
@@ -90,6 +119,23 @@ class Prepared:
                 return DenoiseStage(loaded, device, self.settings.checkpoint_seconds)
             case "vae":
                 return VaeStage(loaded, device)
+
+
+Made = TypeVar("Made")
+
+
+class Once(Generic[Made]):
+    """What is made by the first of several threads that want it."""
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: Made | None = None
+
+    def get(self) -> Made:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
 
 
 def prepare(settings: WorkerSettings) -> Prepared:
@@ -132,17 +178,37 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         gpu=settings.lease_gpu,
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
-    WorkerLoop(
-        endpoint,
-        key,
-        hello,
-        tokenizer,
-        Hands(
-            prepared.load,
+    loops = []
+    for index, loader in enumerate(prepared.loaders()):
+        hands = Hands(
+            loader,
             settings.turns if prepared.device == "cpu" else None,
             None if settings.lease_gpu is None else WORKSPACE[settings.stage],
             warm_up.join,
-        ),
-    ).run()
+        )
+        told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}"})
+        loops.append(WorkerLoop(endpoint, key, told, tokenizer, hands))
+    run_together(loops)
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
+
+
+def run_together(loops: Sequence[WorkerLoop]) -> None:
+    """One process that is several workers: the first one hears signals, and they all end with any of them."""
+    first, *others = loops
+
+    def attend(loop: WorkerLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            first.fail(error)
+
+    threads = [threading.Thread(target=attend, args=(loop,), daemon=True) for loop in others]
+    for thread in threads:
+        thread.start()
+    first.heed_signals()
+    first.run()
+    for loop in others:
+        loop.stop("the others stop")
+    for thread in threads:
+        thread.join(STOP_SECONDS)
