@@ -241,6 +241,8 @@ class Server:
             return
         self.engine.reception.learn_model(hello, envelope.tensor("tokenizer"))
         for old in self.engine.fleet.of_process(hello.host, hello.pid):
+            if old.hello.part != hello.part:
+                continue
             self.engine.dismiss_worker(old)  # which has lost its link, and says next what it has in hand
         self.engine.lending.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)

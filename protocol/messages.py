@@ -63,6 +63,7 @@ class WorkerHello(Message):
     model: ModelDescription
     speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()  # of its whole stack
     gpu: Count | None = None  # it works in leases of this GPU's memory; None: in memory of its own
+    part: Count = 0  # where one process is several workers, which of them
 
 
 class Ready(Message):

@@ -186,7 +186,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
             None if settings.lease_gpu is None else WORKSPACE[settings.stage],
             warm_up.join,
         )
-        told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}"})
+        told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}", "part": index})
         loops.append(WorkerLoop(endpoint, key, told, tokenizer, hands))
     run_together(loops)
     logging.shutdown()
