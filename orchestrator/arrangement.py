@@ -9,9 +9,10 @@ from orchestrator.experience import Experience
 from orchestrator.figures import NoFigures, find_figures
 from orchestrator.gpus import Gpu
 from orchestrator.machine import this_machine
-from orchestrator.placement import SEVERAL, Kind, Post, another, candidates, stand_ins
+from orchestrator.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.plan import Plan, check, choose
 from protocol.jobs import Stage
+from protocol.speedups import canonical
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Arrangement:
 
     posts: tuple[Post, ...]
     accounts: dict[int, AccountSettings]  # what is lent of which GPU
+    speedups: tuple[str, ...]  # all that may change a picture's bits
     plan: Plan | None = None
     unplanned: str = ""
     spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
@@ -46,7 +48,8 @@ def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Ex
             plan = choose(config, figures, known, experience.terms(config, figures))
             posts = plan.posts
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
-    return Arrangement(posts, accounts((*posts, *spare), machine, gpus), plan, unplanned, spare)
+    speedups = canonical((*config.speedups(), *speedups_of(posts)))
+    return Arrangement(posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
 
 
 def first(config: StackConfig, gpus: Sequence[Gpu]) -> tuple[Post, ...]:

@@ -28,6 +28,7 @@ class Post:
     gpus: tuple[int, ...] = ()
     memory: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()  # of a denoiser that is split: blocks on each GPU; none: as its memory allows
+    workspace: int = 0  # bytes to be left of the memory, beside weights; 0: whoever loads them knows
 
     @property
     def jobs(self) -> int:
@@ -133,5 +134,10 @@ def another(posts: Sequence[Post], stage: Stage, index: int) -> Post:
     return mine[index % len(mine)] if mine else Post(stage, "host", "auto")
 
 
-def with_memory(post: Post, memory: Sequence[int], cut: Sequence[int] = ()) -> Post:
-    return replace(post, memory=tuple(memory), cut=tuple(cut))
+def with_memory(post: Post, memory: Sequence[int], cut: Sequence[int] = (), workspace: int = 0) -> Post:
+    return replace(post, memory=tuple(memory), cut=tuple(cut), workspace=workspace)
+
+
+def speedups_of(posts: Sequence[Post]) -> tuple[str, ...]:
+    """What of a placement changes bits, as speedups.py writes it."""
+    return tuple({f"denoise:parallel={p.kind}-{len(p.gpus)}" for p in posts if p.kind in ("tensor", "context")})

@@ -22,6 +22,7 @@ Residency = Literal["in", "streamed", "turns", "host"]
 WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
 OVERHEAD_SECONDS = 0.07  # of a job outside its stages: messages, disks, the PNG
 SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measured yet
+COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 CONTEXT_SHARE = 1.15  # times what an equal part of the work would take, for what is exchanged; not measured yet
 TENSOR_SHARE = 1.26  # the same: 2.35 s on two GPUs for 3.73 s on one, compiled
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
@@ -124,6 +125,11 @@ class Book:
         seen = self.terms.workspaces.get(stage) or int(self.figures.stage(stage).largest * WORKSPACE)
         return int(seen * MARGIN) + ROUNDING
 
+    def own_workspace(self, post: Post, card: Card) -> int:
+        """The same of a worker that keeps its memory."""
+        together = COMMUNICATION if post.kind in ("tensor", "context") and not card.stands_in else 0
+        return self.workspace(post.stage, card) * post.jobs + together
+
     def context(self, card: Card) -> int:
         return card.rate.context + HEADROOM if card.rate.context else 0
 
@@ -155,7 +161,7 @@ class Book:
         free = [self.free_beside_leases(card, post) for card in cards]
         settled = self._with_memory(post, cards, free)
         for card, room, wanted in zip(cards, free, settled.memory, strict=True):
-            least = self.need(post, card).small if post.kind == "context" else wanted
+            least = self.figures.stage(post.stage).least + post.workspace if post.kind == "context" else wanted
             if least > room:
                 raise too_large(post, card, least, room)
             self._standing[card.index] += wanted
@@ -165,13 +171,15 @@ class Book:
         figures = self.figures.stage(post.stage)
         if post.kind == "tensor":  # what is run once a job passes through
             size = figures.loose + -(-(figures.weights - figures.once) // len(cards))
-            return with_memory(post, [size + self.workspace(post.stage, card) for card in cards])
+            spaces = [self.own_workspace(post, card) for card in cards]
+            return with_memory(post, [size + space for space in spaces], workspace=max(spaces))
         if post.kind == "split" and (cut := self._cut(post, cards, free)):
             return with_memory(post, cut.bytes, cut.blocks)
         if post.kind == "split" and sum(free) < figures.weights + sum(self.workspace(post.stage, c) for c in cards):
             raise self._uncut(post, free)
-        most = [self.need(post, card).whole for card in cards]
-        return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)])
+        spaces = [self.own_workspace(post, card) for card in cards]
+        most = [figures.weights + space for space in spaces]
+        return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
 
     def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Cut | None:
         """By arithmetic; None where the model's blocks are not simply one after the other."""
@@ -219,7 +227,7 @@ class Book:
         self, post: Post, figures: StageFigures, card: Card, memory: int, parts: int
     ) -> tuple[Share, float, float]:
         """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
-        workspace = self.workspace(post.stage, card)
+        workspace = self.own_workspace(post, card)
         compute = figures.flop / card.flops(post.stage, self.terms.compiled)
         if post.kind == "tensor":
             factor = TENSOR_SHARE * (1.0 if self.terms.compiled else UNCOMPILED_TENSOR)

@@ -255,7 +255,7 @@ class Supervisor:
             arguments += ["--checkpoint", "off" if pause is None or not self.config.keep else f"{pause:g}"]
         if self.config.revision is not None:
             arguments += ["--revision", self.config.revision]
-        for speedup in self.config.speedups():
+        for speedup in self.arrangement.speedups:
             arguments += ["--speedup", speedup]
         return Child(name, post.stage, arguments, self.folder.log(name), self._lifeline)
 
@@ -340,8 +340,8 @@ def where(post: Post) -> list[str]:
         return [*options, "--lease-gpu", str(post.gpus[0])]
     if post.memory:
         options += ["--max-memory", ",".join(f"{amount}B" for amount in post.memory)]
-    if post.kind in ("tensor", "context"):
-        options += ["--parallel", post.kind, "--ranks", str(len(post.gpus))]
+    if post.workspace:
+        options += ["--workspace", f"{post.workspace}B"]
     if post.cut:
         options += ["--cut", ",".join(map(str, post.cut))]
     return [*options, "--jobs", str(post.jobs)] if post.jobs > 1 else options

@@ -12,10 +12,13 @@ from protocol.jobs import STAGES, Stage, Tier
 
 CACHES = ("first-block", "taylorseer", "pyramid-attention", "faster")
 QUANTIZATIONS = ("int8", "int8-dynamic", "fp8", "fp8-dynamic")
+PARALLEL = ("tensor", "context")  # with how many processes, as in tensor-2
+MOST_RANKS = 64
 TIERS: dict[str, Tier] = {
     "compile": "numeric",
     "attention": "numeric",
     "fuse-qkv": "numeric",
+    "parallel": "numeric",
     "cache": "approximate",
     "quantize": "approximate",
 }
@@ -42,6 +45,10 @@ def parse_speedup(text: str) -> tuple[Stage, str, str]:
                 raise BadRequest(f"The cache {value!r} is not right.", "Only first-block takes a threshold, a number.")
         case "quantize" if value not in QUANTIZATIONS:
             raise BadRequest(f"There is no quantization {value!r}.", f"Choose one of {', '.join(QUANTIZATIONS)}.")
+        case "parallel":
+            kind, _, size = value.partition("-")
+            if kind not in PARALLEL or not size.isdigit() or not 2 <= int(size) <= MOST_RANKS:
+                raise BadRequest(f"{value!r} can't be parallel.", "Write parallel=tensor-2 or parallel=context-2.")
         case "attention" if not value:
             raise BadRequest("attention needs the name of a backend.", "Such as native, _native_cudnn, flash or sage.")
         case "compile" | "fuse-qkv" if value:

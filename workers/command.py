@@ -55,8 +55,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--cut", metavar="30,27", help="Blocks of a denoiser on each of its GPUs. [default: as memory allows]")
 @click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Jobs at once, in a denoiser "
               "whose layers lie on several GPUs.")  # fmt: skip
-@click.option("--parallel", type=click.Choice(["tensor", "context"]), help="All GPUs at one job; needs --ranks.")
-@click.option("--ranks", type=click.IntRange(2, 64), help="Processes that do one job together, one a GPU.")
+@click.option("--workspace", metavar="900MB", help="What to leave beside weights, of --max-memory.")
 @click.option("--lease-gpu", type=int, hidden=True, help="The GPU whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
@@ -183,8 +182,7 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         checkpoint_seconds=checkpoint_seconds(options["checkpoint"]),
         cut=tuple(numbers("--cut", options["cut"])),
         jobs=options["jobs"],
-        parallel=options["parallel"],
-        ranks=options["ranks"] or 1,
+        workspace=parse_bytes(options["workspace"]) if options["workspace"] else None,
     )
 
 

@@ -21,6 +21,7 @@ from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, Report, Saved, StageError, release_memory
+from workers.ranks import LeadStage, RankLost
 from workers.share import Share
 from workers.text import TextStage
 from workers.turns import turn
@@ -28,7 +29,7 @@ from workers.vae import VaeStage
 
 log = logging.getLogger(__name__)
 
-StageRunner = TextStage | DenoiseStage | VaeStage
+StageRunner = TextStage | DenoiseStage | LeadStage | VaeStage
 Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
 Event = tuple[Message, list[Tensor]]
 PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
@@ -155,6 +156,8 @@ class Hands:
                 done = run_measured(runner, task.recipe, tensors, report)
             if done.short and not task.make_do:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
+        except RankLost:
+            raise
         except Cancelled:
             log.info("cancelled", extra=extra)
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))

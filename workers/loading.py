@@ -57,9 +57,22 @@ class Devices:
     evenly: bool = True
     leased: bool = False
     cut: tuple[int, ...] = ()  # blocks of the denoiser on each of its GPUs
+    workspace: int | None = None  # bytes to be left beside weights; None: an estimate
+
+    def workspace_of(self, stage: Stage) -> int:
+        """Bytes to be left free on each GPU."""
+        if self.workspace is not None:
+            return self.workspace
+        return WORKSPACE[stage] if self.primary.type == "cuda" else 0
 
     @staticmethod
-    def of(device: str, max_memory: tuple[int, ...], leased: bool = False, cut: tuple[int, ...] = ()) -> "Devices":
+    def of(
+        device: str,
+        max_memory: tuple[int, ...],
+        leased: bool = False,
+        cut: tuple[int, ...] = (),
+        workspace: int | None = None,
+    ) -> "Devices":
         """All visible GPUs for 'cuda', one for 'cuda:1'.
 
         `max_memory` caps this process's allocator: bytes of each GPU, one amount for all or one each; () is all.
@@ -67,7 +80,7 @@ class Devices:
         chosen = torch.device(device)
         if chosen.type != "cuda":
             room_there = {0: min(max_memory)} if max_memory and not cut else {}
-            return Devices(chosen, room_there, leased=leased, cut=cut)
+            return Devices(chosen, room_there, leased=leased, cut=cut, workspace=workspace)
         if not torch.cuda.is_available():
             raise TriptychError(
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
@@ -86,7 +99,9 @@ class Devices:
             room[gpu] = min(free, limits[i]) if limits else free
             if limits:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
-        return Devices(torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2, cut=cut)
+        return Devices(
+            torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2, cut=cut, workspace=workspace
+        )
 
 
 @dataclass(slots=True)
@@ -163,6 +178,10 @@ def load_weights(
     arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
     cls = component_class(source, name)
     arguments |= speed.loading_arguments(cls)
+    together = speed.together(devices.primary)
+    if together:
+        cls = together.model_class(cls)
+        arguments |= together.loading_arguments()
 
     def from_host() -> torch.nn.Module:
         module: torch.nn.Module = cls.from_pretrained(source.folder, **arguments).eval()
@@ -173,6 +192,14 @@ def load_weights(
         module, spread = spread_layers(source, name, devices, devices.room, arguments)
         speed.after_loading(module)
         return module, spread, None
+    first, workspace = devices.primary.index or 0, devices.workspace_of(stage)
+    if together:
+        module = from_host()
+        together.after_loading(module)
+        residency = Residency(name, module, devices.primary)
+        room_for_weights = devices.room[first] - workspace if devices.room else residency.total_bytes
+        residency.swap_in(min(residency.total_bytes, room_for_weights))
+        return module, [(name, f"{devices.primary} ({speed.parallel})")], residency
     if devices.leased:
         module = from_host()
         residency = Residency(name, module, devices.primary, whole=stage == "vae")
@@ -181,8 +208,6 @@ def load_weights(
         module = from_host().to(devices.primary)
         return module, [(name, str(devices.primary))], None
     size = weight_bytes(source, name, dtype)
-    first = devices.primary.index or 0
-    workspace = WORKSPACE[stage] if devices.primary.type == "cuda" else 0
     place = choose(size, devices.room, workspace)
     if isinstance(place, dict):
         module, spread = spread_layers(source, name, devices, place, arguments)

@@ -264,7 +264,10 @@ def compile_blocks(module: torch.nn.Module, backend: str = "inductor") -> None:
 
 
 def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed."""
+    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed.
+
+    Besides quantized ones, a rank's part of what is tensor parallel, which is on its GPU from the beginning.
+    """
     return [
         (owner, leaf, parameter)
         for owner in module.modules()
@@ -278,7 +281,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
         return tensor.nbytes
     parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return sum(tensor_bytes(getattr(tensor, part)) for part in parts)
+    return sum(tensor_bytes(part) for name in parts if isinstance(part := getattr(tensor, name), torch.Tensor))
 
 
 def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:

@@ -19,6 +19,7 @@ from platformdirs import user_cache_path
 from protocol.errors import BadRequest
 from protocol.jobs import Stage
 from protocol.speedups import parse_speedup
+from workers.parallel import Parallel
 from workers.residency import Residency, compile_blocks
 
 FUSED = {
@@ -37,14 +38,22 @@ class Speed:
     cache: str = ""
     fuse_qkv: bool = False
     quantize: str = ""
+    parallel: str = ""  # tensor-2 …
 
     @staticmethod
     def of(stage: Stage, speedups: tuple[str, ...]) -> "Speed":
         named = {name: value for where, name, value in map(parse_speedup, speedups) if where == stage}
         return Speed(
             "compile" in named, named.get("attention", ""), named.get("cache", ""), "fuse-qkv" in named,
-            named.get("quantize", ""),
+            named.get("quantize", ""), named.get("parallel", ""),
         )  # fmt: skip
+
+    def together(self, device: torch.device) -> Parallel | None:
+        """What this process does with others; `device` is its own."""
+        kind, _, size = self.parallel.partition("-")
+        if kind == "tensor" or kind == "context":
+            return Parallel(kind, int(size), device)  # type: ignore[arg-type]  # mypy does not narrow the parts
+        return None
 
     def loading_arguments(self, cls: type) -> dict[str, Any]:
         """For `from_pretrained` of a component."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from workers.describe import describe
 from workers.hands import Hands, StageRunner
 from workers.loading import WORKSPACE, Devices, Loaded, load
 from workers.loop import WorkerLoop
+from workers.ranks import Group, LeadStage, follow, form
 from workers.skeleton import quiet
 from workers.source import Source, locate
 from workers.speed import Speed
@@ -50,8 +51,7 @@ class WorkerSettings:
     turns: Path | None = None  # lock file of those that compute on this CPU
     cut: tuple[int, ...] = ()  # blocks of a denoiser on each of its GPUs
     jobs: int = 1  # at once
-    parallel: Literal["tensor", "context"] | None = None  # what its ranks do together
-    ranks: int = 1
+    workspace: int | None = None  # bytes to be left beside weights, of max_memory; None: an estimate
 
 
 def resolve_device(device: str) -> str:
@@ -74,13 +74,14 @@ def resolve_dtype(dtype: str, device: str) -> str:
 
 @dataclass(slots=True)
 class Prepared:
-    """A worker that knows its model but has not loaded it."""
+    """A worker that knows its model but has not loaded it. With a `group` it is one of several that work together."""
 
     settings: WorkerSettings
     source: Source
     description: ModelDescription
     device: str
     dtype: str
+    group: Group | None = None
 
     def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         """The stage with its weights in place, and where they are."""
@@ -90,8 +91,8 @@ class Prepared:
     def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
         """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
         if self.settings.jobs == 1:
-            return [lambda: self._stage(*self._weights())]
-        once = Once(self._weights)
+            return [lambda: self._stage(*self.weights())]
+        once = Once(self.weights)
 
         def lane() -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
             loaded, device = once.get()
@@ -99,9 +100,14 @@ class Prepared:
 
         return [lane] * self.settings.jobs
 
-    def _weights(self) -> tuple[Loaded, torch.device]:
-        settings = self.settings
-        devices = Devices.of(self.device, settings.max_memory, settings.lease_gpu is not None, settings.cut)
+    def weights(self) -> tuple[Loaded, torch.device]:
+        settings, device, memory = self.settings, self.device, self.settings.max_memory
+        if self.group:
+            device = f"cuda:{self.group.rank}" if device == "cuda" else device
+            memory = memory[self.group.rank : self.group.rank + 1] if len(memory) > 1 else memory
+            self.group.join(torch.device(device))
+        leased = settings.lease_gpu is not None
+        devices = Devices.of(device, memory, leased, settings.cut, settings.workspace)
         start = time.perf_counter()
         speed = Speed.of(settings.stage, settings.speedups)
         loaded = load(self.source, settings.stage, devices, DTYPES[self.dtype], speed)
@@ -116,9 +122,15 @@ class Prepared:
             case "text":
                 return TextStage(loaded, device)
             case "denoise":
-                return DenoiseStage(loaded, device, self.settings.checkpoint_seconds)
+                stage = self.denoise_stage(loaded, device)
+                return LeadStage(stage, self.group) if self.group else stage
             case "vae":
                 return VaeStage(loaded, device)
+
+    def denoise_stage(self, loaded: Loaded, device: torch.device) -> DenoiseStage:
+        """Of several that work together the first one alone makes checkpoints."""
+        follows = self.group is not None and self.group.rank > 0
+        return DenoiseStage(loaded, device, None if follows else self.settings.checkpoint_seconds)
 
 
 Made = TypeVar("Made")
@@ -163,9 +175,16 @@ def _json(source: Source, name: str) -> Path | None:
 
 def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
+    ranks = ranks_of(settings)
+    group = form(ranks, settings.name) if ranks > 1 else None
     device = resolve_device(settings.device)
-    warm_up = WarmUp(device, DTYPES[resolve_dtype(settings.dtype, device)])
+    warm_up = WarmUp(device if not group else f"{device}:0", DTYPES[resolve_dtype(settings.dtype, device)])
     prepared = prepare(settings)
+    prepared.group = group
+    if group and group.rank:
+        follow(lambda: prepared.denoise_stage(*prepared.weights()), group)
+    if group:
+        group.watch()
     hello = WorkerHello(
         name=settings.name,
         stage=settings.stage,
@@ -191,6 +210,12 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
     run_together(loops)
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
+
+
+def ranks_of(settings: WorkerSettings) -> int:
+    """Processes that this worker is."""
+    _, _, size = Speed.of(settings.stage, settings.speedups).parallel.partition("-")
+    return int(size or 1)
 
 
 def run_together(loops: Sequence[WorkerLoop]) -> None:

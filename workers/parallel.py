@@ -1,0 +1,61 @@
+"""Tensor and context parallel: diffusers' own, with what they need to go with weights that stay in host memory.
+
+Context parallel shares out the tokens of a picture: each GPU has all weights, streamed where memory is short. Tensor
+parallel shares out the weights of attention and feed-forward; the rest, such as modulation, every GPU has whole, and it
+may stay in host memory and pass through like a streamed model's.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import ContextParallelConfig, TensorParallelConfig
+from diffusers.hooks import tensor_parallel
+from diffusers.models._modeling_parallel import ParallelConfig
+from torch.distributed.device_mesh import init_device_mesh
+
+from protocol.errors import BadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Parallel:
+    """How many processes do what together, of which `device` is this one's."""
+
+    kind: Literal["tensor", "context"]
+    size: int
+    device: torch.device
+
+    def model_class(self, cls: Any) -> Any:
+        """The class to be loaded in place of a denoiser's; BadRequest for one that can't be shared out."""
+        plan = "_tp_plan" if self.kind == "tensor" else "_cp_plan"
+        if getattr(cls, plan, None) is None:
+            raise BadRequest(
+                f"{cls.__name__} can't be {self.kind} parallel in this diffusers.", "Choose another --placement."
+            )
+        if self.device.type == "cpu":
+            tensor_parallel._SUPPORTED_TP_DEVICES = (*tensor_parallel._SUPPORTED_TP_DEVICES, "cpu")
+        return type(
+            cls.__name__, (cls,), {"_resolve_parallel_config": lambda model, config: self._resolve(model, config)}
+        )
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """For `from_pretrained`, which reads just a rank's part of each weight that is shared out."""
+        return {"parallel_config": TensorParallelConfig(tp_degree=self.size)} if self.kind == "tensor" else {}
+
+    def after_loading(self, module: Any) -> None:
+        if self.kind == "context":
+            module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.size))
+
+    def _resolve(self, model: Any, config: Any) -> ParallelConfig:
+        """As diffusers does it, on a CPU, too, and with what is not shared out left in host memory."""
+        if isinstance(config, ContextParallelConfig):
+            config = ParallelConfig(context_parallel_config=config)
+        elif isinstance(config, TensorParallelConfig):
+            config = ParallelConfig(tensor_parallel_config=config)
+        shape, names = ((self.size,), ("tp",)) if self.kind == "tensor" else ((1, self.size), ("ring", "ulysses"))
+        mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        config.setup(torch.distributed.get_rank(), self.size, self.device, mesh=mesh)
+        if config.tensor_parallel_config is not None:
+            config.tensor_parallel_config._device = torch.device("cpu")
+        model._parallel_config = config
+        return config

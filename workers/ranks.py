@@ -1,0 +1,212 @@
+"""Several processes that do one job together, one a GPU. The first is the worker that the stack knows.
+
+The others are forked from it before it touches a GPU, get each job through a socket, and go step by step with it: after
+each step it says whether to go on, so that all leave the loop at the same one. They live and die together: who loses
+one, ends, and the supervisor starts them anew as one.
+"""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch._C._distributed_c10d import FileStore
+
+from protocol import wire
+from protocol.jobs import Recipe
+from protocol.messages import Task
+from protocol.process import PR_SET_PDEATHSIG, log_to_stderr
+from protocol.tensors import Tensor
+from workers.denoise import DenoiseStage
+from workers.outcome import Cancelled, Outcome, Report, Saved, StageError
+
+log = logging.getLogger(__name__)
+
+READY, GO, STOP, DONE = b"r", b"g", b"s", b"d"
+LENGTH = struct.Struct("!Q")
+SETTLE_SECONDS = 20.0  # for the others to come to the end of a job that has ended here
+INDIVISIBLE = "must be divisible by mesh size"  # what diffusers says of a picture that can't be shared out evenly
+
+
+class RankLost(Exception):
+    """The processes no longer go step by step."""
+
+
+@dataclass(slots=True)
+class Group:
+    """One process's view: its rank, how many there are, and its links, the first one's to all, others' to the first."""
+
+    rank: int
+    size: int
+    links: list[socket.socket]
+    meeting: str  # path of the file where they find each other
+    pids: list[int] = field(default_factory=list)  # of the others, in the first
+
+    def join(self, device: torch.device) -> None:
+        """Meet the others, on this host's loopback alone."""
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        store = FileStore(self.meeting, self.size)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)
+
+    def watch(self) -> None:
+        """End this process as soon as one of the others has ended."""
+        for rank, pid in enumerate(self.pids, 1):
+            threading.Thread(target=_end_with, args=(rank, pid), daemon=True, name=f"rank-{rank}").start()
+
+
+def _end_with(rank: int, pid: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    log.error("rank %d, process %d, ended with %d: so do the others", rank, pid, os.waitstatus_to_exitcode(status))
+    logging.shutdown()
+    os._exit(1)
+
+
+def form(size: int, name: str) -> Group:
+    """Fork the other ranks. Returns in each of them, with its own group. No threads may be about, and no CUDA."""
+    parent = os.getpid()
+    memory = os.memfd_create("triptych-ranks")
+    meeting = f"/proc/self/fd/{memory}"
+    links: list[socket.socket] = []
+    pids: list[int] = []
+    for rank in range(1, size):
+        near, far = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+            for link in (near, *links):
+                link.close()
+            log_to_stderr(f"{name}/{rank}")
+            return Group(rank, size, [far], meeting)
+        far.close()
+        links.append(near)
+        pids.append(pid)
+    return Group(0, size, links, meeting, pids)
+
+
+# -- the others ---------------------------------------------------------------------------------
+
+
+def follow(load: Callable[[], DenoiseStage], group: Group) -> NoReturn:
+    """Do what the first rank does, until it is gone."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the first rank to act on
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        (link,) = group.links
+        stage = load()
+        link.sendall(READY)
+        while (frames := receive(link)) is not None:
+            envelope = wire.decode(frames, (Task,))
+            assert isinstance(envelope.message, Task)
+            take_part(stage, envelope.message.recipe, envelope.tensors, link)
+        code = 0
+    except BaseException:
+        log.exception("this rank ends")
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def take_part(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...], link: socket.socket) -> None:
+    def report(step: int, steps: int, saved: Saved | None = None) -> None:
+        if link.recv(1) != GO:
+            raise Cancelled
+
+    try:
+        stage.run(recipe, tensors, report)
+    except Cancelled:
+        pass
+    except Exception:
+        log.exception("a job failed in this rank")
+    link.sendall(DONE)
+
+
+def receive(link: socket.socket) -> list[Any] | None:
+    """Frames; None at the end. What is left of the last job's steps comes before them, and is passed over."""
+    while True:
+        kind = link.recv(1)
+        if not kind:
+            return None
+        if kind not in (GO, STOP):
+            break
+    (count,) = LENGTH.unpack(exactly(link, LENGTH.size))
+    return [exactly(link, LENGTH.unpack(exactly(link, LENGTH.size))[0]) for _ in range(count)]
+
+
+def exactly(link: socket.socket, size: int) -> bytearray:
+    data = bytearray(size)
+    view = memoryview(data)
+    while view:
+        got = link.recv_into(view)
+        if not got:
+            raise RankLost("the first rank is gone")
+        view = view[got:]
+    return data
+
+
+# -- the first ----------------------------------------------------------------------------------
+
+
+class LeadStage:
+    """A denoise stage whose jobs the other ranks do with it; to be used as that."""
+
+    def __init__(self, stage: DenoiseStage, group: Group) -> None:
+        self.pipeline, self.device, self.residencies = stage.pipeline, stage.device, stage.residencies
+        self._stage, self._group = stage, group
+        for link in group.links:
+            if link.recv(1) != READY:
+                raise RankLost("another rank could not load the model; its reason is above")
+
+    def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
+        """As the stage's own; RankLost where the others no longer follow."""
+        task = Task(job="ranks", stage="denoise", attempt=0, recipe=recipe)
+        frames = wire.encode(task, tensors)
+        self._say(DONE, LENGTH.pack(len(frames)), *(part for f in frames for part in (LENGTH.pack(nbytes(f)), f)))
+
+        def told(step: int, steps: int, saved: Saved | None = None) -> None:
+            report(step, steps, saved)
+            self._say(GO)
+
+        try:
+            return self._stage.run(recipe, tensors, told)
+        except AssertionError as error:
+            if INDIVISIBLE not in str(error):
+                raise
+            size = f"{recipe.width}x{recipe.height}"
+            raise StageError(f"{size} can't be shared out evenly among {self._group.size} GPUs; try another") from error
+        finally:
+            self._say(STOP)
+            self._settle()
+
+    def _say(self, *parts: Any) -> None:
+        for link in self._group.links:
+            for part in parts:
+                link.sendall(part)
+
+    def _settle(self) -> None:
+        for rank, link in enumerate(self._group.links, 1):
+            link.settimeout(SETTLE_SECONDS)
+            try:
+                if link.recv(1) != DONE:
+                    raise RankLost(f"rank {rank} said something else")
+            except TimeoutError as error:
+                raise RankLost(f"rank {rank} did not come to the end of the job") from error
+            finally:
+                link.settimeout(None)
+
+
+def nbytes(frame: Any) -> int:
+    return memoryview(frame).nbytes
