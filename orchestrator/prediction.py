@@ -25,6 +25,7 @@ SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measu
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 CONTEXT_SHARE = 1.15  # times what an equal part of the work would take, for what is exchanged; not measured yet
 TENSOR_SHARE = 1.26  # the same: 2.35 s on two GPUs for 3.73 s on one, compiled
+UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
 
 
@@ -170,7 +171,9 @@ class Book:
     def _with_memory(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
         figures = self.figures.stage(post.stage)
         if post.kind == "tensor":  # what is run once a job passes through
-            size = figures.loose + -(-(figures.weights - figures.once) // len(cards))
+            shared = sum(block.bytes - block.once for block in figures.blocks)
+            alike = figures.weights - figures.once - shared  # what each GPU has whole
+            size = figures.loose + alike + int(shared / len(cards) * UNEVEN)
             spaces = [self.own_workspace(post, card) for card in cards]
             return with_memory(post, [size + space for space in spaces], workspace=max(spaces))
         if post.kind == "split" and (cut := self._cut(post, cards, free)):

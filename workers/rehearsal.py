@@ -139,7 +139,7 @@ class Rehearsal:
         blocks, least = [], 0
         for name, model in models:
             rows = streamable(model, block_rows(model)) if stage != "vae" else []
-            whole = sum(room(size) for size in parameter_sizes(model).values())
+            whole = sizes[name]
             least += least_bytes(rows, whole) if stage != "vae" else whole
             if name == main and stage != "vae":
                 blocks = [block_figures(model, row, name, seen) for row in rows]
@@ -158,7 +158,8 @@ def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    return sum(parameter_sizes(model).values())
+    """On a device, with what must be set aside around each weight."""
+    return sum(map(room, parameter_sizes(model).values()))
 
 
 def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen) -> BlockFigures:
@@ -169,10 +170,9 @@ def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen
 
 
 def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:
-    """Bytes, with what must be set aside around them, of layers by their names."""
+    """Bytes of layers by their names."""
     for name in names:
-        sizes = parameter_sizes(model.get_submodule(name.removeprefix(f"{component}.")))
-        yield sum(room(size) for size in sizes.values())
+        yield model_bytes(model.get_submodule(name.removeprefix(f"{component}.")))
 
 
 @contextlib.contextmanager
