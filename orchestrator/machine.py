@@ -58,22 +58,18 @@ def _card(gpu: Gpu, budget: int | None) -> Card:
     return Card(gpu.index, gpu.name, budget or gpu.free_bytes, replace(rate, link=gpu.link) if gpu.link else rate)
 
 
-def imagined(
-    gpus: str | None, link: str | None, ram: str | None, budgets: Mapping[int, int | None], known: Sequence[Gpu]
-) -> Machine:
-    """'16GB,RTX 4090:24GB' are two GPUs, each an amount or a name and an amount; what isn't said is this machine's."""
-    cards = [_card(gpu, budgets.get(gpu.index)) for gpu in known]
-    if gpus is not None:
-        cards = [_imagined_card(index, text) for index, text in enumerate(filter(None, gpus.split(",")))]
-    if link is not None:
-        if not link.lower().endswith("/s"):
-            raise BadRequest(f"--link is {link!r}.", "Write it as 25GB/s.")
-        rate = float(parse_bytes(link[:-2]))
-        if not rate:
-            raise BadRequest(f"--link is {link!r}.", "Nothing would ever come to a GPU.")
-        cards = [replace(card, rate=replace(card.rate, link=rate)) for card in cards]
-    here, cores = host()
-    return Machine(tuple(cards), parse_bytes(ram) if ram is not None else here, cores)
+def imagined(gpus: str) -> tuple[Card, ...]:
+    """'16GB,RTX 4090:24GB' are two GPUs, each an amount or a name and an amount."""
+    return tuple(_imagined_card(index, text) for index, text in enumerate(filter(None, gpus.split(","))))
+
+
+def with_link(machine: Machine, link: str) -> Machine:
+    """The same with '25GB/s' to each GPU; BadRequest."""
+    rate = float(parse_bytes(link[:-2])) if link.lower().endswith("/s") else 0.0
+    if not rate:
+        raise BadRequest(f"--link is {link!r}.", "Write it as 25GB/s.")
+    cards = [replace(card, rate=replace(card.rate, link=rate)) for card in machine.cards]
+    return replace(machine, cards=tuple(cards))
 
 
 def _imagined_card(index: int, text: str) -> Card:

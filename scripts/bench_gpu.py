@@ -2,6 +2,7 @@
 
     python scripts/make_random_flux.py /tmp/flux
     python scripts/bench_gpu.py /tmp/flux
+    python scripts/bench_gpu.py /tmp/flux --gpus 2        # every placement on two cards of 16 GiB
 
 First single stages, in a process of their own, then whole stacks. Smaller cards are imitated on a large one: what
 allocates is capped, and the driver's count of all memory in use, contexts included, is watched all the time. Prints one
@@ -24,7 +25,8 @@ import torch
 from diffusers import FluxPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench_stack import StackBench, row, watched
+from bench_gpus import ROWS, on_several, reference_recipe
+from bench_stack import GIB, StackBench, row, watched
 from protocol.jobs import JobRequest, Recipe
 from protocol.recipes import resolve
 from protocol.tensors import Tensor
@@ -38,7 +40,6 @@ from workers.text import TextStage
 from workers.torch_tensors import from_wire
 from workers.vae import VaeStage
 
-GIB = 1 << 30
 PROMPT = "a large red circle at the top left"
 MARGIN = 300_000_000  # bytes of the allocator's rounding
 
@@ -256,9 +257,9 @@ def single_stages(model: Path, device: str, size: int, steps: int, cards: list[f
 def stacks(
     model: Path, device: str, size: int, steps: int, budgets: list[int], result: Path, logs: Path | None
 ) -> None:
-    saved = np.load(result)
-    gpu = int(device.partition(":")[2] or 0) if device.startswith("cuda") else None
-    bench = StackBench(model, gpu, size, steps, float(saved["seconds"]), saved["picture"], logs)
+    saved, cuda = np.load(result), device.startswith("cuda")
+    gpu = int(device.partition(":")[2] or 0)
+    bench = StackBench(model, (gpu,), cuda, size, steps, float(saved["seconds"]), saved["picture"], logs)
     everything, both, card = budgets
     bench.resident(everything, PROMPT)
     bench.turns(both, PROMPT)
@@ -275,7 +276,9 @@ def stacks(
     "--budgets", default="60,28,16", show_default=True,
     help="GiB of stacks with room for all, not for text and denoiser together, and of a small card",
 )  # fmt: skip
-@click.option("--part", type=click.Choice(["all", "stages", "stacks"]), default="all", show_default=True)
+@click.option("--gpus", "count", default=1, show_default=True, help="2 or more: rows of stacks on so many, see --rows")
+@click.option("--rows", default=",".join(ROWS), show_default=True, help="of --gpus 2: which stacks")
+@click.option("--part", type=click.Choice(["all", "stages", "stacks", "recipe"]), default="all", show_default=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -285,6 +288,8 @@ def main(
     steps: int,
     cards: str,
     budgets: str,
+    count: int,
+    rows: str,
     part: str,
     logs: Path | None,
     result: Path | None,
@@ -292,6 +297,15 @@ def main(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         result = result or Path(folder, "plain.npz")
+        if part == "recipe":
+            reference_recipe(model, device, size, steps, int(float(cards.split(",")[0]) * GIB), result)
+            return
+        if count > 1:
+            if not result.exists():
+                subprocess.run([sys.executable, *sys.argv, "--part", "recipe", "--result", str(result)], check=True)
+            budget = int(float(cards.split(",")[0]) * GIB)
+            on_several(model, device, count, size, steps, budget, result, logs, rows.split(","))
+            return
         if part == "stages":
             single_stages(model, device, size, steps, [float(gib) for gib in cards.split(",")], result)
         elif part == "all":  # in a process of its own, so that its context leaves the GPU

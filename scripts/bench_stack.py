@@ -1,4 +1,4 @@
-"""Rows of bench_gpu.py that need whole stacks: real workers in leases of one GPU."""
+"""Rows of bench_gpu.py that need whole stacks: real workers on one GPU, or on several (see bench_gpus.py)."""
 
 import contextlib
 import json
@@ -60,21 +60,30 @@ def tell_end(process: psutil.Process, killed: float, gone: list[float]) -> None:
 
 
 class StackBench:
-    """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels."""
+    """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels.
+
+    Without CUDA a CPU plays all of `gpus`.
+    """
 
     def __init__(
-        self, model: Path, gpu: int | None, size: int, steps: int, plain: float, picture: np.ndarray, logs: Path | None
+        self,
+        model: Path,
+        gpus: tuple[int, ...],
+        cuda: bool,
+        size: int,
+        steps: int,
+        plain: float,
+        picture: np.ndarray,
+        logs: Path | None,
     ) -> None:
-        self.model, self.gpu, self.plain, self.picture, self.logs = model, gpu, plain, picture, logs
+        self.model, self.gpus, self.cuda, self.plain, self.picture, self.logs = model, gpus, cuda, plain, picture, logs
         self.recipe = {"width": size, "height": size, "steps": steps}
         self.prompts = 0
 
     @contextlib.contextmanager
     def stack(self, budget: int, *arguments: str) -> Iterator[Client]:
-        where = ["--gpus", str(self.gpu)] if self.gpu is not None else ["--device", "cpu:0", "--dtype", "bfloat16"]
         with tempfile.TemporaryDirectory(prefix="tg-") as folder:
-            command = [*TRIPTYCH, "up", "--model", str(self.model), "--state", folder, "--json", *where]
-            command += ["--budget", f"{self.gpu or 0}={budget}B", *arguments]
+            command = [*TRIPTYCH, "up", "--state", folder, "--json", *self.where(budget), *arguments]
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             try:
@@ -94,6 +103,13 @@ class StackBench:
                     if self.logs:
                         self.logs.mkdir(parents=True, exist_ok=True)
                         shutil.copy(log, self.logs / f"{budget}-{log.name}")
+
+    def where(self, budget: int) -> list[str]:
+        """Options for a stack on these GPUs, each of which gives so many bytes."""
+        numbers = ",".join(map(str, self.gpus))
+        there = ["--gpus", numbers] if self.cuda else ["--device", f"cpu:{numbers}", "--dtype", "bfloat16"]
+        budgets = [part for gpu in self.gpus for part in ("--budget", f"{gpu}={budget}B")]
+        return ["--model", str(self.model), *there, *budgets]
 
     def show(self, client: Client) -> None:
         for worker in client.workers().workers:
@@ -120,8 +136,8 @@ class StackBench:
         return int(np.sum(np.frombuffer(tensor.data, "uint8") != (self.picture * 255).round().astype("uint8").ravel()))
 
     def used(self) -> int:
-        """Bytes in use on the GPU by its driver's count; 0 without one."""
-        return used_bytes(self.gpu) or 0 if self.gpu is not None else 0
+        """Bytes in use on the fullest GPU by its driver's count; 0 without one."""
+        return max(used_bytes(gpu) or 0 for gpu in self.gpus) if self.cuda else 0
 
     def resident(self, budget: int, prompt: str) -> None:
         with self.stack(budget) as client:

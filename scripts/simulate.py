@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from orchestrator.config import StackConfig
-from orchestrator.machine import Machine, imagined
+from orchestrator.machine import Machine, imagined, with_link
 from orchestrator.plan import Plan, choose
 from orchestrator.prediction import Terms
 from protocol.figures import ModelFigures
@@ -137,7 +137,8 @@ def main(
     compiled: bool, patience: float, seed: int, picture: Path | None,
 ) -> None:  # fmt: skip
     model = ModelFigures.model_validate_json(figures.read_bytes())
-    machine = imagined(",".join([card] * gpus), link, "1000TB", {}, [])
+    machine = Machine(imagined(",".join([card] * gpus)), ram=1 << 60)
+    machine = with_link(machine, link) if link else machine
     config = StackConfig(placement="replicas", compile=compiled, patience=patience)
     terms = Terms(compiled, patience)
     plan = choose(config, model, machine, terms)

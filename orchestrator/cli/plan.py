@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from orchestrator.accounts import check_budgets
 from orchestrator.cli.options import json_option, parse_size, state_folder, state_option
 from orchestrator.cli.plan_words import HEADER, as_data, rows, summary
 from orchestrator.cli.table import print_table
@@ -16,11 +18,12 @@ from orchestrator.experience import Experience, experience_in
 from orchestrator.figures import find_figures
 from orchestrator.folder import StackFolder
 from orchestrator.gpus import list_gpus
-from orchestrator.machine import imagined
+from orchestrator.machine import imagined, this_machine, with_link
+from orchestrator.placement import stand_ins
 from orchestrator.plan import choose
 from orchestrator.supervisor import stack_dtype
 from protocol.errors import BadRequest
-from protocol.units import format_bytes
+from protocol.units import format_bytes, parse_bytes
 
 NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anything else are the GPUs to plan for
 
@@ -50,7 +53,15 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         raise BadRequest("--gpus is given twice.", "Write --gpus 16GB,16GB for two.")
     config = with_size(stack_config(options), options["size"], options["steps"])
     gpus = list_gpus()
-    machine = imagined(thought[0] if thought else None, link, ram, config.gpus, gpus)
+    machine = this_machine(gpus, config.gpus, stand_ins(config))
+    if thought:
+        machine = replace(machine, cards=imagined(thought[0]))
+    else:
+        check_budgets(config, gpus)
+    if ram is not None:
+        machine = replace(machine, ram=parse_bytes(ram))
+    if link is not None:
+        machine = with_link(machine, link)
     figures = find_figures(config, stack_dtype(config, bool(machine.cards)))
     experience = Experience() if thought else experience_in(StackFolder(state_folder(state)))
     known = experience.of(machine, figures, config.speedups())
