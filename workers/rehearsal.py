@@ -170,8 +170,8 @@ def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen
 
 
 def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:
-    """Bytes of layers by their names."""
-    for name in names:
+    """Bytes of those layers that are its."""
+    for name in (name for name in names if name.startswith(f"{component}.")):
         yield model_bytes(model.get_submodule(name.removeprefix(f"{component}.")))
 
 
@@ -200,9 +200,10 @@ def looking(model: torch.nn.Module, component: str, seen: Seen) -> Iterator[None
 
 
 def said_to_be_here(model: torch.nn.Module) -> torch.nn.Module:
-    """The pipeline puts its latents where it finds its first model."""
+    """The pipeline puts its latents where it finds its first model. The class keeps its name, by which it is known."""
     cls = type(model)
-    model.__class__ = type(cls.__name__, (cls,), {"device": property(lambda _: HERE)})
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    model.__class__ = type(cls.__name__, (cls,), {**known, "device": property(lambda _: HERE)})
     return model
 
 

@@ -88,8 +88,9 @@ def on_meta(source: Source, name: str) -> ModelMixin:
 
 
 def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
+    """With its tied weights tied."""
     cls = component_class(source, name)
-    with init_empty_weights():
+    with torch.device("meta"):
         model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder, subfolder=name))
     return model
 
