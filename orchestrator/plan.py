@@ -36,12 +36,6 @@ def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: 
     """The best placement by the configuration's measure; DoesNotFit or BadRequest where there is none."""
     check(config, machine)
     found, refusals = look(config, figures, machine, terms)
-    text = config.stage("text")
-    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and machine.cards:
-        on_cpu = config.model_copy(
-            update={"stages": {**config.stages, "text": text.model_copy(update={"device": "cpu"})}}
-        )
-        found, _ = look(on_cpu, figures, machine, terms)  # GPUs are short
     if not found:
         raise _nothing_fits(config, figures, machine, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
@@ -75,7 +69,18 @@ def check(config: StackConfig, machine: Machine) -> None:
 def look(
     config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
 ) -> tuple[list[Prediction], list[DoesNotFit]]:
-    """All placements that fit, and why others don't."""
+    """All placements that fit, and why others don't; with text encoders on the CPU only where none fits else."""
+    found, refusals = _look(config, figures, machine, terms)
+    text = config.stage("text")
+    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and machine.cards:
+        there = {**config.stages, "text": text.model_copy(update={"device": "cpu"})}
+        found, _ = _look(config.model_copy(update={"stages": there}), figures, machine, terms)
+    return found, refusals
+
+
+def _look(
+    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
+) -> tuple[list[Prediction], list[DoesNotFit]]:
     found: list[Prediction] = []
     refusals: list[DoesNotFit] = []
     for posts in candidates(config, cards_of(config, machine), several(config), counts(figures, machine)):

@@ -21,6 +21,7 @@ from protocol.units import format_bytes
 Residency = Literal["in", "streamed", "turns", "host"]
 WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
 OVERHEAD_SECONDS = 0.07  # of a job outside its stages: messages, disks, the PNG
+SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to the other
 SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measured yet
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 CONTEXT_SHARE = 1.15  # times what an equal part of the work would take, for what is exchanged; not measured yet
@@ -254,7 +255,7 @@ class Book:
         first, busy = 0, []
         for count, card in zip(cut, cards, strict=True):
             flop = sum(block.flop for block in figures.blocks[first : first + count])
-            busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes)
+            busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes * SPLIT_SHARE)
             first += count
         shares = [
             self._share(
