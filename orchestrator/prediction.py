@@ -9,7 +9,7 @@ from typing import Literal
 
 from orchestrator.cut import Cut, cut_by_compute
 from orchestrator.leases import Level, Need, levels
-from orchestrator.ledger import HEADROOM, MARGIN, ROUNDING
+from orchestrator.ledger import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
 from orchestrator.machine import Card, Machine
 from orchestrator.placement import IN_FLIGHT, Post, with_memory
 from orchestrator.streamed import pass_seconds, streaming
@@ -146,9 +146,13 @@ class Book:
         return card.budget - len(here) * self.context(card) - own - self._standing[card.index]
 
     def free_beside_leases(self, card: Card, post: Post) -> int:
-        """Bytes for a worker that keeps them, beside the least that those in leases need."""
+        """Bytes for a worker that keeps them, beside the least that those in leases need, before they have worked."""
+        if card.rate.context:
+            growing = sum(card.index in other.gpus for other in self.posts) * (FIRST_HEADROOM - HEADROOM)
+        else:
+            growing = 0
         leased = [self.need(other, card) for other in self.posts if other.kind == "leases" and card.index in other.gpus]
-        return self.left(card, post) - sum(need.small for need in leased)
+        return self.left(card, post) - growing - sum(need.small for need in leased)
 
     # -- who keeps what -------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from protocol.jobs import Stage
 SHARES: Mapping[Stage, float] = {"text": 0.3, "denoise": 0.6, "vae": 0.15}
 COMPILED = 1.2  # times as fast as uncompiled: a cautious guess
 GENERATIONS = {3: 13.2e9, 4: 26.5e9, 5: 55.5e9}  # bytes a second over 16 lanes of PCIe, from page-locked memory
-SMALL_CONTEXT, LARGE_CONTEXT = 500_000_000, 900_000_000  # bytes of a CUDA context with its libraries
+SMALL_CONTEXT, LARGE_CONTEXT = 500_000_000, 940_000_000  # bytes of a CUDA context with its libraries
 
 
 @dataclass(frozen=True, slots=True)
