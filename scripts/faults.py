@@ -9,14 +9,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
 from protocol.client import Client
 from protocol.errors import TriptychError
-from protocol.jobs import STAGES, Stage
 from protocol.messages import Workers
 
 PATIENCE_SECONDS = 120.0
@@ -202,9 +201,3 @@ def leftovers(state: Path) -> list[str]:
     files = [str(path) for path in (state / "artifacts").iterdir() if path.name not in known]
     sockets = [str(path) for path in state.glob("stack.json")]
     return files + sockets + [key for (key,) in stale]
-
-
-def worker_names(counts: dict[Stage, int]) -> Iterator[str]:
-    for stage in STAGES:
-        for number in range(counts.get(stage, 1)):
-            yield f"{stage}-{number + 1}"

@@ -24,7 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
-from faults import Saboteur, Stack, leftovers, patiently, worker_names
+from faults import Saboteur, Stack, leftovers, patiently
 from protocol.client import Client
 from protocol.errors import TriptychError
 from protocol.jobs import ENDED, JobRequest, Stage
@@ -131,6 +131,7 @@ def key_of(request: JobRequest) -> str:
 class Trouble:
     def __init__(self, stack: Stack, rng: random.Random, account: Account) -> None:
         self._saboteur, self._rng, self._account, self._stack = Saboteur(stack, rng), rng, account, stack
+        self._names = sorted(p.name for p in self._saboteur.workers().processes if p.stage is not None)
 
     def make(self) -> None:
         """One fault, from its beginning to its end."""
@@ -139,7 +140,7 @@ class Trouble:
         seconds: list[float] = []
         match kind.split():
             case ["kill", "two"]:
-                names = self._rng.sample([*worker_names(WORKERS), "orchestrator"], 2)
+                names = self._rng.sample([*self._names, "orchestrator"], 2)
                 results: list[float] = []
                 threads = [threading.Thread(target=self._hit, args=(n, signal.SIGKILL, results)) for n in names]
                 for thread in threads:
@@ -162,7 +163,7 @@ class Trouble:
         self._account.recoveries.setdefault(kind, []).extend(seconds)
 
     def _one_of(self, stage: str) -> str:
-        return self._rng.choice([name for name in worker_names(WORKERS) if name.startswith(stage)])
+        return self._rng.choice([name for name in self._names if name.startswith(stage)])
 
     def _hit(self, name: str, number: signal.Signals, results: list[float]) -> None:
         saboteur = Saboteur(self._stack, self._rng)
@@ -180,26 +181,39 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share)) if values else 0.0
 
 
+COUNTS = [word for stage, count in WORKERS.items() for word in ("--workers", f"{stage}={count}")]
+TWO_GPUS = ["--device", "cpu:0,1", "--budget", "0=40MB", "--budget", "1=40MB", "--keep-alive", "0", "--placement"]
+PLACES = {  # options of `triptych up`
+    "cpu": ["--device", "cpu", *COUNTS],
+    "leases": ["--device", "cpu:0", "--budget", "0=30MB", "--keep-alive", "0", *COUNTS],
+    **{placement: [*TWO_GPUS, placement] for placement in ("replicas", "split", "tensor", "context")},
+}
+
+
 @click.command()
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--pause", type=float, default=1.5, show_default=True, help="Seconds between two faults, on average.")
-@click.option("--leases", is_flag=True, help="On a CPU that stands in for a GPU which can't hold all three stages.")
+@click.option(
+    "--place",
+    type=click.Choice([*PLACES]),
+    default="cpu",
+    show_default=True,
+    help="leases: of a GPU that can't hold all three stages, which a CPU plays; others: a placement on two",
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def main(minutes: float, seed: int, pause: float, leases: bool, as_json: bool) -> None:
+def main(minutes: float, seed: int, pause: float, place: str, as_json: bool) -> None:
     """Random load, random faults, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        report = soak(Path(folder), minutes * 60, seed, pause, leases)
+        report = soak(Path(folder), minutes * 60, seed, pause, place)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)
 
 
-def soak(folder: Path, seconds: float, seed: int, pause: float, leases: bool) -> dict[str, Any]:
+def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
-    counts = [f"{stage}={count}" for stage, count in WORKERS.items()]
-    place = ["--device", "cpu:0", "--budget", "0=30MB", "--keep-alive", "0"] if leases else ["--device", "cpu"]
-    stack = Stack(folder, [*place, *(word for count in counts for word in ("--workers", count))])
+    stack = Stack(folder, PLACES[place])
     stack.wait_ready()
     pool = recipes(rng, 24)
     with Client(stack.state, timeout=60) as client:
