@@ -24,8 +24,7 @@ OVERHEAD_SECONDS = 0.07  # of a job outside its stages: messages, disks, the PNG
 SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to the other
 SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measured yet
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
-CONTEXT_SHARE = 1.15  # times what an equal part of the work would take, for what is exchanged; not measured yet
-TENSOR_SHARE = 1.26  # the same: 2.35 s on two GPUs for 3.73 s on one, compiled
+EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
 UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
 
@@ -237,14 +236,15 @@ class Book:
         """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
         workspace = self.own_workspace(post, card)
         compute = figures.flop / card.flops(post.stage, self.terms.compiled)
+        exchanged = len(figures.blocks) * figures.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
         if post.kind == "tensor":
-            factor = TENSOR_SHARE * (1.0 if self.terms.compiled else UNCOMPILED_TENSOR)
-            return self._share(card, memory - workspace, workspace), 0.0, compute / parts * factor
+            factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
+            return self._share(card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
         found = streaming(figures, memory - workspace)
         if found is None:
             raise too_large(post, card, figures.least + workspace, memory)
         if post.kind == "context":
-            compute *= CONTEXT_SHARE / parts
+            compute = compute / parts + exchanged
         seconds = pass_seconds(compute, found.a_pass, card.rate.link)
         return self._share(card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
 

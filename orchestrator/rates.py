@@ -27,6 +27,12 @@ class Rate:
     link: float
     context: int
     known: bool = True
+    peer: float = 0.0  # bytes/s from one such GPU to another, 0: by way of memory
+
+    @property
+    def to_peer(self) -> float:
+        """Bytes a second between two of them."""
+        return self.peer or self.link / 2
 
     def of(self, stage: Stage, compiled: bool = False) -> float:
         match stage:
@@ -38,18 +44,19 @@ class Rate:
                 return self.vae
 
 
-def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool = True) -> Rate:
+def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool = True, peer: float = 0.0) -> Rate:
     rate = tera * 1e12
     denoise = rate * SHARES["denoise"]
-    return Rate(rate * SHARES["text"], denoise, rate * SHARES["vae"], denoise * COMPILED, link, context, known)
+    return Rate(rate * SHARES["text"], denoise, rate * SHARES["vae"], denoise * COMPILED, link, context, known, peer)
 
 
-H200 = Rate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT)
+NVLINK = 200e9  # bytes/s that collectives reach, cautiously
+H200 = Rate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
 GEN3, GEN4, GEN5 = GENERATIONS[3], GENERATIONS[4], GENERATIONS[5]
 BY_NAME: Mapping[str, Rate] = {  # the longest name that is a part of the driver's wins
     "H200": H200,
     "H100": H200,
-    "A100": _vendor(312, GEN4, LARGE_CONTEXT),
+    "A100": _vendor(312, GEN4, LARGE_CONTEXT, peer=NVLINK),
     "L40S": _vendor(181, GEN4),
     "L4": _vendor(60, GEN4),
     "A10": _vendor(62, GEN4),
