@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.leases import Need
+from orchestrator.ledger import HEADROOM
 from orchestrator.live import ModelKey
 from orchestrator.machine import Card, Machine
 from orchestrator.plan import Plan
@@ -242,9 +243,9 @@ class World:
 
 
 def swap_and_run(figures: ModelFigures, card: Card, stage: Stage, workspace: int, terms: Terms) -> tuple[float, float]:
-    """Seconds to bring a stage in alone on a card, and of its task then."""
+    """Seconds to bring a stage in alone on a card, beside the contexts of all three, and of its task then."""
     mine = figures.stage(stage)
-    weights = min(mine.weights, card.budget - card.rate.context - workspace)
+    weights = min(mine.weights, card.budget - len(STAGES) * (card.rate.context + HEADROOM) - workspace)
     return weights / card.rate.link, task_seconds(mine, card, weights, terms.compiled)
 
 
