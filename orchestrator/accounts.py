@@ -7,6 +7,7 @@ from orchestrator.gpus import Gpu
 from orchestrator.ledger import FIRST_HEADROOM
 from orchestrator.machine import Machine
 from orchestrator.placement import Post, stand_ins
+from orchestrator.prediction import context_bytes
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.units import format_bytes
 
@@ -40,8 +41,8 @@ def accounts(posts: Sequence[Post], machine: Machine, gpus: Sequence[Gpu]) -> di
         if not any(post.kind == "leases" for post in here):
             continue
         keeping = [post for post in here if post.memory]
-        context = card.rate.context + FIRST_HEADROOM if card.rate.context else 0
-        kept = sum(post.memory[post.gpus.index(card.index)] + context for post in keeping)
+        grows = FIRST_HEADROOM if card.rate.context else 0
+        kept = sum(post.memory[post.gpus.index(card.index)] + context_bytes(post, card) + grows for post in keeping)
         if kept >= card.budget:
             raise DoesNotFit(f"Stages with --max-memory leave nothing of GPU {card.index}.", "Give them less.")
         found[card.index] = AccountSettings(

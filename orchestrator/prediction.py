@@ -101,7 +101,7 @@ def predict(figures: ModelFigures, machine: Machine, posts: Sequence[Post], term
     """DoesNotFit, with what would, where a worker can never do anything."""
     book = Book(figures, machine, posts, terms)
     settled = [book.settle(post) for post in posts]
-    work = [*map(book.work, settled)]
+    work = [book.work(number, post) for number, post in enumerate(settled)]
     return Prediction(
         tuple(work), steady_state(work, terms.patience), latency(work, machine), figures.recipe.num_images
     )
@@ -128,11 +128,10 @@ class Book:
 
     def own_workspace(self, post: Post, card: Card) -> int:
         """The same of a worker that keeps its memory."""
-        together = COMMUNICATION if post.kind in ("tensor", "context") and not card.stands_in else 0
-        return self.workspace(post.stage, card) * post.jobs + together
+        return self.workspace(post.stage, card) * post.jobs
 
-    def context(self, card: Card) -> int:
-        return card.rate.context + HEADROOM if card.rate.context else 0
+    def context(self, post: Post, card: Card) -> int:
+        return context_bytes(post, card) + HEADROOM if card.rate.context else 0
 
     def need(self, post: Post, card: Card) -> Need:
         figures = self.figures.stage(post.stage)
@@ -142,7 +141,7 @@ class Book:
         """Bytes beside all contexts and what workers keep for themselves; `but` one, which is to get its part."""
         here = [post for post in self.posts if card.index in post.gpus]
         own = sum(post.memory[post.gpus.index(card.index)] for post in here if post.memory and post is not but)
-        return card.budget - len(here) * self.context(card) - own - self._standing[card.index]
+        return card.budget - sum(self.context(post, card) for post in here) - own - self._standing[card.index]
 
     def free_beside_leases(self, card: Card, post: Post) -> int:
         """Bytes for a worker that keeps them, beside the least that those in leases need, before they have worked."""
@@ -210,7 +209,8 @@ class Book:
 
     # -- how they will do -----------------------------------------------------------------------
 
-    def work(self, post: Post) -> Work:
+    def work(self, number: int, post: Post) -> Work:
+        """How a settled post will do; `number` is its place among all."""
         figures = self.figures.stage(post.stage)
         cards = [self.machine.card(gpu) for gpu in post.gpus]
         match post.kind:
@@ -218,7 +218,7 @@ class Book:
                 a_pass = figures.flop / self.machine.cpu_flops
                 return Work(post, (), "host", 0.0, a_pass, a_pass * figures.passes)
             case "leases":
-                return self._in_leases(post, figures, cards[0])
+                return self._in_leases(str(number), post, figures, cards[0])
             case "split":
                 return self._split(post, figures, cards)
         shares, passes, most = [], [], 0.0
@@ -239,14 +239,14 @@ class Book:
         exchanged = len(figures.blocks) * figures.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
         if post.kind == "tensor":
             factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
-            return self._share(card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
+            return self._share(post, card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
         found = streaming(figures, memory - workspace)
         if found is None:
             raise too_large(post, card, figures.least + workspace, memory)
         if post.kind == "context":
             compute = compute / parts + exchanged
         seconds = pass_seconds(compute, found.a_pass, card.rate.link)
-        return self._share(card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
+        return self._share(post, card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
 
     def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
         cut = post.cut
@@ -263,16 +263,18 @@ class Book:
             first += count
         shares = [
             self._share(
-                card, size - post.jobs * self.workspace(post.stage, card), post.jobs * self.workspace(post.stage, card)
+                post,
+                card,
+                size - post.jobs * self.workspace(post.stage, card),
+                post.jobs * self.workspace(post.stage, card),
             )
             for card, size in zip(cards, post.memory, strict=True)
         ]
         total = sum(busy)
         return Work(post, tuple(shares), "in", 0.0, total / figures.passes, total, busy=tuple(busy))
 
-    def _in_leases(self, post: Post, figures: StageFigures, card: Card) -> Work:
+    def _in_leases(self, name: str, post: Post, figures: StageFigures, card: Card) -> Work:
         found = self._levels_on(card)
-        name = str(self.posts.index(post))
         level = found[name]
         need = self.need(post, card)
         if not level.turn:
@@ -292,7 +294,7 @@ class Book:
         a_pass = pass_seconds(compute, how.a_pass, card.rate.link)
         seconds = a_pass * figures.passes + max(0.0, how.once / card.rate.link - a_pass)
         residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
-        share = self._share(card, weights, need.workspace)
+        share = self._share(post, card, weights, need.workspace)
         swap = 0.0 if stays else weights / card.rate.link
         return Work(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
 
@@ -306,8 +308,14 @@ class Book:
             self._levels[card.index] = levels(self.left(card), needs)
         return self._levels[card.index]
 
-    def _share(self, card: Card, weights: int, workspace: int) -> Share:
-        return Share(card.index, max(0, weights), workspace, self.context(card))
+    def _share(self, post: Post, card: Card, weights: int, workspace: int) -> Share:
+        return Share(card.index, max(0, weights), workspace, self.context(post, card))
+
+
+def context_bytes(post: Post, card: Card) -> int:
+    """Of a process, outside of what its allocator holds."""
+    together = COMMUNICATION if post.kind in ("tensor", "context") else 0
+    return card.rate.context + together if card.rate.context else 0
 
 
 def too_large(post: Post, card: Card, least: int, room: int) -> DoesNotFit:

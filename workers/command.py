@@ -9,7 +9,7 @@ import click
 from protocol.endpoints import default_folder, published
 from protocol.errors import BadRequest
 from protocol.jobs import BEFORE, Stage
-from protocol.speedups import canonical
+from protocol.speedups import canonical, parse_speedup
 from protocol.units import parse_bytes
 
 LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
@@ -111,6 +111,9 @@ def choose_gpus(gpus: str) -> None:
 def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     given = {key: options[key] for key in RECIPE if options[key] is not None}
     check_input(stage, given, options["input_path"])  # before the libraries are loaded, which takes seconds
+    numbers("--cut", options["cut"])
+    if options["jobs"] > 1 or any(parse_speedup(text)[1] == "parallel" for text in options["speedups"]):
+        raise BadRequest("Alone, a stage does one job in one process.", "Leave out --jobs and parallel.")
     from workers.standalone import Debugging, run_standalone
     from workers.startup import prepare
 

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ import torch
 from torch._C._distributed_c10d import FileStore
 
 from protocol import wire
+from protocol.errors import BadRequest, TriptychError
 from protocol.jobs import Recipe
 from protocol.messages import Task
 from protocol.process import PR_SET_PDEATHSIG, log_to_stderr
@@ -54,6 +56,8 @@ class Group:
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         if device.type == "cuda":
+            if (there := torch.cuda.device_count()) < self.size:
+                raise BadRequest(f"{self.size} ranks take as many GPUs; {there} can be used.", "Give more with --gpus.")
             torch.cuda.set_device(device)
         store = FileStore(self.meeting, self.size)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -66,14 +70,17 @@ class Group:
 
 
 def _end_with(rank: int, pid: int) -> None:
-    _, status = os.waitpid(pid, 0)
-    log.error("rank %d, process %d, ended with %d: so do the others", rank, pid, os.waitstatus_to_exitcode(status))
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code <= 1:
+        log.error("rank %d, process %d, ended with %d: so do the others", rank, pid, code)
     logging.shutdown()
-    os._exit(1)
+    os._exit(code if code > 1 else 1)  # whose last word says what a person can mend
 
 
 def form(size: int, name: str) -> Group:
     """Fork the other ranks. Returns in each of them, with its own group. No threads may be about, and no CUDA."""
+    if sys.platform != "linux":
+        raise BadRequest("Parallel placements need Linux.", "Choose another --placement.")
     parent = os.getpid()
     memory = os.memfd_create("triptych-ranks")
     meeting = f"/proc/self/fd/{memory}"
@@ -113,9 +120,13 @@ def follow(load: Callable[[], DenoiseStage], group: Group) -> NoReturn:
             assert isinstance(envelope.message, Task)
             take_part(stage, envelope.message.recipe, envelope.tensors, link)
         code = 0
+    except TriptychError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        code = error.exit_code
     except BaseException:
         log.exception("this rank ends")
     finally:
+        sys.stderr.flush()
         logging.shutdown()
         os._exit(code)
 

@@ -39,11 +39,14 @@ def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Pat
         (("text", "--standalone", "--prompt", "x", "--model", "nowhere"), 4, "no model 'nowhere'"),
         (("text", "--standalone", "--prompt", "x", "--dtype", "float8"), 2, "no dtype"),
         (("text", "--gpus", "first"), 2, "numbers"),
+        (("denoise", "--standalone", "-i", "e.safetensors", "--jobs", "2"), 2, "one job in one process"),
+        (("denoise", "--standalone", "-i", "e.safetensors", "--cut", "a,b"), 2, "whole numbers"),
         (("text", "--connect", "tcp://10.0.0.1:5"), 2, "not on this machine"),
     ],
 )
 def test_mistakes_get_one_line(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("not safetensors")
+    (tmp_path / "e.safetensors").write_text("not safetensors")
     done = triptych("worker", *arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert words in done.stderr
