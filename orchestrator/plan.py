@@ -39,7 +39,7 @@ def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: 
     if not found:
         raise _nothing_fits(config, figures, machine, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
-    why, notes = _why(config, best, found), _notes(figures, machine, best)
+    why, notes = _why(config, best, found), _notes(figures, machine, best, terms.compiled)
     return Plan(best, why, notes, _better(config, figures, machine, terms, best))
 
 
@@ -61,6 +61,9 @@ def check(config: StackConfig, machine: Machine) -> None:
             f"--placement {config.placement} takes several GPUs for the denoiser.",
             f"GPUs here: {sorted(there) or 'none'}.",
         )
+    if config.placement in ("replicas", "tensor", "context") and config.stage("denoise").max_memory:
+        given = f"--placement {config.placement} says itself how much of its GPUs the denoiser gets."
+        raise BadRequest(given, "Leave out --max-memory of denoise, or give the GPUs a --budget.")
     rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache}
     for option in (option for option, given in rivals.items() if given and config.placement in SEVERAL):
         raise BadRequest(f"--placement {config.placement} does not go with {option}.", "Leave one of them out.")
@@ -144,7 +147,7 @@ def _why(config: StackConfig, best: Prediction, found: Sequence[Prediction]) -> 
     return f"{kind_of(best)}, by {said}: {', '.join(parts)}" if len(parts) > 1 else kind_of(best)
 
 
-def _notes(figures: ModelFigures, machine: Machine, best: Prediction) -> tuple[str, ...]:
+def _notes(figures: ModelFigures, machine: Machine, best: Prediction, compiled: bool) -> tuple[str, ...]:
     notes: list[str] = []
     weights = sum(stage.weights for stage in figures.stages)
     if weights > machine.ram:
@@ -159,6 +162,8 @@ def _notes(figures: ModelFigures, machine: Machine, best: Prediction) -> tuple[s
         notes.append(f"the speed of {', '.join(unknown)} is a guess; a stack that has run knows better")
     if idle := [card.index for card in machine.cards if card.index not in used]:
         notes.append(f"GPU {', '.join(map(str, idle))} would not help, and is left alone")
+    if any(work.post.kind == "tensor" for work in best.work) and not compiled:
+        notes.append("tensor parallel takes many times as long uncompiled: add --compile")
     turning = sorted({gpu for work in best.work if work.residency == "turns" for gpu in work.post.gpus})
     notes += [f"on GPU {gpu} not all fit at once: they take turns" for gpu in turning]
     return tuple(notes)

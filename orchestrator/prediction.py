@@ -251,25 +251,15 @@ class Book:
     def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
         cut = post.cut
         if not cut:  # as accelerate will cut it: by bytes
-            sizes = [
-                max(0, size - self.workspace(post.stage, card)) for size, card in zip(post.memory, cards, strict=True)
-            ]
-            whole = sum(sizes) or 1
-            cut = tuple(len(figures.blocks) * size // whole for size in sizes)
+            cut = tuple(len(figures.blocks) * size // max(1, sum(post.memory)) for size in post.memory)
         first, busy = 0, []
         for count, card in zip(cut, cards, strict=True):
             flop = sum(block.flop for block in figures.blocks[first : first + count])
             busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes * SPLIT_SHARE)
             first += count
-        shares = [
-            self._share(
-                post,
-                card,
-                size - post.jobs * self.workspace(post.stage, card),
-                post.jobs * self.workspace(post.stage, card),
-            )
-            for card, size in zip(cards, post.memory, strict=True)
-        ]
+        spaces = [self.own_workspace(post, card) for card in cards]
+        rows = zip(cards, post.memory, spaces, strict=True)
+        shares = [self._share(post, card, size - space, space) for card, size, space in rows]
         total = sum(busy)
         return Work(post, tuple(shares), "in", 0.0, total / figures.passes, total, busy=tuple(busy))
 

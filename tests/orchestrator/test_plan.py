@@ -86,6 +86,8 @@ def test_placements_that_change_bits_are_chosen_only_where_bits_are_changed_anyw
     assert found.prediction.latency < 2.9
     assert speedups_of(found.posts)[0].startswith("denoise:parallel=")
     assert speedups_of(plan("H200:40GiB", "H200:40GiB").posts) == ()
+    slow = plan("H200:40GiB", "H200:40GiB", placement="tensor")
+    assert any("add --compile" in note for note in slow.notes)
     asked = plan("H200:40GiB", "H200:40GiB", placement="context")
     assert kind_of(asked.prediction) == "context"
 
@@ -157,6 +159,7 @@ def test_it_says_what_would_help_and_what_to_know() -> None:
         ({"placement": "tensor", "stages": {"denoise": {"gpus": [0]}}}, "takes several GPUs"),
         ({"placement": "split", "cache": "taylorseer"}, "--cache"),
         ({"stages": {"vae": {"gpus": [5]}}}, "to use GPU 5"),
+        ({"placement": "context", "stages": {"denoise": {"max_memory": "9GB"}}}, "says itself how much"),
         ({"stages": {"vae": {"max_memory": "1GB,1GB,1GB"}}}, "3 amounts for 2"),
     ],
 )
