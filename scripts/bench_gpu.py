@@ -32,7 +32,8 @@ from protocol.recipes import resolve
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.describe import describe
-from workers.loading import Devices, load
+from workers.devices import Devices
+from workers.loading import load
 from workers.residency import Residency
 from workers.source import Source, locate
 from workers.speed import keep_compiled_code

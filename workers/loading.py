@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,16 @@ import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
 
-from protocol.errors import BadRequest, DoesNotFit, ModelMissing, TriptychError
+from protocol.errors import DoesNotFit, ModelMissing
 from protocol.jobs import Stage
 from protocol.units import format_bytes
+from workers.devices import Devices, choose, parts_of
 from workers.gates import Gates, twin_of
 from workers.mapped import lock_ahead
-from workers.residency import Residency, block_rows
+from workers.residency import Residency
 from workers.skeleton import (
     component_class,
     expected_components,
-    on_meta,
     pipeline_class,
     plain_settings,
     quiet,
@@ -34,74 +34,12 @@ from workers.skeleton import (
 )
 from workers.source import Source, stages_of
 from workers.speed import EXACT, Speed
+from workers.spread import spread_layers
 
 log = logging.getLogger(__name__)
 
 SAFETENSORS_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a stage needs on a GPU beside its weights, in bytes: activations at about 1024 × 1024, erring high.
-WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 3_430_000_000}
-
-
-@dataclass(slots=True)
-class Devices:
-    """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones.
-
-    A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
-    after the other up to it. A CPU has room for everything, unless a `room` says that it stands in for a small GPU.
-    What works in leases (`leased`) stays in host memory until it gets one.
-    """
-
-    primary: torch.device
-    room: dict[int, int] = field(default_factory=dict)
-    evenly: bool = True
-    leased: bool = False
-    cut: tuple[int, ...] = ()  # blocks of the denoiser on each of its GPUs
-    workspace: int | None = None  # bytes to be left beside weights; None: an estimate
-
-    def workspace_of(self, stage: Stage) -> int:
-        """Bytes to be left free on each GPU."""
-        if self.workspace is not None:
-            return self.workspace
-        return WORKSPACE[stage] if self.primary.type == "cuda" else 0
-
-    @staticmethod
-    def of(
-        device: str,
-        max_memory: tuple[int, ...],
-        leased: bool = False,
-        cut: tuple[int, ...] = (),
-        workspace: int | None = None,
-    ) -> "Devices":
-        """All visible GPUs for 'cuda', one for 'cuda:1'.
-
-        `max_memory` caps this process's allocator: bytes of each GPU, one amount for all or one each; () is all.
-        """
-        chosen = torch.device(device)
-        if chosen.type != "cuda":
-            room_there = {0: min(max_memory)} if max_memory and not cut else {}
-            return Devices(chosen, room_there, leased=leased, cut=cut, workspace=workspace)
-        if not torch.cuda.is_available():
-            raise TriptychError(
-                "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
-            )
-        indices = range(torch.cuda.device_count()) if chosen.index is None else [chosen.index]
-        if leased:
-            return Devices(torch.device("cuda", next(iter(indices))), leased=True)
-        if len(max_memory) not in (0, 1, len(indices)):
-            raise BadRequest(
-                f"--max-memory has {len(max_memory)} amounts for {len(indices)} GPU(s).", "Give one, or one for each."
-            )
-        limits = max_memory if len(max_memory) == len(indices) else max_memory * len(indices)
-        room: dict[int, int] = {}
-        for i, gpu in enumerate(indices):
-            free, total = torch.cuda.mem_get_info(gpu)
-            room[gpu] = min(free, limits[i]) if limits else free
-            if limits:
-                torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
-        return Devices(
-            torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2, cut=cut, workspace=workspace
-        )
 
 
 @dataclass(slots=True)
@@ -230,67 +168,6 @@ def load_weights(
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
     where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
     return residency.module, [(name, where)], residency
-
-
-def spread_layers(
-    source: Source, name: str, devices: Devices, place: dict[int, int], arguments: dict[str, Any]
-) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
-    """A component's layers over several GPUs, by accelerate: by the cut, where there is one."""
-    log.info("%s is spread under %s, cut %s", name, place, devices.cut or "by bytes")
-    device_map: Any = "auto" if devices.evenly else "sequential"
-    cls = component_class(source, name)
-    if devices.cut:
-        device_map = cut_map(on_meta(source, name), parts_of(devices))
-    try:
-        module = cls.from_pretrained(source.folder, device_map=device_map, max_memory=place, **arguments).eval()
-    except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
-        if "offload" not in str(error):
-            raise
-        raise DoesNotFit(
-            f"The layers of {name} of {source.model!r} leave gaps, and don't fit {place} bytes on these GPUs.",
-            "Give a little more with --max-memory.",
-        ) from error
-    spread = [(f"{name}.{part}".rstrip("."), _device_name(where)) for part, where in module.hf_device_map.items()]
-    return module, spread
-
-
-def parts_of(devices: Devices) -> list[tuple[torch.device, int]]:
-    """The devices that a denoiser is cut over, and how many of its blocks each gets."""
-    gpus: list[torch.device] = [torch.device("cuda", gpu) for gpu in devices.room] or [devices.primary] * len(
-        devices.cut
-    )
-    if len(gpus) != len(devices.cut):
-        raise BadRequest(f"--cut has {len(devices.cut)} parts for {len(gpus)} GPU(s).", "Give one for each.")
-    return list(zip(gpus, devices.cut, strict=True))
-
-
-def cut_map(model: torch.nn.Module, parts: Sequence[tuple[torch.device, int]]) -> dict[str, int]:
-    """Where each of a model's modules goes: blocks by the cut, what comes before them first, what comes after last."""
-    rows = block_rows(model)
-    if sum(count for _, count in parts) != len(rows):
-        raise BadRequest(f"--cut gives {[count for _, count in parts]} blocks; there are {len(rows)}.", "Leave it out.")
-    places = [device.index for device, count in parts for _ in range(count)]
-    found: dict[str, int] = {}
-    passed = False
-    for name, _ in model.named_children():
-        inside = [row for row in rows if row.startswith(f"{name}.")]
-        passed = passed or bool(inside)
-        if not inside:
-            found[name] = places[-1 if passed else 0]
-    return found | dict(zip(rows, places, strict=True))
-
-
-def _device_name(where: int | str | torch.device) -> str:
-    return f"cuda:{where}" if isinstance(where, int) else str(where)
-
-
-def choose(size: int, room: Mapping[int, int], workspace: int) -> int | dict[int, int] | None:
-    """The GPU that a component of `size` bytes goes to; max_memory where only several hold it; None where none do."""
-    for gpu, free in room.items():
-        if size + workspace <= free:
-            return gpu
-    budgets = {gpu: max(0, free - workspace) for gpu, free in room.items()}
-    return budgets if len(budgets) > 1 and size * 1.02 <= sum(budgets.values()) else None
 
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:

@@ -19,8 +19,9 @@ from protocol.messages import WorkerHello
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.describe import describe
+from workers.devices import WORKSPACE, Devices
 from workers.hands import Hands, StageRunner
-from workers.loading import WORKSPACE, Devices, Loaded, load
+from workers.loading import Loaded, load
 from workers.loop import WorkerLoop
 from workers.ranks import Group, LeadStage, follow, form
 from workers.skeleton import quiet

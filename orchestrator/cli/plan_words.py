@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.plan import Plan
-from orchestrator.prediction import Share, Work
+from orchestrator.work import Share, Work
 from protocol.units import format_bytes
 
 HEADER = ("stage", "where", "weights", "workspace", "context", "residency", "streams", "a step", "a picture")

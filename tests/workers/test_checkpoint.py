@@ -17,7 +17,8 @@ from tests.tiny import needs_gpus
 from workers.checkpoint import Unstorable, check_storable, freeze, thaw
 from workers.denoise import DenoiseStage
 from workers.describe import describe
-from workers.loading import Devices, load
+from workers.devices import Devices
+from workers.loading import load
 from workers.outcome import Saved, unheard
 from workers.source import Source, read
 from workers.text import TextStage

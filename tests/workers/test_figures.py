@@ -15,8 +15,9 @@ from protocol.figures import ModelFigures
 from protocol.jobs import STAGES, JobRequest
 from tests import tiny
 from workers.denoise import DenoiseStage
+from workers.devices import Devices
 from workers.figures import cached, figures_of
-from workers.loading import Devices, load, weight_bytes
+from workers.loading import load, weight_bytes
 from workers.modulation import Watch
 from workers.outcome import unheard
 from workers.residency import Residency, block_rows

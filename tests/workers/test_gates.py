@@ -12,11 +12,13 @@ from protocol.recipes import resolve
 from protocol.tensors import Tensor
 from tests import tiny
 from workers.denoise import DenoiseStage
+from workers.devices import Devices, parts_of
 from workers.gates import Gates
-from workers.loading import Devices, cut_map, load, parts_of
+from workers.loading import load
 from workers.outcome import Cancelled, Outcome, Saved
 from workers.residency import block_rows
 from workers.source import locate
+from workers.spread import cut_map
 from workers.startup import WorkerSettings, prepare
 from workers.text import TextStage
 

@@ -12,7 +12,8 @@ from tests.stacks import triptych
 from tests.tiny import needs_gpus
 from workers import loading, stage_file
 from workers.describe import describe
-from workers.loading import Devices, choose, files_as_they_are, load, weight_bytes, weight_files
+from workers.devices import Devices, choose
+from workers.loading import files_as_they_are, load, weight_bytes, weight_files
 from workers.source import locate, read, stages_of
 
 GB = 10**9

@@ -23,8 +23,9 @@ from workers import loading, mapped
 from workers import residency as residency_module
 from workers.denoise import DenoiseStage, Play
 from workers.describe import describe
+from workers.devices import Devices
 from workers.lanes import Copies, HostLane, Mark
-from workers.loading import Devices, load
+from workers.loading import load
 from workers.mapped import HostWeights, PageLocks, host_weights
 from workers.residency import Residency, block_rows
 from workers.source import Source, read

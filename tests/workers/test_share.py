@@ -14,8 +14,9 @@ from tests import tiny
 from tests.tiny import needs_gpus
 from workers import hands as hands_module
 from workers.describe import describe
+from workers.devices import WORKSPACE, Devices
 from workers.hands import Event, Hands, Load, Measured
-from workers.loading import WORKSPACE, Devices, load
+from workers.loading import load
 from workers.outcome import Outcome
 from workers.share import Share
 from workers.source import Source, read

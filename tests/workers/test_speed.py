@@ -16,7 +16,8 @@ from tests.stacks import running_stack, triptych
 from tests.workers.test_residency import jobs
 from workers.denoise import DenoiseStage
 from workers.describe import describe
-from workers.loading import Devices, load
+from workers.devices import Devices
+from workers.loading import load
 from workers.source import Source, read
 from workers.speed import Speed
 from workers.text import TextStage

@@ -13,7 +13,8 @@ from protocol.recipes import resolve
 from tests import tiny
 from workers.denoise import DenoiseStage
 from workers.describe import describe
-from workers.loading import Devices, load
+from workers.devices import Devices
+from workers.loading import load
 from workers.outcome import Cancelled, Saved, StageError, unheard
 from workers.source import Source, read
 from workers.text import TextStage, returned_names
