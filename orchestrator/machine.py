@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from orchestrator.gpus import Gpu
 from orchestrator.rates import CPU_CORE, STAND_IN, Rate, rate_of
@@ -58,9 +59,12 @@ def _card(gpu: Gpu, budget: int | None) -> Card:
     return Card(gpu.index, gpu.name, budget or gpu.free_bytes, replace(rate, link=gpu.link) if gpu.link else rate)
 
 
-def imagined(gpus: str) -> tuple[Card, ...]:
-    """'16GB,RTX 4090:24GB' are two GPUs, each an amount or a name and an amount."""
-    return tuple(_imagined_card(index, text) for index, text in enumerate(filter(None, gpus.split(","))))
+def imagined(gpus: str, budgets: Mapping[int, int | None] = MappingProxyType({})) -> tuple[Card, ...]:
+    """'16GB,RTX 4090:24GB' are two GPUs, each an amount or a name and an amount; `budgets` are bytes by number."""
+    cards = [_imagined_card(index, text) for index, text in enumerate(filter(None, gpus.split(",")))]
+    if unknown := [index for index in budgets if index >= len(cards)]:
+        raise BadRequest(f"There is no GPU {unknown[0]} to have a budget.", f"There are {len(cards)}, from 0 on.")
+    return tuple(replace(card, budget=min(card.budget, budgets.get(card.index) or card.budget)) for card in cards)
 
 
 def with_link(machine: Machine, link: str) -> Machine:

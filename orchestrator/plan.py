@@ -17,6 +17,7 @@ from protocol.jobs import STAGES, Stage
 from protocol.units import format_bytes
 
 WORTH_SAYING = 0.95  # of the time that it takes now
+LEAST_SECONDS = 0.1  # that a picture takes, for anybody to wish for less
 LEAST_USE = 0.7  # of a text encoder or VAE beside many denoisers, before there is another
 
 
@@ -197,7 +198,7 @@ def _better(
                 if config.optimize == "throughput"
                 else (best.latency, then.latency)
             )
-            if after < WORTH_SAYING * now:
+            if after < WORTH_SAYING * now and now >= LEAST_SECONDS:
                 said.append(f"{what}: {after:.2f} s instead of {now:.2f}")
     return tuple(said)
 

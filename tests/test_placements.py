@@ -153,6 +153,7 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
         (("--gpus", "16GB", "--link", "fast"), "--link"),
         (("--gpus", "16GB", "--gpus", "12GB"), "given twice"),
         (("--gpus", "16GB", "--placement", "tensor"), "takes several GPUs"),
+        (("--gpus", "16GB", "--budget", "1=8GB"), "no GPU 1"),
     ):
         refused = triptych("plan", "--model", str(deep), *wrong)
         assert refused.returncode == 2, refused.stderr

@@ -55,7 +55,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     gpus = list_gpus()
     machine = this_machine(gpus, config.gpus, stand_ins(config))
     if thought:
-        machine = replace(machine, cards=imagined(thought[0]))
+        machine = replace(machine, cards=imagined(thought[0], config.gpus))
     else:
         check_budgets(config, gpus)
     if ram is not None:
@@ -74,6 +74,8 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     for card in machine.cards:
         link_speed = f"{format_bytes(int(card.rate.link))}/s"
         print(f"GPU {card.index}: {card.name}, {format_bytes(card.budget)}, {link_speed} from memory")
+    if not machine.cards:
+        print("There is no GPU here. To plan for others: --gpus 16GB,16GB")
     print_table(HEADER, rows(found), wide=1)
     print(summary(found))
     for note in found.notes:

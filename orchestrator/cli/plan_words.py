@@ -51,6 +51,8 @@ def residency(work: Work) -> str:
 
 
 def seconds(value: float) -> str:
+    if value < 0.001:
+        return "under 1 ms"
     return f"{value * 1000:.0f} ms" if value < 0.995 else f"{value:.2f} s"
 
 
