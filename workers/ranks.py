@@ -13,6 +13,7 @@ import socket
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -78,7 +79,7 @@ def _end_with(rank: int, pid: int) -> None:
 
 
 def form(size: int, name: str) -> Group:
-    """Fork the other ranks. Returns in each of them, with its own group. No threads may be about, and no CUDA."""
+    """Fork the other ranks. Returns in each of them, with its own group. No CUDA may be about, nor threads that hold locks."""
     if sys.platform != "linux":
         raise BadRequest("Parallel placements need Linux.", "Choose another --placement.")
     parent = os.getpid()
@@ -88,7 +89,9 @@ def form(size: int, name: str) -> Group:
     pids: list[int] = []
     for rank in range(1, size):
         near, far = socket.socketpair()
-        pid = os.fork()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            pid = os.fork()  # the only other thread waits for the supervisor's end
         if pid == 0:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != parent:
