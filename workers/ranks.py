@@ -79,7 +79,7 @@ def _end_with(rank: int, pid: int) -> None:
 
 
 def form(size: int, name: str) -> Group:
-    """Fork the other ranks. Returns in each of them, with its own group. No CUDA may be about, nor threads that hold locks."""
+    """Fork the other ranks; it returns in each of them, with its own group. Not after CUDA, nor beside busy threads."""
     if sys.platform != "linux":
         raise BadRequest("Parallel placements need Linux.", "Choose another --placement.")
     parent = os.getpid()
