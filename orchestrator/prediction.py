@@ -78,7 +78,6 @@ class Book:
         self.posts = list(posts)
         self._standing = {card.index: 0 for card in machine.cards}
         self._levels: dict[int, dict[str, Level]] = {}
-        self._settled: dict[int, Post] = {}
 
     # -- what each needs ------------------------------------------------------------------------
 
