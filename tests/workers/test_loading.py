@@ -10,7 +10,7 @@ import torch
 from tests import tiny
 from tests.stacks import triptych
 from tests.tiny import needs_gpus
-from workers import loading, stage_file
+from workers import devices, stage_file
 from workers.describe import describe
 from workers.devices import Devices, choose
 from workers.loading import files_as_they_are, load, weight_bytes, weight_files
@@ -64,7 +64,7 @@ def test_files_are_locked_ahead_that_need_no_cast_and_are_not_variants(flux_dev:
 def test_layers_spread_over_two_gpus_give_the_bits_of_one(flux_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = read("x", flux_dev, None)
     size = weight_bytes(source, "transformer", torch.float32)
-    monkeypatch.setitem(loading.WORKSPACE, "denoise", 0)
+    monkeypatch.setitem(devices.WORKSPACE, "denoise", 0)
     cuda = torch.device("cuda:0")
     found = []
     for room in ({0: 2 * size}, {0: int(0.95 * size), 1: int(0.95 * size)}):

@@ -19,7 +19,7 @@ from protocol.recipes import resolve
 from tests import tiny
 from tests.chance import examples
 from tests.tiny import needs_gpus
-from workers import loading, mapped
+from workers import devices, mapped
 from workers import residency as residency_module
 from workers.denoise import DenoiseStage, Play
 from workers.describe import describe
@@ -305,7 +305,7 @@ def jobs(stage: DenoiseStage, folder: Path, cfg: bool) -> list[torch.Tensor]:
 def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_some(
     model: str, ahead: bool, device: str, cfg: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(loading.WORKSPACE, "denoise", 0)
+    monkeypatch.setitem(devices.WORKSPACE, "denoise", 0)
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     where = torch.device(device)
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(where), torch.float32), where), tmp_path, cfg)
