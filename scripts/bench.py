@@ -288,7 +288,8 @@ def orchestrator(jobs: int, each: int) -> None:
 def push(client: Client, process: psutil.Process, jobs: int) -> None:
     """Keep between 2,000 and 4,000 jobs queued until all are done."""
     client.submit("warm up")
-    start, cpu, sent, marks = time.perf_counter(), sum(process.cpu_times()[:2]), 0, []
+    start, cpu, sent = time.perf_counter(), sum(process.cpu_times()[:2]), 0
+    marks: list[float] = []
     while (done := dict(client.stack().counts).get("done", 0)) < jobs:
         if sent < jobs and sent - done < 2000:
             count = min(1000, jobs - sent)

@@ -45,7 +45,7 @@ PROMPT = "a large red circle at the top left"
 MARGIN = 300_000_000  # bytes of the allocator's rounding
 
 
-def quiet(*progress: Any) -> None:
+def quiet(step: int, steps: int, saved: object = None) -> None:
     pass
 
 

@@ -77,7 +77,7 @@ class StackBench:
         logs: Path | None,
     ) -> None:
         self.model, self.gpus, self.cuda, self.plain, self.picture, self.logs = model, gpus, cuda, plain, picture, logs
-        self.recipe = {"width": size, "height": size, "steps": steps}
+        self.recipe: dict[str, Any] = {"width": size, "height": size, "steps": steps}
         self.prompts = 0
 
     @contextlib.contextmanager

@@ -230,7 +230,8 @@ def _signed_distance(corners: np.ndarray, points: np.ndarray) -> np.ndarray:
     crosses = (a[:, 1] <= y) != (b[:, 1] <= y)
     slope = edge[:, 0] / np.where(edge[:, 1] == 0, 1, edge[:, 1])
     inside = (crosses & (points[:, None, 0] < a[:, 0] + (y - a[:, 1]) * slope)).sum(1) % 2 == 1
-    return np.where(inside, -distance, distance)
+    signed: np.ndarray = np.where(inside, -distance, distance)
+    return signed
 
 
 ATLAS_REACH = 1.5  # the atlas covers [-1.5, 1.5] of the unit shape

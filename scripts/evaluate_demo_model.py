@@ -110,7 +110,9 @@ def _grid(*axes: Sequence[float] | np.ndarray) -> torch.Tensor:
 def _overlaps(want: torch.Tensor, tried: torch.Tensor, atlas: torch.Tensor) -> torch.Tensor:
     """Intersection over union of a mask with each shape at each (x, y, radius, angle): (8, n, 4) to (8, n)."""
     shape = torch.arange(8).repeat_interleave(tried.shape[1])
-    drawn = scenes.draw_masks(atlas, shape, *tried.flatten(0, 1).unbind(1), *want.shape) > 0.5
+    x, y, radius, angle = tried.flatten(0, 1).unbind(1)
+    height, width = want.shape
+    drawn = scenes.draw_masks(atlas, shape, x, y, radius, angle, height, width) > 0.5
     overlap = (drawn & want).sum((1, 2)) / (drawn | want).sum((1, 2)).clamp(min=1)
     return overlap.view(8, -1)
 

@@ -106,11 +106,11 @@ class Load(threading.Thread):
                 self._count += 1
                 self._pending = self._rng.choice(self._pool).model_copy(update={"id": f"soak{self._count}"})
             client.submit(self._pending)  # again, if the answer was lost: the id makes that harmless
-            job = str(self._pending.id)
-            self._account.accepted[job] = self._wanted[key_of(self._pending)]
-            self._open.add(job)
+            job_id = str(self._pending.id)
+            self._account.accepted[job_id] = self._wanted[key_of(self._pending)]
+            self._open.add(job_id)
             self._pending = None
-        for job in [client.job(job_id) for job_id in sorted(self._open)]:
+        for job in [client.job(open_id) for open_id in sorted(self._open)]:
             if job.state in ENDED:
                 if job.state == "done":
                     self._account.done[job.id] = digest_of(client, job.id)

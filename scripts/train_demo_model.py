@@ -41,7 +41,10 @@ class Bucket:
     text_length: int = TEXT_LENGTH
 
     def stance(self) -> AbstractContextManager[object]:
-        return torch.compiler.set_stance("default" if self is BUCKETS[0] else "force_eager")
+        stance: AbstractContextManager[object] = torch.compiler.set_stance(
+            "default" if self is BUCKETS[0] else "force_eager"
+        )
+        return stance
 
     def lengthen(self, tokens: torch.Tensor) -> torch.Tensor:
         """What T5 gives with more padding, nearly: the last padding again and again."""
@@ -403,8 +406,8 @@ def train_reading(
     """Teach the text encoders to read before anything is painted: pictures alone teach language slowly."""
     generator, kind = torch.Generator(device).manual_seed(seed + 2), torch.device(device).type
     whole = Reader(clip.config.hidden_size, Reader.SCENE + 2 * Reader.THING)
-    readers = torch.nn.ModuleList([whole, Reader(t5.config.d_model, Reader.SCENE + Reader.THING)]).to(device)
-    modules = [clip.to(device).train(), t5.to(device).train(), readers]
+    of_clip, of_t5 = whole.to(device), Reader(t5.config.d_model, Reader.SCENE + Reader.THING).to(device)
+    modules = [clip.to(device).train(), t5.to(device).train(), of_clip, of_t5]
     optimizer = flow_optimizer([p for module in modules for p in module.parameters()])
     pace, step = Pace(minutes, 1.5e-3, steps), 0
     while pace.set(optimizer, step):
@@ -413,8 +416,8 @@ def train_reading(
             pooled = clip(pool.clip[index].int()).pooler_output
             tokens = t5(pool.t5[index].int())[0]
         of_scene, of_tokens = reading_goals(pool, index)
-        first, clip_right = readers[0].loss(pooled, of_scene)
-        second, t5_right = readers[1].loss(tokens, of_tokens)
+        first, clip_right = of_clip.loss(pooled, of_scene)
+        second, t5_right = of_t5.loss(tokens, of_tokens)
         optimizer.zero_grad(set_to_none=True)
         (first + second).backward()
         torch.nn.utils.clip_grad_norm_([p for module in modules for p in module.parameters()], 1.0)
@@ -473,7 +476,8 @@ def flow_loss(
         ).sample
     error = (flow.float() - (noise - latents)).square().mean(2)
     weight = lessons.weight[index].float()
-    return (error * weight).sum() / weight.sum()
+    loss: torch.Tensor = (error * weight).sum() / weight.sum()
+    return loss
 
 
 def train_flow(

@@ -200,7 +200,7 @@ class Orchestrator:
         return self._log.read_text()
 
     def worker(self, stage: Stage, **arguments: object) -> FakeWorker:
-        self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))  # type: ignore[arg-type]
+        self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))
         return worker
 
     @property

@@ -12,7 +12,7 @@ SMALL = {"width": 32, "height": 32, "steps": 2}
 
 
 def test_the_public_face() -> None:
-    assert triptych.Client
+    assert isinstance(triptych.Client, type)
     assert issubclass(triptych.JobFailed, triptych.TriptychError)
     assert triptych.__version__.count(".") == 2
 

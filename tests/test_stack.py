@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,10 @@ def up(workers: Workers, stage: str) -> int:
     return sum(worker.stage == stage and worker.state != "loading" for worker in workers.workers)
 
 
+def one_up(stage: str, workers: Workers) -> bool:
+    return up(workers, stage) == 1
+
+
 def test_each_stage_killed_between_jobs_comes_back_and_the_bits_stay(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         _, wanted = stack.picture("a red star", seed=1, **SMALL)
@@ -50,7 +55,7 @@ def test_each_stage_killed_between_jobs_comes_back_and_the_bits_stay(state: Path
                 "a red star", seed=1, max_sequence_length=511 if stage == "text" else None, **SMALL
             )
             stack.client.wait(job.id, timeout=120)
-            new = until(stack, lambda w, stage=stage: up(w, stage) == 1)
+            new = until(stack, partial(one_up, stage))
             assert pid_of(new, f"{stage}-1") != old
             if stage != "text":
                 assert stack.pictures(job.id).equal(wanted)

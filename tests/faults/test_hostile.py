@@ -22,7 +22,7 @@ def framed(kinds: tuple[type[Message], ...]) -> st.SearchStrategy[Frames]:
     """Valid messages with tensors beside them; some with a byte changed."""
 
     def encode(message: Message, beside: list[object], damage: int | None) -> Frames:
-        frames = [bytes(frame) for frame in wire.encode(message, beside)]  # type: ignore[arg-type]
+        frames = [bytes(frame) for frame in wire.encode(message, beside)]
         if damage is not None:
             at = damage % max(1, len(frames[1]))
             frames[1] = frames[1][:at] + bytes([frames[1][at] ^ (1 + damage % 255)]) + frames[1][at + 1 :]

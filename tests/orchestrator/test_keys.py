@@ -61,9 +61,9 @@ def test_a_client_with_a_key_sees_its_own_jobs_and_nothing_else(state: Path) -> 
         assert alice.submit("a cat", id="hers").id == job.id
         assert [w.job for w in bob.workers().workers] == [None]
         assert [w.job for w in alice.workers().workers] == ["hers"]
-        for ask in (bob.restart, bob.drain, lambda stage: bob.scale(stage, 2), lambda stage: bob.collect_garbage(0)):
+        for forbidden in (bob.restart, bob.drain, lambda stage: bob.scale(stage, 2), lambda _: bob.collect_garbage(0)):
             with pytest.raises(Forbidden, match="own host"):
-                ask("text")
+                forbidden("text")
         assert alice.cancel("hers")[0].state == "cancelled"
 
 

@@ -31,7 +31,7 @@ def one_gpu(budget: int) -> dict[str, object]:
 
 
 def leased(running: Orchestrator, stage: str, needs: Needs) -> FakeWorker:
-    worker = running.worker(stage, gpu=0, pid=1_000_000 + len(stage))  # type: ignore[arg-type]
+    worker = running.worker(stage, gpu=0, pid=1_000_000 + len(stage))
     return worker.ready(needs, context_bytes=CONTEXT)
 
 

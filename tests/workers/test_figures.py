@@ -35,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def figures(model: Path, **wanted: object) -> ModelFigures:
-    request = JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1, **wanted)  # type: ignore[arg-type]
+    request = JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1, **wanted)
     return figures_of(locate(str(model), None, None), "float32", request)
 
 

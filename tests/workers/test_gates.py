@@ -33,7 +33,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(model: Path, **values: object) -> WorkerSettings:
     return WorkerSettings(
         stage="denoise", model=str(model), revision=None, device="cpu", dtype="float32", max_memory=(), name="d",
-        **values,  # type: ignore[arg-type]
+        **values,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import itertools
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def unet(module: torch.nn.Module, device: str) -> torch.Tensor:
     return module(sample, torch.tensor(5, device=device), states).sample
 
 
-CASES: dict[str, tuple[type, Callable[[torch.nn.Module, str], torch.Tensor]]] = {
+CASES: dict[str, tuple[Any, Callable[[torch.nn.Module, str], torch.Tensor]]] = {
     "flux": (FluxTransformer2DModel, tiny.flux_forward),
     "t5": (T5EncoderModel, text),
     "clip": (CLIPTextModel, text),
