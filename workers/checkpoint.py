@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
 
 from protocol.tensors import CHECKPOINT, Tensor
-from workers.modulation import Call, Results
+from workers.foresight import Call, Results
 from workers.outcome import Report, Saved
 from workers.torch_tensors import from_wire, to_wire
 

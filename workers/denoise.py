@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch.nn import Module
 
 from protocol.jobs import Recipe
 from protocol.tensors import CHECKPOINT, Tensor
 from workers.checkpoint import Checkpoint, Detour, Recorder, Steps, is_one, read
 from workers.describe import call_parameters, guidance_arguments
+from workers.foresight import Call, Results, standing_in
 from workers.loading import Loaded
-from workers.modulation import Call, Results, standing_in
 from workers.outcome import Outcome, Report, StageError, unheard
 from workers.skeleton import Decoding
 from workers.source import stages_of
@@ -26,7 +27,7 @@ class DenoiseStage:
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
         self.checkpoint_seconds = checkpoint_seconds
-        self.gates = loaded.gates
+        self.parts = loaded.parts
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
@@ -37,17 +38,26 @@ class DenoiseStage:
         embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
         try:
             with contextlib.ExitStack() as stack:
-                if self.gates:
-                    stack.enter_context(self.gates.job())
-                for residency in self.residencies:
-                    play = Play(self, residency.module, recipe, embeddings, whole=saved is None)
-                    stack.enter_context(residency.job(play if len(self.residencies) == 1 else None))
+                stack.enter_context(self.weights(recipe, embeddings, whole=saved is None))
                 steps = stack.enter_context(self.course(recipe, report, saved))
                 steps.begin()
                 decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
         finally:
             reset_caches(self.pipeline)
         return Outcome(pack(self.travelling(decoding)))
+
+    @contextlib.contextmanager
+    def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], whole: bool) -> Iterator[None]:
+        """Around a job: what it needs of the weights is on the device when it is needed."""
+        with contextlib.ExitStack() as stack:
+            if self.parts:
+                (twin,) = self.denoisers()
+                stack.enter_context(self.parts.job(twin, Play(self, twin, recipe, embeddings, whole)))
+            alone = len(self.residencies) == 1
+            for residency in self.residencies if not self.parts else ():
+                play = Play(self, residency.module, recipe, embeddings, whole) if alone else None
+                stack.enter_context(residency.job(play))
+            yield
 
     @contextlib.contextmanager
     def course(self, recipe: Recipe, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
@@ -69,12 +79,13 @@ class DenoiseStage:
 
     def denoiser(self) -> torch.nn.Module | None:
         """The one whose work can be gone on with: not one of two, nor one whose step cache has a memory of its own."""
+        found = self.denoisers()
+        return None if len(found) != 1 or getattr(found[0], "is_cache_enabled", False) else found[0]
+
+    def denoisers(self) -> list[torch.nn.Module]:
+        """The models that run in each step; most pipelines have one."""
         components = self.pipeline.components.items()
-        found = [part for name, part in components if stages_of(name) == ("denoise",) and part is not None]
-        if len(found) != 1 or getattr(found[0], "is_cache_enabled", False):
-            return None
-        assert isinstance(found[0], torch.nn.Module)
-        return found[0]
+        return [part for name, part in components if stages_of(name) == ("denoise",) and isinstance(part, Module)]
 
     def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
         try:

@@ -1,5 +1,6 @@
 """Where a stage may put things: its devices, and the bytes that it may use of each."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,8 +49,8 @@ class Devices:
         """
         chosen = torch.device(device)
         if chosen.type != "cuda":
-            room_there = {0: min(max_memory)} if max_memory and not cut else {}
-            return Devices(chosen, room_there, leased=leased, cut=cut, workspace=workspace)
+            amounts = max_memory if cut else max_memory and (min(max_memory),)
+            return Devices(chosen, dict(enumerate(amounts)), leased=leased, cut=cut, workspace=workspace)
         if not torch.cuda.is_available():
             raise TriptychError(
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
@@ -73,14 +74,16 @@ class Devices:
         )
 
 
-def parts_of(devices: Devices) -> list[tuple[torch.device, int]]:
-    """The devices that a denoiser is cut over, and how many of its blocks each gets."""
-    gpus: list[torch.device] = [torch.device("cuda", gpu) for gpu in devices.room] or [devices.primary] * len(
-        devices.cut
-    )
-    if len(gpus) != len(devices.cut):
-        raise BadRequest(f"--cut has {len(devices.cut)} parts for {len(gpus)} GPU(s).", "Give one for each.")
-    return list(zip(gpus, devices.cut, strict=True))
+def parts_of(devices: Devices, stage: Stage) -> list[tuple[torch.device, int, int]]:
+    """What a denoiser is cut over: devices, each with its number of blocks, and its bytes for weights."""
+    cuda, workspace = devices.primary.type == "cuda", devices.workspace_of(stage)
+    room = devices.room or dict.fromkeys(range(len(devices.cut)), sys.maxsize)  # a CPU's
+    if len(room) != len(devices.cut):
+        raise BadRequest(f"--cut has {len(devices.cut)} parts for {len(room)} GPU(s).", "Give one for each.")
+    return [
+        (torch.device("cuda", gpu) if cuda else devices.primary, count, size - workspace)
+        for (gpu, size), count in zip(room.items(), devices.cut, strict=True)
+    ]
 
 
 def choose(size: int, room: Mapping[int, int], workspace: int) -> int | dict[int, int] | None:

@@ -8,7 +8,7 @@ in a common one, what waits for another GPU would hold up all that was queued be
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,18 +55,25 @@ class Passage(threading.local):
 
 
 class Gates:
-    """`parts` are the devices, each with how many of the model's rows of blocks lie there, in order."""
+    """`parts` are the devices, each with how many of the model's rows of blocks lie there, in order.
 
-    def __init__(self, model: torch.nn.Module, parts: Sequence[tuple[torch.device, int]]) -> None:
+    `entered` hears of each job that has passed a gate, in its thread: of which one, by its number.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        parts: Sequence[tuple[torch.device, int]],
+        entered: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.devices = [device for device, count in parts if count]
         self._gates = [Gate(device) for device in self.devices]
-        self._first = self._gates[0]
-        self._passage = Passage()
+        self._passage, self._entered = Passage(), entered
         rows, at = block_rows(model), 0
-        for gate, (_, count) in zip(self._gates, ((d, n) for d, n in parts if n), strict=True):
+        for index, count in enumerate(count for _, count in parts if count):
             if at:
                 block = model.get_submodule(rows[at])
-                block.register_forward_pre_hook(lambda *_, gate=gate: self._go_to(gate))
+                block.register_forward_pre_hook(lambda *_, index=index: self._go_to(index), prepend=True)
             at += count
 
     def all(self) -> Sequence[Gate]:
@@ -74,13 +81,17 @@ class Gates:
 
     def around(self, model: torch.nn.Module) -> None:
         """Let each forward of a model, one of those that share the blocks, pass through the gates."""
-        model.register_forward_pre_hook(lambda *_: self._go_to(self._first))
+        model.register_forward_pre_hook(lambda *_: self._go_to(0))
         model.register_forward_hook(lambda *_: self.leave())
 
-    def _go_to(self, gate: Gate) -> None:
+    def _go_to(self, index: int) -> None:
+        self._enter(index)
+        self._entered(index)
+
+    def _enter(self, index: int) -> None:
         self.leave()
-        gate.enter(self._passage.before)
-        self._passage.gate = gate
+        self._gates[index].enter(self._passage.before)
+        self._passage.gate = self._gates[index]
 
     def leave(self) -> None:
         """Wherever this thread's job is; also where it ended in the middle."""
@@ -89,14 +100,23 @@ class Gates:
             self._passage.gate = None
 
     @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Have the first device to oneself, outside of a forward."""
+        self._enter(0)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
     def job(self) -> Iterator[None]:
         """Around a job in this thread."""
         if not self._passage.ready:
             for device in self.devices:
                 if device.type == "cuda":
                     torch.cuda.set_stream(torch.cuda.Stream(device))
-            if self._first.device.type == "cuda":
-                torch.cuda.set_device(self._first.device)
+            if self.devices[0].type == "cuda":
+                torch.cuda.set_device(self.devices[0])
             self._passage.ready = True
         self._passage.before = None
         try:

@@ -17,12 +17,13 @@ import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
 
-from protocol.errors import DoesNotFit, ModelMissing
+from protocol.errors import BadRequest, DoesNotFit, ModelMissing
 from protocol.jobs import Stage
 from protocol.units import format_bytes
 from workers.devices import Devices, choose, parts_of
-from workers.gates import Gates, twin_of
+from workers.gates import twin_of
 from workers.mapped import lock_ahead
+from workers.parts import Parts
 from workers.residency import Residency
 from workers.skeleton import (
     component_class,
@@ -49,7 +50,7 @@ class Loaded:
     pipeline: DiffusionPipeline
     device_map: tuple[tuple[str, str], ...]
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
-    gates: Gates | None = None  # where several jobs go through it at once
+    parts: Parts | None = None  # of a denoiser that is cut, which several jobs go through at once
 
     def another(self) -> "Loaded":
         """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
@@ -58,43 +59,48 @@ class Loaded:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module) and stages_of(name) == ("denoise",):
                 parts[name] = twin_of(part)
-                if self.gates:
-                    self.gates.around(parts[name])
+                if self.parts:
+                    self.parts.gates.around(parts[name])
         settings = {name: value for name, value in self.pipeline.config.items() if name not in parts and name[0] != "_"}
         pipeline = type(self.pipeline)(**parts, **settings)
         pipeline.set_progress_bar_config(disable=True)
-        return Loaded(pipeline, self.device_map, self.residencies, self.gates)
+        return Loaded(pipeline, self.device_map, self.residencies, self.parts)
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed = EXACT) -> Loaded:
     """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
     cls = pipeline_class(source)
     wanted = source.components(stage)
-    parts: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     spread: list[tuple[str, str]] = []
     residencies: dict[str, Residency] = {}
-    gates: Gates | None = None
-    if devices.leased and devices.primary.type == "cuda" and not speed.quantize:
+    parts: Parts | None = None
+    if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
         lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
         for name in sorted(expected_components(cls)):
-            if name in wanted and _has_weights(source, name):
-                parts[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
+            if name in wanted and _has_weights(source, name) and devices.cut:
+                if parts:
+                    raise BadRequest(f"{source.model!r} has more than one denoiser to be cut.", "Leave --cut out.")
+                parts = load_parts(source, name, stage, devices, dtype, speed)
+                components[name] = parts.module
+                spread += [(f"{name}.{part}", where) for part, where in parts.map()]
+                residencies |= {residency.name: residency for residency in parts.residencies}
+            elif name in wanted and _has_weights(source, name):
+                components[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
                 spread += places
                 if residency:
                     residencies[name] = residency
-                if devices.cut:
-                    gates = Gates(parts[name], parts_of(devices))
             elif name in wanted:
-                parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
+                components[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
             elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
-                parts[name] = stub_vae(source, name, dtype, devices.primary)
+                components[name] = stub_vae(source, name, dtype, devices.primary)
             else:
-                parts[name] = None
-        pipeline = cls(**parts, **plain_settings(source, cls))
+                components[name] = None
+        pipeline = cls(**components, **plain_settings(source, cls))
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread), residencies, gates)
+    return Loaded(pipeline, tuple(spread), residencies, parts)
 
 
 def _has_weights(source: Source, name: str) -> bool:
@@ -107,6 +113,14 @@ def _has_weights(source: Source, name: str) -> bool:
             f"With a network: hf download {source.model}.",
         )
     return True
+
+
+def load_parts(source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed) -> Parts:
+    """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
+    cls = component_class(source, name)
+    module = cls.from_pretrained(source.folder, subfolder=name, dtype=dtype, use_safetensors=True).eval()
+    speed.after_loading(module)
+    return Parts(name, module, parts_of(devices, stage))
 
 
 def load_weights(
@@ -126,10 +140,6 @@ def load_weights(
         speed.after_loading(module)
         return module
 
-    if devices.cut and devices.primary.type == "cuda":
-        module, spread = spread_layers(source, name, devices, devices.room, arguments)
-        speed.after_loading(module)
-        return module, spread, None
     first, workspace = devices.primary.index or 0, devices.workspace_of(stage)
     if together:
         module = from_host()

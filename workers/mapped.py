@@ -13,8 +13,9 @@ import itertools
 import logging
 import mmap
 import os
+import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from protocol.units import format_bytes
 
 log = logging.getLogger(__name__)
 
-REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
 
 
@@ -53,16 +54,17 @@ class Mapping:
     inode: int
 
 
-def host_weights(module: torch.nn.Module, name: str) -> HostWeights:
+def host_weights(module: torch.nn.Module, name: str, mine: Callable[[str], bool] = lambda _: True) -> HostWeights:
     """The weights of a module on the CPU, moved to shared mappings of their files where they lie in files.
 
-    Says once in the log how much of them is a private copy.
+    Says once in the log how much of them is a private copy. Parameters whose names are not `mine` are left alone.
     """
     tensors: dict[str, torch.Tensor] = {}
     private: set[str] = set()
     files: dict[str, torch.Tensor] = {}
     mappings = file_mappings()
-    for key, parameter in plain_parameters(module).items():
+    own = {key: parameter for key, parameter in plain_parameters(module).items() if mine(key)}
+    for key, parameter in own.items():
         tensors[key] = parameter.data
         found = mapping_of(parameter.data, mappings)
         file = shared(found.path, found.inode) if found else None
@@ -79,7 +81,7 @@ def host_weights(module: torch.nn.Module, name: str) -> HostWeights:
             "%s of %s's weights are a private copy: a cast or conversion made it",
             format_bytes(weights.private_bytes), name,
         )  # fmt: skip
-    for key, parameter in plain_parameters(module).items():
+    for key, parameter in own.items():
         parameter.data = tensors[key]
     return weights
 
@@ -136,7 +138,8 @@ def shared(path: str, inode: int) -> torch.Tensor | None:
 
 def lock(address: int, size: int) -> int:
     """Page-lock a part of a shared mapping in place; the CUDA error, 0 for none."""
-    return int(torch.cuda.cudart().cudaHostRegister(address, size, REGISTER_READ_ONLY))
+    flags = REGISTER_READ_ONLY | (REGISTER_PORTABLE if torch.cuda.device_count() > 1 else 0)
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
 
 
 @functools.cache
@@ -164,7 +167,7 @@ class Piece:
 
 
 class LockedFile:
-    """A shared mapping that is being page-locked for this process's life, piece by piece, in the background.
+    """A shared mapping that is being page-locked for this process's life, by one of its GPUs, in the background.
 
     Pieces, so that the first can be on its way to the GPU while the last is still to be locked. What the driver
     refuses, with a message in the log, passes through a buffer instead.
@@ -191,7 +194,16 @@ class LockedFile:
         return not code
 
 
-locked_file = functools.cache(LockedFile)  # once in a process
+_locked: dict[int, LockedFile] = {}  # by address
+_locking = threading.Lock()
+
+
+def locked_file(path: str, address: int, size: int, device: torch.device) -> LockedFile:
+    """Once in a process, for all its GPUs."""
+    with _locking:
+        if address not in _locked:
+            _locked[address] = LockedFile(path, address, size, device)
+        return _locked[address]
 
 
 def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:

@@ -16,8 +16,9 @@ from protocol.figures import BlockFigures, StageFigures
 from protocol.jobs import Recipe, Stage
 from workers.checkpoint import Steps
 from workers.denoise import DenoiseStage
+from workers.foresight import LEAST_SHARE, MOST_ROWS, standing_in
 from workers.loading import Loaded
-from workers.modulation import LEAST_SHARE, MOST_ROWS, SLOTS, standing_in
+from workers.modulation import SLOTS
 from workers.outcome import unheard
 from workers.residency import block_rows, streamable
 from workers.skeleton import Decoding, build_skeleton, on_meta, text_encoder_on_meta

@@ -14,9 +14,10 @@ import torch
 
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
+from workers.foresight import Call, Results, Watch, place_of, uncompiled, vectors_of
 from workers.lanes import lane_for
 from workers.mapped import PageLocks, host_weights, plain_parameters
-from workers.modulation import Call, Modulation, Results, Watch, uncompiled
+from workers.modulation import Ahead, Modulation
 from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
 from workers.torch_tensors import flat_bytes
 
@@ -38,21 +39,29 @@ class Play(Protocol):
 
 
 class Residency:
-    """The weights of one component, which was loaded into host memory. `device` is where it runs."""
+    """The weights of one component, or of a part of it, which was loaded into host memory, where they run."""
 
-    def __init__(self, name: str, module: torch.nn.Module, device: torch.device, whole: bool = False) -> None:
-        """A component that is used `whole` is never streamed."""
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        device: torch.device,
+        whole: bool = False,
+        elsewhere: Sequence[str] = (),
+    ) -> None:
+        """A component that is used `whole` is never streamed. Modules and weights that are `elsewhere` are not its."""
         self.name, self.module, self.device = name, module, device
+        self._elsewhere = tuple(f"{name}." for name in elsewhere)  # prefixes
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
-        weights = host_weights(module, name)
+        weights = host_weights(module, name, self.has)
         locks = PageLocks(weights, device) if device.type == "cuda" else None
         self._host = weights.tensors
-        self._parameters = plain_parameters(module)
+        self._parameters = {name: p for name, p in plain_parameters(module).items() if name in self._host}
         self._quantized = quantized_parameters(module)
         self._lane = lane_for(device, locks)
-        self._rows = block_rows(module)
-        self.blocks = streamable(module, self._rows)
+        self.rows = [row for row in block_rows(module) if self.has(row)]
+        self.blocks = streamable(module, self.rows)
         self._quantized_bytes = sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
         # What it takes to be in.
         self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._quantized_bytes
@@ -61,10 +70,15 @@ class Residency:
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
         self._seen: Watch | None = None  # the first job, to learn from
+        self._results: Results | None = None  # of its forwards, as they were seen
         self._learned = False
         self.compiled = False
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter or a buffer is among its own."""
+        return not f"{name}.".startswith(self._elsewhere)
 
     @property
     def device_bytes(self) -> int:
@@ -140,8 +154,6 @@ class Residency:
         self._lane.synchronize()
         if self._ring:
             self._ring.close()
-        if self.modulation:
-            self.modulation.end()
         for name, parameter in self._parameters.items():
             parameter.data = self._host[name]
         for owner, leaf, parameter in self._quantized:
@@ -156,11 +168,11 @@ class Residency:
             self._ring.start()
 
     def _blocks(self) -> list[torch.nn.Module]:
-        return [self.module.get_submodule(row) for row in self._rows]
+        return [self.module.get_submodule(row) for row in self.rows]
 
     def compile(self, backend: str = "inductor") -> None:
         """Compile what each block computes, from its next run on. Bits differ from uncompiled ones by rounding."""
-        compile_blocks(self.module, backend)
+        compile_blocks(self.module, self.rows, backend)
         self.compiled = True
 
     @contextlib.contextmanager
@@ -174,21 +186,36 @@ class Residency:
             self._learn(self._seen)
         self.start()
         if play and self.modulation:
-            self.modulation.begin(play.foresee)
-            try:
+            with self._run_ahead(play, self.modulation):
                 yield
-            finally:
-                self.modulation.end()
         elif play and play.whole and not self._learned:
-            with Watch(self.module, self._rows) as self._seen:
+            with Watch(self.module, self.rows) as self._seen:
                 yield
         else:
             yield
 
+    @contextlib.contextmanager
+    def _run_ahead(self, play: Play, modulation: Modulation) -> Iterator[None]:
+        assert self._results is not None
+
+        def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
+            return vectors_of(self.module, self.rows, modulation.first, calls)
+
+        modulation.start()
+        ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
+        modulation.put()
+        hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(ahead))
+        try:
+            with ahead.along(self.module):
+                yield
+        finally:
+            hook.remove()
+            modulation.take_away()
+
     def _rehearse(self, play: Play) -> None:
         """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""
         self.start()
-        with uncompiled(self._blocks()), Watch(self.module, self._rows) as watch:
+        with uncompiled(self._blocks()), Watch(self.module, self.rows) as watch:
             play.rehearse()
         self._learn(watch)
 
@@ -197,16 +224,27 @@ class Residency:
         self._seen = None
         if watch.forwards < 2:
             return  # too few steps to tell
-        self._learned = True
-        if not (layers := watch.layers()):
-            return
-        assert watch.results is not None
-        modulation = Modulation(self.module, self._rows, layers, watch.results, self._host, self._lane)
+        self._learned, self._results = True, watch.results
+        if (modulation := self.modulation_of(watch.layers())) and (self.gains(modulation) or self.compiled):
+            self.adopt(modulation)
+
+    def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
+        """Of those layers that are its own, if they can be run ahead in what it has."""
+        mine = [name for name in layers if self.has(name)]
+        if not mine:
+            return None
+        modulation = Modulation(self.module, self.rows, mine, self._host, self._lane)
+        fits = self.plan is None or self._plan_with(modulation, self._budget)
+        return modulation if fits else None
+
+    def gains(self, modulation: Modulation) -> bool:
+        """There is less to stream with it."""
         after = self._plan_with(modulation, self._budget)
-        if self.plan is None:
-            self.modulation = modulation
-        elif after and (self.compiled or after.streamed_bytes < self.plan.streamed_bytes):
-            self.modulation = modulation
+        return self.plan is not None and after is not None and after.streamed_bytes < self.plan.streamed_bytes
+
+    def adopt(self, modulation: Modulation) -> None:
+        self.modulation = modulation
+        if self.plan:
             self.swap_in(self._budget)
 
     def _copy_in(self, names: Sequence[str]) -> None:
@@ -232,9 +270,9 @@ class Residency:
 
     def _move_buffers(self) -> None:
         """Buffers are small, not in the checkpoint, and stay where the module runs."""
-        for module in self.module.modules():
+        for path, module in self.module.named_modules():
             for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device != self.device:
+                if buffer is not None and buffer.device != self.device and self.has(f"{path}.{name}".lstrip(".")):
                     module._buffers[name] = buffer.to(self.device)
 
 
@@ -253,13 +291,11 @@ def block_rows(module: torch.nn.Module) -> list[str]:
     return rows
 
 
-def compile_blocks(module: torch.nn.Module, backend: str = "inductor") -> None:
+def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, backend: str = "inductor") -> None:
     """Each block by itself, without what is hooked on around it: blocks of one kind share their code."""
-    for row in block_rows(module):
+    for row in block_rows(module) if rows is None else rows:
         block = module.get_submodule(row)
-        name = (
-            "_old_forward" if hasattr(block, "_hf_hook") else "forward"
-        )  # what accelerate has hooked on stays outside
+        name = place_of(block)
         setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, backend=backend))
 
 

@@ -86,7 +86,11 @@ class Speed:
             if name.startswith(("transformer", "unet")) and isinstance(module, torch.nn.Module):
                 if self.compiled:
                     keep_compiled_code()
-                    residencies[name].compile() if name in residencies else compile_blocks(module)
+                    own = [residency for residency in residencies.values() if residency.module is module]
+                    for residency in own:
+                        residency.compile()
+                    if not own:
+                        compile_blocks(module)
                 if self.cache:
                     enable_cache(pipeline, module, self.cache)
 

@@ -91,7 +91,7 @@ class Prepared:
 
     def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
         """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
-        if self.settings.jobs == 1:
+        if not self.settings.cut:
             return [lambda: self._stage(*self.weights())]
         once = Once(self.weights)
 

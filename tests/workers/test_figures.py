@@ -17,8 +17,8 @@ from tests import tiny
 from workers.denoise import DenoiseStage
 from workers.devices import Devices
 from workers.figures import cached, figures_of
+from workers.foresight import Watch
 from workers.loading import load, weight_bytes
-from workers.modulation import Watch
 from workers.outcome import unheard
 from workers.residency import Residency, block_rows
 from workers.source import locate

@@ -16,9 +16,9 @@ from workers.devices import Devices, parts_of
 from workers.gates import Gates
 from workers.loading import load
 from workers.outcome import Cancelled, Outcome, Saved
+from workers.parts import places_of
 from workers.residency import block_rows
 from workers.source import locate
-from workers.spread import cut_map
 from workers.startup import WorkerSettings, prepare
 from workers.text import TextStage
 
@@ -111,20 +111,20 @@ def test_a_job_that_ends_in_the_middle_leaves_its_part_to_others(deep: Path) -> 
         one.run(*first, lambda *_: None)
     hook.remove()
     assert latents(other.run(*second, lambda *_: None)) == wanted
-    assert one.gates is not None
-    assert not any(gate.locked for gate in one.gates.all())
+    assert one.parts is not None
+    assert not any(gate.locked for gate in one.parts.gates.all())
 
 
-def test_blocks_go_where_the_cut_says_and_the_rest_to_the_ends(deep: Path) -> None:
+def test_blocks_go_where_the_cut_says_and_the_rest_to_the_ends() -> None:
     model = tiny.flux(depth=3).transformer
-    parts = [(torch.device("cuda", 0), 4), (torch.device("cuda", 1), 5)]
-    found = cut_map(model, parts)
+    found = places_of(model, [4, 5])
     assert [found[row] for row in block_rows(model)] == [0] * 4 + [1] * 5
     assert (found["x_embedder"], found["time_text_embed"], found["proj_out"]) == (0, 0, 1)
     covered = {name for name, _ in model.named_parameters() if any(name.startswith(f"{part}.") for part in found)}
     assert covered == {name for name, _ in model.named_parameters()}
-    with pytest.raises(BadRequest, match="there are 9"):
-        cut_map(model, [(CPU, 3)])
+    for wrong in ([3], [9, 0]):
+        with pytest.raises(BadRequest, match="there are 9"):
+            places_of(model, wrong)
     with pytest.raises(BadRequest, match="3 parts for 1"):
-        parts_of(Devices(CPU, {0: 1}, cut=(1, 2, 3)))
+        parts_of(Devices(CPU, {0: 1}, cut=(1, 2, 3)), "denoise")
     assert Gates(model, [(CPU, 9)]).devices == [CPU]

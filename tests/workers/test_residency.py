@@ -20,12 +20,12 @@ from protocol.recipes import resolve
 from tests import tiny
 from tests.chance import examples
 from tests.tiny import needs_gpus
+from tests.workers.lanes import WorstLane
 from workers import devices, mapped
 from workers import residency as residency_module
 from workers.denoise import DenoiseStage, Play
 from workers.describe import describe
 from workers.devices import Devices
-from workers.lanes import Copies, HostLane, Mark
 from workers.loading import load
 from workers.mapped import HostWeights, PageLocks, host_weights
 from workers.residency import Residency, block_rows
@@ -113,25 +113,6 @@ def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(fol
     assert residency.state == "streamed"
     for _ in range(2):
         assert torch.equal(tiny.flux_forward(module, "cpu"), tiny.flux_forward(other, "cpu"))
-
-
-class WorstLane(HostLane):
-    """Bytes are gone as soon as a copy over them is ordered, and there only once it is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self.ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def copy(self, copies: Copies, after: Mark) -> Mark:
-        for place, source in copies:
-            place.view(torch.uint8).fill_(255)  # NaN in every floating dtype
-            self.ordered.append((place, source))
-        return Mark(None)
-
-    def wait(self, mark: Mark) -> None:
-        for place, source in self.ordered:
-            place.copy_(source)
-        self.ordered = []
 
 
 @pytest.mark.parametrize("cfg", [False, True])

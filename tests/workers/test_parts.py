@@ -1,0 +1,169 @@
+"""A denoiser cut over several GPUs, whose parts a CPU plays: bits as in one process, whatever is streamed."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import DoesNotFit
+from protocol.jobs import JobRequest, Recipe
+from protocol.recipes import resolve
+from protocol.tensors import Tensor
+from tests import tiny
+from tests.workers.lanes import WorstLane
+from workers import residency as residency_module
+from workers.denoise import DenoiseStage, Play
+from workers.describe import describe
+from workers.devices import Devices
+from workers.loading import load
+from workers.outcome import Cancelled, Outcome, Saved
+from workers.source import Source, read
+from workers.text import TextStage
+
+CPU = torch.device("cpu")
+Job = tuple[Recipe, tuple[Tensor, ...]]
+
+
+@pytest.fixture(autouse=True)
+def worst_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is read before it has arrived, or after its place is taken, is NaN."""
+    monkeypatch.setattr(residency_module, "lane_for", lambda device, locks: WorstLane(device))
+    yield
+    torch._dynamo.reset()
+
+
+def made(model: str, folder: Path) -> Source:
+    return read("x", tiny.save(getattr(tiny, model)(depth=4), folder), None)
+
+
+def jobs(source: Source, cfg: bool) -> list[Job]:
+    """Of different sizes, numbers of pictures and steps."""
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    guided = {"cfg_scale": 2.0, "negative_prompt": "blurry"} if cfg else {}
+    found = []
+    for seed, (size, steps, count) in enumerate(((32, 2, 1), (48, 3, 1), (32, 4, 2), (32, 3, 1))):
+        request = JobRequest(
+            prompt=f"a red circle {seed}", width=size, height=size, steps=steps, seed=seed, num_images=count, **guided
+        )
+        recipe = resolve(request, describe(source), "float32", None)
+        found.append((recipe, tuple(text.run(recipe, (), lambda *_: None).tensors)))
+    return found
+
+
+def latents(outcome: Outcome) -> bytes:
+    return bytes(outcome.tensors[0].data)
+
+
+def alone(source: Source, work: Sequence[Job]) -> list[bytes]:
+    stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    return [latents(stage.run(*job, lambda *_: None)) for job in work]
+
+
+def part_bytes(source: Source, cut: tuple[int, ...]) -> list[int]:
+    loaded = load(source, "denoise", Devices(CPU, cut=cut), torch.float32)
+    return [residency.total_bytes for residency in loaded.residencies.values()]
+
+
+def stages(source: Source, cut: tuple[int, ...], shares: Sequence[float], count: int = 2) -> list[DenoiseStage]:
+    """For so many jobs at once, in a share of each part's weights."""
+    room = {i: int(size * share) for i, (size, share) in enumerate(zip(part_bytes(source, cut), shares, strict=True))}
+    loaded = load(source, "denoise", Devices(CPU, room, cut=cut), torch.float32)
+    return [DenoiseStage(loaded.another(), CPU) for _ in range(count)]
+
+
+def together(stages: Sequence[DenoiseStage], work: Sequence[Job]) -> list[bytes]:
+    """Every stage takes a job when it is free."""
+    found: dict[int, bytes] = {}
+    left = list(enumerate(work))
+
+    def run(stage: DenoiseStage) -> None:
+        while left:
+            index, job = left.pop(0)
+            found[index] = latents(stage.run(*job, lambda *_: None))
+
+    threads = [threading.Thread(target=run, args=(stage,)) for stage in stages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[index] for index in range(len(work))]
+
+
+@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.9, 1.0), (0.8, 0.75)])
+@pytest.mark.parametrize(("model", "ahead"), [("flux", True), ("sd3", True), ("chroma", False), ("pixart", False)])
+def test_jobs_at_once_have_the_bits_of_one_alone(
+    model: str, ahead: bool, shares: tuple[float, float], cfg: bool, tmp_path: Path
+) -> None:
+    source = made(model, tmp_path)
+    work = jobs(source, cfg)
+    blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
+    several = stages(source, (blocks // 2, blocks - blocks // 2), shares, count=3)
+    assert together(several, work) == alone(source, work)
+    parts = several[0].parts
+    assert parts is not None
+    assert [residency.state for residency in parts.residencies] == ["in" if s == 1.0 else "streamed" for s in shares]
+    learned = ahead and min(shares) < 1.0
+    assert [residency.modulation is not None for residency in parts.residencies] == [learned, learned]
+
+
+def test_a_job_that_breaks_off_while_weights_pass_leaves_the_others_right(tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    wanted = alone(source, work)
+    one, other = stages(source, (5, 7), (0.8, 0.8))
+    assert latents(one.run(*work[1], lambda *_: None)) == wanted[1]  # they have learned
+    inside, go = threading.Event(), threading.Event()
+
+    def stop(step: int, steps: int, saved: Saved | None = None) -> None:
+        inside.set()
+        go.wait(30)
+        raise Cancelled
+
+    def cancelled() -> None:
+        with pytest.raises(Cancelled):
+            one.run(*work[2], stop)
+
+    thread = threading.Thread(target=cancelled)
+    thread.start()
+    inside.wait(30)
+    broken = other.run(*work[3], lambda *_: None)
+    go.set()
+    thread.join()
+    assert latents(broken) == wanted[3]
+    assert together([one, other], work) == wanted
+
+
+def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    foresee = Play.foresee
+    monkeypatch.setattr(Play, "foresee", lambda *arguments: foresee(*arguments)[:-1])
+    several = stages(source, (6, 6), (0.8, 0.8))
+    assert together(several, work) == alone(source, work)
+    assert several[0].parts is not None
+    assert several[0].parts.residencies[0].modulation is not None
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.9)])
+def test_compiled_bits_are_those_of_a_compiled_model_on_one_device(shares: tuple[float, float], tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    whole = load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32)
+    whole.residencies["transformer"].compile(backend="aot_eager")
+    single = DenoiseStage(whole, CPU)
+    wanted = [latents(single.run(*job, lambda *_: None)) for job in work]
+    torch._dynamo.reset()
+    several = stages(source, (5, 7), shares)
+    assert several[0].parts is not None
+    for residency in several[0].parts.residencies:
+        residency.compile(backend="aot_eager")
+    assert together(several, work) == wanted
+
+
+def test_what_cannot_even_be_streamed_is_refused(tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    with pytest.raises(DoesNotFit, match="part 2"):
+        stages(source, (6, 6), (1.0, 0.01))

@@ -1,0 +1,206 @@
+"""A denoiser cut over several GPUs: a residency for each part of its blocks, and several jobs that go through them.
+
+Inputs find their way by accelerate's hooks. Modulation runs ahead as in a model on one GPU, once a job has shown which
+layers that are: jobs go alone until then.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import recursively_apply
+
+from protocol.errors import BadRequest
+from workers.foresight import Call, Results, Watch, uncompiled, vectors_of
+from workers.gates import Gates
+from workers.modulation import Ahead
+from workers.residency import Play, Residency, block_rows
+
+
+class Moved(threading.local):
+    """What one thread's job has brought to a GPU in this pass, by the original's identity."""
+
+    def __init__(self) -> None:
+        self.copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+class Arrival(ModelHook):  # type: ignore[misc]  # accelerate has no types
+    """Brings a module's inputs to its GPU: what many blocks share, once a pass."""
+
+    def __init__(self, device: torch.device, moved: Moved) -> None:
+        self.execution_device, self._moved = device, moved
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return recursively_apply(self._bring, args), recursively_apply(self._bring, kwargs)
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device == self.execution_device:
+            return tensor
+        copies = self._moved.copies
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor, tensor.to(self.execution_device)
+        return copies[id(tensor)][1]
+
+
+class Return(ModelHook):  # type: ignore[misc]
+    """Brings a model's result to its first GPU, where pipelines have their latents."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.execution_device = device
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        return recursively_apply(lambda tensor: tensor.to(self.execution_device), output)
+
+
+@dataclass(slots=True)
+class Passing:
+    """A job on its way."""
+
+    ahead: Ahead
+    begun: set[int] = field(default_factory=set)  # parts that it has been to
+
+
+class Current(threading.local):
+    """Of one thread."""
+
+    passing: Passing | None = None
+
+
+class Parts:
+    """`parts` are the devices, each with its number of blocks, and with its bytes for weights."""
+
+    def __init__(self, name: str, module: torch.nn.Module, parts: Sequence[tuple[torch.device, int, int]]) -> None:
+        """From a module in host memory; BadRequest or DoesNotFit."""
+        self.module, self.rows = module, block_rows(module)
+        self.places = places_of(module, [count for _, count, _ in parts])
+        devices = [device for device, _, _ in parts]
+        moved = [Moved() for _ in parts]
+        for part, number in self.places.items():
+            add_hook_to_module(module.get_submodule(part), Arrival(devices[number], moved[number]))
+        add_hook_to_module(module, Return(devices[0]))
+        self.residencies = [
+            Residency(f"{name}, part {number + 1}", module, device, elsewhere=self._elsewhere(number))
+            for number, device in enumerate(devices)
+        ]
+        for residency, (_, _, room) in zip(self.residencies, parts, strict=True):
+            residency.swap_in(min(residency.total_bytes, room))
+        self.gates = Gates(module, [(device, count) for device, count, _ in parts], self._turn)
+        self._moved, self._current = moved, Current()
+        self._alone, self._learned = threading.Lock(), False
+        self._first = ""  # of the layers that run ahead, once they are known
+        self._results: Results | None = None
+
+    def _elsewhere(self, number: int) -> list[str]:
+        """What is not in a part; the model's own weights, which belong to none of its modules, are in the first."""
+        own = [
+            name for name, _ in (*self.module.named_parameters(recurse=False), *self.module.named_buffers("", False))
+        ]
+        return [part for part, at in self.places.items() if at != number] + (own if number else [])
+
+    @property
+    def compiled(self) -> bool:
+        return any(residency.compiled for residency in self.residencies)
+
+    def map(self) -> list[tuple[str, str]]:
+        """Which of its modules is where."""
+        return [(part, str(self.residencies[number].device)) for part, number in self.places.items()]
+
+    @contextlib.contextmanager
+    def job(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
+        """Around a job of `model`, one of those that share the blocks, in this thread."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.gates.job())
+            stack.callback(self._forget)
+            with self._alone:  # whoever comes while one is watched waits for what it shows
+                if not self._learned and self._worth_learning() and not self.compiled:
+                    yield from self._watched(model, play)
+                    return
+                if not self._learned and self._worth_learning():
+                    with uncompiled([model.get_submodule(row) for row in self.rows]), Watch(model, self.rows) as watch:
+                        play.rehearse()
+                    self._learn(watch)
+            if self._first:
+                stack.enter_context(self._run_ahead(model, play))
+            yield
+
+    def _worth_learning(self) -> bool:
+        return self.compiled or any(residency.state == "streamed" for residency in self.residencies)
+
+    def _watched(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
+        """A job to learn from; not from one that goes on from a checkpoint."""
+        if not play.whole:
+            yield
+            return
+        with Watch(model, self.rows) as watch:
+            yield
+        self.gates.leave()
+        self._learn(watch)
+
+    def _learn(self, watch: Watch) -> None:
+        """While no other job is on its way."""
+        if watch.forwards < 2:
+            return  # too few steps to tell
+        self._learned = True
+        layers = watch.layers()
+        found = [(residency, residency.modulation_of(layers)) for residency in self.residencies]
+        ahead = [(residency, modulation) for residency, modulation in found if modulation]
+        if not ahead or ahead[0][0] is not self.residencies[0]:
+            return  # it would take half a model to foresee a vector
+        if self.compiled or any(residency.gains(modulation) for residency, modulation in ahead):
+            for residency, modulation in ahead:
+                residency.adopt(modulation)
+                modulation.put()
+            self._first, self._results = ahead[0][1].first, watch.results
+
+    @contextlib.contextmanager
+    def _run_ahead(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
+        assert self._results is not None
+
+        def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
+            with self.gates.first():
+                return vectors_of(model, self.rows, self._first, calls)
+
+        ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
+        with ahead.along(model):
+            self._current.passing = Passing(ahead)
+            yield
+
+    def _turn(self, number: int) -> None:
+        """This thread's job has its turn in a part."""
+        self._moved[number].copies.clear()
+        passing, modulation = self._current.passing, self.residencies[number].modulation
+        if passing and modulation:
+            if number not in passing.begun:
+                passing.begun.add(number)
+                modulation.start()
+            modulation.turn(passing.ahead)
+
+    def _forget(self) -> None:
+        self._current.passing = None
+        for moved in self._moved:
+            moved.copies.clear()
+
+
+def places_of(model: torch.nn.Module, counts: Sequence[int]) -> dict[str, int]:
+    """The part that each module belongs to: blocks by the cut, what comes before them to the first, what after last."""
+    rows = block_rows(model)
+    if sum(counts) != len(rows) or min(counts) < 1:
+        raise BadRequest(
+            f"--cut gives {', '.join(map(str, counts))} blocks; there are {len(rows)}, and each part takes one.",
+            "Leave it out, and they are spread by bytes.",
+        )
+    found: dict[str, int] = {}
+    passed = False
+    for name, _ in model.named_children():
+        inside = any(row.startswith(f"{name}.") for row in rows)
+        passed = passed or inside
+        if not inside:
+            found[name] = len(counts) - 1 if passed else 0
+    numbers = [number for number, count in enumerate(counts) for _ in range(count)]
+    return found | dict(zip(rows, numbers, strict=True))
