@@ -6,12 +6,12 @@ Pure arithmetic on a model's figures and the GPUs' rates, by the rules that leas
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.cut import Cut, cut_by_compute
+from orchestrator.cut import Part, Seat, best_cut, parts_of
 from orchestrator.leases import Level, Need, levels
 from orchestrator.ledger import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
 from orchestrator.machine import Card, Machine
 from orchestrator.placement import IN_FLIGHT, Post, with_memory
-from orchestrator.streamed import pass_seconds, streaming
+from orchestrator.streamed import job_seconds, load_of, pass_seconds, streaming
 from orchestrator.work import Residency, Share, Work, latency, steady_state
 from protocol.errors import DoesNotFit
 from protocol.figures import ModelFigures, StageFigures
@@ -122,8 +122,7 @@ class Book:
         if post.kind in ("leases", "host", "own"):
             return post
         if post.memory:
-            cut = self._cut(post, cards, list(post.memory)) if post.kind == "split" else None
-            return with_memory(post, post.memory, cut.blocks) if cut else post
+            return self._cut(post, cards, post.memory) if post.kind == "split" else post
         free = [self.free_beside_leases(card, post) for card in cards]
         settled = self._with_memory(post, cards, free)
         for card, room, wanted in zip(cards, free, settled.memory, strict=True):
@@ -141,26 +140,44 @@ class Book:
             size = figures.loose + alike + int(shared / len(cards) * UNEVEN)
             spaces = [self.own_workspace(post, card) for card in cards]
             return with_memory(post, [size + space for space in spaces], workspace=max(spaces))
-        if post.kind == "split" and (cut := self._cut(post, cards, free)):
-            return with_memory(post, cut.bytes, cut.blocks)
+        if post.kind == "split" and self._has_rows(post):
+            return self._cut(post, cards, free)
         if post.kind == "split" and sum(free) < figures.weights + sum(self.workspace(post.stage, c) for c in cards):
             raise self._uncut(post, free)
         spaces = [self.own_workspace(post, card) for card in cards]
         most = [figures.weights + space for space in spaces]
         return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
 
-    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Cut | None:
-        """By arithmetic; None where the model's blocks are not simply one after the other."""
+    def _has_rows(self, post: Post) -> bool:
+        """It is one denoiser, whose blocks are simply one after the other."""
         figures = self.figures.stage(post.stage)
-        if post.stage != "denoise" or any(block.name.count(".") != 1 for block in figures.blocks):
-            return None
-        spaces = [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
-        room = [max(0, size - space) for size, space in zip(free, spaces, strict=True)]
-        speeds = [card.flops(post.stage, self.terms.compiled) for card in cards]
-        cut = cut_by_compute(figures.blocks, figures.weights - sum(b.bytes for b in figures.blocks), room, speeds)
-        if cut is None:
-            raise self._uncut(post, room)
-        return Cut(cut.blocks, tuple(size + space for size, space in zip(cut.bytes, spaces, strict=True)))
+        names = [block.name for block in figures.blocks]
+        alone = post.stage == "denoise" and len(figures.components) == 1
+        return alone and bool(names) and all(name.count(".") == 1 for name in names)
+
+    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
+        """By time, with the memory that its parts take of what is free; as it is where accelerate will cut it."""
+        if not self._has_rows(post):
+            return post
+        figures = self.figures.stage(post.stage)
+        seats = self._seats(post, cards, free)
+        parts = best_cut(figures, seats)
+        if parts is None:
+            raise self._uncut(post, [seat.room for seat in seats])
+        space = max(self._spaces(post, cards))
+        memory = post.memory or [taken(part, seat) + space for part, seat in zip(parts, seats, strict=True)]
+        return with_memory(post, memory, [part.blocks for part in parts], space)
+
+    def _spaces(self, post: Post, cards: Sequence[Card]) -> list[int]:
+        """Bytes for the jobs that are in flight."""
+        return [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
+
+    def _seats(self, post: Post, cards: Sequence[Card], memory: Sequence[int]) -> list[Seat]:
+        space, compiled = max(self._spaces(post, cards)), self.terms.compiled
+        return [
+            Seat(max(0, size - space), card.flops(post.stage, compiled), card.rate.link)
+            for size, card in zip(memory, cards, strict=True)
+        ]
 
     def _uncut(self, post: Post, room: Sequence[int]) -> DoesNotFit:
         return DoesNotFit(
@@ -202,7 +219,7 @@ class Book:
         if post.kind == "tensor":
             factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
             return self._share(post, card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
-        found = streaming(figures, memory - workspace)
+        found = streaming(load_of(figures), memory - workspace)
         if found is None:
             raise too_large(post, card, figures.least + workspace, memory)
         if post.kind == "context":
@@ -211,19 +228,22 @@ class Book:
         return self._share(post, card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
 
     def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
-        cut = post.cut
-        if not cut:  # as accelerate will cut it: by bytes
-            cut = tuple(len(figures.blocks) * size // max(1, sum(post.memory)) for size in post.memory)
+        spaces = [self.own_workspace(post, card) for card in cards]
+        rows = zip(cards, post.memory, spaces, strict=True)
+        shares = tuple(self._share(post, card, size - space, space) for card, size, space in rows)
+        if post.cut:
+            parts = parts_of(figures, post.cut, self._seats(post, cards, post.memory)) or []
+            busy = [part.seconds * SPLIT_SHARE for part in parts]
+            streamed = max(part.streaming.a_pass for part in parts)
+            residency: Residency = "in" if all(part.streaming.nothing for part in parts) else "streamed"
+            return Work(post, shares, residency, streamed, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
         first, busy = 0, []
-        for count, card in zip(cut, cards, strict=True):
+        for size, card in zip(post.memory, cards, strict=True):  # as accelerate will cut it: by bytes
+            count = len(figures.blocks) * size // max(1, sum(post.memory))
             flop = sum(block.flop for block in figures.blocks[first : first + count])
             busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes * SPLIT_SHARE)
             first += count
-        spaces = [self.own_workspace(post, card) for card in cards]
-        rows = zip(cards, post.memory, spaces, strict=True)
-        shares = [self._share(post, card, size - space, space) for card, size, space in rows]
-        total = sum(busy)
-        return Work(post, tuple(shares), "in", 0.0, total / figures.passes, total, busy=tuple(busy))
+        return Work(post, shares, "in", 0.0, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
 
     def _in_leases(self, name: str, post: Post, figures: StageFigures, card: Card) -> Work:
         found = self._levels_on(card)
@@ -239,12 +259,11 @@ class Book:
         )
         size = level.beside if level.beside and name != largest else level.turn
         weights = min(need.weights, size - need.workspace)
-        how = streaming(figures, weights)
+        how = streaming(load_of(figures), weights)
         if how is None:
             raise too_large(post, card, need.small, size)
         compute = figures.flop / card.flops(post.stage, self.terms.compiled)
-        a_pass = pass_seconds(compute, how.a_pass, card.rate.link)
-        seconds = a_pass * figures.passes + max(0.0, how.once / card.rate.link - a_pass)
+        a_pass, seconds = job_seconds(compute, figures.passes, how, card.rate.link)
         residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
         share = self._share(post, card, weights, need.workspace)
         swap = 0.0 if stays else weights / card.rate.link
@@ -262,6 +281,12 @@ class Book:
 
     def _share(self, post: Post, card: Card, weights: int, workspace: int) -> Share:
         return Share(card.index, max(0, weights), workspace, self.context(post, card))
+
+
+def taken(part: Part, seat: Seat) -> int:
+    """Bytes that a part's weights take of its GPU."""
+    load = part.load
+    return min(seat.room, load.weights if part.streaming.nothing else load.weights - load.once + load.loose)
 
 
 def context_bytes(post: Post, card: Card) -> int:

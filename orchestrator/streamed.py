@@ -27,25 +27,46 @@ class Streaming:
 NOTHING = Streaming(0.0, 0)
 
 
-def streaming(figures: StageFigures, budget: int) -> Streaming | None:
-    """What a stage must stream with `budget` bytes for its weights; None where even that is too little."""
-    if figures.weights <= budget:
-        return NOTHING
-    if budget < figures.least:
-        return None
-    once = figures.once
-    total = figures.weights - once + figures.loose
-    if total <= budget:
-        return Streaming(0.0, once)
-    blocks = len(figures.blocks)
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Weights that are to be on one GPU, in bytes."""
+
+    weights: int
+    least: int  # where as much of them as can be is streamed
+    once: int  # of them, what is run once a job where memory is short
+    loose: int  # of the buffer for that
+    most: int  # that can pass through each time, besides
+    blocks: int
+
+
+def load_of(figures: StageFigures) -> Load:
+    """All of a stage's."""
     most = sum(block.bytes - block.once for block in figures.blocks)
+    return Load(figures.weights, figures.least, figures.once, figures.loose, most, len(figures.blocks))
+
+
+def streaming(load: Load, budget: int) -> Streaming | None:
+    """What must be streamed with `budget` bytes for the weights; None where even that is too little."""
+    if load.weights <= budget:
+        return NOTHING
+    if budget < load.least:
+        return None
+    total = load.weights - load.once + load.loose
+    if total <= budget:
+        return Streaming(0.0, load.once)
     fitting: list[tuple[float, float]] = []  # (ring, a pass)
-    for slots in (slots for slots in RING_SLOTS if slots < blocks):
-        a_pass = (total - budget) / (1 - slots / blocks)
-        if a_pass <= most:
-            fitting.append((a_pass * slots / blocks, a_pass))
+    for slots in (slots for slots in RING_SLOTS if slots < load.blocks):
+        a_pass = (total - budget) / (1 - slots / load.blocks)
+        if a_pass <= load.most:
+            fitting.append((a_pass * slots / load.blocks, a_pass))
     small = next((a_pass for ring, a_pass in fitting if ring <= LARGEST_RING * total), None)
-    return Streaming(small or min((a_pass for _, a_pass in fitting), default=float(most)), once)
+    return Streaming(small or min((a_pass for _, a_pass in fitting), default=float(load.most)), load.once)
+
+
+def job_seconds(compute: float, passes: int, how: Streaming, link: float) -> tuple[float, float]:
+    """Seconds of one run of a model that computes for so long, and of all those that a job makes."""
+    a_pass = pass_seconds(compute, how.a_pass, link)
+    return a_pass, a_pass * passes + max(0.0, how.once / link - a_pass)
 
 
 def pass_seconds(compute: float, streamed: float, link: float) -> float:

@@ -30,6 +30,7 @@ class StageFigures(Data):
     passes: Annotated[int, Field(ge=1)]  # a job
     blocks: tuple[BlockFigures, ...]  # of its largest component, in the order in which they run
     loose: Bytes  # of its buffer for what is run once a job
+    after: Bytes  # of weights of its parts that come after the blocks
 
     @property
     def weights(self) -> int:

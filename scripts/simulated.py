@@ -18,7 +18,7 @@ from orchestrator.machine import Card, Machine
 from orchestrator.plan import Plan
 from orchestrator.prediction import Book, Terms
 from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Snapshot, WaitingTask, decide
-from orchestrator.streamed import pass_seconds, streaming
+from orchestrator.streamed import job_seconds, load_of, streaming
 from protocol.figures import ModelFigures, StageFigures
 from protocol.jobs import STAGES, Stage
 
@@ -46,10 +46,9 @@ class Tally:
 
 def task_seconds(figures: StageFigures, card: Card, weights: int, compiled: bool) -> float:
     """With so many bytes for weights."""
-    how = streaming(figures, weights)
+    how = streaming(load_of(figures), weights)
     assert how is not None
-    a_pass = pass_seconds(figures.flop / card.flops(figures.stage, compiled), how.a_pass, card.rate.link)
-    return a_pass * figures.passes + max(0.0, how.once / card.rate.link - a_pass)
+    return job_seconds(figures.flop / card.flops(figures.stage, compiled), figures.passes, how, card.rate.link)[1]
 
 
 @dataclass(slots=True)

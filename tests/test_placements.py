@@ -43,7 +43,7 @@ def make_all(stack: RunningStack) -> list[str]:
     requests = [JobRequest(prompt=prompt, seed=seed, **SIZE) for seed, prompt in enumerate(PROMPTS)]
     ids = [job.id for job in stack.client.submit_many(requests)]
     for job in ids:
-        stack.client.wait(job, 60)
+        stack.client.wait(job, 240)
     return ids
 
 
@@ -71,7 +71,7 @@ def test_a_replica_that_dies_disturbs_nobody_else(deep: Path, wanted: list[torch
         victim, other = (w for w in found.workers if w.stage == "denoise")
         os.kill(victim.pid, signal.SIGKILL)
         for job in jobs:
-            stack.client.wait(job, 60)
+            stack.client.wait(job, 240)
         assert victim.job
         assert other.job
         assert stack.client.job(victim.job).reasons

@@ -143,21 +143,25 @@ def vectors_of(module: torch.nn.Module, rows: Sequence[str], first: str, calls: 
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(uncompiled([module.get_submodule(block)]))
-            for part in before_blocks(module, rows):
+            for name in around_blocks(module, rows)[0]:
+                part = module.get_submodule(name)
                 stack.enter_context(standing_in(part, remembering(part.forward)))
             return [vector(call) for call in calls]
     finally:
         hook.remove()
 
 
-def before_blocks(module: torch.nn.Module, rows: Sequence[str]) -> list[torch.nn.Module]:
-    """A model's parts that stand before its blocks."""
-    found: list[torch.nn.Module] = []
-    for name, part in module.named_children():
+def around_blocks(module: torch.nn.Module, rows: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of a model's parts that stand before its blocks, and of those that stand after the first of them."""
+    before: list[str] = []
+    after: list[str] = []
+    passed = False
+    for name, _ in module.named_children():
         if any(row.startswith(f"{name}.") for row in rows):
-            return found
-        found.append(part)
-    return found
+            passed = True
+        else:
+            (after if passed else before).append(name)
+    return before, after
 
 
 @contextlib.contextmanager

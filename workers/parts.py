@@ -15,7 +15,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import recursively_apply
 
 from protocol.errors import BadRequest
-from workers.foresight import Call, Results, Watch, uncompiled, vectors_of
+from workers.foresight import Call, Results, Watch, around_blocks, uncompiled, vectors_of
 from workers.gates import Gates
 from workers.modulation import Ahead
 from workers.residency import Play, Residency, block_rows
@@ -195,12 +195,6 @@ def places_of(model: torch.nn.Module, counts: Sequence[int]) -> dict[str, int]:
             f"--cut gives {', '.join(map(str, counts))} blocks; there are {len(rows)}, and each part takes one.",
             "Leave it out, and they are spread by bytes.",
         )
-    found: dict[str, int] = {}
-    passed = False
-    for name, _ in model.named_children():
-        inside = any(row.startswith(f"{name}.") for row in rows)
-        passed = passed or inside
-        if not inside:
-            found[name] = len(counts) - 1 if passed else 0
+    before, after = around_blocks(model, rows)
     numbers = [number for number, count in enumerate(counts) for _ in range(count)]
-    return found | dict(zip(rows, numbers, strict=True))
+    return dict.fromkeys(before, 0) | dict(zip(rows, numbers, strict=True)) | dict.fromkeys(after, len(counts) - 1)

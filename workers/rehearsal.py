@@ -4,7 +4,7 @@ What comes out are bytes and floating-point operations, of each stage and of eac
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from protocol.figures import BlockFigures, StageFigures
 from protocol.jobs import Recipe, Stage
 from workers.checkpoint import Steps
 from workers.denoise import DenoiseStage
-from workers.foresight import LEAST_SHARE, MOST_ROWS, standing_in
+from workers.foresight import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
 from workers.loading import Loaded
 from workers.modulation import SLOTS
 from workers.outcome import unheard
@@ -151,7 +151,13 @@ class Rehearsal:
         return StageFigures(
             stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
             passes=passes, blocks=tuple(blocks), loose=loose,
+            after=sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks)),
         )  # fmt: skip
+
+
+def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockFigures]) -> list[torch.nn.Module]:
+    _, after = around_blocks(model, [block.name for block in blocks])
+    return [model.get_submodule(name) for name in after]
 
 
 def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What is said of a model before it is loaded is what comes out once it is."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,7 +11,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from orchestrator.streamed import streaming
+from orchestrator.cut import Stretches
+from orchestrator.streamed import load_of, streaming
 from protocol.figures import ModelFigures
 from protocol.jobs import STAGES, JobRequest
 from tests import tiny
@@ -96,7 +98,7 @@ def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
     mine = figures(model).stage("denoise")
     source = locate(str(model), None, None)
     residency = next(iter(load(source, "denoise", Devices(CPU, leased=True), torch.float32).residencies.values()))
-    plain = mine.model_copy(update={"blocks": tuple(b.model_copy(update={"once": 0}) for b in mine.blocks)})
+    plain = load_of(mine.model_copy(update={"blocks": tuple(b.model_copy(update={"once": 0}) for b in mine.blocks)}))
     for share in (0.9, 0.8, 0.6, 0.5):
         budget = int(share * residency.total_bytes)
         residency.swap_in(budget)
@@ -107,6 +109,23 @@ def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
     assert streaming(plain, residency.total_bytes) is not None
     assert streaming(plain, residency.least_bytes - 1) is None
     assert isinstance(residency, Residency)
+
+
+@pytest.mark.parametrize("cut", [(15, 15), (4, 26), (10, 12, 8)])
+def test_parts_of_a_cut_are_predicted_as_they_will_be(cut: tuple[int, ...], tmp_path: Path) -> None:
+    model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
+    found, source = figures(model), locate(str(model), None, None)
+    stretches, ends = Stretches(found.stage("denoise")), [0, *itertools.accumulate(cut)]
+    loads = [stretches.load(start, end) for start, end in itertools.pairwise(ends)]
+    trimmed = [load.weights - load.once + load.loose for load in loads]
+    loaded = load(source, "denoise", Devices(CPU, dict(enumerate(trimmed)), cut=cut), torch.float32)
+    residencies = list(loaded.residencies.values())
+    assert [residency.total_bytes for residency in residencies] == [load.weights for load in loads]
+    for one, residency in zip(loads, residencies, strict=True):
+        assert one.least == pytest.approx(residency.least_bytes, rel=0.2)  # blocks differ
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    DenoiseStage(loaded.another(), CPU).run(found.recipe, tuple(text.run(found.recipe, (), unheard).tensors), unheard)
+    assert [residency.plan and residency.plan.streamed_bytes for residency in residencies] == [0] * len(cut)
 
 
 def test_no_weights_are_needed_and_what_was_found_is_kept(
