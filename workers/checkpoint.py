@@ -186,7 +186,7 @@ class Recorder:
         arrived = None
         if self._device.type == "cuda":
             arrived = torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(self._device))
         return Draft(step, state, tensors, arrived)
 
     def _deliver(self) -> Saved | None:

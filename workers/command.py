@@ -90,6 +90,7 @@ def worker(stage: Stage, standalone: bool, gpus: str | None, **options: Any) -> 
     from protocol.process import end_with_parent, log_to_stderr
 
     end_with_parent()
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that a look whether there is a GPU leaves it alone
     if gpus is not None:
         choose_gpus(gpus)
     name = options["name"] or f"{stage}-{os.getpid()}"

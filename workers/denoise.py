@@ -52,7 +52,7 @@ class DenoiseStage:
         with contextlib.ExitStack() as stack:
             if self.parts:
                 (twin,) = self.denoisers()
-                stack.enter_context(self.parts.job(twin, Play(self, twin, recipe, embeddings, whole)))
+                stack.enter_context(self.parts.job(twin, Play(self, twin, recipe, embeddings, whole), shape_of(recipe)))
             alone = len(self.residencies) == 1
             for residency in self.residencies if not self.parts else ():
                 play = Play(self, residency.module, recipe, embeddings, whole) if alone else None
@@ -177,6 +177,11 @@ class Play:
     def _run(self) -> None:
         steps = Steps(unheard, self.recipe.steps)
         self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, steps))
+
+
+def shape_of(recipe: Recipe) -> tuple[object, ...]:
+    """What jobs have in common whose tensors have the same shapes."""
+    return recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:

@@ -40,9 +40,11 @@ class Gate:
 
     def leave(self) -> torch.cuda.Event | None:
         """The end of what is queued by now."""
-        if self.device.type == "cuda":
-            self.last = torch.cuda.current_stream(self.device).record_event()
-        self.lock.release()
+        try:
+            if self.device.type == "cuda":
+                self.last = torch.cuda.current_stream(self.device).record_event()
+        finally:
+            self.lock.release()
         return self.last
 
 

@@ -47,7 +47,7 @@ class Measured:
 
 
 def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Measured:
-    """Run a stage once, with its time and its peak of GPU memory."""
+    """Run a stage once, with its time and its peak of GPU memory, which it shares where several jobs are at once."""
     cuda = runner.device.type == "cuda"
     if cuda:
         for gpu in range(torch.cuda.device_count()):
@@ -59,7 +59,8 @@ def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
     peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
     weights = sum(residency.device_bytes for residency in runner.residencies)
-    return Measured(outcome, seconds, peak, max(0, peak - weights), cuda and refusals() > refused)
+    alone = not (isinstance(runner, DenoiseStage) and runner.parts)
+    return Measured(outcome, seconds, peak, max(0, peak - weights), cuda and alone and refusals() > refused)
 
 
 def refusals() -> int:
@@ -163,10 +164,11 @@ class Hands:
             self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
         except Exception as error:
             log.exception("%s failed", task.stage, extra=extra)
-            short = isinstance(error, torch.OutOfMemoryError)
+            short, retry = isinstance(error, torch.OutOfMemoryError), not isinstance(error, PERMANENT)
             if short:
                 release_memory()
-            retry = not isinstance(error, PERMANENT)
+            elif retry and runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)  # where a context is broken for good, this ends the worker
             self._emit((TaskFailed(**key, reason=cause_of(error), retry=retry, out_of_memory=short), []))
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)

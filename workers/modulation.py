@@ -100,6 +100,7 @@ class Modulation:
         self._arrived: list[Mark | None] = [None] * len(self._layers)
         self._ahead: Ahead | None = None  # the job that has its turn
         self._passing = False  # through a buffer, once a job; else they are on the device
+        self._several = False
         self._hooks: list[Any] = []
 
     @property
@@ -125,8 +126,9 @@ class Modulation:
                 getattr(self._linear[index], leaf).data = view_of(buffer, offset, tensor)
                 offset += room(tensor.nbytes)
 
-    def put(self) -> None:
-        """Results that are looked up take the layers' places."""
+    def put(self, several: bool = False) -> None:
+        """Results that are looked up take the layers' places, for one job, or for `several` that take turns."""
+        self._several = several
         self._replace(self._lookups)
         for block, indices in self._of_row:
             if indices:
@@ -147,7 +149,7 @@ class Modulation:
             setattr(self._module.get_submodule(parent), leaf, module)
 
     def start(self) -> None:
-        """Let the first layers' weights be on their way, for a job that has its first turn."""
+        """Let the first layers' weights be on their way."""
         for index in range(min(SLOTS, len(self._layers)) if self._passing else 0):
             self._fetch(index)
 
@@ -179,6 +181,8 @@ class Modulation:
             name = self._layers[index]
             if name in ahead.tables:
                 return
+            if self._several and index == 0:
+                self.start()  # not before, or another job might do so in between
             if self._passing and (arrived := self._arrived[index]):
                 self._lane.wait(arrived)
             linear = self._linear[index]

@@ -6,8 +6,7 @@ layers that are: jobs go alone until then.
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,18 +57,39 @@ class Return(ModelHook):  # type: ignore[misc]
         return recursively_apply(lambda tensor: tensor.to(self.execution_device), output)
 
 
-@dataclass(slots=True)
-class Passing:
-    """A job on its way."""
-
-    ahead: Ahead
-    begun: set[int] = field(default_factory=set)  # parts that it has been to
-
-
 class Current(threading.local):
-    """Of one thread."""
+    """Of one thread's job."""
 
-    passing: Passing | None = None
+    ahead: Ahead | None = None
+
+
+class Crowd:
+    """Jobs at once, and now and then one that must be alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = self._wanting = 0
+        self._alone = False
+
+    @contextlib.contextmanager
+    def joined(self, must_be_alone: Callable[[], bool]) -> Iterator[None]:
+        """What `must_be_alone` says may change while it waits."""
+        with self._changed:
+            if must_be_alone():
+                self._wanting += 1
+                self._changed.wait_for(lambda: not self._alone and (not self._inside or not must_be_alone()))
+                self._wanting -= 1
+            else:
+                self._changed.wait_for(lambda: not self._alone and not self._wanting)
+            self._alone = alone = must_be_alone()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._alone = False if alone else self._alone
+                self._changed.notify_all()
 
 
 class Parts:
@@ -92,7 +112,8 @@ class Parts:
             residency.swap_in(min(residency.total_bytes, room))
         self.gates = Gates(module, [(device, count) for device, count, _ in parts], self._turn)
         self._moved, self._current = moved, Current()
-        self._alone, self._learned = threading.Lock(), False
+        self._crowd, self._learned = Crowd(), False
+        self._shapes: set[Hashable] = set()  # of jobs that were made
         self._first = ""  # of the layers that run ahead, once they are known
         self._results: Results | None = None
 
@@ -112,35 +133,36 @@ class Parts:
         return [(part, str(self.residencies[number].device)) for part, number in self.places.items()]
 
     @contextlib.contextmanager
-    def job(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
-        """Around a job of `model`, one of those that share the blocks, in this thread."""
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self.gates.job())
-            stack.callback(self._forget)
-            with self._alone:  # whoever comes while one is watched waits for what it shows
-                if not self._learned and self._worth_learning() and not self.compiled:
-                    yield from self._watched(model, play)
-                    return
-                if not self._learned and self._worth_learning():
-                    with uncompiled([model.get_submodule(row) for row in self.rows]), Watch(model, self.rows) as watch:
-                        play.rehearse()
-                    self._learn(watch)
-            if self._first:
-                stack.enter_context(self._run_ahead(model, play))
-            yield
+    def job(self, model: torch.nn.Module, play: Play, shape: Hashable) -> Iterator[None]:
+        """Around a job of `model`, one of those that share the blocks, in this thread.
 
-    def _worth_learning(self) -> bool:
-        return self.compiled or any(residency.state == "streamed" for residency in self.residencies)
+        One to learn from is alone; so is the first of a `shape` where blocks are compiled, since torch compiles in one
+        thread at a time.
+        """
 
-    def _watched(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
-        """A job to learn from; not from one that goes on from a checkpoint."""
-        if not play.whole:
-            yield
-            return
-        with Watch(model, self.rows) as watch:
-            yield
-        self.gates.leave()
-        self._learn(watch)
+        def new() -> bool:
+            return self._to_learn() or (self.compiled and shape not in self._shapes)
+
+        with self.gates.job(), self._crowd.joined(new), self._left_behind():
+            if self._to_learn() and self.compiled:
+                with uncompiled([model.get_submodule(row) for row in self.rows]), Watch(model, self.rows) as watch:
+                    play.rehearse()
+                self._learn(watch)
+            if self._to_learn() and play.whole:
+                with Watch(model, self.rows) as watch:
+                    yield
+                self.gates.leave()
+                self._learn(watch)
+            elif self._first:
+                with self._run_ahead(model, play):
+                    yield
+            else:
+                yield
+            self._shapes.add(shape)
+
+    def _to_learn(self) -> bool:
+        streams = any(residency.state == "streamed" for residency in self.residencies)
+        return not self._learned and (self.compiled or streams)
 
     def _learn(self, watch: Watch) -> None:
         """While no other job is on its way."""
@@ -155,7 +177,7 @@ class Parts:
         if self.compiled or any(residency.gains(modulation) for residency, modulation in ahead):
             for residency, modulation in ahead:
                 residency.adopt(modulation)
-                modulation.put()
+                modulation.put(several=True)
             self._first, self._results = ahead[0][1].first, watch.results
 
     @contextlib.contextmanager
@@ -167,24 +189,28 @@ class Parts:
                 return vectors_of(model, self.rows, self._first, calls)
 
         ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
-        with ahead.along(model):
-            self._current.passing = Passing(ahead)
+        self._current.ahead = ahead
+        try:
+            with ahead.along(model):
+                yield
+        finally:
+            self._current.ahead = None
+
+    @contextlib.contextmanager
+    def _left_behind(self) -> Iterator[None]:
+        """Let go of what a job has brought to its GPUs."""
+        try:
             yield
+        finally:
+            for moved in self._moved:
+                moved.copies.clear()
 
     def _turn(self, number: int) -> None:
         """This thread's job has its turn in a part."""
         self._moved[number].copies.clear()
-        passing, modulation = self._current.passing, self.residencies[number].modulation
-        if passing and modulation:
-            if number not in passing.begun:
-                passing.begun.add(number)
-                modulation.start()
-            modulation.turn(passing.ahead)
-
-    def _forget(self) -> None:
-        self._current.passing = None
-        for moved in self._moved:
-            moved.copies.clear()
+        ahead, modulation = self._current.ahead, self.residencies[number].modulation
+        if ahead and modulation:
+            modulation.turn(ahead)
 
 
 def places_of(model: torch.nn.Module, counts: Sequence[int]) -> dict[str, int]:
@@ -196,5 +222,8 @@ def places_of(model: torch.nn.Module, counts: Sequence[int]) -> dict[str, int]:
             "Leave it out, and they are spread by bytes.",
         )
     before, after = around_blocks(model, rows)
+    placed = tuple(f"{name}." for name in (*rows, *before, *after))
+    if left := [name for name, _ in model.named_parameters() if "." in name and not name.startswith(placed)]:
+        raise BadRequest(f"{left[0]} lies beside the blocks: this model can't be cut.", "Leave --cut out.")
     numbers = [number for number, count in enumerate(counts) for _ in range(count)]
     return dict.fromkeys(before, 0) | dict(zip(rows, numbers, strict=True)) | dict.fromkeys(after, len(counts) - 1)

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 READY, GO, STOP, DONE = b"r", b"g", b"s", b"d"
 LENGTH = struct.Struct("!Q")
+FAIL_SECONDS = 5.0  # in which the first rank fails, too, if it does
 SETTLE_SECONDS = 20.0  # for the others to come to the end of a job that has ended here
 INDIVISIBLE = "must be divisible by mesh size"  # what diffusers says of a picture that can't be shared out evenly
 
@@ -145,7 +146,24 @@ def take_part(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...], 
         pass
     except Exception:
         log.exception("a job failed in this rank")
+        if not stops(link):
+            raise  # the first rank waits for what this one will never send
+    if stage.device.type == "cuda":
+        torch.cuda.synchronize(stage.device)  # what was queued for a job must not be met by the next one's
     link.sendall(DONE)
+
+
+def stops(link: socket.socket) -> bool:
+    """The first rank's job fails, too: it says so soon."""
+    link.settimeout(FAIL_SECONDS)
+    try:
+        while (kind := link.recv(1)) == GO:
+            pass
+        return kind == STOP
+    except TimeoutError:
+        return False
+    finally:
+        link.settimeout(None)
 
 
 def receive(link: socket.socket) -> list[Any] | None:

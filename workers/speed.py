@@ -22,6 +22,7 @@ from protocol.speedups import parse_speedup
 from workers.parallel import Parallel
 from workers.residency import Residency, compile_blocks
 
+RECOMPILE_LIMIT = 64  # of one kind of block; beyond it a job would fail
 FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -156,5 +157,6 @@ def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
 
 
 def keep_compiled_code() -> None:
-    """On disk, so that a restarted worker need not compile again."""
+    """On disk, so that a restarted worker need not compile again; of all sizes, on all GPUs that blocks are on."""
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_path("triptych") / "compiled"))

@@ -179,7 +179,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
     ranks = ranks_of(settings)
     group = form(ranks, settings.name) if ranks > 1 else None
     device = resolve_device(settings.device)
-    warm_up = WarmUp(device if not group else f"{device}:0", DTYPES[resolve_dtype(settings.dtype, device)])
+    warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(settings.dtype, device)])
     prepared = prepare(settings)
     prepared.group = group
     if group and group.rank:
