@@ -5,6 +5,7 @@ layers that are: jobs go alone until then.
 """
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from workers.foresight import Call, Results, Watch, around_blocks, uncompiled, v
 from workers.gates import Gates
 from workers.modulation import Ahead
 from workers.residency import Play, Residency, block_rows
+
+
+SWITCH_SECONDS = 0.0005  # until one thread's job lets another's go on, which has a GPU waiting; Python's own is 0.005
 
 
 class Moved(threading.local):
@@ -111,6 +115,7 @@ class Parts:
         for residency, (_, _, room) in zip(self.residencies, parts, strict=True):
             residency.swap_in(min(residency.total_bytes, room))
         self.gates = Gates(module, [(device, count) for device, count, _ in parts], self._turn)
+        sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._moved, self._current = moved, Current()
         self._crowd, self._learned = Crowd(), False
         self._shapes: set[Hashable] = set()  # of jobs that were made
