@@ -20,7 +20,6 @@ from workers.gates import Gates
 from workers.modulation import Ahead
 from workers.residency import Play, Residency, block_rows
 
-
 SWITCH_SECONDS = 0.0005  # until one thread's job lets another's go on, which has a GPU waiting; Python's own is 0.005
 
 

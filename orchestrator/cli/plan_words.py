@@ -14,8 +14,8 @@ def in_words(plan: Plan) -> list[str]:
     """A few lines for whoever starts a stack."""
     lines = []
     for work in plan.prediction.work:
-        streamed = f", {format_bytes(int(work.streamed))} a step streamed" if work.streamed else ""
-        lines.append(f"{work.post.stage} on {where(work)}: {residency(work)}{streamed}, {seconds(work.seconds)}")
+        streams = f", {streamed(work)}" if work.streamed else ""
+        lines.append(f"{work.post.stage} on {where(work)}: {residency(work)}{streams}, {seconds(work.seconds)}")
     return [*lines, summary(plan), *plan.notes]
 
 
@@ -30,10 +30,15 @@ def rows(plan: Plan) -> list[Sequence[str]]:
             found.append((
                 work.post.stage if first else "", place + kind(work),
                 *(format_bytes(size) if share.gpu >= 0 else "–" for size in sizes),
-                residency(work), format_bytes(int(work.streamed)) + " a step" if work.streamed else "–",
+                residency(work), streamed(work) if work.streamed else "–",
                 seconds(work.pass_seconds) if first else "", seconds(work.seconds) if first else "",
             ))  # fmt: skip
     return found
+
+
+def streamed(work: Work) -> str:
+    """What passes through, each time the model runs; text encoders and VAE have no steps."""
+    return format_bytes(int(work.streamed)) + (" a step" if work.post.stage == "denoise" else "")
 
 
 def where(work: Work) -> str:
