@@ -38,7 +38,7 @@ class DenoiseStage:
         embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(self.weights(recipe, embeddings, whole=saved is None))
+                stack.enter_context(self.weights(recipe, embeddings, begins=saved is None))
                 steps = stack.enter_context(self.course(recipe, report, saved))
                 steps.begin()
                 decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
@@ -47,16 +47,19 @@ class DenoiseStage:
         return Outcome(pack(self.travelling(decoding)))
 
     @contextlib.contextmanager
-    def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], whole: bool) -> Iterator[None]:
+    def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:
         """Around a job: what it needs of the weights is on the device when it is needed."""
         with contextlib.ExitStack() as stack:
             if self.parts:
                 (twin,) = self.denoisers()
-                stack.enter_context(self.parts.job(twin, Play(self, twin, recipe, embeddings, whole), shape_of(recipe)))
-            alone = len(self.residencies) == 1
-            for residency in self.residencies if not self.parts else ():
-                play = Play(self, residency.module, recipe, embeddings, whole) if alone else None
-                stack.enter_context(residency.job(play))
+                play = Play(self, twin, recipe, embeddings, begins)
+                stack.enter_context(self.parts.job(twin, play, shape_of(recipe)))
+            elif len(self.residencies) == 1:
+                (residency,) = self.residencies
+                stack.enter_context(residency.job(Play(self, residency.module, recipe, embeddings, begins)))
+            else:
+                for residency in self.residencies:
+                    stack.enter_context(residency.job(None))
             yield
 
     @contextlib.contextmanager
@@ -142,7 +145,12 @@ class Play:
     denoiser: torch.nn.Module
     recipe: Recipe
     tensors: tuple[Tensor, ...]
-    whole: bool  # it begins at the first step, so that all of it can be watched
+    begins: bool  # at the first step
+
+    @property
+    def whole(self) -> bool:
+        """It can be watched from its first step on, and has a second."""
+        return self.begins and self.recipe.steps > 1
 
     def foresee(self, results: Results) -> list[Call]:
         """All forwards of the job, by its loop run dry: the denoiser gives zeros, so only the latents are wrong."""

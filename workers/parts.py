@@ -145,7 +145,7 @@ class Parts:
         """
 
         def new() -> bool:
-            return self._to_learn() or (self.compiled and shape not in self._shapes)
+            return (self._to_learn() and play.whole) or (self.compiled and shape not in self._shapes)
 
         with self.gates.job(), self._crowd.joined(new), self._left_behind():
             if self._to_learn() and self.compiled:

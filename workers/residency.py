@@ -29,7 +29,7 @@ class Play(Protocol):
 
     @property
     def whole(self) -> bool:
-        """It begins with its first forward."""
+        """It begins with its first forward, and has a second."""
 
     def foresee(self, results: Results) -> Sequence[Call]:
         """The forwards that it will make, if each gives such results."""
