@@ -38,13 +38,15 @@ def accounts(posts: Sequence[Post], machine: Machine, gpus: Sequence[Gpu]) -> di
     found: dict[int, AccountSettings] = {}
     for card in machine.cards:
         here = [post for post in posts if card.index in post.gpus]
-        if not any(post.kind == "leases" for post in here):
-            continue
         keeping = [post for post in here if post.memory]
         grows = FIRST_HEADROOM if card.rate.context else 0
         kept = sum(post.memory[post.gpus.index(card.index)] + context_bytes(post, card) + grows for post in keeping)
-        if kept >= card.budget:
-            raise DoesNotFit(f"Stages with --max-memory leave nothing of GPU {card.index}.", "Give them less.")
+        leased = any(post.kind == "leases" for post in here)
+        if kept > card.budget or (leased and kept == card.budget):
+            given = f"What stages keep of GPU {card.index} for themselves, {format_bytes(kept)} with their contexts,"
+            raise DoesNotFit(f"{given} leaves nothing of {format_bytes(card.budget)}.", "Give them less --max-memory.")
+        if not leased:
+            continue
         found[card.index] = AccountSettings(
             budget=card.budget - kept, kept=kept, foreign=0 if card.stands_in else foreign[card.index],
             driver=not card.stands_in, name=card.name,

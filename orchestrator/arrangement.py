@@ -1,5 +1,7 @@
 """From a configuration to what is started on this machine: every worker's place, what can be leased, and the plan."""
 
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +13,11 @@ from orchestrator.gpus import Gpu
 from orchestrator.machine import this_machine
 from orchestrator.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.plan import Plan, check, choose
-from protocol.jobs import Stage
+from protocol.errors import BadRequest
+from protocol.jobs import STAGES, Stage
 from protocol.speedups import canonical
+
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd")  # of GPUs that NVML may not tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,11 @@ class Arrangement:
     unplanned: str = ""
     spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
 
+    def fixed(self) -> dict[Stage, int]:
+        """Stages whose workers keep memory for themselves, and how many workers each may have."""
+        kept = [post.stage for post in self.posts if post.memory]
+        return {stage: kept.count(stage) for stage in set(kept)}
+
     def post(self, stage: Stage, index: int) -> Post:
         """The place of a stage's next worker, of which there are `index`."""
         return another((*self.posts, *self.spare), stage, index)
@@ -33,6 +43,7 @@ class Arrangement:
 
 def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Experience) -> Arrangement:
     """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    check_devices(config, gpus)
     check_budgets(config, gpus)
     machine = this_machine(gpus, config.gpus, stand_ins(config))
     check(config, machine)
@@ -50,6 +61,16 @@ def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Ex
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
     return Arrangement(posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
+
+
+def check_devices(config: StackConfig, gpus: Sequence[Gpu]) -> None:
+    """BadRequest where a stage is to use a kind of device that isn't here."""
+    for stage in STAGES:
+        device = config.stage(stage).device.partition(":")[0]
+        if device == "cuda" and not gpus and not any(map(os.path.exists, DRIVERS)):
+            raise BadRequest(f"{stage} is to use CUDA; no driver of a GPU is here.", "Use --device cpu, or auto.")
+        if device == "mps" and sys.platform != "darwin":
+            raise BadRequest(f"{stage} is to use mps, which only macOS has.", "Use --device auto, cpu or cuda.")
 
 
 def first(config: StackConfig, gpus: Sequence[Gpu]) -> tuple[Post, ...]:

@@ -86,7 +86,7 @@ class StageConfig(Settings):
 class StackConfig(Settings):
     model: str = "demo"
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     queue_limit: Annotated[int, Field(ge=1)] = 10_000  # unfinished jobs
     queue_bytes: Bytes = 20_000_000_000  # that unfinished jobs may hold on disk
     disk_floor: Bytes = 1_000_000_000  # left on the disk, below which no jobs are taken
@@ -147,6 +147,7 @@ class OrchestratorSettings(Settings):
     keep_pictures: int = 4_000_000_000
     keep_jobs: float | None = 30 * 86400.0  # seconds; None: for ever
     patience: float = 30.0
+    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages that keep memory for themselves
     step_seconds: float = 600.0
     client_jobs: int = 1000  # unfinished ones of one key
     client_rate: float = 10.0  # jobs a second of one key, a minute's worth at once
@@ -183,13 +184,19 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
         fault = error.errors(include_url=False)[0]
         where = ".".join(map(str, fault["loc"]))
         fits = _fits(fault["type"], where)
+        if where.startswith("stages.") and where.endswith(".[key]"):
+            where, fault["msg"] = where.removesuffix(".[key]"), "there is no such stage"
+            fits = f"Stages are {', '.join(STAGES)}."
+        if where.endswith("device"):
+            fault["msg"], fits = f"{fault['input']!r} is no device", "Write auto, cpu, cuda, cuda:0 or mps."
         raise BadRequest(f"The setting {where!r} is not valid: {fault['msg']}.", fits) from error
 
 
 def _fits(kind: str, where: str) -> str:
     if kind != "extra_forbidden":
         return ""
-    known = StageConfig.model_fields if where.startswith("stages.") else StackConfig.model_fields
+    of_stage = where.startswith("stages.") and where.count(".") > 1
+    known = (StageConfig if of_stage else StackConfig).model_fields
     return f"Known settings are {', '.join(known)}."
 
 

@@ -135,6 +135,12 @@ class Desk:
                 self._reply(client, Done(request=number))
             case Scale(stage=stage, count=count):
                 self._check_supervisor(stage)
+                most = self.engine.settings.fixed.get(stage)
+                if most is not None and count > most:
+                    raise BadRequest(
+                        f"Workers of {stage} keep memory of their GPUs for themselves; the plan has {most} of them.",
+                        f"Start the stack with --workers {stage}={count}, which plans for that.",
+                    )
                 self._tell_supervisor(SetScale(stage=stage, count=count))
                 self._reply(client, Done(request=number))
             case _:

@@ -1,6 +1,7 @@
 """The machine that a plan is for: this one, as its driver tells, or one that somebody thinks of."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -10,6 +11,8 @@ from orchestrator.rates import CPU_CORE, STAND_IN, Rate, rate_of
 from protocol.errors import BadRequest
 from protocol.jobs import Stage
 from protocol.units import parse_bytes
+
+LEAST_CARD = 100_000_000  # bytes of a GPU that anybody would think of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,9 @@ def imagined(gpus: str, budgets: Mapping[int, int | None] = MappingProxyType({})
 
 def with_link(machine: Machine, link: str) -> Machine:
     """The same with '25GB/s' to each GPU; BadRequest."""
-    rate = float(parse_bytes(link[:-2])) if link.lower().endswith("/s") else 0.0
+    amount = link[:-2].strip()
+    well = link.endswith("/s") and re.fullmatch(r"\d+(\.\d+)?\s*[kKMGT]?i?B", amount)
+    rate = float(parse_bytes(amount)) if well else 0.0
     if not rate:
         raise BadRequest(f"--link is {link!r}.", "Write it as 25GB/s.")
     cards = [replace(card, rate=replace(card.rate, link=rate)) for card in machine.cards]
@@ -79,8 +84,8 @@ def with_link(machine: Machine, link: str) -> Machine:
 def _imagined_card(index: int, text: str) -> Card:
     name, _, amount = text.strip().rpartition(":")
     budget = parse_bytes(amount)
-    if not budget:
-        raise BadRequest(f"A GPU of {amount.strip()} holds nothing.", "Give what it has, as in --gpus 16GB,16GB.")
+    if budget < LEAST_CARD or ":" in name:
+        raise BadRequest(f"{text.strip()!r} is no GPU.", 'Write --gpus 16GB,16GB, or --gpus "RTX 4090:24GB".')
     return Card(index, name or "any GPU", budget, rate_of(name))
 
 

@@ -40,7 +40,7 @@ def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: 
     if not found:
         raise _nothing_fits(config, figures, machine, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
-    why, notes = _why(config, best, found), _notes(figures, machine, best, terms.compiled)
+    why, notes = _why(config, best, found), _notes(config, figures, machine, best, terms.compiled)
     return Plan(best, why, notes, _better(config, figures, machine, terms, best))
 
 
@@ -49,6 +49,11 @@ def check(config: StackConfig, machine: Machine) -> None:
     there = {card.index for card in machine.cards}
     for stage in STAGES:
         where = seats(config.stage(stage), tuple(there))
+        chosen = config.stage(stage).gpus or ()
+        if where.device != "cpu" and (missing := [gpu for gpu in chosen if gpu not in there]):
+            raise BadRequest(f"{stage} is to use GPU {missing[0]}.", f"GPUs here: {sorted(there) or 'none'}.")
+        if len(set(chosen)) < len(chosen):
+            raise BadRequest(f"{stage} is to use GPU {chosen[0]} twice.", "Name each GPU once.")
         if unknown := [gpu for gpu in where.gpus if gpu not in there]:
             raise BadRequest(f"{stage} is to use GPU {unknown[0]}.", f"GPUs here: {sorted(there) or 'none'}.")
         amounts = len(config.stage(stage).max_memory)
@@ -148,14 +153,21 @@ def _why(config: StackConfig, best: Prediction, found: Sequence[Prediction]) -> 
     return f"{kind_of(best)}, by {said}: {', '.join(parts)}" if len(parts) > 1 else kind_of(best)
 
 
-def _notes(figures: ModelFigures, machine: Machine, best: Prediction, compiled: bool) -> tuple[str, ...]:
+def _notes(
+    config: StackConfig, figures: ModelFigures, machine: Machine, best: Prediction, compiled: bool
+) -> tuple[str, ...]:
     notes: list[str] = []
     weights = sum(stage.weights for stage in figures.stages)
-    if weights > machine.ram:
+    if weights > machine.ram and any(work.residency in ("streamed", "turns", "host") for work in best.work):
         notes.append(
             f"the model's {format_bytes(weights)} do not stay in {format_bytes(machine.ram)} of memory: "
-            "each swap reads from the disk, which no figure here counts"
+            "what is streamed or swapped comes from the disk, which no figure here counts"
         )
+    uncounted = [f"{stage} is to be quantized" for stage in STAGES if config.stage(stage).quantize]
+    uncounted += ["a step cache"] if config.cache else []
+    if best.work and figures.recipe.dtype == "float32" and any(not card.stands_in for card in machine.cards):
+        uncounted.append("what float32 costs in time")
+    notes += [f"not counted in any figure: {what}" for what in uncounted]
     used = {gpu for work in best.work for gpu in work.post.gpus}
     if used and any(not work.post.gpus and work.post.stage == "text" for work in best.work):
         notes.append("text encoders work on the CPU, and leave the GPUs to the others")
@@ -179,18 +191,20 @@ def _better(
     first = machine.cards[0]
     more = [replace(card, budget=card.budget + 8_000_000_000) for card in machine.cards]
     twice = [replace(card, rate=replace(card.rate, link=card.rate.link * 2)) for card in machine.cards]
+    compiled = config.model_copy(update={"compile": True})
     changes = [
-        ("8 GB more on each GPU", replace(machine, cards=tuple(more)), terms),
-        ("links twice as fast", replace(machine, cards=tuple(twice)), terms),
+        ("8 GB more on each GPU", config, replace(machine, cards=tuple(more)), terms),
+        ("links twice as fast", config, replace(machine, cards=tuple(twice)), terms),
     ]
     if not _says_which(config):
         another = replace(first, index=max(card.index for card in machine.cards) + 1)
-        changes.append((f"another GPU like {first.index}", replace(machine, cards=(*machine.cards, another)), terms))
+        cards = (*machine.cards, another)
+        changes.append((f"another GPU like {first.index}", config, replace(machine, cards=cards), terms))
     if not terms.compiled:
-        changes.append(("--compile (numeric)", machine, replace(terms, compiled=True)))
+        changes.append(("--compile (numeric)", compiled, machine, replace(terms, compiled=True)))
     said: list[str] = []
-    for what, other, under in changes:
-        found, _ = look(config, figures, other, under)
+    for what, under, other, then_terms in changes:
+        found, _ = look(under, figures, other, then_terms)
         if found:
             then = min(found, key=lambda p: _score(p, config.optimize))
             now, after = (
@@ -204,8 +218,9 @@ def _better(
 
 
 def _says_which(config: StackConfig) -> bool:
-    """Whether the configuration names its GPUs, so that another one would not be used."""
-    return any(config.stage(stage).gpus is not None for stage in STAGES)
+    """Whether the configuration names its GPUs, or what it takes of each, so that another one would not be used."""
+    stages = [config.stage(stage) for stage in STAGES]
+    return any(stage.gpus is not None or len(stage.max_memory) > 1 for stage in stages)
 
 
 def _nothing_fits(

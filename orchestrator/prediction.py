@@ -123,6 +123,8 @@ class Book:
             return post
         if post.memory:
             return self._cut(post, cards, post.memory) if post.kind == "split" else post
+        if post.kind in ("tensor", "context"):
+            self._check_shares(post)
         free = [self.free_beside_leases(card, post) for card in cards]
         settled = self._with_memory(post, cards, free)
         for card, room, wanted in zip(cards, free, settled.memory, strict=True):
@@ -147,6 +149,18 @@ class Book:
         spaces = [self.own_workspace(post, card) for card in cards]
         most = [figures.weights + space for space in spaces]
         return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
+
+    def _check_shares(self, post: Post) -> None:
+        """DoesNotFit where heads, or with context parallel tokens, can't be shared out evenly."""
+        figures, recipe, ranks = self.figures.stage(post.stage), self.figures.recipe, len(post.gpus)
+        multiple = self.figures.model.size_multiple
+        tokens = (recipe.width // multiple) * (recipe.height // multiple) if post.kind == "context" else 0
+        for what, count in (("heads of attention", figures.heads), ("places of a picture", tokens)):
+            if count % ranks:
+                raise DoesNotFit(
+                    f"{count} {what} can't be shared out evenly among {ranks} GPUs.",
+                    "Name fewer, as in --gpus denoise=0,1, or choose another --placement.",
+                )
 
     def _has_rows(self, post: Post) -> bool:
         """It is one denoiser, whose blocks are simply one after the other."""
@@ -180,10 +194,11 @@ class Book:
         ]
 
     def _uncut(self, post: Post, room: Sequence[int]) -> DoesNotFit:
+        size, there = self.figures.stage(post.stage).weights, ", ".join(format_bytes(max(0, size)) for size in room)
         return DoesNotFit(
-            f"The layers of {post.stage}, {format_bytes(self.figures.stage(post.stage).weights)}, do not fit "
-            f"{', '.join(format_bytes(max(0, size)) for size in room)} of GPUs {', '.join(map(str, post.gpus))}.",
-            "Other placements stream what does not fit: --placement auto. Text encoders on the CPU leave more room.",
+            f"The layers of {post.stage}, {format_bytes(size)}, can't even be streamed through {there} of GPUs "
+            f"{', '.join(map(str, post.gpus))}.",
+            "Text encoders on the CPU leave more room: --device text=cpu. Or choose another --placement.",
         )
 
     # -- how they will do -----------------------------------------------------------------------

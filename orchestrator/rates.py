@@ -85,5 +85,6 @@ STAND_IN = Rate(1e11, 1e11, 1e11, 1e11, 10e9, 0, known=False)  # a CPU that play
 
 def rate_of(name: str) -> Rate:
     """By the driver's name for a GPU, such as 'NVIDIA GeForce RTX 4080 SUPER'."""
-    fitting = [known for known in BY_NAME if known.lower() in name.lower()]
+    plain = name.replace(" ", "").lower()
+    fitting = [known for known in BY_NAME if known.replace(" ", "").lower() in plain]
     return BY_NAME[max(fitting, key=len)] if fitting else UNKNOWN

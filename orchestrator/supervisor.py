@@ -232,8 +232,8 @@ class Supervisor:
         settings = OrchestratorSettings(
             queue_limit=config.queue_limit, queue_bytes=config.queue_bytes, disk_floor=config.disk_floor,
             embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures, keep_jobs=config.keep_jobs,
-            patience=config.patience, step_seconds=config.step_timeout, client_jobs=config.client_jobs,
-            client_rate=config.client_rate, keep=config.keep, listen=config.listen,
+            patience=config.patience, fixed=self.arrangement.fixed(), step_seconds=config.step_timeout,
+            client_jobs=config.client_jobs, client_rate=config.client_rate, keep=config.keep, listen=config.listen,
             listen_workers=config.listen_workers, keep_alive=keep, gpus=self.arrangement.accounts,
         )  # fmt: skip
         arguments = [

@@ -31,6 +31,7 @@ class StageFigures(Data):
     blocks: tuple[BlockFigures, ...]  # of its largest component, in the order in which they run
     loose: Bytes  # of its buffer for what is run once a job
     after: Bytes  # of weights of its parts that come after the blocks
+    heads: Annotated[int, Field(ge=0)]  # of its attention, 0 where that isn't told
 
     @property
     def weights(self) -> int:

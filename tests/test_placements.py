@@ -10,6 +10,8 @@ import psutil
 import pytest
 import torch
 
+from orchestrator.cli.strays import strays
+from protocol.errors import BadRequest
 from protocol.jobs import JobRequest
 from tests import tiny
 from tests.stacks import RunningStack, running_stack, triptych
@@ -93,6 +95,11 @@ def test_a_split_denoiser_has_two_jobs_in_hand_with_the_bits_of_one_process(
             assert torch.equal(stack.pictures(job), picture)
         used = {r.worker for job in ids for r in stack.client.job(job).records if r.stage == "denoise"}
         assert used == {w.name for w in workers}
+        mapped = [w for w in workers if w.device_map]
+        assert [w.name for w in mapped] == ["denoise-1"]  # told once
+        assert [c.component for c in mapped[0].residency] == ["transformer, part 1", "transformer, part 2"]
+        with pytest.raises(BadRequest, match="for themselves"):
+            stack.client.scale("denoise", 3)
         os.kill(workers[0].pid, signal.SIGKILL)
         until(stack, lambda w: len({x.pid for x in w.workers if x.stage == "denoise"} - {workers[0].pid}) == 1)
         assert make_all(stack)
@@ -126,6 +133,21 @@ def test_parallel_ranks_are_one_worker_that_dies_and_comes_back_as_one(
         assert torch.equal(stack.picture(PROMPTS[0], seed=0, **SIZE)[1], picture)
 
 
+def test_jobs_of_another_placement_wait_and_say_for_what(deep: Path, state: Path) -> None:
+    with running_stack(state, *on_two(deep, 2_600_000, "--placement", "context")) as stack:
+        job = stack.client.submit(PROMPTS[0], seed=1, **{**SIZE, "steps": 300})
+        until(stack, lambda w: any(x.job == job.id and x.stage == "denoise" for x in w.workers))
+    with running_stack(state, *on_two(deep, 4_000_000)) as stack:
+        told = triptych("show", job.id, folder=state)
+        assert "no worker of this stack is what it was accepted for" in told.stdout
+        assert "denoise:parallel=context-2" in told.stdout
+        assert "1 unfinished job(s) wait" in strays(stack.client)
+        done = stack.picture(PROMPTS[0], seed=1, **SIZE)[0]
+        assert "waits:" not in triptych("show", done.id, folder=state).stdout
+        stack.client.cancel(job.id)
+        assert strays(stack.client) == ""
+
+
 def test_what_cannot_work_is_refused_before_anything_is_loaded(deep: Path, state: Path) -> None:
     refused = triptych("up", *on_two(deep, 90_000), folder=state)
     assert refused.returncode == 5, refused.stderr
@@ -154,11 +176,19 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
         (("--gpus", "16GB", "--gpus", "12GB"), "given twice"),
         (("--gpus", "16GB", "--placement", "tensor"), "takes several GPUs"),
         (("--gpus", "16GB", "--budget", "1=8GB"), "no GPU 1"),
+        (("--gpus", "16,16GB"), "'16' is no GPU"),
+        (("--gpus", "RTX 4090:24GB:3GB"), "is no GPU"),
+        (("--gpus", "97"), "to use GPU 97"),
+        (("--gpus", "16GB", "--link", "25Gb/s"), "--link"),
+        (("--device", "lots"), "'lots' is no device"),
+        (("--dtype", "float8"), "dtype"),
     ):
         refused = triptych("plan", "--model", str(deep), *wrong)
         assert refused.returncode == 2, refused.stderr
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
+    uneven = triptych("plan", "--model", str(deep), "--gpus", ",".join(["16GB"] * 4), "--placement", "tensor")
+    assert (uneven.returncode, "heads of attention" in uneven.stderr) == (5, True)
     missing = triptych("plan", "--model", "nobody/nothing", "--gpus", "16GB")
     assert (missing.returncode, "Traceback" in missing.stderr) == (4, False)
 

@@ -108,9 +108,10 @@ def _has_weights(source: Source, name: str) -> bool:
     if not (source.folder / name / "config.json").exists():
         return False
     if not any((source.folder / name).glob("*.safetensors")):
+        local = Path(source.model).exists()
         raise ModelMissing(
             f"{source.model!r} has no safetensors weights for its {name}.",
-            f"With a network: hf download {source.model}.",
+            f"Put them into {source.folder / name}." if local else f"With a network: hf download {source.model}.",
         )
     return True
 

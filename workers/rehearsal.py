@@ -151,6 +151,7 @@ class Rehearsal:
         return StageFigures(
             stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
             passes=passes, blocks=tuple(blocks), loose=loose,
+            heads=heads_of(dict(models)[main]),
             after=sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks)),
         )  # fmt: skip
 
@@ -158,6 +159,11 @@ class Rehearsal:
 def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockFigures]) -> list[torch.nn.Module]:
     _, after = around_blocks(model, [block.name for block in blocks])
     return [model.get_submodule(name) for name in after]
+
+
+def heads_of(model: torch.nn.Module) -> int:
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return heads if isinstance(heads, int) else 0
 
 
 def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """From a worker's settings to a stage that runs: find the model, describe it, load it onto its devices."""
 
+import functools
 import logging
 import os
 import socket
@@ -95,11 +96,12 @@ class Prepared:
             return [lambda: self._stage(*self.weights())]
         once = Once(self.weights)
 
-        def lane() -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        def lane(index: int) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
             loaded, device = once.get()
-            return self._stage(loaded.another(), device)
+            runner, places = self._stage(loaded.another(), device)
+            return runner, () if index else places  # they are told once
 
-        return [lane] * self.settings.jobs
+        return [functools.partial(lane, index) for index in range(self.settings.jobs)]
 
     def weights(self) -> tuple[Loaded, torch.device]:
         settings, device, memory = self.settings, self.device, self.settings.max_memory

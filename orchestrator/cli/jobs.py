@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
+from orchestrator.cli.strays import wanting
 from orchestrator.cli.table import print_table
 from protocol.client import Client
 from protocol.jobs import JOB_STATES, Job, JobState
@@ -65,11 +66,14 @@ def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
     """Show everything about JOBs: recipe, stages, times, workers, reasons of failures."""
     with Client(state_folder(state)) as client:
         found = [client.job(job_id) for job_id in job_ids]
+        workers = client.workers().workers
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in found]))
         return
     for job in found:
         print("\n".join(describe(job)))
+        if wanted := wanting(job, workers):
+            print(f"  waits: no worker of this stack is what it was accepted for ({wanted})")
 
 
 def describe(job: Job) -> list[str]:

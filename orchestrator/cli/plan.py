@@ -51,6 +51,11 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     options["gpus"] = tuple(value for value in options["gpus"] if value not in thought)
     if len(thought) > 1:
         raise BadRequest("--gpus is given twice.", "Write --gpus 16GB,16GB for two.")
+    if thought:
+        count = len(imagined(thought[0]))
+        options["budget"] = [f"{gpu}={b}" for b in options["budget"] for gpu in range(count) if "=" not in b] + [
+            b for b in options["budget"] if "=" in b
+        ]
     config = with_size(stack_config(options), options["size"], options["steps"])
     gpus = list_gpus()
     machine = this_machine(gpus, config.gpus, stand_ins(config))

@@ -15,6 +15,7 @@ import click
 
 from orchestrator.cli.options import state_folder, state_option
 from orchestrator.cli.plan_words import in_words
+from orchestrator.cli.strays import strays
 from orchestrator.config import (
     Optimize,
     OrchestratorSettings,
@@ -189,6 +190,8 @@ def announce_ready(folder: Path, wanted: int, as_json: bool) -> None:
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
         say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+        if told := strays(client):
+            say(told)
         if as_json:
             print(
                 json.dumps({"state": str(folder), "clients": published(folder).clients, "seconds": seconds}), flush=True

@@ -57,8 +57,17 @@ def test_a_cpu_plays_gpus_that_have_budgets() -> None:
     [
         ({"gpus": {"0": "16GB"}}, ONE, DoesNotFit, "15.0 GB of it are free"),
         ({"gpus": {"4": "16GB"}}, ONE, BadRequest, "no GPU 4"),
+        (
+            {
+                "gpus": {"0": "4GB"},
+                "stages": {s: {"max_memory": "3GB", "gpus": [0]} for s in ("text", "denoise", "vae")},
+            },
+            ONE,
+            DoesNotFit,
+            "leaves nothing of 4.0 GB",
+        ),
         ({"stages": {"denoise": {"gpus": [2]}}}, ONE, BadRequest, "to use GPU 2"),
-        ({"stages": {"vae": {"gpus": [0], "max_memory": "15GB"}}}, ONE, DoesNotFit, "leave nothing"),
+        ({"stages": {"vae": {"gpus": [0], "max_memory": "15GB"}}}, ONE, DoesNotFit, "leaves nothing"),
         ({"stages": {"vae": {"gpus": [0], "max_memory": "1GB,2GB"}}}, ONE, BadRequest, "2 amounts for 1 GPU"),
         ({"stages": {"denoise": {"device": "cpu:0"}}}, [], BadRequest, "has no budget"),
         ({"placement": "split"}, ONE, BadRequest, "takes several GPUs"),

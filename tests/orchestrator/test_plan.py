@@ -173,10 +173,29 @@ def test_what_makes_no_sense_is_refused(values: dict[str, object], words: str) -
         check(StackConfig.model_validate(values), machine("16GB", "16GB"))
 
 
+def test_what_is_kept_for_oneself_is_planned_with_and_what_is_not_counted_is_said() -> None:
+    kept = plan("16GB", "16GB", stages={"denoise": {"max_memory": "12GB,9GB"}})
+    assert [post.memory for post in kept.posts if post.stage == "denoise"] == [(12 * GB, 9 * GB)]
+    assert all("another GPU" not in change for change in kept.better)
+    said = plan("24GB", cache="taylorseer", stages={"text": {"quantize": "fp8"}}).notes
+    assert [note.removeprefix("not counted in any figure: ") for note in said if "not counted" in note] == [
+        "text is to be quantized",
+        "a step cache",
+    ]
+    quick = plan("RTX 4090:24GB", "RTX 4090:24GB", optimize="latency")
+    asked = plan("RTX 4090:24GB", "RTX 4090:24GB", optimize="latency", compile=True).prediction.latency
+    assert any(f"--compile (numeric): {asked:.2f} s" in change for change in quick.better)
+    with pytest.raises(DoesNotFit, match="24 heads"):
+        plan(*["40GB"] * 5, placement="tensor")
+    with pytest.raises(DoesNotFit, match="evenly among 3"):
+        plan(*["40GB"] * 3, placement="context")
+
+
 def test_machines_are_told_in_words_or_by_the_driver() -> None:
     named = imagined("RTX 4090:24GB, NVIDIA GeForce RTX 4080 SUPER:16GB,12GB")
     assert [card.rate for card in named] == [rate_of("RTX 4090"), rate_of("RTX 4080"), UNKNOWN]
     assert rate_of("NVIDIA H200") is H200
+    assert rate_of("rtx4090") is rate_of("NVIDIA GeForce RTX 4090")
     assert rate_of("NVIDIA GeForce RTX 4070 Ti") is not rate_of("NVIDIA GeForce RTX 4070")
     assert with_link(machine("16GB"), "25GB/s").cards[0].rate.link == 25e9
     for words in ("25GB", "0GB/s", "x/s"):
@@ -247,7 +266,7 @@ def test_a_cut_is_the_best_of_all_that_fit(sizes: list[tuple[int, int, int]], ro
     figures = StageFigures(
         stage="denoise", components=(("b", weights),), least=min(weights, rest + largest), largest=1, flop=1.0,
         passes=5, blocks=tuple(blocks), loose=3 * max(block.once for block in blocks),
-        after=rest // 2,
+        after=rest // 2, heads=0,
     )  # fmt: skip
     seats = [Seat(size, 1.0 + i, 10.0) for i, size in enumerate(room)]
     found = best_cut(figures, seats)

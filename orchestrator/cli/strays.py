@@ -1,0 +1,31 @@
+"""Jobs that were accepted for a stack unlike the one that runs now: they wait, since their bits would be others."""
+
+from collections.abc import Sequence
+
+from protocol.client import Client
+from protocol.jobs import ENDED, JOB_STATES, Job, WorkerView
+
+MOST = 1000  # jobs that are looked at
+
+
+def wanting(job: Job, workers: Sequence[WorkerView]) -> str:
+    """What a job waits for that none of the workers is; empty where one is, or the job has ended."""
+    recipe = job.recipe
+    fits = {(worker.model, worker.dtype, worker.speedups) for worker in workers}
+    if job.state in ENDED or not fits or (recipe.model, recipe.dtype, recipe.speedups) in fits:
+        return ""
+    return f"{recipe.model}, {recipe.dtype}, {', '.join(recipe.speedups) or 'without speedups'}"
+
+
+def strays(client: Client) -> str:
+    """A line about all of them; empty where there are none."""
+    workers = client.workers().workers
+    unfinished = client.jobs([state for state in JOB_STATES if state not in ENDED], MOST)
+    found = [wanted for job in unfinished if (wanted := wanting(job, workers))]
+    if not found:
+        return ""
+    kinds = "; ".join(sorted(set(found)))
+    return (
+        f"{len(found)} unfinished job(s) wait for a stack as they were accepted by ({kinds}): start one, or "
+        "triptych cancel"
+    )
