@@ -38,10 +38,10 @@ def accounts(posts: Sequence[Post], machine: Machine, gpus: Sequence[Gpu]) -> di
     found: dict[int, AccountSettings] = {}
     for card in machine.cards:
         here = [post for post in posts if card.index in post.gpus]
-        keeping = [post for post in here if post.memory]
+        keeping = [post for post in here if post.kept]
         grows = FIRST_HEADROOM if card.rate.context else 0
-        kept = sum(post.memory[post.gpus.index(card.index)] + context_bytes(post, card) + grows for post in keeping)
-        leased = any(post.kind == "leases" for post in here)
+        kept = sum(post.kept[post.gpus.index(card.index)] + context_bytes(post, card) + grows for post in keeping)
+        leased = any(post.leased for post in here)
         if kept > card.budget or (leased and kept == card.budget):
             given = f"What stages keep of GPU {card.index} for themselves, {format_bytes(kept)} with their contexts,"
             raise DoesNotFit(f"{given} leaves nothing of {format_bytes(card.budget)}.", "Give them less --max-memory.")

@@ -279,7 +279,7 @@ class Engine:
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
             self._wait_again(job)
         else:
-            self._fail(worker, failure, reason, failure.retry and not worker.lease_bytes)
+            self._fail(worker, failure, reason, failure.retry and not self.lending.held(worker))
 
     def leased(self, worker: Worker, leased: Leased) -> None:
         """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
@@ -295,8 +295,8 @@ class Engine:
         """Nothing that waits for this worker can ever be done."""
         log.error("%s", reason)
         stage = worker.hello.stage
-        others = [w for w in self.fleet if w is not worker and (w.hello.stage, w.model) == (stage, worker.model)]
-        if not others:
+        alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, worker.model)]
+        if all((w.hello.host, w.hello.pid) == (worker.hello.host, worker.hello.pid) for w in alike):
             for job_id in self.roster.queues.first(stage, worker.model, self.roster.queues.depth[stage]):
                 self.roster.take_out(job := self.roster.jobs[job_id])
                 self._blame(job, reason, retry=False)

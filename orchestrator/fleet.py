@@ -35,8 +35,8 @@ class Worker:
     gpu_bytes: int = 0
     device_map: tuple[tuple[str, str], ...] = ()
     residency: tuple[ComponentView, ...] = ()
-    lease_bytes: int = 0
-    context_bytes: int = 0
+    lease_bytes: tuple[int, ...] = ()  # of each of its GPUs
+    context_bytes: tuple[int, ...] = ()
     refused: bool = False  # its last lease was too small for it
 
     @property
@@ -59,7 +59,7 @@ class Worker:
             speedups=self.hello.speedups,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
             gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
-            gpu=self.hello.gpu, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,
+            gpus=self.hello.gpus, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,
         )  # fmt: skip
 
 
@@ -105,7 +105,27 @@ class Fleet:
         self._idle.pop(worker.identity, None)
 
     def idle(self) -> list[IdleWorker]:
-        return [IdleWorker(w.id, w.hello.stage, w.model) for w in self._idle.values()]
+        """Without those whose process's lease is being changed."""
+        found: list[IdleWorker] = []
+        for worker in self._idle.values():
+            first = self.first(worker)
+            if first and first.state in ("idle", "busy"):
+                found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
+        return found
+
+    def first(self, worker: Worker) -> Worker | None:
+        """Of the workers that its process is, the one that has their lease."""
+        if not worker.hello.part:
+            return worker
+        return next((w for w in self.of_process(worker.hello.host, worker.hello.pid) if not w.hello.part), None)
+
+    def resting_since(self, worker: Worker) -> float | None:
+        """Monotonic seconds since all workers of its process are idle; None if one isn't."""
+        if worker.hello.parts == 1:
+            return worker.idle_since if worker.state == "idle" else None
+        all_of_it = self.of_process(worker.hello.host, worker.hello.pid)
+        resting = all(w.state == "idle" for w in all_of_it)
+        return max(w.idle_since for w in all_of_it) if resting else None
 
     def silent(self) -> list[Worker]:
         now = time.monotonic()

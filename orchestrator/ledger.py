@@ -1,16 +1,17 @@
 """What of each GPU's budget is in use: contexts as measured, leases as given, and workspace as learned.
 
-The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back.
+The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back. Who
+lies on several GPUs has a holding of each.
 """
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.leases import Need
 from orchestrator.live import ModelKey
-from protocol.jobs import Needs, Recipe, Stage
+from protocol.jobs import Grant, Needs, Recipe, Stage
 
 FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
 HEADROOM = 32_000_000  # afterwards
@@ -39,7 +40,7 @@ class Account:
 
 @dataclass(slots=True)
 class Holding:
-    """What a worker has of its GPU."""
+    """What a worker has of a GPU."""
 
     gpu: int
     needs: Needs
@@ -47,13 +48,19 @@ class Holding:
     worked: bool = False  # its context has grown as far as it will
     lease: int = 0
     share: int = 0  # of it for weights
-    asked: tuple[int, int] | None = None  # a lease and its share on the way
+    asked: Grant | None = None  # a lease on the way
     kept: int = 0  # that it did not give back
+    jobs: int = 1  # at once, each with a workspace of its own
     since: float = field(default_factory=time.monotonic)  # when its lease began
 
     @property
     def booked(self) -> int:
-        return max(self.lease, self.kept, self.asked[0] if self.asked else 0)
+        return max(self.lease, self.kept, self.asked.bytes if self.asked else 0)
+
+    @property
+    def room(self) -> int:
+        """Bytes of its lease beside the weights, for each of its jobs."""
+        return (self.lease - self.share) // self.jobs
 
     @property
     def overhead(self) -> int:
@@ -66,23 +73,23 @@ class Holding:
 class Ledger:
     accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
-    holdings: dict[str, Holding] = field(default_factory=dict)  # by worker
+    holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
 
     def __post_init__(self) -> None:
         for key, size in self.learned.items():
             self._note(key, size)
 
-    def join(self, worker: str, holding: Holding) -> None:
-        self.holdings[worker] = holding
+    def join(self, worker: str, holdings: Iterable[Holding]) -> None:
+        self.holdings[worker] = tuple(holdings)
 
     def leave(self, worker: str) -> None:
         self.holdings.pop(worker, None)
 
     def orphan(self, worker: str, ghost: str) -> None:
         """A worker has left, and its process may still hold its memory."""
-        if holding := self.holdings.pop(worker, None):
-            self.holdings[ghost] = holding
+        if holdings := self.holdings.pop(worker, None):
+            self.holdings[ghost] = holdings
 
     def available(self, gpu: int) -> int:
         """Bytes for leases: the budget without contexts."""
@@ -103,29 +110,32 @@ class Ledger:
         return min(book, max(0, account.budget + account.kept - (used - account.foreign)) - pending)
 
     def _on(self, gpu: int) -> list[Holding]:
-        return [holding for holding in self.holdings.values() if holding.gpu == gpu]
+        return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
 
-    def lend(self, worker: str, size: int, share: int) -> None:
-        """Book a lease that is about to be told."""
-        holding = self.holdings[worker]
-        if size > holding.booked + max(0, self.booked_free(holding.gpu)):
-            raise AssertionError(f"a lease of {size} bytes would pass the budget of GPU {holding.gpu}")
-        holding.asked = size, share
+    def lend(self, worker: str, grants: Sequence[Grant]) -> None:
+        """Book a lease that is about to be told, of each of a worker's GPUs."""
+        for holding, grant in zip(self.holdings[worker], grants, strict=True):
+            if grant.bytes > holding.booked + max(0, self.booked_free(holding.gpu)):
+                raise AssertionError(f"a lease of {grant.bytes} bytes would pass the budget of GPU {holding.gpu}")
+            holding.asked = grant
 
-    def settled(self, worker: str, size: int, share: int, kept: int) -> None:
-        holding = self.holdings[worker]
-        holding.lease, holding.share, holding.kept, holding.asked = size, share, kept, None
-        holding.since = time.monotonic()
+    def settled(self, worker: str, grants: Sequence[Grant], kept: Sequence[int]) -> None:
+        """A worker has what `grants` say, and `kept` of what it should have given back; no `kept` is nothing."""
+        holdings = self.holdings[worker]
+        for holding, grant, left in zip(holdings, grants, kept or [0] * len(holdings), strict=True):
+            holding.lease, holding.share, holding.kept, holding.asked = grant.bytes, grant.weights, left, None
+            holding.since = time.monotonic()
 
-    def has_worked(self, worker: str, context: int) -> None:
-        """After a task: the context is measured anew."""
-        if (holding := self.holdings.get(worker)) and context:
-            holding.worked, holding.context = True, context
+    def has_worked(self, worker: str, contexts: Sequence[int]) -> None:
+        """After a task: the contexts are measured anew."""
+        for holding, context in zip(self.holdings.get(worker, ()), contexts, strict=False):
+            if context:
+                holding.worked, holding.context = True, context
 
     # -- workspace ------------------------------------------------------------------------------
 
     def workspace(self, stage: Stage, model: ModelKey, recipe: Recipe, needs: Needs) -> int:
-        """Bytes that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
+        """Bytes of a GPU that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
         if not needs.workspace:
             return 0
         seen = self.learned.get(workspace_key(stage, model, recipe))
@@ -155,27 +165,26 @@ class Ledger:
 
     def after_shortage(self, worker: str) -> int:
         """Bytes to be learned of a task that found too little: it shall have MORE next time."""
-        holding = self.holdings[worker]
-        return max(1, int(((holding.lease - holding.share) * MORE - ROUNDING) / MARGIN))
+        room = min(holding.room for holding in self.holdings[worker])
+        return max(1, int((room * MORE - ROUNDING) / MARGIN))
 
-    def need(self, worker: str, stage: Stage, model: ModelKey) -> Need:
-        """With the largest workspace that was seen, or else with what it has now."""
-        holding = self.holdings[worker]
+    def need(self, worker: str, holding: Holding, stage: Stage, model: ModelKey) -> Need:
+        """Of one of its GPUs; with the largest workspace that was seen, or else with what it has now."""
         needs = holding.needs
         if needs.workspace and (sizes := self._sizes(stage, model)):
             workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING
         elif holding.lease and not holding.asked:
-            workspace = holding.lease - holding.share
+            workspace = holding.room
         else:
             workspace = needs.workspace
         if stage == "vae":
             workspace = min(workspace, max(0, self.most_workspace(worker)))
-        return Need(needs.weights, needs.least, workspace)
+        spread = len(self.holdings[worker]) > 1
+        return Need(needs.weights, needs.least, workspace * holding.jobs, spread)
 
     def most_workspace(self, worker: str) -> int:
-        """Bytes beside a worker's weights with as much of them streamed as can be, and its GPU to itself."""
-        holding = self.holdings[worker]
-        return self.available(holding.gpu) - holding.needs.least
+        """Bytes for a task beside a worker's weights with as much of them streamed as can be, its GPUs to itself."""
+        return min((self.available(h.gpu) - h.needs.least) // h.jobs for h in self.holdings[worker])
 
     def certain(self, stage: Stage, model: ModelKey, recipe: Recipe) -> int:
         """Bytes of workspace that a task takes for certain: as much as one of its size or smaller took."""

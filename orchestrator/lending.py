@@ -10,7 +10,7 @@ from orchestrator.fleet import Fleet, Worker
 from orchestrator.ledger import Holding, Ledger
 from orchestrator.live import LiveJob, ModelKey
 from orchestrator.queues import StageQueues
-from orchestrator.scheduler import Assign, Holder, Lend, Room, Snapshot, WaitingTask, decide
+from orchestrator.scheduler import NOTHING, Assign, Holder, Lend, Room, Seat, Snapshot, WaitingTask, decide
 from orchestrator.store import Store
 from protocol.errors import DoesNotFit
 from protocol.jobs import STAGES, ModelDescription, Recipe, Stage
@@ -41,23 +41,31 @@ class Lending:
 
     def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker that works in leases has joined, with what it holds; or has done a task."""
-        gpu = worker.hello.gpu
-        if gpu is not None and gpu in self.ledger.accounts and ready.needs:
-            holding = Holding(gpu, ready.needs, ready.context_bytes, lease=ready.lease_bytes, share=ready.lease_weights)
-            self.ledger.join(worker.id, holding)
-            worker.lease_bytes = ready.lease_bytes
+        gpus, jobs = worker.hello.gpus, worker.hello.parts
+        if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
+            contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
+            grants = ready.grants if len(ready.grants) == len(gpus) else (NOTHING,) * len(gpus)
+            rows = zip(gpus, ready.needs, contexts, grants, strict=True)
+            holdings = [
+                Holding(gpu, needs, context, lease=grant.bytes, share=grant.weights, jobs=jobs)
+                for gpu, needs, context, grant in rows
+            ]
+            self.ledger.join(worker.id, holdings)
+            worker.lease_bytes = tuple(grant.bytes for grant in grants)
         else:
             self.ledger.has_worked(worker.id, ready.context_bytes)
 
     def hopeless(self, worker: Worker) -> str:
         """Why a worker can never do anything; empty if it can."""
-        holding = self.ledger.holdings.get(worker.id)
-        if holding is None or self.ledger.most_workspace(worker.id) >= 0:
-            return ""
-        return (
-            f"{worker.hello.stage} takes at least {format_bytes(holding.needs.least)} of GPU memory; the budget of GPU "
-            f"{holding.gpu} leaves {format_bytes(max(0, self.ledger.available(holding.gpu)))} beside contexts"
-        )
+        for holding in self.ledger.holdings.get(worker.id, ()):
+            room = self.ledger.available(holding.gpu)
+            if room < holding.needs.least:
+                least = format_bytes(holding.needs.least)
+                return (
+                    f"{worker.hello.stage} takes at least {least} of GPU memory; the budget of GPU {holding.gpu} "
+                    f"leaves {format_bytes(max(0, room))} beside contexts"
+                )
+        return ""
 
     def left(self, worker: Worker) -> None:
         """What it holds counts until its process is known to have ended."""
@@ -76,12 +84,11 @@ class Lending:
         idle = [worker for worker in self._fleet.idle() if worker.stage not in drained]
         if not idle:
             return []
-        holdings = self.ledger.holdings
-        holders = self._holders({holdings[worker.id].gpu for worker in idle if worker.id in holdings})
+        holders = self._holders(self._concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places}
         by_id = {holder.id: holder for holder in holders}
-        gpus = {holder.gpu for holder in holders}
+        gpus = {gpu for holder in holders for gpu in holder.seats}
         rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.booked_free(gpu)) for gpu in gpus}
         snapshot = Snapshot(waiting, idle, self._queues.depth, by_id, rooms, self._patience)
         actions = decide(snapshot)
@@ -90,25 +97,39 @@ class Lending:
             actions = decide(replace(snapshot, gpus=rooms))
         return actions
 
+    def _concerned(self, holders: Container[str]) -> set[int]:
+        """GPUs of these, and of all that lie on one of theirs and on others."""
+        everybody = [{holding.gpu for holding in holdings} for holdings in self.ledger.holdings.values()]
+        gpus = {h.gpu for worker, holdings in self.ledger.holdings.items() if worker in holders for h in holdings}
+        spread = [seats for seats in everybody if len(seats) > 1]
+        while more := [seats for seats in spread if seats & gpus and not seats <= gpus]:
+            gpus |= set().union(*more)
+        return gpus
+
     def _holders(self, gpus: Container[int]) -> list[Holder]:
         now = time.monotonic()
         found: list[Holder] = []
         for worker in self._fleet:
-            holding = self.ledger.holdings.get(worker.id)
-            if holding is None or holding.gpu not in gpus:
+            holdings = self.ledger.holdings.get(worker.id)
+            if holdings is None or holdings[0].gpu not in gpus:
                 continue
             stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
+            resting = None if keep is None else self._fleet.resting_since(worker)
             found.append(
                 Holder(
-                    id=worker.id, stage=stage, model=worker.model, gpu=holding.gpu,
-                    need=self.ledger.need(worker.id, stage, worker.model), lease=holding.booked,
-                    share=holding.booked if holding.asked else holding.share, held=now - holding.since,
+                    id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
+                    seats={holding.gpu: self._seat(worker, holding) for holding in holdings},
+                    held=now - max(holding.since for holding in holdings),
                     lasting=keep is None and not worker.refused,
-                    expired=keep is not None and worker.state == "idle" and now - worker.idle_since >= keep,
+                    expired=keep is not None and resting is not None and now - resting >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
                 )
             )  # fmt: skip
         return found
+
+    def _seat(self, worker: Worker, holding: Holding) -> Seat:
+        need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
+        return Seat(need, holding.booked, holding.booked if holding.asked else holding.share)
 
     def _first(
         self, stage: Stage, model: ModelKey, count: int, holders: Iterable[Holder], jobs: Mapping[str, LiveJob]
@@ -129,7 +150,7 @@ class Lending:
         """At most what can be had at all: a VAE makes do with it, and a denoiser shows whether it is enough."""
         if roomiest is None:
             return 0
-        needs = self.ledger.holdings[roomiest.id].needs
+        needs = max((h.needs for h in self.ledger.holdings[roomiest.id]), key=lambda needs: needs.workspace)
         wanted = self.ledger.workspace(roomiest.stage, roomiest.model, recipe, needs)
         return min(wanted, max(0, self.ledger.most_workspace(roomiest.id)))
 
@@ -137,40 +158,46 @@ class Lending:
 
     def lend(self, worker: Worker, lend: Lend) -> Lease:
         """Book it; the message to be sent."""
-        self.ledger.lend(worker.id, lend.bytes, lend.weights)
+        self.ledger.lend(worker.id, lend.grants)
         self._fleet.swap(worker)
-        return Lease(bytes=lend.bytes, weights=lend.weights)
+        return Lease(grants=lend.grants)
 
     def leased(self, worker: Worker, leased: Leased) -> bool:
         """A worker has done what its lease said; False if it has none."""
-        if worker.id not in self.ledger.holdings:
+        count = len(self.ledger.holdings.get(worker.id, ()))
+        if not count or len(leased.grants) != count or len(leased.kept_bytes) not in (0, count):
             return False
-        self.ledger.settled(worker.id, leased.bytes, leased.weights, leased.kept_bytes)
-        worker.lease_bytes, worker.refused = leased.bytes, bool(leased.reason)
+        self.ledger.settled(worker.id, leased.grants, leased.kept_bytes)
+        worker.lease_bytes, worker.refused = tuple(grant.bytes for grant in leased.grants), bool(leased.reason)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         return True
 
     def more(self, worker: Worker) -> bool:
         """Whether a task that finds too little memory in this worker's lease could have more, here or elsewhere."""
-        holding = self.ledger.holdings.get(worker.id)
-        if holding is None:
+        holdings = self.held(worker)
+        if not holdings:
             return False
         place = (worker.hello.stage, worker.model)
         able = [w.id for w in self._fleet if (w.hello.stage, w.model) == place and w.id in self.ledger.holdings]
-        return max(map(self.ledger.most_workspace, able)) > holding.lease - holding.share
+        return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
+
+    def held(self, worker: Worker) -> Sequence[Holding]:
+        """By the process that a worker is, or is a part of; nothing where it works in memory of its own."""
+        first = self._fleet.first(worker)
+        return self.ledger.holdings.get(first.id, ()) if first else ()
 
     # -- what tasks take ------------------------------------------------------------------------
 
     def learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
         """What a task has taken beside the weights, in bytes."""
-        if workspace > 0 and worker.id in self.ledger.holdings:
+        if workspace > 0 and self.held(worker):
             key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
             if key:
                 self._remember(key, workspace)
 
     def learn_pace(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
         """What a task has taken; the first one of a process counts for nothing."""
-        account = self.ledger.accounts.get(-1 if worker.hello.gpu is None else worker.hello.gpu)
+        account = self.ledger.accounts.get(worker.hello.gpus[0]) if len(worker.hello.gpus) == 1 else None
         if account and worker.done > 1 and seconds > 0:
             steps = recipe.steps if worker.hello.stage == "denoise" else 1
             key = pace_key(worker.hello.stage, recipe, account.name)
@@ -180,20 +207,20 @@ class Lending:
 
     def shortage(self, worker: Worker, recipe: Recipe) -> bool:
         """A task has found too little; whether another try will find more."""
-        more = self.more(worker)
-        if more:
-            self.learn(worker, recipe, self.ledger.after_shortage(worker.id))
+        first, more = self._fleet.first(worker), self.more(worker)
+        if more and first:
+            self.learn(worker, recipe, self.ledger.after_shortage(first.id))
         return more
 
     def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
         """By what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
         key = ModelKey.of_recipe(recipe)
+        processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
         for stage in STAGES:
-            workers = [worker for worker in self._fleet if worker.hello.stage == stage and worker.model == key]
-            reasons = [self.hopeless(worker) for worker in workers]
-            if workers and all(reasons):
+            reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]
+            if reasons and all(reasons):
                 raise DoesNotFit(f"{reasons[0]}.", "Give its GPU a larger --budget, or choose another GPU or the CPU.")
-        denoisers = [worker.id for worker in self._fleet if worker.hello.stage == "denoise" and worker.model == key]
+        denoisers = [worker.id for worker in processes if worker.hello.stage == "denoise"]
         if not denoisers or any(worker not in self.ledger.holdings for worker in denoisers):
             return
         wanted = self.ledger.certain("denoise", key, recipe)

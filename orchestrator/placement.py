@@ -20,7 +20,7 @@ IN_FLIGHT = 2  # jobs at once in a denoiser that is split, so that no GPU waits 
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """One worker process. `memory` is in bytes of each of its GPUs, for itself; who works in leases has none."""
+    """One worker process. `memory` is in bytes of each of its GPUs; who works in leases of one has no amount of it."""
 
     stage: Stage
     kind: Kind
@@ -29,11 +29,23 @@ class Post:
     memory: tuple[int, ...] = ()
     cut: tuple[int, ...] = ()  # of a denoiser that is split: blocks on each GPU; none: as its memory allows
     workspace: int = 0  # bytes to be left of the memory, beside weights; 0: whoever loads them knows
+    given: bool = False  # its memory is as configured
 
     @property
     def jobs(self) -> int:
         """How many it has in hand at once."""
         return IN_FLIGHT if self.cut else 1
+
+    @property
+    def leased(self) -> bool:
+        """Its memory is lent to it, so that it gives it back when it has long been idle, or others need it more."""
+        together = self.kind in ("tensor", "context") or bool(self.cut)
+        return self.kind == "leases" or (together and bool(self.memory) and not self.given)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """Bytes of each of its GPUs that nobody else is ever lent."""
+        return () if self.leased else self.memory
 
 
 Posts = tuple[Post, ...]
@@ -95,7 +107,7 @@ def stage_choices(
     if settings.max_memory:
         kind: Kind = "own" if len(where.gpus) == 1 else "split"
         amounts = settings.max_memory if len(settings.max_memory) > 1 else settings.max_memory * len(where.gpus)
-        return [(Post(stage, kind, where.device, where.gpus, amounts),) * (workers or 1)]
+        return [(Post(stage, kind, where.device, where.gpus, amounts, given=True),) * (workers or 1)]
     if stage == "denoise":
         return denoise_choices(config.placement, where, workers, several)
     number = workers or count

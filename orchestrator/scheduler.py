@@ -3,7 +3,7 @@
 The snapshot need not hold every waiting task, only the first of each queue: as many as there are idle workers.
 
 A stage may have many workers, on GPUs of any size. A task goes to whoever is free and has room for it; where nobody is
-in, one comes in where that displaces least.
+in, one comes in where that displaces least. Who lies on several GPUs comes in on all of them, or on none.
 
 Where workers of a GPU must take turns, the one that is in goes on until its queue is empty, unless another's task and
 its own turn have lasted for longer than `patience`. Nobody is sent away where there is room. Who streams more than
@@ -11,17 +11,19 @@ needed gets more room, where several tasks wait for him and nobody else wants it
 comes in before there is work.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from orchestrator.leases import Need, levels
+from orchestrator.leases import Level, Need, levels
 from orchestrator.live import ModelKey
-from protocol.jobs import STAGES, Stage
+from protocol.jobs import STAGES, Grant, Stage
 
 # How far a stage may run ahead of the next, in jobs waiting there: finished embeddings (4 MB each for FLUX.1) must
 # not pile up on disk while the denoiser works through them.
 AHEAD: dict[Stage, int] = {"text": 64, "denoise": 256}
 WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
+NOTHING = Grant(bytes=0, weights=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +40,47 @@ class IdleWorker:
     id: str
     stage: Stage
     model: ModelKey
+    of: str = ""  # the holder, where a process is several workers that have one lease
+
+    @property
+    def holder(self) -> str:
+        return self.of or self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a worker takes and has of a GPU."""
+
+    need: Need  # its workspace being that of the largest task that it has done, for all its jobs at once
+    lease: int = 0  # bytes; while one is being changed, the larger of both
+    share: int = 0  # of it for weights
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A worker that works in leases of one GPU, idle or not."""
+    """A worker that works in leases, idle or not."""
 
     id: str
     stage: Stage
     model: ModelKey
-    gpu: int
-    need: Need  # its workspace being that of the largest task that it has done
-    lease: int = 0  # bytes; while one is being changed, the larger of both
-    share: int = 0  # of it for weights
+    seats: Mapping[int, Seat]  # by GPU
+    jobs: int = 1  # at once: it is so many workers
     held: float = 0.0  # seconds since it has that lease
     expired: bool = False  # it has been idle for longer than its weights are to be kept
     lasting: bool = False  # its weights may come before there is work, and stay
     most: int | None = None  # bytes of workspace that it can ever have; None: whatever a task takes
 
+    @property
+    def lease(self) -> int:
+        return sum(seat.lease for seat in self.seats.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(seat.need.weights for seat in self.seats.values())
+
     def covers(self, task: WaitingTask) -> bool:
-        return self.lease > 0 and task.workspace <= self.lease - self.share
+        space = task.workspace * self.jobs
+        return all(seat.lease > 0 and space <= seat.lease - seat.share for seat in self.seats.values())
 
     def can_ever(self, task: WaitingTask) -> bool:
         return self.most is None or task.workspace <= self.most
@@ -92,11 +115,19 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Lend:
-    """A worker may use so many bytes of its GPU from now on, `weights` of them for weights; 0: none."""
+    """What a worker may use from now on of each of its GPUs."""
 
     worker: str
-    bytes: int
-    weights: int
+    grants: tuple[Grant, ...]
+
+    @property
+    def bytes(self) -> int:
+        """0 where it is to give back everything."""
+        return sum(grant.bytes for grant in self.grants)
+
+    @property
+    def weights(self) -> int:
+        return sum(grant.weights for grant in self.grants)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +137,8 @@ class Want:
     holder: Holder
     task: WaitingTask
 
-    @property
-    def need(self) -> Need:
-        return Need(self.holder.need.weights, self.holder.need.least, self.task.workspace)
+    def need(self, gpu: int) -> Need:
+        return replace(self.holder.seats[gpu].need, workspace=self.task.workspace * self.holder.jobs)
 
 
 def decide(snapshot: Snapshot) -> list[Assign | Lend]:
@@ -128,25 +158,45 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
             given, left = pair(idle, tasks, snapshot.holders)
             assigned += given
             room -= len(given)
-            busy = {action.worker for action in given}
+            holding = {worker.id: worker.holder for worker in idle}
+            busy = {holding[action.worker] for action in given}
             working |= busy
             if snapshot.depth.get(stage, 0) > len(given):
                 busiest |= busy
             if left:
                 working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
-                without = [snapshot.holders[w.id] for w in idle if w.id in snapshot.holders and w.id not in busy]
-                wants += match(without, left, snapshot.gpus)
-    idle_ids = {worker.id for worker in snapshot.idle}
+                without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
+                wants += match([snapshot.holders[h] for h in without if h in snapshot.holders], left, snapshot.gpus)
+    held_by = {worker.id: worker.holder for worker in snapshot.idle}
+    hands = Counter(held_by.values())
+    resting = {id for id, count in hands.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
     lent: list[Lend] = []
     yielding: set[str] = set()
-    for gpu, space in snapshot.gpus.items():
-        holders = [holder for holder in snapshot.holders.values() if holder.gpu == gpu]
-        here = [want for want in wants if want.holder.gpu == gpu]
-        turns = Turns(space, holders, here, idle_ids, working, busiest, snapshot.patience)
+    for gpus, holders in together(snapshot):
+        rooms, ids = {gpu: snapshot.gpus[gpu] for gpu in gpus}, {holder.id for holder in holders}
+        here = [want for want in wants if want.holder.id in ids]
+        turns = Turns(rooms, holders, here, resting, working, busiest, snapshot.patience)
         turns.play()
         lent += turns.lent
         yielding |= turns.yielding
-    return [*(action for action in assigned if action.worker not in yielding), *lent]
+    return [*(action for action in assigned if held_by[action.worker] not in yielding), *lent]
+
+
+def together(snapshot: Snapshot) -> Iterator[tuple[set[int], list[Holder]]]:
+    """GPUs that must be looked at as one, since somebody lies on several of them; and who is there."""
+    groups = {gpu: {gpu} for gpu in snapshot.gpus}
+    for holder in snapshot.holders.values():
+        first, *others = (groups[gpu] for gpu in holder.seats)
+        for other in others:
+            if other is not first:
+                first |= other
+                groups |= dict.fromkeys(other, first)
+    there: dict[int, list[Holder]] = {id(group): [] for group in groups.values()}
+    for holder in snapshot.holders.values():
+        there[id(groups[next(iter(holder.seats))])].append(holder)
+    for gpu, group in groups.items():
+        if gpu == next(iter(group)):
+            yield group, there[id(group)]
 
 
 def pair(
@@ -159,7 +209,7 @@ def pair(
     left = list(tasks)
     given: list[Assign] = []
     for worker in idle:
-        holder = holders.get(worker.id)
+        holder = holders.get(worker.holder)
         task = next((task for task in left if holder is None or holder.can_ever(task)), None)
         if task and (holder is None or holder.covers(task)):
             left.remove(task)
@@ -183,8 +233,11 @@ def match(holders: Sequence[Holder], tasks: Sequence[WaitingTask], gpus: Mapping
 
 def displaced(holder: Holder, task: WaitingTask, gpus: Mapping[int, Room]) -> int:
     """Bytes that others would have to give for all that a worker could use, in whole tenths of its weights."""
-    space = gpus[holder.gpu].free + holder.lease if holder.gpu in gpus else 0
-    return max(0, holder.need.weights + task.workspace - space) * 10 // max(1, holder.need.weights)
+    missing = 0
+    for gpu, seat in holder.seats.items():
+        space = gpus[gpu].free + seat.lease if gpu in gpus else 0
+        missing += max(0, seat.need.weights + task.workspace * holder.jobs - space)
+    return missing * 10 // max(1, holder.weights)
 
 
 def room_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:
@@ -196,11 +249,11 @@ def room_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:
 
 
 class Turns:
-    """The swaps on one GPU: what is `lent`, and who is `yielding`, so that he gets no more tasks for now."""
+    """The swaps on GPUs that belong together: what is `lent`, and who is `yielding`, so that he gets no more tasks."""
 
     def __init__(
         self,
-        room: Room,
+        rooms: Mapping[int, Room],
         holders: Sequence[Holder],
         wants: Sequence[Want],
         idle: Collection[str],
@@ -210,10 +263,17 @@ class Turns:
     ) -> None:
         self.holders, self.idle, self.patience = holders, idle, patience
         self.working, self.busiest = working, busiest
-        self.free = room.free
+        self.free = {gpu: room.free for gpu, room in rooms.items()}
+        self.available = {gpu: room.available for gpu, room in rooms.items()}
         self.wants = sorted(wants, key=self._urgency)
-        needs = {holder.id: holder.need for holder in holders} | {want.holder.id: want.need for want in wants}
-        self.needs, self.levels, self.available = needs, levels(room.available, needs), room.available
+        self.needs: dict[int, dict[str, Need]] = {gpu: {} for gpu in rooms}
+        for holder in holders:
+            for gpu, seat in holder.seats.items():
+                self.needs[gpu][holder.id] = seat.need
+        for want in wants:
+            for gpu in want.holder.seats:
+                self.needs[gpu][want.holder.id] = want.need(gpu)
+        self.levels = {gpu: levels(room.available, self.needs[gpu]) for gpu, room in rooms.items()}
         self.lent: list[Lend] = []
         self.yielding: set[str] = set()
 
@@ -228,31 +288,35 @@ class Turns:
         if not self.wants:
             self._widen()
             self._settle_down()
-        if self.free < 0 and not self.lent and (there := self._idle_holders()):  # contexts have grown
-            self._take_back(max(there, key=lambda holder: holder.lease))
+        for gpu, free in self.free.items():
+            there = [holder for holder in self._idle_holders() if gpu in holder.seats]
+            if free < 0 and there and not any(self._lies_on(lend.worker, gpu) for lend in self.lent):  # contexts grew
+                self._take_back(max(there, key=lambda holder: holder.seats[gpu].lease))
 
     def _widen(self) -> None:
         """More room for those that have streamed more than they would have to, before their next task."""
         for holder in self._idle_holders():
-            turn = self.levels[holder.id].turn
-            share = min(holder.need.weights, turn - holder.need.workspace)
-            worth = share >= holder.share + WORTH_A_SWAP * holder.need.weights
-            if holder.id in self.busiest and worth and turn - holder.lease <= self.free:
-                self.free -= max(0, turn - holder.lease)
-                self.lent.append(Lend(holder.id, turn, share))
+            sizes = {gpu: self._level(holder, gpu).turn for gpu in holder.seats}
+            shares = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.seats.items()}
+            more = sum(shares[gpu] - seat.share for gpu, seat in holder.seats.items())
+            if holder.id in self.busiest and more >= WORTH_A_SWAP * holder.weights and self._fits(holder, sizes):
+                self._lend(holder, sizes, shares)
                 self.yielding.add(holder.id)
 
     def _settle_down(self) -> None:
         """Those that will never have to go come in at once."""
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
-            size = self.levels[holder.id].beside
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
-            turns = [self.levels[other.id].turn for other in self.holders if other.id != holder.id]
-            for_good = size == self.needs[holder.id].whole and size + max(turns, default=0) <= self.available
-            if waits and for_good and size <= self.free:
-                self.free -= size
-                self.lent.append(Lend(holder.id, size, holder.need.weights))
+            if waits and all(self._for_good(holder, gpu) for gpu in holder.seats):
+                sizes = {gpu: self._level(holder, gpu).beside for gpu in holder.seats}
+                if self._fits(holder, sizes):
+                    self._lend(holder, sizes, {gpu: seat.need.weights for gpu, seat in holder.seats.items()})
+
+    def _for_good(self, holder: Holder, gpu: int) -> bool:
+        size = self._level(holder, gpu).beside
+        turns = [level.turn for other, level in self.levels[gpu].items() if other != holder.id]
+        return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
         """Those that waited too long first, by how long; else late stages first."""
@@ -264,43 +328,73 @@ class Turns:
 
     def _grant(self, want: Want) -> bool:
         """Lend as much as there is for it; at most its turn, at least what it may have beside others."""
-        holder, level = want.holder, self.levels[want.holder.id]
-        for size in (level.turn, level.beside):
-            if size and size - holder.lease <= self.free:
-                self.free -= max(0, size - holder.lease)
-                self.lent.append(Lend(holder.id, size, min(holder.need.weights, size - want.task.workspace)))
-                return True
-        return False
+        holder, sizes = want.holder, {}
+        for gpu, seat in holder.seats.items():
+            level = self._level(holder, gpu)
+            for size in (level.turn, level.beside):
+                if size and size - seat.lease <= self.free[gpu]:
+                    sizes[gpu] = size
+                    break
+            else:
+                return False
+        if holder.id not in self.idle:
+            self.yielding.add(holder.id)  # until its other hands are free
+            return False
+        space = want.task.workspace * holder.jobs
+        shares = {gpu: min(seat.need.weights, sizes[gpu] - space) for gpu, seat in holder.seats.items()}
+        self._lend(holder, sizes, shares)
+        return True
 
     def _make_room(self, want: Want) -> None:
         """Take back what others don't need now; for an overdue task what they need, too, once their hands are free."""
-        level = self.levels[want.holder.id]
-        missing = (level.beside or level.turn) - want.holder.lease - self.free
-        if not level.turn or missing <= 0:
+        missing: dict[int, int] = {}
+        for gpu, seat in want.holder.seats.items():
+            level = self._level(want.holder, gpu)
+            if not level.turn:
+                return
+            missing[gpu] = (level.beside or level.turn) - seat.lease - self.free[gpu]
+        givers = {gpu: self._givers(want, gpu, size) for gpu, size in missing.items() if size > 0}
+        if not all(givers.values()):
             return
-        others = [h for h in self._in_lease() if h.id != want.holder.id]
+        gone: set[str] = set()
+        for gpu, there in givers.items():
+            for holder in sorted(there, key=lambda h: (h.id in self.working, -h.seats[gpu].lease, h.id)):
+                if missing[gpu] <= 0:
+                    break
+                if holder.id in gone:
+                    continue
+                gone.add(holder.id)
+                for other, seat in holder.seats.items():
+                    missing[other] = missing.get(other, 0) - seat.lease
+                if holder.id in self.idle:
+                    self._take_back(holder)
+                else:
+                    self.yielding.add(holder.id)
+
+    def _givers(self, want: Want, gpu: int, missing: int) -> list[Holder]:
+        """Whose leases of a GPU are enough together; none where none are."""
+        level = self._level(want.holder, gpu)
+        others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.seats]
         resting = [h for h in others if h.id not in self.working]
-        above = [h for h in others if h.lease > self.levels[h.id].beside]
+        above = [h for h in others if h.seats[gpu].lease > self._level(h, gpu).beside]
         both = [h for h in above if h in resting]
         tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
         above_tired = [h for h in above if h in tired]
         choices = [both, resting, above_tired, tired]
-        beside = sum(self.levels[h.id].beside for h in self.holders if h.id != want.holder.id)
-        if (level.beside or level.turn) + beside <= self.available and sum(h.lease for h in above) >= missing:
+        beside = sum(level.beside for other, level in self.levels[gpu].items() if other != want.holder.id)
+        enough = sum(holder.seats[gpu].lease for holder in above) >= missing
+        if (level.beside or level.turn) + beside <= self.available[gpu] and enough:
             choices = [both, above_tired]  # there is room beside those that stay, once the others are done
         for givers in choices:
-            if sum(holder.lease for holder in givers) >= missing:
-                break
-        else:
-            return
-        for holder in sorted(givers, key=lambda h: (h.id in self.working, -h.lease, h.id)):
-            if missing <= 0:
-                return
-            missing -= holder.lease
-            if holder.id in self.idle:
-                self._take_back(holder)
-            else:
-                self.yielding.add(holder.id)
+            if sum(holder.seats[gpu].lease for holder in givers) >= missing:
+                return givers
+        return []
+
+    def _level(self, holder: Holder, gpu: int) -> Level:
+        return self.levels[gpu][holder.id]
+
+    def _lies_on(self, worker: str, gpu: int) -> bool:
+        return any(holder.id == worker and gpu in holder.seats for holder in self.holders)
 
     def _in_lease(self) -> list[Holder]:
         moved = {lend.worker for lend in self.lent}
@@ -309,7 +403,16 @@ class Turns:
     def _idle_holders(self) -> list[Holder]:
         return [holder for holder in self._in_lease() if holder.id in self.idle]
 
+    def _fits(self, holder: Holder, sizes: Mapping[int, int]) -> bool:
+        return all(size and size - holder.seats[gpu].lease <= self.free[gpu] for gpu, size in sizes.items())
+
+    def _lend(self, holder: Holder, sizes: Mapping[int, int], shares: Mapping[int, int]) -> None:
+        for gpu, size in sizes.items():
+            self.free[gpu] -= max(0, size - holder.seats[gpu].lease)
+        grants = tuple(Grant(bytes=sizes[gpu], weights=shares[gpu]) for gpu in holder.seats)
+        self.lent.append(Lend(holder.id, grants))
+
     def _take_back(self, holder: Holder) -> None:
         """The memory is free only once the worker has given it back."""
-        self.lent.append(Lend(holder.id, 0, 0))
+        self.lent.append(Lend(holder.id, (NOTHING,) * len(holder.seats)))
         self.yielding.add(holder.id)

@@ -336,8 +336,8 @@ def where(post: Post) -> list[str]:
     options = ["--device", post.device]
     if post.gpus and post.device == "cuda":
         options += ["--gpus", ",".join(map(str, post.gpus))]
-    if post.kind == "leases":
-        return [*options, "--lease-gpu", str(post.gpus[0])]
+    if post.leased:
+        options += ["--lease-gpus", ",".join(map(str, post.gpus))]
     if post.memory:
         options += ["--max-memory", ",".join(f"{amount}B" for amount in post.memory)]
     if post.workspace:

@@ -131,6 +131,13 @@ class Needs(Data):
     workspace: Annotated[int, Field(ge=0)]  # beside them, for a picture of 1024 × 1024; an estimate that errs high
 
 
+class Grant(Data):
+    """What a worker may use of one GPU beside its context, in bytes."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    weights: Annotated[int, Field(ge=0)]  # of them, at most, for weights
+
+
 class WorkerView(Data):
     """A worker as `triptych workers` shows it."""
 
@@ -150,9 +157,9 @@ class WorkerView(Data):
     gpu_bytes: int
     device_map: tuple[tuple[str, str], ...]  # (module, device), where the weights are spread
     residency: tuple[ComponentView, ...]  # of components on one device of their own
-    gpu: int | None  # whose memory the orchestrator leases to it
-    lease_bytes: int
-    context_bytes: int  # of its CUDA context with its libraries
+    gpus: tuple[int, ...]  # whose memory the orchestrator leases to its process
+    lease_bytes: tuple[int, ...]  # of each; told of the first of several workers in a process
+    context_bytes: tuple[int, ...]  # of its CUDA contexts with their libraries
     since: float
 
 

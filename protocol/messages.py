@@ -11,6 +11,7 @@ from pydantic import Field
 from protocol.jobs import (
     ComponentView,
     Data,
+    Grant,
     Job,
     JobId,
     JobRequest,
@@ -27,6 +28,8 @@ MAX_JOBS = 1024  # in one Submit, and ids in one question
 Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Counts = Annotated[tuple[Count, ...], Field(max_length=64)]  # one for each GPU
+Grants = Annotated[tuple[Grant, ...], Field(max_length=64)]
 JobIds = Annotated[tuple[JobId, ...], Field(max_length=MAX_JOBS)]
 
 
@@ -62,8 +65,9 @@ class WorkerHello(Message):
     dtype: Name
     model: ModelDescription
     speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()  # of its whole stack
-    gpu: Count | None = None  # it works in leases of this GPU's memory; None: in memory of its own
-    part: Count = 0  # where one process is several workers, which of them
+    gpus: Counts = ()  # it works in leases of these GPUs' memory; none: in memory of its own
+    part: Count = 0  # where one process is several workers, which of them; the first one has their leases
+    parts: Annotated[int, Field(ge=1, le=64)] = 1  # how many they are
 
 
 class Ready(Message):
@@ -75,21 +79,19 @@ class Ready(Message):
     kind = "ready"
     device_map: tuple[tuple[str, str], ...] = ()
     residency: tuple[ComponentView, ...] = ()
-    needs: Needs | None = None  # of its GPU, where it works in leases
-    context_bytes: Count = 0  # of its CUDA context with its libraries
-    lease_bytes: Count = 0  # that it holds
-    lease_weights: Count = 0
+    needs: Annotated[tuple[Needs, ...], Field(max_length=64)] = ()  # of each of its GPUs, where it works in leases
+    context_bytes: Counts = ()  # of its CUDA contexts with their libraries
+    grants: Grants = ()  # that it holds
     in_hand: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
 
 
 class Leased(Message):
-    """A lease is in force. After one of no bytes all is given back, which the driver confirms, but for `kept_bytes`."""
+    """A lease is in force. After one of nothing all is given back, which the driver confirms, but for `kept_bytes`."""
 
     kind = "leased"
-    bytes: Count
-    weights: Count
-    kept_bytes: Count = 0
-    context_bytes: Count = 0
+    grants: Grants
+    kept_bytes: Counts = ()
+    context_bytes: Counts = ()
     residency: tuple[ComponentView, ...] = ()
     reason: Line = ""  # why the weights could not be brought in; then nothing is held
 
@@ -125,7 +127,7 @@ class Result(TaskKey):
     kind = "result"
     seconds: float
     peak_bytes: Count = 0
-    workspace_bytes: Count = 0  # of GPU memory beside the weights, at most
+    workspace_bytes: Count = 0  # of a GPU's memory beside the weights, at most
     warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
 
 
@@ -160,11 +162,10 @@ class Task(TaskKey):
 
 
 class Lease(Message):
-    """From now on a worker may use so much of its GPU; if none, it gives all back. It comes only to free hands."""
+    """From now on a worker may use so much of its GPUs; of nothing, it gives all back. It comes only to free hands."""
 
     kind = "lease"
-    bytes: Count  # beside its context
-    weights: Count  # of them, at most, for weights
+    grants: Grants  # one for each GPU, all of them of something or all of nothing
 
 
 class CancelTask(TaskKey):

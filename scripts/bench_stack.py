@@ -115,7 +115,8 @@ class StackBench:
         for worker in client.workers().workers:
             weights = {c.component: (c.state, round(c.device_bytes / 1e9, 2), round(c.swap_seconds, 3))
                        for c in worker.residency}  # fmt: skip
-            row(what=worker.name, lease_GB=worker.lease_bytes / 1e9, context_GB=worker.context_bytes / 1e9, **weights)
+            held, contexts = ([size / 1e9 for size in sizes] for sizes in (worker.lease_bytes, worker.context_bytes))
+            row(what=worker.name, lease_GB=tuple(held), context_GB=tuple(contexts), **weights)
 
     def new_request(self, seed: int = 1) -> JobRequest:
         """With a prompt that was never seen."""

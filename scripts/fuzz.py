@@ -20,7 +20,7 @@ from orchestrator.folder import StackFolder
 from orchestrator.server import Server
 from protocol import wire
 from protocol.errors import ProtocolError, VersionMismatch
-from protocol.jobs import JobRequest, ModelDescription, Needs, Stage
+from protocol.jobs import Grant, JobRequest, ModelDescription, Needs, Stage
 from protocol.messages import (
     Cancel,
     FetchPictures,
@@ -126,11 +126,11 @@ def said(who: int, message: Message, *tensors: Tensor) -> Part:
 def seeds() -> list[bytes]:
     """Conversations as they should be, for a beginning."""
 
-    def hello(who: int, stage: Stage, gpu: int | None = None) -> Part:
+    def hello(who: int, stage: Stage, *gpus: int) -> Part:
         return said(
             who,
             WorkerHello(
-                name=stage, stage=stage, pid=who, host="h", device="cpu", dtype="float32", model=MODEL, gpu=gpu
+                name=stage, stage=stage, pid=who, host="h", device="cpu", dtype="float32", model=MODEL, gpus=gpus
             ),
         )
 
@@ -152,8 +152,8 @@ def seeds() -> list[bytes]:
         said(0, TaskFailed(job=job, stage="text", attempt=1, reason="no", retry=True)), said(0, Ready()),
         said(4, Cancel(request=2, jobs=(job,))), said(4, Retry(request=3, jobs=(job,))), said(4, GetJobs(request=4)),
         hello(1, "denoise", 0),
-        said(1, Ready(needs=Needs(weights=9, least=1, workspace=1), in_hand=(job, "denoise", 1))),
-        said(1, Leased(bytes=5, weights=3)),
+        said(1, Ready(needs=(Needs(weights=9, least=1, workspace=1),), in_hand=(job, "denoise", 1))),
+        said(1, Leased(grants=(Grant(bytes=5, weights=3),))),
     ]  # fmt: skip
     return [pack(whole), pack(failing), *(pack([part]) for part in (*whole, *failing))]
 

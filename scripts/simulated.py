@@ -9,7 +9,7 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.leases import Need
 from orchestrator.ledger import HEADROOM
@@ -17,7 +17,7 @@ from orchestrator.live import ModelKey
 from orchestrator.machine import Card, Machine
 from orchestrator.plan import Plan
 from orchestrator.prediction import Book, Terms
-from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Snapshot, WaitingTask, decide
+from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
 from orchestrator.streamed import job_seconds, load_of, streaming
 from protocol.figures import ModelFigures, StageFigures
 from protocol.jobs import STAGES, Stage
@@ -62,6 +62,10 @@ class Worker:
     since: float = 0.0  # when its lease began
     idle: bool = True
 
+    @property
+    def seat(self) -> Seat:
+        return self.holder.seats[self.gpu]
+
 
 class World:
     """The plan's workers at work; every one of them in leases."""
@@ -80,7 +84,7 @@ class World:
             need = book.need(post, self.cards[gpu])
             name = f"{post.stage}-{number}"
             most = self.available[gpu] - need.least
-            holder = Holder(name, post.stage, MODEL, gpu, need, lasting=True, most=most)
+            holder = Holder(name, post.stage, MODEL, {gpu: Seat(need)}, lasting=True, most=most)
             worker = self.workers[name] = Worker(name, post.stage, gpu, need, holder)
             self.on.setdefault(gpu, []).append(worker)
         self.free = dict(self.available)
@@ -134,7 +138,7 @@ class World:
             self.queues[STAGES[STAGES.index(worker.stage) + 1]].append((job, self.now))
 
     def _leased(self, worker: Worker, lend: Lend) -> None:
-        self.free[worker.gpu] += max(0, worker.holder.lease - lend.bytes)
+        self.free[worker.gpu] += max(0, worker.seat.lease - lend.bytes)
         worker.since = self.now
         self._hold(worker, lend.bytes, lend.weights)
         self._rest(worker)
@@ -144,8 +148,7 @@ class World:
         self.idle[worker.stage][worker.id] = worker
 
     def _hold(self, worker: Worker, size: int, share: int) -> None:
-        old = worker.holder
-        worker.holder = Holder(old.id, old.stage, MODEL, old.gpu, worker.need, size, share, lasting=True, most=old.most)
+        worker.holder = replace(worker.holder, seats={worker.gpu: Seat(worker.need, size, share)})
 
     # -- what next ------------------------------------------------------------------------------
 
@@ -158,7 +161,7 @@ class World:
                 continue
             others: list[int] = []
             for worker in self.idle[stage].values():
-                if worker.holder.lease - worker.holder.share >= worker.need.workspace and worker.holder.lease:
+                if worker.seat.lease - worker.seat.share >= worker.need.workspace and worker.seat.lease:
                     found.add(worker.gpu)
                     missing -= 1
                     if not missing:
@@ -198,10 +201,7 @@ class World:
         return next(worker.need.workspace for worker in self.workers.values() if worker.stage == stage)
 
     def _as_of_now(self, worker: Worker) -> Holder:
-        h = worker.holder
-        return Holder(
-            h.id, h.stage, MODEL, h.gpu, h.need, h.lease, h.share, self.now - worker.since, False, True, h.most
-        )
+        return replace(worker.holder, held=self.now - worker.since)
 
     def _assign(self, action: Assign) -> None:
         worker, queue = self.workers[action.worker], self.queues[action.stage]
@@ -210,7 +210,7 @@ class World:
         del queue[at]
         self._occupy(worker)
         worker.job = job
-        seconds = self._seconds(worker.gpu, worker.stage, worker.holder.share)
+        seconds = self._seconds(worker.gpu, worker.stage, worker.seat.share)
         self.tally.busy += seconds
         if worker.stage == "denoise":
             self.tally.waits.append(self.now - self._arrivals[job].at)
@@ -221,13 +221,13 @@ class World:
         self._occupy(worker)
         seconds = GIVING_BACK
         if lend.bytes:
-            more = max(0, lend.bytes - worker.holder.lease)
+            more = max(0, lend.bytes - worker.seat.lease)
             self.free[worker.gpu] -= more
             assert self.free[worker.gpu] >= 0, "the budget is passed"
             seconds = lend.weights / self.cards[worker.gpu].rate.link
             self.tally.swaps += 1
             self.tally.swapping += seconds
-            self._hold(worker, max(lend.bytes, worker.holder.lease), worker.holder.share)
+            self._hold(worker, max(lend.bytes, worker.seat.lease), worker.seat.share)
         heapq.heappush(self._events, (self.now + seconds, next(self._order), worker, lend))
 
     def _occupy(self, worker: Worker) -> None:

@@ -244,7 +244,9 @@ def reckon(stack: Stack, account: Account, seconds: float) -> dict[str, Any]:
             if sorted(stages) != sorted(set(stages)) or len(stages) != 3 or digest_of(client, job_id) != digest:
                 duplicated += 1
         listed = client.stack().counts
-        patiently(lambda: not any(worker.lease_bytes for worker in client.workers().workers))  # the ledger is empty
+        patiently(
+            lambda: not any(any(worker.lease_bytes) for worker in client.workers().workers)
+        )  # the ledger is empty
     if code := stack.stop():
         account.problems.append(f"the stack ended with exit code {code}")
     if orphans := stack.orphans():

@@ -74,8 +74,10 @@ class FakeWorker:
         stage: Stage,
         name: str | None = None,
         model: ModelDescription = MODEL,
-        gpu: int | None = None,
+        gpus: tuple[int, ...] = (),
         pid: int | None = None,
+        part: int = 0,
+        parts: int = 1,
         key: PeerKey | None = None,
     ) -> None:
         self.stage = stage
@@ -91,7 +93,9 @@ class FakeWorker:
                 device="none",
                 dtype="float32",
                 model=model,
-                gpu=gpu,
+                gpus=gpus,
+                part=part,
+                parts=parts,
             )
         )
         self.hear(Welcome)
@@ -109,14 +113,14 @@ class FakeWorker:
             if isinstance(envelope.message, kind):
                 return envelope.message
 
-    def ready(self, needs: Needs | None = None, **fields: Any) -> "FakeWorker":
+    def ready(self, *needs: Needs, **fields: Any) -> "FakeWorker":
         self.say(Ready(needs=needs, **fields))
         return self
 
     def obey(self) -> Lease:
         """Do what the next lease says."""
         lease = self.hear(Lease)
-        self.say(Leased(bytes=lease.bytes, weights=lease.weights))
+        self.say(Leased(grants=lease.grants))
         return lease
 
     def take(self) -> Task:

@@ -44,7 +44,7 @@ def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path,
             )
             for job, picture in zip(jobs, wanted, strict=True):
                 while stack.client.job(job.id).finished is None:
-                    leases = [worker.lease_bytes for worker in stack.client.workers().workers]
+                    leases = [sum(worker.lease_bytes) for worker in stack.client.workers().workers]
                     assert sum(leases) <= budget
                 assert torch.equal(stack.pictures(job.id), picture)
             workers = {worker.stage: worker for worker in stack.client.workers().workers}

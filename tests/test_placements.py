@@ -53,8 +53,8 @@ def test_replicas_share_the_work_with_the_bits_of_one_process(
     deep: Path, wanted: list[torch.Tensor], state: Path
 ) -> None:
     with running_stack(state, *on_two(deep, 1_000_000)) as stack:
-        denoisers = {w.name: w.gpu for w in stack.client.workers().workers if w.stage == "denoise"}
-        assert sorted(denoisers.values()) == [0, 1]  # type: ignore[type-var]
+        denoisers = {w.name: w.gpus for w in stack.client.workers().workers if w.stage == "denoise"}
+        assert sorted(denoisers.values()) == [(0,), (1,)]
         ids = make_all(stack)
         for job, picture in zip(ids, wanted, strict=True):
             assert torch.equal(stack.pictures(job), picture)

@@ -56,7 +56,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Jobs at once, in a denoiser "
               "whose layers lie on several GPUs.")  # fmt: skip
 @click.option("--workspace", metavar="900MB", help="What to leave beside weights, of --max-memory.")
-@click.option("--lease-gpu", type=int, hidden=True, help="The GPU whose memory the stack's orchestrator leases to it.")
+@click.option("--lease-gpus", hidden=True, help="The GPUs whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
@@ -181,7 +181,7 @@ def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),
         name=name,
         turns=options["turns"],
-        lease_gpu=options["lease_gpu"],
+        lease_gpus=tuple(numbers("--lease-gpus", options["lease_gpus"])),
         speedups=canonical(options["speedups"]),
         checkpoint_seconds=checkpoint_seconds(options["checkpoint"]),
         cut=tuple(numbers("--cut", options["cut"])),

@@ -56,7 +56,7 @@ class Devices:
                 "There is no CUDA GPU that torch can use here.", "Use --device cpu, or see: triptych doctor."
             )
         indices = range(torch.cuda.device_count()) if chosen.index is None else [chosen.index]
-        if leased:
+        if leased and not max_memory:
             return Devices(torch.device("cuda", next(iter(indices))), leased=True)
         if len(max_memory) not in (0, 1, len(indices)):
             raise BadRequest(
@@ -67,11 +67,9 @@ class Devices:
         for i, gpu in enumerate(indices):
             free, total = torch.cuda.mem_get_info(gpu)
             room[gpu] = min(free, limits[i]) if limits else free
-            if limits:
+            if limits and not leased:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
-        return Devices(
-            torch.device("cuda", next(iter(room))), room, evenly=len(max_memory) < 2, cut=cut, workspace=workspace
-        )
+        return Devices(torch.device("cuda", next(iter(room))), room, len(max_memory) < 2, leased, cut, workspace)
 
 
 def parts_of(devices: Devices, stage: Stage) -> list[tuple[torch.device, int, int]]:

@@ -7,22 +7,21 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from protocol.errors import DoesNotFit, TriptychError
+from protocol.errors import TriptychError
 from protocol.jobs import ComponentView, Recipe
 from protocol.messages import Lease, Leased, Message, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
-from protocol.units import format_bytes
 from workers.denoise import DenoiseStage
-from workers.outcome import Cancelled, Outcome, Report, Saved, StageError, release_memory
+from workers.outcome import Cancelled, Outcome, Report, Saved, StageError, cause_of, release_memory
 from workers.ranks import LeadStage, RankLost
-from workers.share import Share
+from workers.share import AnyShare, settle
 from workers.text import TextStage
 from workers.turns import turn
 from workers.vae import VaeStage
@@ -31,6 +30,7 @@ log = logging.getLogger(__name__)
 
 StageRunner = TextStage | DenoiseStage | LeadStage | VaeStage
 Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
+Shares = Callable[[StageRunner], Sequence[AnyShare]]  # of each of its GPUs
 Event = tuple[Message, list[Tensor]]
 PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
 IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
@@ -42,7 +42,7 @@ class Measured:
     outcome: Outcome
     seconds: float
     peak_bytes: int  # of GPU memory, all GPUs together; 0 on a CPU
-    workspace_bytes: int  # of that, what was not the weights of one device
+    workspace_bytes: int  # a job's on one GPU, of what was not weights
     short: bool  # a library got less memory than it asked for, and may have computed in another way
 
 
@@ -57,10 +57,20 @@ def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...
     outcome = runner.run(recipe, tensors, report)
     seconds = time.perf_counter() - start
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
-    peak = sum(torch.cuda.max_memory_allocated(gpu) for gpu in gpus)
-    weights = sum(residency.device_bytes for residency in runner.residencies)
-    alone = not (isinstance(runner, DenoiseStage) and runner.parts)
-    return Measured(outcome, seconds, peak, max(0, peak - weights), cuda and alone and refusals() > refused)
+    peaks = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
+    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    short = cuda and parts is None and refusals() > refused
+    workspace = workspace_of(runner, peaks) // (parts.company if parts else 1)
+    return Measured(outcome, seconds, sum(peaks.values()), workspace, short)
+
+
+def workspace_of(runner: StageRunner, peaks: Mapping[int, int]) -> int:
+    """The most that was in use of a GPU beside weights, by the most of all."""
+    weights = dict.fromkeys(peaks, 0)
+    for residency in runner.residencies:
+        if residency.device.index in weights:
+            weights[residency.device.index] += residency.device_bytes
+    return max((peak - weights[gpu] for gpu, peak in peaks.items()), default=0)
 
 
 def refusals() -> int:
@@ -72,17 +82,14 @@ class Hands:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
     def __init__(
-        self, load: Load, turns: Path | None, workspace: int | None, warm: Callable[[], None] = lambda: None
+        self, load: Load, turns: Path | None, shares: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
     ) -> None:
-        """`workspace` is given where it works in leases: bytes that the stage takes beside its weights, erring high.
-
-        `warm` waits until the device is ready to compute.
-        """
+        """`shares` are given where it works in leases; `warm` waits until the device is ready to compute."""
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._workspace, self._warm = load, turns, workspace, warm
+        self._load, self._turns, self._shares, self._warm = load, turns, shares, warm
         self._orders: queue.SimpleQueue[tuple[Task | Lease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
@@ -120,20 +127,18 @@ class Hands:
 
     def _serve(self) -> None:
         runner, device_map = self._load()
-        share = None if self._workspace is None else Share(runner.device, runner.residencies, self._workspace)
-        ready = Ready(device_map=device_map, residency=views(runner))
-        if share:
-            ready = ready.model_copy(update={"needs": share.needs(), "context_bytes": share.context_bytes()})
-        self._emit((ready, []))
+        shares = self._shares(runner)
+        needs, contexts = tuple(share.needs() for share in shares), tuple(share.context_bytes() for share in shares)
+        self._emit((Ready(device_map=device_map, residency=views(runner), needs=needs, context_bytes=contexts), []))
         while True:
             order, tensors = self._orders.get()
             if isinstance(order, Lease):
-                assert share is not None
-                self._emit((settle(share, order, runner), []))
+                self._emit((changed(runner, shares, order), []))
                 continue
             self._do(runner, order, tensors)
             del order, tensors
-            self._emit((Ready(residency=views(runner), context_bytes=share.context_bytes() if share else 0), []))
+            contexts = tuple(share.context_bytes() for share in shares)
+            self._emit((Ready(residency=views(runner), context_bytes=contexts), []))
 
     def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
@@ -180,23 +185,12 @@ class Hands:
         self._cancelled.discard((task.job, task.attempt))
 
 
-def settle(share: Share, lease: Lease, runner: StageRunner) -> Leased:
-    """Do what a lease says, and tell how it is now."""
-    kept, size, weights, reason = 0, lease.bytes, lease.weights, ""
-    start = time.perf_counter()
-    try:
-        if size:
-            share.take(size, weights)
-        else:
-            kept = share.give_back()
-        log.info("lease of %s taken in %.2f s", format_bytes(size), time.perf_counter() - start)
-    except (torch.OutOfMemoryError, DoesNotFit) as error:
-        log.warning("a lease of %d bytes was too small: %s", size, error)
-        reason, size, weights, kept = cause_of(error), 0, 0, share.give_back()
-    return Leased(
-        bytes=size, weights=weights, kept_bytes=kept, context_bytes=share.context_bytes(), residency=views(runner),
-        reason=reason,
-    )  # fmt: skip
+def changed(runner: StageRunner, shares: Sequence[AnyShare], lease: Lease) -> Leased:
+    """After a lease, with no other job on its way."""
+    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    with parts.to_oneself() if parts else contextlib.nullcontext():
+        leased = settle(shares, lease.grants)
+    return leased.model_copy(update={"residency": views(runner)})
 
 
 def views(runner: StageRunner) -> tuple[ComponentView, ...]:
@@ -208,19 +202,6 @@ def views(runner: StageRunner) -> tuple[ComponentView, ...]:
         )
         for r in runner.residencies
     )  # fmt: skip
-
-
-def cause_of(error: BaseException) -> str:
-    """One line that names what went wrong, down to the first cause."""
-    parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
-    while error.__cause__ is not None:
-        error = error.__cause__
-        parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
-    if isinstance(error, torch.OutOfMemoryError):
-        parts.append(
-            "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
-        )
-    return "; ".join(parts)[:2000]
 
 
 def resident_bytes() -> int:

@@ -121,7 +121,7 @@ def load_parts(source: Source, name: str, stage: Stage, devices: Devices, dtype:
     cls = component_class(source, name)
     module = cls.from_pretrained(source.folder, subfolder=name, dtype=dtype, use_safetensors=True).eval()
     speed.after_loading(module)
-    return Parts(name, module, parts_of(devices, stage))
+    return Parts(name, module, parts_of(devices, stage), devices.leased)
 
 
 def load_weights(
@@ -134,7 +134,6 @@ def load_weights(
     together = speed.together(devices.primary)
     if together:
         cls = together.model_class(cls)
-        arguments |= together.loading_arguments()
 
     def from_host() -> torch.nn.Module:
         module: torch.nn.Module = cls.from_pretrained(source.folder, **arguments).eval()
@@ -147,7 +146,8 @@ def load_weights(
         together.after_loading(module)
         residency = Residency(name, module, devices.primary)
         room_for_weights = devices.room[first] - workspace if devices.room else residency.total_bytes
-        residency.swap_in(min(residency.total_bytes, room_for_weights))
+        if not devices.leased:
+            residency.swap_in(min(residency.total_bytes, room_for_weights))
         return module, [(name, f"{devices.primary} ({speed.parallel})")], residency
     if devices.leased:
         module = from_host()

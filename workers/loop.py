@@ -199,9 +199,7 @@ class WorkerLoop:
                 case Leased():
                     self._idle = True
                     self._gpu_bytes = sum(component.device_bytes for component in message.residency)
-                    self._remember(message, "residency", "context_bytes")
-                    held = {"lease_bytes": message.bytes, "lease_weights": message.weights}
-                    self._ready = self._ready.model_copy(update=held)
+                    self._remember(message, "residency", "context_bytes", "grants")
                     if self._ordered != self._links:  # another orchestrator, or one that thinks this worker gone
                         message = self._ready
                 case Result() as result:

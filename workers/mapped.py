@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from protocol.units import format_bytes
+from workers.shards import LocalPart
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +67,15 @@ def host_weights(module: torch.nn.Module, name: str, mine: Callable[[str], bool]
     mappings = file_mappings()
     own = {key: parameter for key, parameter in plain_parameters(module).items() if mine(key)}
     for key, parameter in own.items():
-        tensors[key] = parameter.data
-        found = mapping_of(parameter.data, mappings)
+        tensor = tensors[key] = parameter.data
+        found = mapping_of(tensor, mappings)
         file = shared(found.path, found.inode) if found else None
-        if found and file is not None and (found.offset - found.start) % parameter.element_size() == 0:
+        if found and file is not None and (found.offset - found.start) % tensor.element_size() == 0:
             files[found.path] = file
-            start = found.offset + parameter.data_ptr() - found.start
-            part = file[start : start + parameter.nbytes]
-            tensors[key] = part.view(parameter.dtype).as_strided(parameter.shape, parameter.stride())
-        elif parameter.nbytes:
+            start = found.offset + tensor.data_ptr() - found.start
+            part = file[start : start + tensor.nbytes]
+            tensors[key] = part.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        elif tensor.nbytes:
             private.add(key)
     weights = HostWeights(tensors, files, frozenset(private))
     if private:
@@ -86,9 +88,15 @@ def host_weights(module: torch.nn.Module, name: str, mine: Callable[[str], bool]
     return weights
 
 
-def plain_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+def plain_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | LocalPart]:
     """Without those that are quantized, which are no single piece of memory."""
-    return {name: p for name, p in module.named_parameters() if type(p.data) is torch.Tensor}
+    found: dict[str, torch.nn.Parameter | LocalPart] = {}
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            found[name] = LocalPart(parameter)
+        elif type(parameter.data) is torch.Tensor:
+            found[name] = parameter
+    return found
 
 
 def mapping_of(tensor: torch.Tensor, mappings: Sequence[Mapping]) -> Mapping | None:

@@ -46,3 +46,16 @@ class StageError(Exception):
 class Outcome:
     tensors: list[Tensor]
     warnings: tuple[str, ...] = ()
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that names what went wrong, down to the first cause."""
+    parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
+    if isinstance(error, torch.OutOfMemoryError):
+        parts.append(
+            "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
+        )
+    return "; ".join(parts)[:2000]

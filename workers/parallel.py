@@ -15,6 +15,7 @@ from diffusers.models._modeling_parallel import ParallelConfig
 from torch.distributed.device_mesh import init_device_mesh
 
 from protocol.errors import BadRequest
+from workers.shards import sharded
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +39,32 @@ class Parallel:
             cls.__name__, (cls,), {"_resolve_parallel_config": lambda model, config: self._resolve(model, config)}
         )
 
-    def loading_arguments(self) -> dict[str, Any]:
-        """For `from_pretrained`, which reads just a rank's part of each weight that is shared out."""
-        return {"parallel_config": TensorParallelConfig(tp_degree=self.size)} if self.kind == "tensor" else {}
-
     def after_loading(self, module: Any) -> None:
+        """Of a module in host memory; BadRequest where its weights can't be shared out evenly."""
         if self.kind == "context":
             module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.size))
+        else:
+            self._share_out(module)
+
+    def _share_out(self, module: Any) -> None:
+        """As `from_pretrained` does with a parallel_config, but for the place: each rank's parts stay in the files."""
+        heads = getattr(module.config, "num_attention_heads", self.size)
+        if heads % self.size:
+            raise BadRequest(f"{heads} heads of attention can't be shared out among {self.size}.", "Name fewer GPUs.")
+        config = self._resolve(module, TensorParallelConfig(tp_degree=self.size)).tensor_parallel_config
+        assert config is not None
+        try:
+            specs = tensor_parallel.resolve_tp_shard_specs(module, module._tp_plan, self.size)
+        except ValueError as error:
+            raise BadRequest(f"{error}", "Name fewer GPUs, or choose another --placement.") from error
+        for name, spec in specs.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            local = getattr(owner, leaf).data
+            if spec.dim is not None:
+                local = tensor_parallel._local_shard(local, spec.dim, spec.block_sizes, config._mesh)
+            owner.register_parameter(leaf, sharded(local, spec.dim, config._mesh))
+        tensor_parallel.apply_tensor_parallel(module, config, module._tp_plan, weights_already_sharded=True)
 
     def _resolve(self, model: Any, config: Any) -> ParallelConfig:
         """As diffusers does it, on a CPU, too, and with what is not shared out left in host memory."""
@@ -55,7 +75,5 @@ class Parallel:
         shape, names = ((self.size,), ("tp",)) if self.kind == "tensor" else ((1, self.size), ("ring", "ulysses"))
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         config.setup(torch.distributed.get_rank(), self.size, self.device, mesh=mesh)
-        if config.tensor_parallel_config is not None:
-            config.tensor_parallel_config._device = torch.device("cpu")
         model._parallel_config = config
         return config

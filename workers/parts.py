@@ -8,6 +8,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,6 +65,14 @@ class Current(threading.local):
     """Of one thread's job."""
 
     ahead: Ahead | None = None
+    stay: "Stay | None" = None
+
+
+@dataclass(slots=True, eq=False)
+class Stay:
+    """Of a job among others; the most that there were at once."""
+
+    most: int = 1
 
 
 class Crowd:
@@ -71,11 +80,12 @@ class Crowd:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._inside = self._wanting = 0
+        self._inside: list[Stay] = []
+        self._wanting = 0
         self._alone = False
 
     @contextlib.contextmanager
-    def joined(self, must_be_alone: Callable[[], bool]) -> Iterator[None]:
+    def joined(self, must_be_alone: Callable[[], bool]) -> Iterator[Stay]:
         """What `must_be_alone` says may change while it waits."""
         with self._changed:
             if must_be_alone():
@@ -85,12 +95,14 @@ class Crowd:
             else:
                 self._changed.wait_for(lambda: not self._alone and not self._wanting)
             self._alone = alone = must_be_alone()
-            self._inside += 1
+            self._inside.append(stay := Stay())
+            for other in self._inside:
+                other.most = max(other.most, len(self._inside))
         try:
-            yield
+            yield stay
         finally:
             with self._changed:
-                self._inside -= 1
+                self._inside.remove(stay)
                 self._alone = False if alone else self._alone
                 self._changed.notify_all()
 
@@ -98,8 +110,10 @@ class Crowd:
 class Parts:
     """`parts` are the devices, each with its number of blocks, and with its bytes for weights."""
 
-    def __init__(self, name: str, module: torch.nn.Module, parts: Sequence[tuple[torch.device, int, int]]) -> None:
-        """From a module in host memory; BadRequest or DoesNotFit."""
+    def __init__(
+        self, name: str, module: torch.nn.Module, parts: Sequence[tuple[torch.device, int, int]], leased: bool = False
+    ) -> None:
+        """From a module in host memory, where it stays if memory is to be `leased`; BadRequest or DoesNotFit."""
         self.module, self.rows = module, block_rows(module)
         self.places = places_of(module, [count for _, count, _ in parts])
         devices = [device for device, _, _ in parts]
@@ -112,7 +126,8 @@ class Parts:
             for number, device in enumerate(devices)
         ]
         for residency, (_, _, room) in zip(self.residencies, parts, strict=True):
-            residency.swap_in(min(residency.total_bytes, room))
+            if not leased:
+                residency.swap_in(min(residency.total_bytes, room))
         self.gates = Gates(module, [(device, count) for device, count, _ in parts], self._turn)
         sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._moved, self._current = moved, Current()
@@ -147,7 +162,7 @@ class Parts:
         def new() -> bool:
             return (self._to_learn() and play.whole) or (self.compiled and shape not in self._shapes)
 
-        with self.gates.job(), self._crowd.joined(new), self._left_behind():
+        with self.gates.job(), self._crowd.joined(new) as self._current.stay, self._left_behind():
             if self._to_learn() and self.compiled:
                 with uncompiled([model.get_submodule(row) for row in self.rows]), Watch(model, self.rows) as watch:
                     play.rehearse()
@@ -163,6 +178,17 @@ class Parts:
             else:
                 yield
             self._shapes.add(shape)
+
+    @property
+    def company(self) -> int:
+        """The most jobs that were at once during this thread's last one."""
+        return self._current.stay.most if self._current.stay else 1
+
+    @contextlib.contextmanager
+    def to_oneself(self) -> Iterator[None]:
+        """While no job is on its way."""
+        with self._crowd.joined(lambda: True):
+            yield
 
     def _to_learn(self) -> bool:
         streams = any(residency.state == "streamed" for residency in self.residencies)

@@ -14,7 +14,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -22,13 +22,14 @@ import torch
 from torch._C._distributed_c10d import FileStore
 
 from protocol import wire
-from protocol.errors import BadRequest, TriptychError
-from protocol.jobs import Recipe
-from protocol.messages import Task
+from protocol.errors import BadRequest, DoesNotFit, TriptychError
+from protocol.jobs import Grant, Needs, Recipe
+from protocol.messages import Lease, Leased, Message, Ready, Task
 from protocol.process import PR_SET_PDEATHSIG, log_to_stderr
 from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.outcome import Cancelled, Outcome, Report, Saved, StageError
+from workers.share import NOTHING, AnyShare, settle
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,9 @@ def form(size: int, name: str) -> Group:
 # -- the others ---------------------------------------------------------------------------------
 
 
-def follow(load: Callable[[], DenoiseStage], group: Group) -> NoReturn:
+def follow(
+    load: Callable[[], DenoiseStage], shares_of: Callable[[DenoiseStage], Sequence[AnyShare]], group: Group
+) -> NoReturn:
     """Do what the first rank does, until it is gone."""
     code = 1
     try:
@@ -118,11 +121,18 @@ def follow(load: Callable[[], DenoiseStage], group: Group) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (link,) = group.links
         stage = load()
+        shares = shares_of(stage)
+        contexts = tuple(share.context_bytes() for share in shares)
         link.sendall(READY)
+        tell(link, Ready(needs=tuple(share.needs() for share in shares), context_bytes=contexts))
         while (frames := receive(link)) is not None:
-            envelope = wire.decode(frames, (Task,))
-            assert isinstance(envelope.message, Task)
-            take_part(stage, envelope.message.recipe, envelope.tensors, link)
+            envelope = wire.decode(frames, (Task, Lease))
+            match envelope.message:
+                case Task(recipe=recipe):
+                    take_part(stage, recipe, envelope.tensors, link)
+                    tell(link, Ready(context_bytes=tuple(share.context_bytes() for share in shares)))
+                case Lease(grants=grants):
+                    tell(link, settle(shares, grants))
         code = 0
     except TriptychError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -174,8 +184,21 @@ def receive(link: socket.socket) -> list[Any] | None:
             return None
         if kind not in (GO, STOP):
             break
+    return frames_of(link)
+
+
+def frames_of(link: socket.socket) -> list[Any]:
     (count,) = LENGTH.unpack(exactly(link, LENGTH.size))
     return [exactly(link, LENGTH.unpack(exactly(link, LENGTH.size))[0]) for _ in range(count)]
+
+
+def tell(link: socket.socket, message: Message, tensors: tuple[Tensor, ...] = ()) -> None:
+    """A message as its frames."""
+    frames = wire.encode(message, tensors)
+    link.sendall(LENGTH.pack(len(frames)))
+    for frame in frames:
+        link.sendall(LENGTH.pack(nbytes(frame)))
+        link.sendall(frame)
 
 
 def exactly(link: socket.socket, size: int) -> bytearray:
@@ -184,12 +207,45 @@ def exactly(link: socket.socket, size: int) -> bytearray:
     while view:
         got = link.recv_into(view)
         if not got:
-            raise RankLost("the first rank is gone")
+            raise RankLost("another rank is gone")
         view = view[got:]
     return data
 
 
 # -- the first ----------------------------------------------------------------------------------
+
+
+class FollowersShare:
+    """What another rank takes of its GPU, asked for through its link."""
+
+    def __init__(self, link: socket.socket, ready: Ready) -> None:
+        self._link, self._ready = link, ready
+
+    def needs(self) -> Needs:
+        return self._ready.needs[0]
+
+    def take(self, size: int, weights: int) -> None:
+        """As a share's own: DoesNotFit, having given everything back."""
+        if reason := self._ask(Grant(bytes=size, weights=weights)).reason:
+            raise DoesNotFit(reason, "Give it more memory, more GPUs, or the CPU.")
+
+    def give_back(self) -> int:
+        return self._ask(NOTHING).kept_bytes[0]
+
+    def context_bytes(self) -> int:
+        return self._ready.context_bytes[0]
+
+    def heard(self, ready: Ready) -> None:
+        """It has done a job."""
+        self._ready = self._ready.model_copy(update={"context_bytes": ready.context_bytes})
+
+    def _ask(self, grant: Grant) -> Leased:
+        self._link.sendall(DONE)
+        tell(self._link, Lease(grants=(grant,)))
+        leased = wire.decode(frames_of(self._link), (Leased,)).message
+        assert isinstance(leased, Leased)
+        self._ready = self._ready.model_copy(update={"context_bytes": leased.context_bytes})
+        return leased
 
 
 class LeadStage:
@@ -198,15 +254,22 @@ class LeadStage:
     def __init__(self, stage: DenoiseStage, group: Group) -> None:
         self.pipeline, self.device, self.residencies = stage.pipeline, stage.device, stage.residencies
         self._stage, self._group = stage, group
+        self._shares: list[FollowersShare] = []
         for link in group.links:
             if link.recv(1) != READY:
                 raise RankLost("another rank could not load the model; its reason is above")
+            self._shares.append(FollowersShare(link, told_ready(link)))
+
+    @property
+    def shares(self) -> Sequence[AnyShare]:
+        """The others', where they work in leases."""
+        return self._shares
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """As the stage's own; RankLost where the others no longer follow."""
-        task = Task(job="ranks", stage="denoise", attempt=0, recipe=recipe)
-        frames = wire.encode(task, tensors)
-        self._say(DONE, LENGTH.pack(len(frames)), *(part for f in frames for part in (LENGTH.pack(nbytes(f)), f)))
+        self._say(DONE)
+        for link in self._group.links:
+            tell(link, Task(job="ranks", stage="denoise", attempt=0, recipe=recipe), tensors)
 
         def told(step: int, steps: int, saved: Saved | None = None) -> None:
             report(step, steps, saved)
@@ -223,10 +286,9 @@ class LeadStage:
             self._say(STOP)
             self._settle()
 
-    def _say(self, *parts: Any) -> None:
+    def _say(self, word: bytes) -> None:
         for link in self._group.links:
-            for part in parts:
-                link.sendall(part)
+            link.sendall(word)
 
     def _settle(self) -> None:
         for rank, link in enumerate(self._group.links, 1):
@@ -234,10 +296,17 @@ class LeadStage:
             try:
                 if link.recv(1) != DONE:
                     raise RankLost(f"rank {rank} said something else")
+                self._shares[rank - 1].heard(told_ready(link))
             except TimeoutError as error:
                 raise RankLost(f"rank {rank} did not come to the end of the job") from error
             finally:
                 link.settimeout(None)
+
+
+def told_ready(link: socket.socket) -> Ready:
+    ready = wire.decode(frames_of(link), (Ready,)).message
+    assert isinstance(ready, Ready)
+    return ready
 
 
 def nbytes(frame: Any) -> int:

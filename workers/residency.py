@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
@@ -18,6 +19,7 @@ from workers.foresight import Call, Results, Watch, place_of, uncompiled, vector
 from workers.lanes import lane_for
 from workers.mapped import PageLocks, host_weights, plain_parameters
 from workers.modulation import Ahead, Modulation
+from workers.shards import LocalPart
 from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
 from workers.torch_tensors import flat_bytes
 
@@ -230,7 +232,8 @@ class Residency:
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
         """Of those layers that are its own, if they can be run ahead in what it has."""
-        mine = [name for name in layers if self.has(name)]
+        sharded = {name for name, p in self._parameters.items() if isinstance(p, LocalPart)}
+        mine = [name for name in layers if self.has(name) and not sharded & {f"{name}.weight", f"{name}.bias"}]
         if not mine:
             return None
         modulation = Modulation(self.module, self.rows, mine, self._host, self._lane)
@@ -300,15 +303,12 @@ def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, b
 
 
 def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
-    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed.
-
-    Besides quantized ones, a rank's part of what is tensor parallel, which is on its GPU from the beginning.
-    """
+    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed."""
     return [
         (owner, leaf, parameter)
         for owner in module.modules()
         for leaf, parameter in owner._parameters.items()
-        if parameter is not None and type(parameter.data) is not torch.Tensor
+        if parameter is not None and type(parameter.data) is not torch.Tensor and not isinstance(parameter, DTensor)
     ]
 
 
@@ -328,7 +328,7 @@ def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:
         Block(
             row,
             {
-                f"{row}.{name}": parameter.nbytes
+                f"{row}.{name}": plain[f"{row}.{name}"].data.nbytes
                 for name, parameter in module.get_submodule(row).named_parameters()
                 if users[id(parameter)] == 1 and f"{row}.{name}" in plain
             },

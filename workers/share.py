@@ -1,4 +1,7 @@
-"""A worker's share of a GPU: taken as the orchestrator lends it, kept to, and given back."""
+"""A worker's share of a GPU: taken as the orchestrator lends it, kept to, and given back.
+
+Who lies on several GPUs has a share of each, and takes all of them or none.
+"""
 
 import functools
 import logging
@@ -6,11 +9,15 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from protocol.jobs import Needs
+from protocol.errors import DoesNotFit
+from protocol.jobs import Grant, Needs
+from protocol.messages import Leased
+from protocol.units import format_bytes
+from workers.outcome import cause_of
 from workers.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -18,6 +25,16 @@ log = logging.getLogger(__name__)
 UNMEASURED_CONTEXT = 1_000_000_000  # bytes; where the driver tells nothing about single processes
 SLACK = 32 << 20  # bytes by which a driver's count and the allocator's may differ
 VERIFY_SECONDS = 2.0
+NOTHING = Grant(bytes=0, weights=0)
+
+
+class AnyShare(Protocol):
+    """Of this process, or of another that works with it."""
+
+    def needs(self) -> Needs: ...
+    def take(self, size: int, weights: int) -> None: ...
+    def give_back(self) -> int: ...
+    def context_bytes(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -27,11 +44,14 @@ class Share:
     device: torch.device
     residencies: Sequence[Residency]
     workspace: int
+    most: int | None = None  # bytes that it shall ever have for weights; None: all of them
 
     def needs(self) -> Needs:
+        weights = sum(residency.total_bytes for residency in self.residencies)
+        least = sum(residency.least_bytes for residency in self.residencies)
         return Needs(
-            weights=sum(r.total_bytes for r in self.residencies),
-            least=sum(r.least_bytes for r in self.residencies),
+            weights=weights if self.most is None else max(least, min(weights, self.most)),
+            least=least,
             workspace=self.workspace if self.device.type == "cuda" else 0,
         )
 
@@ -109,3 +129,26 @@ def driver_handle(device: torch.device) -> Any:
     pynvml.nvmlInit()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+
+def settle(shares: Sequence[AnyShare], grants: Sequence[Grant]) -> Leased:
+    """Do what a lease says of each, and tell how it is now: what can't be taken whole is given back whole."""
+    start, reason, kept = time.perf_counter(), "", [0] * len(shares)
+    try:
+        for share, grant in zip(shares, grants, strict=True):
+            if grant.bytes:
+                share.take(grant.bytes, grant.weights)
+    except (torch.OutOfMemoryError, DoesNotFit) as error:
+        reason = cause_of(error)
+        log.warning("a lease of %s was too small: %s", told(grants), error)
+    if reason or not any(grant.bytes for grant in grants):
+        grants, kept = [NOTHING] * len(shares), [share.give_back() for share in shares]
+    log.info("lease of %s taken in %.2f s", told(grants), time.perf_counter() - start)
+    return Leased(
+        grants=tuple(grants), kept_bytes=tuple(kept), context_bytes=tuple(share.context_bytes() for share in shares),
+        reason=reason,
+    )  # fmt: skip
+
+
+def told(grants: Sequence[Grant]) -> str:
+    return ", ".join(format_bytes(grant.bytes) for grant in grants)

@@ -25,6 +25,7 @@ from workers.hands import Hands, StageRunner
 from workers.loading import Loaded, load
 from workers.loop import WorkerLoop
 from workers.ranks import Group, LeadStage, follow, form
+from workers.share import AnyShare, Share
 from workers.skeleton import quiet
 from workers.source import Source, locate
 from workers.speed import Speed
@@ -47,7 +48,7 @@ class WorkerSettings:
     dtype: str  # auto or a name in DTYPES
     max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
     name: str
-    lease_gpu: int | None = None  # it works in leases of this GPU's memory
+    lease_gpus: tuple[int, ...] = ()  # it works in leases of these GPUs' memory
     speedups: tuple[str, ...] = ()  # of its whole stack
     checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
     turns: Path | None = None  # lock file of those that compute on this CPU
@@ -109,13 +110,27 @@ class Prepared:
             device = f"cuda:{self.group.rank}" if device == "cuda" else device
             memory = memory[self.group.rank : self.group.rank + 1] if len(memory) > 1 else memory
             self.group.join(torch.device(device))
-        leased = settings.lease_gpu is not None
-        devices = Devices.of(device, memory, leased, settings.cut, settings.workspace)
+        devices = Devices.of(device, memory, bool(settings.lease_gpus), settings.cut, settings.workspace)
         start = time.perf_counter()
         speed = Speed.of(settings.stage, settings.speedups)
         loaded = load(self.source, settings.stage, devices, DTYPES[self.dtype], speed)
         log.info("loaded in %.2f s", time.perf_counter() - start)
         return loaded, devices.primary
+
+    def shares(self, runner: StageRunner) -> list[AnyShare]:
+        """Of each GPU whose memory is leased to it."""
+        settings, workspace = self.settings, WORKSPACE[self.settings.stage]
+        if not settings.lease_gpus:
+            return []
+        if settings.workspace is not None:
+            workspace = settings.workspace // settings.jobs
+        amounts = [size - (settings.workspace or 0) for size in settings.max_memory]
+        if isinstance(runner, DenoiseStage) and runner.parts:
+            parts = zip(runner.residencies, amounts, strict=True)
+            return [Share(residency.device, (residency,), workspace, most) for residency, most in parts]
+        rank = self.group.rank if self.group else 0
+        own = Share(runner.device, runner.residencies, workspace, amounts[rank] if amounts else None)
+        return [own, *(runner.shares if isinstance(runner, LeadStage) else ())]
 
     def _stage(self, loaded: Loaded, device: torch.device) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         return self._runner(loaded, device), loaded.device_map
@@ -185,7 +200,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
     prepared = prepare(settings)
     prepared.group = group
     if group and group.rank:
-        follow(lambda: prepared.denoise_stage(*prepared.weights()), group)
+        follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.shares, group)
     if group:
         group.watch()
     hello = WorkerHello(
@@ -197,7 +212,8 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         dtype=prepared.dtype,
         model=prepared.description,
         speedups=settings.speedups,
-        gpu=settings.lease_gpu,
+        gpus=settings.lease_gpus,
+        parts=settings.jobs,
     )
     tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
     loops = []
@@ -205,7 +221,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         hands = Hands(
             loader,
             settings.turns if prepared.device == "cpu" else None,
-            None if settings.lease_gpu is None else WORKSPACE[settings.stage],
+            (lambda _: ()) if index else prepared.shares,
             warm_up.join,
         )
         told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}", "part": index})

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from workers.lanes import Lane, Mark
+from workers.shards import LocalPart
 
 ALIGNMENT = 256  # bytes
 LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
@@ -148,7 +149,7 @@ class Ring:
         self,
         plan: StreamPlan,
         blocks: Sequence[torch.nn.Module],
-        parameters: Mapping[str, torch.nn.Parameter],
+        parameters: Mapping[str, torch.nn.Parameter | LocalPart],
         host: Mapping[str, torch.Tensor],
         lane: Lane,
     ) -> None:

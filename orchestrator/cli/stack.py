@@ -62,8 +62,8 @@ def table(found: Workers) -> list[list[str]]:
 def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
     state = f"busy with {worker.job}" if worker.job else worker.state
     memory = format_bytes(worker.gpu_bytes or worker.rss_bytes)
-    notes = [weights(component) for component in worker.residency if component.state != "in" or worker.gpu is not None]
-    if worker.gpu is not None:
+    notes = [weights(component) for component in worker.residency if component.state != "in" or worker.gpus]
+    if worker.lease_bytes:
         notes.insert(0, lease(worker))
     if process and process.restarts:
         notes.append(f"restarted {process.restarts}×: {process.reason}")
@@ -83,7 +83,8 @@ def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
 
 def lease(worker: WorkerView) -> str:
     """'holds 15.7 GB of GPU 0'."""
-    return f"holds {format_bytes(worker.lease_bytes)} of GPU {worker.gpu}"
+    sizes = zip(worker.lease_bytes, worker.gpus, strict=True)
+    return "holds " + ", ".join(f"{format_bytes(size)} of GPU {gpu}" for size, gpu in sizes)
 
 
 def weights(component: ComponentView) -> str:

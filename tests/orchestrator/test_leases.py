@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from orchestrator.leases import Need, levels
 from orchestrator.ledger import FIRST_HEADROOM, HEADROOM, Account, Holding, Ledger
 from orchestrator.live import ModelKey
-from orchestrator.scheduler import Assign, Holder, IdleWorker, Lend, Room, Snapshot, WaitingTask, decide
-from protocol.jobs import STAGES, Needs, Recipe, Stage
+from orchestrator.scheduler import NOTHING, Assign, Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
+from protocol.jobs import STAGES, Grant, Needs, Recipe, Stage
 from tests.chance import examples
 
 MODEL = ModelKey("m", "bfloat16")
@@ -60,11 +60,12 @@ class World:
     """A stack that is moved on by the scheduler alone; a tick is a second."""
 
     available: dict[int, int]  # by GPU
-    needs: dict[str, Need]  # by worker, whose name begins with its stage
-    gpu: dict[str, int]  # by worker
+    needs: dict[str, Need]  # by worker, whose name begins with its stage; on each of its GPUs
+    gpus: dict[str, tuple[int, ...]]  # by worker
     queues: dict[Stage, list[tuple[str, int, int]]] = field(default_factory=dict)  # (job, workspace, since)
-    held: dict[str, tuple[int, int]] = field(default_factory=dict)  # lease and its share
-    busy: dict[str, tuple[str, int] | Lend] = field(default_factory=dict)
+    jobs: dict[str, int] = field(default_factory=dict)  # by worker, at once; 1
+    held: dict[str, tuple[Grant, ...]] = field(default_factory=dict)
+    busy: dict[tuple[str, int], tuple[str, int] | Lend] = field(default_factory=dict)  # by worker and hand
     since: dict[str, int] = field(default_factory=dict)
     now: int = 0
     done: list[str] = field(default_factory=list)
@@ -73,7 +74,7 @@ class World:
     lasting: bool = False
 
     def __post_init__(self) -> None:
-        self.held = self.held or dict.fromkeys(self.needs, (0, 0))
+        self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
 
     def stage(self, worker: str) -> Stage:
         return next(stage for stage in STAGES if worker.startswith(stage))
@@ -81,12 +82,19 @@ class World:
     def workspace(self, stage: Stage) -> int:
         return next(need.workspace for worker, need in self.needs.items() if worker.startswith(stage))
 
-    def booked(self) -> dict[str, int]:
-        coming = {worker: doing.bytes for worker, doing in self.busy.items() if isinstance(doing, Lend)}
-        return {worker: max(self.held[worker][0], coming.get(worker, 0)) for worker in self.needs}
+    def booked(self) -> dict[str, tuple[int, ...]]:
+        coming = {worker: doing.grants for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        return {
+            worker: tuple(max(now.bytes, then.bytes) for now, then in zip(held, coming.get(worker, held), strict=True))
+            for worker, held in self.held.items()
+        }
 
     def on(self, gpu: int) -> int:
-        return sum(size for worker, size in self.booked().items() if self.gpu[worker] == gpu)
+        booked = self.booked()
+        return sum(booked[worker][gpus.index(gpu)] for worker, gpus in self.gpus.items() if gpu in gpus)
+
+    def hands(self, worker: str) -> int:
+        return self.jobs.get(worker, 1)
 
     def snapshot(self) -> Snapshot:
         booked = self.booked()
@@ -95,13 +103,14 @@ class World:
                 w,
                 self.stage(w),
                 MODEL,
-                self.gpu[w],
-                self._need(w),
-                booked[w],
-                self.held[w][1],
+                {
+                    gpu: Seat(self._need(w, held), size, held.weights)
+                    for gpu, held, size in zip(self.gpus[w], self.held[w], booked[w], strict=True)
+                },
+                self.hands(w),
                 self.now - self.since.get(w, 0),
                 lasting=self.lasting,
-                most=self.available[self.gpu[w]] - self.needs[w].least,
+                most=min((self.available[gpu] - self.needs[w].least) // self.hands(w) for gpu in self.gpus[w]),
             )
             for w in self.needs
         }
@@ -109,28 +118,38 @@ class World:
             (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
             for stage, queue in self.queues.items()
         }
-        idle = [IdleWorker(w, self.stage(w), MODEL) for w in self.needs if w not in self.busy]
+        swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        idle = [
+            IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), MODEL, w)
+            for w in self.needs
+            for hand in range(self.hands(w))
+            if (w, hand) not in self.busy and w not in swapping
+        ]
         depth = {stage: len(queue) for stage, queue in self.queues.items()}
         rooms = {gpu: Room(size, size - self.on(gpu)) for gpu, size in self.available.items()}
         return Snapshot(waiting, idle, depth, holders, rooms, self.patience)
 
-    def _need(self, worker: str) -> Need:
-        lease, share = self.held[worker]
-        return replace(self.needs[worker], workspace=lease - share) if lease else self.needs[worker]
+    def _need(self, worker: str, held: Grant) -> Need:
+        need, hands = self.needs[worker], self.hands(worker)
+        space = held.bytes - held.weights if held.bytes else need.workspace * hands
+        return replace(need, workspace=space, spread=len(self.gpus[worker]) > 1)
 
     def tick(self) -> None:
-        for worker, doing in list(self.busy.items()):
-            del self.busy[worker]
+        for (worker, hand), doing in list(self.busy.items()):
+            del self.busy[worker, hand]
             if isinstance(doing, Lend):
-                self.held[worker], self.since[worker] = (doing.bytes, doing.weights), self.now
+                self.held[worker], self.since[worker] = doing.grants, self.now
             else:
                 self._finish(self.stage(worker), *doing)
         for action in decide(snapshot := self.snapshot()):
-            assert action.worker not in self.busy
+            worker, _, which = action.worker.partition(".")
+            hand = int(which or 0)
+            assert (worker, hand) not in self.busy
             if isinstance(action, Lend):
+                assert not any(who == worker for who, _ in self.busy), "a lease is changed beside a job"
                 self._lend(snapshot, action)
             else:
-                self._assign(action)
+                self._assign(action, worker, hand)
         for gpu, size in self.available.items():
             assert self.on(gpu) <= size, "the budget is passed"
         self.now += 1
@@ -138,23 +157,25 @@ class World:
     def _lend(self, snapshot: Snapshot, lend: Lend) -> None:
         need = self.needs[lend.worker]
         self.swaps += lend.bytes > 0
-        assert lend.weights <= lend.bytes
-        if lend.bytes:
-            assert need.least <= lend.weights <= need.weights
-        else:
+        for grant in lend.grants:
+            assert grant.weights <= grant.bytes
+            assert (grant.bytes > 0) == (lend.bytes > 0), "on some of its GPUs only"
+            assert not grant.bytes or need.least <= grant.weights <= need.weights
+        if not lend.bytes:
             others = [h for h in snapshot.holders.values() if h.id != lend.worker]
-            here = [h for h in others if h.gpu == self.gpu[lend.worker]]
-            blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in self.busy]
+            here = [h for h in others if {*h.seats} & {*self.gpus[lend.worker]}]
+            busy = {worker for worker, _ in self.busy}
+            blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in busy]
             assert blocked, f"{lend.worker} was sent away for nobody"
-        self.busy[lend.worker] = lend
+        self.busy[lend.worker, 0] = lend
 
-    def _assign(self, action: Assign) -> None:
+    def _assign(self, action: Assign, worker: str, hand: int) -> None:
         queue = self.queues[action.stage]
         task = next(task for task in queue if task[0] == action.job)
         queue.remove(task)
-        lease, share = self.held[action.worker]
-        assert task[1] <= lease - share, "a task without room"
-        self.busy[action.worker] = (task[0], task[1])
+        for held in self.held[worker]:
+            assert task[1] * self.hands(worker) <= held.bytes - held.weights, "a task without room"
+        self.busy[worker, hand] = (task[0], task[1])
 
     def _finish(self, stage: Stage, job: str, workspace: int) -> None:
         if stage == "vae":
@@ -165,7 +186,7 @@ class World:
 
 
 def one_gpu(available: int, wanted: dict[Stage, Need]) -> World:
-    return World({0: available}, {**wanted}, dict.fromkeys(wanted, 0))
+    return World({0: available}, {**wanted}, dict.fromkeys(wanted, (0,)))
 
 
 @st.composite
@@ -183,17 +204,25 @@ def many_gpus(draw: st.DrawFn) -> World:
     """Each stage has a worker on at least one of them; every worker can do its stage's tasks with a GPU to itself."""
     wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
     count = draw(st.integers(1, 4))
-    gpu = {f"denoise-{n}": n for n in draw(st.sets(st.integers(0, count - 1), min_size=1))}
-    gpu |= {stage: draw(st.integers(0, count - 1)) for stage in ("text", "vae")}
+    chosen = draw(st.sets(st.integers(0, count - 1), min_size=1))
+    jobs: dict[str, int] = {}
     if draw(st.booleans()):
-        gpu["vae-2"] = draw(st.integers(0, count - 1))
-    wants = {worker: wanted[next(s for s in STAGES if worker.startswith(s))] for worker in gpu}
+        gpus: dict[str, tuple[int, ...]] = {"denoise": tuple(chosen)}
+        jobs["denoise"] = draw(st.integers(1, 2))
+    else:
+        gpus = {f"denoise-{n}": (n,) for n in chosen}
+    gpus |= {stage: (draw(st.integers(0, count - 1)),) for stage in ("text", "vae")}
+    if draw(st.booleans()):
+        gpus["vae-2"] = (draw(st.integers(0, count - 1)),)
+    wants = {worker: wanted[next(s for s in STAGES if worker.startswith(s))] for worker in gpus}
     everything = sum(need.whole for need in wants.values())
     available = {}
     for n in range(count):
-        least = max((wants[worker].small for worker, at in gpu.items() if at == n), default=0)
+        here = [worker for worker, at in gpus.items() if n in at]
+        least = max((wants[w].least + wants[w].workspace * jobs.get(w, 1) for w in here), default=0)
         available[n] = draw(st.integers(least, least + everything))
-    return World(available, wants, gpu, patience=draw(st.sampled_from([3.0, 30.0])), lasting=draw(st.booleans()))
+    patience, lasting = draw(st.sampled_from([3.0, 30.0])), draw(st.booleans())
+    return World(available, wants, gpus, jobs=jobs, patience=patience, lasting=lasting)
 
 
 @examples(300)
@@ -242,19 +271,19 @@ def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
     for _ in range(12):
         world.tick()
     assert world.done == ["a", "b"]
-    assert world.held["text"] == (0, 0)
+    assert world.held["text"] == (NOTHING,)
     assert world.swaps == 2  # the denoiser and the VAE
     world.queues["text"] = [("c", FLUX["text"].workspace, world.now)]
     for _ in range(12):
         world.tick()
     assert world.done == ["a", "b", "c"]
-    assert world.held["text"][0] == FLUX["text"].small
+    assert world.held["text"][0].bytes == FLUX["text"].small
     assert world.swaps == 3
 
 
 def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_nobody_else_wants_it() -> None:
     world = one_gpu(int(14.5 * GB), FLUX)
-    world.held["denoise"] = (6 * GB, 6 * GB - FLUX["denoise"].workspace)
+    world.held["denoise"] = held(6 * GB, 6 * GB - FLUX["denoise"].workspace)
     task = ("a", FLUX["denoise"].workspace, 0)
     assert [type(action) for action in decide_with(world, [task])] == [Assign]
     (lend,) = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)])
@@ -263,14 +292,14 @@ def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_n
     actions = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)], text=1)
     assert {action.worker for action in actions} == {"denoise", "text"}  # room for others comes first
     assert any(isinstance(action, Assign) for action in actions)
-    world.held["denoise"] = (lend.bytes - GB, lend.weights - GB)
+    world.held["denoise"] = held(lend.bytes - GB, lend.weights - GB)
     assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
 
 
 def test_a_free_gpu_is_used_before_anybody_must_go() -> None:
     workers = {"denoise-0": FLUX["denoise"], "denoise-1": FLUX["denoise"], "text": FLUX["text"], "vae": FLUX["vae"]}
-    world = World({0: 40 * GB, 1: 30 * GB}, workers, {"denoise-0": 0, "denoise-1": 1, "text": 0, "vae": 1})
-    world.held["text"] = (FLUX["text"].whole, FLUX["text"].weights)
+    world = World({0: 40 * GB, 1: 30 * GB}, workers, {"denoise-0": (0,), "denoise-1": (1,), "text": (0,), "vae": (1,)})
+    world.held["text"] = held(FLUX["text"].whole, FLUX["text"].weights)
     world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0)]
     (lend,) = decide(world.snapshot())
     assert lend.worker == "denoise-0"  # GPU 0 has 30 GB left, GPU 1 keeps 3 GB for the VAE
@@ -280,13 +309,46 @@ def test_a_free_gpu_is_used_before_anybody_must_go() -> None:
 
 def test_a_task_too_large_for_one_gpu_waits_for_the_other_and_smaller_ones_pass_it() -> None:
     workers = {"denoise-0": Need(10 * GB, GB, GB), "denoise-1": Need(10 * GB, GB, GB)}
-    world = World({0: 4 * GB, 1: 20 * GB}, workers, {"denoise-0": 0, "denoise-1": 1})
-    world.held = {"denoise-0": (4 * GB, 3 * GB), "denoise-1": (20 * GB, 10 * GB)}
-    world.busy["denoise-1"] = ("x", GB)
+    world = World({0: 4 * GB, 1: 20 * GB}, workers, {"denoise-0": (0,), "denoise-1": (1,)})
+    world.held = {"denoise-0": held(4 * GB, 3 * GB), "denoise-1": held(20 * GB, 10 * GB)}
+    world.busy["denoise-1", 0] = ("x", GB)
     world.queues["denoise"] = [("large", 8 * GB, 0), ("small", GB, 0)]
     assert decide(world.snapshot()) == [Assign("small", "denoise", "denoise-0")]
-    world.busy = {"denoise-0": ("x", GB)}
+    world.busy = {("denoise-0", 0): ("x", GB)}
     assert decide(world.snapshot()) == [Assign("large", "denoise", "denoise-1")]
+
+
+def test_who_lies_on_several_gpus_comes_in_on_all_or_none_and_changes_nothing_beside_a_job() -> None:
+    half = Need(10 * GB, GB, GB)
+    gpus: dict[str, tuple[int, ...]] = {"denoise": (0, 1), "text": (0,), "vae": (1,)}
+    world = World({0: 15 * GB, 1: 18 * GB}, {**FLUX, "denoise": half}, gpus, jobs={"denoise": 2})
+    world.held["text"] = held(9 * GB, 8 * GB)
+    world.queues["denoise"] = [("a", GB, 0), ("b", GB, 0), ("large", 2 * GB, 0)]
+    assert decide(world.snapshot()) == [Lend("text", (NOTHING,))]
+    world.tick()
+    world.tick()
+    assert [grant.bytes for grant in world.held["denoise"]] == [0, 0]
+    assert world.busy == {("denoise", 0): Lend("denoise", held(12 * GB, 10 * GB) * 2)}
+    world.tick()
+    assert set(world.busy) == {("denoise", 0), ("denoise", 1)}
+    del world.busy["denoise", 1]
+    assert decide(world.snapshot()) == []  # the large one waits until both hands are free
+    world.tick()
+    assert world.busy["denoise", 0] == Lend("denoise", held(14 * GB, 10 * GB) * 2)
+
+
+def test_text_streams_beside_what_lies_on_several_gpus_and_never_pushes_it_out() -> None:
+    spread = Need(10 * GB, GB, GB, spread=True)
+    found = levels(int(14.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert found["denoise"].beside == found["denoise"].turn == spread.whole
+    assert found["text"].turn == int(3.5 * GB)
+    assert found["text"].beside == 0  # the largest of the others works in what is left
+    alone = levels(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert alone["text"].turn == FLUX["text"].whole
+
+
+def held(size: int, weights: int) -> tuple[Grant, ...]:
+    return (Grant(bytes=size, weights=weights),)
 
 
 def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | Lend]:
@@ -308,24 +370,24 @@ def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
     used = 0
     ledger = Ledger({0: Account(16 * GB, 1 * GB, lambda: used)})
     needs = Needs(weights=10 * GB, least=GB, workspace=GB)
-    ledger.join("a", Holding(0, needs, context=700_000_000))
+    ledger.join("a", [Holding(0, needs, context=700_000_000)])
     used = int(1.7 * GB)
     assert ledger.available(0) == 16 * GB - 700_000_000 - FIRST_HEADROOM
-    ledger.lend("a", 11 * GB, 10 * GB)
+    ledger.lend("a", held(11 * GB, 10 * GB))
     left = ledger.available(0) - 11 * GB
     assert ledger.booked_free(0) == left
-    ledger.join("b", Holding(0, needs, context=700_000_000))
+    ledger.join("b", [Holding(0, needs, context=700_000_000)])
     with pytest.raises(AssertionError, match="pass the budget"):
-        ledger.lend("b", left + 1, GB)
-    ledger.settled("a", 11 * GB, 10 * GB, 0)
-    ledger.has_worked("a", 900_000_000)
+        ledger.lend("b", held(left + 1, GB))
+    ledger.settled("a", held(11 * GB, 10 * GB), [0])
+    ledger.has_worked("a", [900_000_000])
     assert ledger.available(0) == 16 * GB - 900_000_000 - HEADROOM - 700_000_000 - FIRST_HEADROOM
     used = 15 * GB  # somebody else has come
     assert ledger.free(0) == 2 * GB < ledger.booked_free(0)
     ledger.orphan("a", "host/1")
     assert ledger.booked_free(0) < 5 * GB
     ledger.leave("host/1")
-    ledger.settled("b", 0, 0, kept=50)
+    ledger.settled("b", [NOTHING], kept=[50])
     assert ledger.booked_free(0) == ledger.available(0) - 50
 
 

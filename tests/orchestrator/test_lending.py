@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.ledger import FIRST_HEADROOM, HEADROOM
+from orchestrator.scheduler import NOTHING
 from protocol.errors import DoesNotFit, JobFailed
 from protocol.jobs import JobRequest, Needs
 from protocol.messages import (
@@ -31,8 +32,8 @@ def one_gpu(budget: int) -> dict[str, object]:
 
 
 def leased(running: Orchestrator, stage: str, needs: Needs) -> FakeWorker:
-    worker = running.worker(stage, gpu=0, pid=1_000_000 + len(stage))
-    return worker.ready(needs, context_bytes=CONTEXT)
+    worker = running.worker(stage, gpus=(0,), pid=1_000_000 + len(stage))
+    return worker.ready(needs, context_bytes=(CONTEXT,))
 
 
 def finish(worker: FakeWorker, task: Task | None = None) -> Task:
@@ -40,7 +41,7 @@ def finish(worker: FakeWorker, task: Task | None = None) -> Task:
     result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=0.1)
     worker.say(result, OUTPUTS[task.stage])
     worker.hear(Committed)
-    worker.ready(context_bytes=CONTEXT)
+    worker.ready(context_bytes=(CONTEXT,))
     return task
 
 
@@ -51,22 +52,22 @@ def test_stages_that_do_not_fit_together_take_turns(state: Path) -> None:
         client = running.client()
         client.submit_many([JobRequest(prompt=f"a cat {i}", seed=i, width=1024, height=1024) for i in range(2)])
         first = text.obey()
-        assert first.bytes == TEXT.weights + TEXT.workspace
+        assert first.grants[0].bytes == TEXT.weights + TEXT.workspace
         finish(text)
         finish(text)
-        assert text.obey().bytes == 0
+        assert text.obey().grants[0].bytes == 0
         second = denoise.obey()
-        assert second.bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
-        assert second.bytes - second.weights == DENOISE.workspace
+        assert second.grants[0].bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
+        assert second.grants[0].bytes - second.grants[0].weights == DENOISE.workspace
         task = denoise.take()
         views = {view.stage: view for view in client.workers().workers}
-        assert views["denoise"].lease_bytes == second.bytes
-        assert (views["text"].lease_bytes, views["text"].gpu) == (0, 0)
+        assert views["denoise"].lease_bytes == (second.grants[0].bytes,)
+        assert (views["text"].lease_bytes, views["text"].gpus) == ((0,), (0,))
         finish(denoise, task)
         client.submit("a cat 0", seed=7, width=1024, height=1024)  # a prompt that is known swaps nothing
         finish(denoise)
         finish(denoise)
-        assert not [e for e in denoise.seen if isinstance(e.message, Lease) and e.message.bytes == 0]
+        assert not [e for e in denoise.seen if isinstance(e.message, Lease) and e.message.grants[0].bytes == 0]
 
 
 def test_a_denoiser_that_runs_out_of_memory_gets_more_room_and_its_try_does_not_count(state: Path) -> None:
@@ -79,11 +80,11 @@ def test_a_denoiser_that_runs_out_of_memory_gets_more_room_and_its_try_does_not_
         spaces: list[int] = []
         for _ in range(10):  # more often than a job may fail
             lease = denoise.obey()
-            spaces.append(lease.bytes - lease.weights)
+            spaces.append(lease.grants[0].bytes - lease.grants[0].weights)
             task = denoise.take()
             key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
             denoise.say(TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True))
-            denoise.ready(context_bytes=CONTEXT)
+            denoise.ready(context_bytes=(CONTEXT,))
             if task.make_do:
                 break
         assert spaces == sorted(spaces)
@@ -114,7 +115,7 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
         supervisor.say(SupervisorHello(pid=1))
         supervisor.say(Processes(processes=(), exited_pids=(1_000_004,)))
         lease = denoise.obey()
-        assert lease.bytes > 10 * GB
+        assert lease.grants[0].bytes > 10 * GB
         assert denoise.take().job == job.id
 
 
@@ -124,8 +125,8 @@ def test_a_lease_that_fails_counts_as_a_failure_of_what_waited_for_it(state: Pat
         client = running.client()
         job = client.submit("a cat", seed=1)
         for _ in range(3):
-            assert text.hear(Lease).bytes
-            text.say(Leased(bytes=0, weights=0, reason="no memory after all"))
+            assert text.hear(Lease).grants[0].bytes
+            text.say(Leased(grants=(NOTHING,), reason="no memory after all"))
         with pytest.raises(JobFailed, match="no memory after all"):
             client.wait(job.id, 20)
 
@@ -139,20 +140,20 @@ def test_a_restarted_orchestrator_learns_from_its_workers_what_they_hold(state: 
         finish(text)
         running.kill()
         running.start()
-        again = running.worker("text", gpu=0)
-        again.ready(TEXT, context_bytes=CONTEXT, lease_bytes=lease.bytes, lease_weights=lease.weights)
+        again = running.worker("text", gpus=(0,))
+        again.ready(TEXT, context_bytes=(CONTEXT,), grants=lease.grants)
         leased(running, "denoise", DENOISE)
-        assert again.obey().bytes == 0
+        assert again.obey().grants[0].bytes == 0
 
 
 def test_an_idle_stage_gives_back_its_memory_after_keep_alive(state: Path) -> None:
     with orchestrator(state, **one_gpu(13 * GB), keep_alive={"text": 0}) as running:
         text = leased(running, "text", TEXT)
         running.client().submit_many([JobRequest(prompt=f"a cat {i}", seed=i) for i in range(2)])
-        assert text.obey().bytes
+        assert text.obey().grants[0].bytes
         finish(text)
         finish(text)
-        assert text.obey().bytes == 0
+        assert text.obey().grants[0].bytes == 0
 
 
 def test_a_vae_makes_do_only_once_no_more_can_be_had(state: Path) -> None:
@@ -167,13 +168,13 @@ def test_a_vae_makes_do_only_once_no_more_can_be_had(state: Path) -> None:
         spaces: list[int] = []
         for _ in range(8):
             lease = vae.obey()
-            spaces.append(lease.bytes - lease.weights)
+            spaces.append(lease.grants[0].bytes - lease.grants[0].weights)
             task = vae.take()
             if task.make_do:
                 break
             key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
             vae.say(TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True))
-            vae.ready(context_bytes=CONTEXT)
+            vae.ready(context_bytes=(CONTEXT,))
         assert spaces == sorted(spaces)
         assert spaces[-1] == 9 * GB - CONTEXT - HEADROOM - vae_needs.least
         result = Result(job=task.job, stage="vae", attempt=task.attempt, seconds=1.0, warnings=("in tiles",))
@@ -199,10 +200,10 @@ def test_what_fits_for_good_comes_in_before_there_is_work_and_is_not_tried_again
     with orchestrator(state, **one_gpu(13 * GB)) as running:
         text = leased(running, "text", TEXT)
         lease = text.hear(Lease)
-        assert lease.bytes == TEXT.weights + TEXT.workspace
-        text.say(Leased(bytes=0, weights=0, reason="no memory after all"))
+        assert lease.grants[0].bytes == TEXT.weights + TEXT.workspace
+        text.say(Leased(grants=(NOTHING,), reason="no memory after all"))
         text.settle()
         text.settle()
         assert sum(isinstance(envelope.message, Lease) for envelope in text.seen) == 1
         running.client().submit("a cat", seed=1)
-        assert text.obey().bytes
+        assert text.obey().grants[0].bytes

@@ -11,8 +11,8 @@ from protocol.recipes import resolve
 from protocol.tensors import Tensor
 from workers.describe import describe
 from workers.devices import Devices
-from workers.hands import cause_of
 from workers.loading import load
+from workers.outcome import cause_of
 from workers.source import read
 from workers.torch_tensors import from_wire, pack
 from workers.vae import IN_TILES, VaeStage

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from protocol.jobs import JobRequest
+from protocol.jobs import Grant, JobRequest
 from protocol.messages import Lease, Leased, Message, Ready, Result, Task, TaskFailed
 from protocol.recipes import resolve
 from tests import tiny
@@ -70,14 +70,18 @@ def start() -> Iterator[Start]:
     """Hands at work, given how to load and, in leases, a workspace; a test ends when they rest."""
     with contextlib.ExitStack() as stack:
 
-        def started(load: Load, workspace: int | None = None) -> Hands:
-            hands = Hands(load, None, workspace)
+        def started(load: Load, leased: bool = False) -> Hands:
+            hands = Hands(load, None, lambda runner: [Share(CPU, runner.residencies, 1)] if leased else [])
             stack.enter_context(hands.wake).settimeout(30)
             stack.enter_context(hands.bell)
             hands.start()
             return hands
 
         yield started
+
+
+def lease_of(size: int) -> Lease:
+    return Lease(grants=(Grant(bytes=size, weights=size),))
 
 
 def next_event(hands: Hands) -> Event | BaseException:
@@ -100,22 +104,22 @@ def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Sta
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    hands = start(loading, 1)
+    hands = start(loading, leased=True)
     ready = next_of(hands)
     assert isinstance(ready, Ready)
-    assert ready.needs is not None
-    hands.give(Lease(bytes=ready.needs.weights, weights=ready.needs.weights), ())
+    assert ready.needs
+    hands.give(lease_of(ready.needs[0].weights), ())
     leased = next_of(hands)
     assert isinstance(leased, Leased)
-    assert (leased.bytes, leased.reason) == (ready.needs.weights, "")
+    assert (leased.grants[0].bytes, leased.reason) == (ready.needs[0].weights, "")
     assert {component.state for component in leased.residency} == {"in"}
     hands.give(task(source, True), ())
     assert isinstance(next_of(hands), Result)
     assert isinstance(next_of(hands), Ready)
-    hands.give(Lease(bytes=100, weights=100), ())
+    hands.give(lease_of(100), ())
     refused = next_of(hands)
     assert isinstance(refused, Leased)
-    assert refused.bytes == 0
+    assert refused.grants[0].bytes == 0
     assert "too few even to stream" in refused.reason
     assert {component.state for component in refused.residency} == {"out"}
 
@@ -162,8 +166,8 @@ def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    hands = start(loading, 1)
+    hands = start(loading, leased=True)
     next_of(hands)
     monkeypatch.setattr(hands_module, "settle", lambda *_: 1 / 0)
-    hands.give(Lease(bytes=1, weights=1), ())
+    hands.give(lease_of(1), ())
     assert isinstance(next_event(hands), ZeroDivisionError)
