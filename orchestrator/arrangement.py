@@ -32,9 +32,9 @@ class Arrangement:
     spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
 
     def fixed(self) -> dict[Stage, int]:
-        """Stages whose workers keep memory for themselves, and how many workers each may have."""
-        kept = [post.stage for post in self.posts if post.memory]
-        return {stage: kept.count(stage) for stage in set(kept)}
+        """Stages whose memory is planned in advance, and how many workers each may have."""
+        planned = [post.stage for post in self.posts if post.memory]
+        return {stage: planned.count(stage) for stage in set(planned)}
 
     def post(self, stage: Stage, index: int) -> Post:
         """The place of a stage's next worker, of which there are `index`."""

@@ -147,7 +147,7 @@ class OrchestratorSettings(Settings):
     keep_pictures: int = 4_000_000_000
     keep_jobs: float | None = 30 * 86400.0  # seconds; None: for ever
     patience: float = 30.0
-    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages that keep memory for themselves
+    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages whose memory is planned
     step_seconds: float = 600.0
     client_jobs: int = 1000  # unfinished ones of one key
     client_rate: float = 10.0  # jobs a second of one key, a minute's worth at once

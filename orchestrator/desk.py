@@ -138,7 +138,7 @@ class Desk:
                 most = self.engine.settings.fixed.get(stage)
                 if most is not None and count > most:
                     raise BadRequest(
-                        f"Workers of {stage} keep memory of their GPUs for themselves; the plan has {most} of them.",
+                        f"The memory of {stage} workers is planned in advance, for {most} of them.",
                         f"Start the stack with --workers {stage}={count}, which plans for that.",
                     )
                 self._tell_supervisor(SetScale(stage=stage, count=count))

@@ -13,6 +13,7 @@ import torch
 from orchestrator.cli.strays import strays
 from protocol.errors import BadRequest
 from protocol.jobs import JobRequest
+from protocol.messages import Workers
 from tests import tiny
 from tests.stacks import RunningStack, running_stack, triptych
 from tests.test_stack import until
@@ -98,7 +99,7 @@ def test_a_split_denoiser_has_two_jobs_in_hand_with_the_bits_of_one_process(
         mapped = [w for w in workers if w.device_map]
         assert [w.name for w in mapped] == ["denoise-1"]  # told once
         assert [c.component for c in mapped[0].residency] == ["transformer, part 1", "transformer, part 2"]
-        with pytest.raises(BadRequest, match="for themselves"):
+        with pytest.raises(BadRequest, match="planned in advance"):
             stack.client.scale("denoise", 3)
         os.kill(workers[0].pid, signal.SIGKILL)
         until(stack, lambda w: len({x.pid for x in w.workers if x.stage == "denoise"} - {workers[0].pid}) == 1)
@@ -130,6 +131,26 @@ def test_parallel_ranks_are_one_worker_that_dies_and_comes_back_as_one(
             stack, lambda w: any(x.stage == "denoise" and x.pid != worker.pid and x.state == "idle" for x in w.workers)
         )
         assert not psutil.pid_exists(worker.pid)
+        assert torch.equal(stack.picture(PROMPTS[0], seed=0, **SIZE)[1], picture)
+
+
+@pytest.mark.parametrize("kind", ["split", "context", "tensor"])
+def test_what_lies_on_several_gpus_is_lent_and_given_back_when_idle(kind: str, deep: Path, state: Path) -> None:
+    budget = 2_600_000
+    with running_stack(state, *on_two(deep, budget, "--placement", kind, "--keep-alive", "denoise=0")) as stack:
+
+        def leases(workers: Workers) -> list[int]:
+            return [size for worker in workers.workers if worker.stage == "denoise" for size in worker.lease_bytes]
+
+        _, picture = stack.picture(PROMPTS[0], seed=0, **SIZE)
+        until(stack, lambda w: leases(w) == [0, 0])
+        assert "holds 0 B of GPU 0, 0 B of GPU 1" in triptych("workers", folder=state).stdout
+        long = stack.client.submit(PROMPTS[1], seed=1, **{**SIZE, "steps": 300})
+        held = until(stack, lambda w: all(leases(w)) and any(x.job == long.id for x in w.workers))
+        for gpu in (0, 1):
+            sizes = [w.lease_bytes[w.gpus.index(gpu)] for w in held.workers if w.lease_bytes and gpu in w.gpus]
+            assert 0 < sum(sizes) <= budget
+        stack.client.cancel(long.id)
         assert torch.equal(stack.picture(PROMPTS[0], seed=0, **SIZE)[1], picture)
 
 

@@ -63,7 +63,7 @@ class Parallel:
             local = getattr(owner, leaf).data
             if spec.dim is not None:
                 local = tensor_parallel._local_shard(local, spec.dim, spec.block_sizes, config._mesh)
-            owner.register_parameter(leaf, sharded(local, spec.dim, config._mesh))
+            owner.register_parameter(leaf, sharded(local, spec.dim, config._mesh, self.device))
         tensor_parallel.apply_tensor_parallel(module, config, module._tp_plan, weights_already_sharded=True)
 
     def _resolve(self, model: Any, config: Any) -> ParallelConfig:

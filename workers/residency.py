@@ -308,7 +308,7 @@ def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module,
         (owner, leaf, parameter)
         for owner in module.modules()
         for leaf, parameter in owner._parameters.items()
-        if parameter is not None and type(parameter.data) is not torch.Tensor and not isinstance(parameter, DTensor)
+        if parameter is not None and not isinstance(parameter, DTensor) and type(parameter.data) is not torch.Tensor
     ]
 
 

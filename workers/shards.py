@@ -1,5 +1,7 @@
 """A rank's parts of the weights that tensor parallelism shares out, where their memory is."""
 
+import math
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -21,10 +23,19 @@ class LocalPart:
         self._parameter._local_tensor = place
 
 
-def sharded(local: torch.Tensor, dim: int | None, mesh: DeviceMesh) -> torch.nn.Parameter:
-    """A parameter of which `local` is this rank's part, left where it is; without a `dim` all ranks have it whole."""
+def sharded(local: torch.Tensor, dim: int | None, mesh: DeviceMesh, device: torch.device) -> torch.nn.Parameter:
+    """A parameter on `device` of which `local` is this rank's part, left where it is; without a `dim`, all of it."""
+    shape = [size * mesh.size() if index == dim else size for index, size in enumerate(local.shape)]
     placement: Placement = Replicate() if dim is None else Shard(dim)
-    whole = DTensor.from_local(torch.empty_like(local, device="meta"), mesh, [placement], run_check=False)
+    nothing = torch.empty(1, dtype=local.dtype, device=device).expand(local.shape)
+    whole = DTensor.from_local(
+        nothing, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=strides(shape)
+    )
     parameter = torch.nn.Parameter(whole, requires_grad=False)
     LocalPart(parameter).data = local  # type: ignore[arg-type]  # which a parameter of a DTensor is
     return parameter
+
+
+def strides(shape: list[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))

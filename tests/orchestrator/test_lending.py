@@ -182,6 +182,69 @@ def test_a_vae_makes_do_only_once_no_more_can_be_had(state: Path) -> None:
         assert client.wait(job.id, 20).records[-1].warnings == ("in tiles",)
 
 
+def two_gpus(budget: int) -> dict[str, object]:
+    return {"gpus": {gpu: {"budget": budget, "driver": False} for gpu in (0, 1)}}
+
+
+def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_changes_beside_none_of_their_jobs(
+    state: Path,
+) -> None:
+    half = Needs(weights=8 * GB, least=GB, workspace=GB)
+    with orchestrator(state, **two_gpus(13 * GB)) as running:
+        text = leased(running, "text", TEXT)
+        split = {"gpus": (0, 1), "pid": 2_000_000, "parts": 2}
+        first = running.worker("denoise", name="d", **split).ready(half, half, context_bytes=(CONTEXT, CONTEXT))
+        client = running.client()
+        small, large = {"width": 1024, "height": 512}, {"width": 1024, "height": 1024}
+        jobs = client.submit_many([JobRequest(prompt="a cat", seed=i, **small) for i in range(2)])
+        jobs += client.submit_many([JobRequest(prompt="a cat", seed=2, **large)])
+        text.obey()
+        finish(text)
+        assert text.obey().grants == (NOTHING,)
+        text.settle()
+        first.settle()
+        assert not [e for e in first.seen if isinstance(e.message, Lease)]  # not all its workers are here
+        second = running.worker("denoise", name="d.2", part=1, **split).ready()
+        lease = first.obey()
+        assert [(grant.bytes, grant.weights) for grant in lease.grants] == [(9 * GB, 8 * GB)] * 2
+        tasks = {worker.name: worker for worker in client.workers().workers if worker.stage == "denoise"}
+        assert (tasks["d"].lease_bytes, tasks["d.2"].lease_bytes) == ((9 * GB, 9 * GB), ())
+        one, other = first.take(), second.take()
+        assert {one.job, other.job} == {jobs[0].id, jobs[1].id}
+        finish(second, other)
+        heard = {worker: len(worker.seen) for worker in (first, second)}
+        for worker in (first, second):
+            worker.settle()
+            assert len(worker.seen) == heard[worker] + 1  # the beat alone: the large one waits for both
+        finish(first, one)
+        wider = first.obey()
+        assert all(grant.bytes - grant.weights == 2 * GB for grant in wider.grants)
+        assert first.take().job == jobs[2].id
+
+
+def test_what_one_of_several_gpus_holds_counts_until_the_process_is_gone_and_is_told_by_one_that_comes_back(
+    state: Path,
+) -> None:
+    half = Needs(weights=8 * GB, least=8 * GB, workspace=GB)
+    with orchestrator(state, **two_gpus(13 * GB)) as running:
+        first = running.worker("denoise", gpus=(0, 1), pid=2_000_000)
+        first.ready(half, half, context_bytes=(CONTEXT, CONTEXT))
+        lease = first.obey()  # it fits for good
+        running.restart()
+        again = running.worker("denoise", gpus=(0, 1), pid=2_000_000)
+        again.ready(half, half, context_bytes=(CONTEXT, CONTEXT), grants=lease.grants)
+        text = leased(running, "text", TEXT)
+        client = running.client()
+        client.submit("a cat", seed=1, width=1024, height=1024)
+        assert text.obey().grants[0].bytes < 13 * GB - lease.grants[0].bytes
+        again.say(Leased(grants=(NOTHING,)))  # of one GPU where there are two: not heeded
+        again.say(WorkerGoodbye())
+        finish(text)
+        client.submit("a dog", seed=1, width=1024, height=1024)
+        finish(text)  # its share is no larger than before, as long as the other process may be there
+        assert not [e for e in text.seen[-3:] if isinstance(e.message, Lease)]
+
+
 def test_a_stage_too_large_for_its_budget_fails_its_jobs_and_new_ones_are_refused(state: Path) -> None:
     with orchestrator(state, **one_gpu(2 * GB)) as running:
         text = running.worker("text").ready()

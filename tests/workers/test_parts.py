@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.jobs import JobRequest, Recipe
+from protocol.jobs import Grant, JobRequest, Recipe
 from protocol.recipes import resolve
 from protocol.tensors import Tensor
 from tests import tiny
@@ -25,6 +25,7 @@ from workers.mapped import PageLocks
 from workers.outcome import Cancelled, Outcome, Saved
 from workers.parts import Crowd
 from workers.residency import block_rows
+from workers.share import Share, settle
 from workers.source import Source, read
 from workers.text import TextStage
 
@@ -146,6 +147,47 @@ def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
     assert together(several, work[::-1]) == wanted[::-1]
     assert loaded.parts is not None
     assert {residency.device for residency in loaded.parts.residencies} == {first, second}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(("cpu", "cpu"), id="cpu"), pytest.param(("cuda:0", "cuda:1"), marks=needs_gpus(2), id="cuda")],
+)
+def test_leases_come_and_go_between_jobs_and_bits_stay(
+    where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    first, second = map(torch.device, where)
+    wanted = alone(source, work, first)
+    cut = (5, 7)
+    whole = part_bytes(source, cut)
+    monkeypatch.setattr(loading, "parts_of", lambda *_: [(first, 5, whole[0]), (second, 7, whole[1])])
+    loaded = load(source, "denoise", Devices(first, leased=True, cut=cut), torch.float32)
+    assert loaded.parts is not None
+    several = [DenoiseStage(loaded.another(), first) for _ in range(2)]
+    most = [whole[0], int(whole[1] * 0.9)]
+    residencies = loaded.parts.residencies
+    shares = [Share(r.device, (r,), 1 << 20, size) for r, size in zip(residencies, most, strict=True)]
+    assert [share.needs().weights for share in shares] == most
+    try:
+        for fraction in (0.8, 0.0, 1.0, 0.7, 0.8):
+            sizes = [int(size * fraction) for size in most]
+            grants = [Grant(bytes=size + (1 << 30 if size else 0), weights=size) for size in sizes]
+            leased = settle(shares, grants)
+            assert (leased.reason, leased.grants) == ("", tuple(grants))
+            if fraction:
+                assert together(several, work) == wanted
+                assert all(r.device_bytes <= size for r, size in zip(residencies, sizes, strict=True))
+            else:
+                assert [residency.state for residency in residencies] == ["out", "out"]
+        refused = settle(shares, [Grant(bytes=1 << 30, weights=most[0]), Grant(bytes=1 << 30, weights=100)])
+        assert "too few even to stream" in refused.reason
+        assert [residency.state for residency in residencies] == ["out", "out"]  # all or none
+        assert not any(grant.bytes for grant in refused.grants)
+    finally:
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
 
 
 def test_a_job_that_breaks_off_while_weights_pass_leaves_the_others_right(tmp_path: Path) -> None:
