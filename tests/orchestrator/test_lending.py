@@ -219,7 +219,7 @@ def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_change
         finish(first, one)
         wider = first.obey()
         assert all(grant.bytes - grant.weights == 2 * GB for grant in wider.grants)
-        assert first.take().job == jobs[2].id
+        assert second.take().job == jobs[2].id
 
 
 def test_what_one_of_several_gpus_holds_counts_until_the_process_is_gone_and_is_told_by_one_that_comes_back(
