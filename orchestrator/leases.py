@@ -1,8 +1,9 @@
 """Who may use how much of a GPU: pure arithmetic on what its workers need.
 
-Where all fit, all are in. Where they don't, who lies on several GPUs is in first, and of the others one, the largest,
-works in what the rest leave: those that can do with little keep that little beside it, as long as the largest still has
-a quarter of its weights in place: streaming the rest costs little up to there. What finds no room takes turns.
+Where all fit, all are in. Where they don't, who lies on several GPUs is in first, but for the least of the others. Of
+those one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long
+as the largest still has a quarter of its weights in place: streaming the rest costs little up to there. What finds no
+room takes turns.
 """
 
 from collections.abc import Mapping
@@ -42,13 +43,17 @@ def levels(available: int, needs: Mapping[str, Need]) -> dict[str, Level]:
     if sum(need.whole for need in needs.values()) <= available:
         return {name: Level(need.whole, need.whole) for name, need in needs.items()}
     spread = {name: need for name, need in needs.items() if need.spread}
-    taken = sum(need.whole for need in spread.values())
-    if spread and taken <= available:
-        others = {name: need for name, need in needs.items() if not need.spread}
-        rest = levels(available - taken, others)
+    others = {name: need for name, need in needs.items() if not need.spread}
+    left = max(0, available - sum(need.small for need in needs.values()))
+    taken: dict[str, int] = {}
+    for name, need in spread.items():
+        taken[name] = min(need.whole, need.small + left)
+        left -= taken[name] - need.small
+    if spread and len(needs) > 1 and sum(taken.values()) <= available:
+        rest = levels(available - sum(taken.values()), others)
         alone = {n: min(need.whole, available) for n, need in others.items() if not rest[n].turn}
         turns = {n: Level(0, size) for n, size in alone.items() if others[n].small <= available}
-        return rest | turns | {name: Level(need.whole, need.whole) for name, need in spread.items()}
+        return rest | turns | {name: Level(size, size) for name, size in taken.items()}
     largest = max(needs, key=lambda name: (needs[name].weights, name))
     main = needs[largest]
     left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))

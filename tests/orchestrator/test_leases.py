@@ -29,8 +29,15 @@ def needs(draw: st.DrawFn) -> Need:
     return Need(weights, draw(st.integers(1, weights)), draw(st.integers(0, 300)))
 
 
-@given(available=st.integers(0, 3000), wanted=st.dictionaries(st.sampled_from("abcde"), needs(), min_size=1))
-def test_what_is_held_beside_fits_together_and_any_turn_with_it(available: int, wanted: dict[str, Need]) -> None:
+@given(
+    available=st.integers(0, 3000),
+    wanted=st.dictionaries(st.sampled_from("abcde"), needs(), min_size=1),
+    spread=st.sets(st.sampled_from("abcde")),
+)
+def test_what_is_held_beside_fits_together_and_any_turn_with_it(
+    available: int, wanted: dict[str, Need], spread: set[str]
+) -> None:
+    wanted = {name: replace(need, spread=name in spread) for name, need in wanted.items()}
     found = levels(available, wanted)
     beside = sum(level.beside for level in found.values())
     assert beside <= available
@@ -321,7 +328,7 @@ def test_a_task_too_large_for_one_gpu_waits_for_the_other_and_smaller_ones_pass_
 def test_who_lies_on_several_gpus_comes_in_on_all_or_none_and_changes_nothing_beside_a_job() -> None:
     half = Need(10 * GB, GB, GB)
     gpus: dict[str, tuple[int, ...]] = {"denoise": (0, 1), "text": (0,), "vae": (1,)}
-    world = World({0: 15 * GB, 1: 18 * GB}, {**FLUX, "denoise": half}, gpus, jobs={"denoise": 2})
+    world = World({0: 16 * GB, 1: 18 * GB}, {**FLUX, "denoise": half}, gpus, jobs={"denoise": 2})
     world.held["text"] = held(9 * GB, 8 * GB)
     world.queues["denoise"] = [("a", GB, 0), ("b", GB, 0), ("large", 2 * GB, 0)]
     assert decide(world.snapshot()) == [Lend("text", (NOTHING,))]
@@ -343,8 +350,11 @@ def test_text_streams_beside_what_lies_on_several_gpus_and_never_pushes_it_out()
     assert found["denoise"].beside == found["denoise"].turn == spread.whole
     assert found["text"].turn == int(3.5 * GB)
     assert found["text"].beside == 0  # the largest of the others works in what is left
-    alone = levels(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
-    assert alone["text"].turn == FLUX["text"].whole
+    short = levels(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert short["denoise"].beside == int(11.2 * GB) - FLUX["text"].small
+    assert short["text"].turn == FLUX["text"].small
+    alone = levels(int(2.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert alone["text"].turn == int(2.5 * GB)
 
 
 def held(size: int, weights: int) -> tuple[Grant, ...]:
