@@ -27,6 +27,7 @@ class Plan:
     why: str  # this placement was chosen
     notes: tuple[str, ...] = ()  # what a person should know
     better: tuple[str, ...] = ()  # what would have to change for it to be faster
+    others: tuple[tuple[str, Prediction], ...] = ()  # the best of each kind of placement, this one first
 
     @property
     def posts(self) -> tuple[Post, ...]:
@@ -40,8 +41,8 @@ def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: 
     if not found:
         raise _nothing_fits(config, figures, machine, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
-    why, notes = _why(config, best, found), _notes(config, figures, machine, best, terms.compiled)
-    return Plan(best, why, notes, _better(config, figures, machine, terms, best))
+    kinds, notes = best_of_kinds(config, found), _notes(config, figures, machine, best, terms.compiled)
+    return Plan(best, _why(config, kinds), notes, _better(config, figures, machine, terms, best), kinds)
 
 
 def check(config: StackConfig, machine: Machine) -> None:
@@ -142,15 +143,19 @@ def kind_of(prediction: Prediction) -> str:
     return "replicas" if len(kinds) > 1 else "one"
 
 
-def _why(config: StackConfig, best: Prediction, found: Sequence[Prediction]) -> str:
-    """The best of other kinds, beside it."""
-    fast = config.optimize == "throughput"
+def best_of_kinds(config: StackConfig, found: Sequence[Prediction]) -> tuple[tuple[str, Prediction], ...]:
     rivals: dict[str, Prediction] = {}
     for prediction in sorted(found, key=lambda p: _score(p, config.optimize)):
         rivals.setdefault(kind_of(prediction), prediction)
-    parts = [f"{kind} {p.picture_seconds if fast else p.latency:.2f}" for kind, p in rivals.items()]
+    return tuple(rivals.items())
+
+
+def _why(config: StackConfig, kinds: Sequence[tuple[str, Prediction]]) -> str:
+    """The first kind, and the others beside it."""
+    fast, best = config.optimize == "throughput", kinds[0][0]
+    parts = [f"{kind} {p.picture_seconds if fast else p.latency:.2f}" for kind, p in kinds]
     said = "seconds a picture" if fast else "seconds for a single job"
-    return f"{kind_of(best)}, by {said}: {', '.join(parts)}" if len(parts) > 1 else kind_of(best)
+    return f"{best}, by {said}: {', '.join(parts)}" if len(parts) > 1 else best
 
 
 def _notes(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,20 @@ def test_doctor_ends_in_the_next_command(stack: RunningStack, state: Path) -> No
     missing = triptych("doctor", "--model", "nobody/nothing-here", folder=state)
     assert missing.returncode == 1
     assert "Traceback" not in missing.stderr
+
+
+def test_doctor_names_what_a_model_lacks(flux_schnell: Path, state: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(flux_schnell, tmp_path / "model")
+    assert triptych("doctor", "--model", str(model), folder=state).returncode == 0
+    for path in (model / "vae").glob("*.safetensors"):
+        path.unlink()
+    (model / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "diffusion_pytorch_model-00002-of-00002.safetensors"}})
+    )
+    lacking = triptych("doctor", "--model", str(model), folder=state)
+    assert lacking.returncode == 1
+    assert "without weights of transformer, vae" in lacking.stdout
+    assert not lacking.stdout.splitlines()[-1].startswith("Next: triptych run")
 
 
 def test_run_needs_no_stack_and_leaves_none(flux_schnell: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_split_denoiser_has_two_jobs_in_hand_with_the_bits_of_one_process(
         assert used == {w.name for w in workers}
         mapped = [w for w in workers if w.device_map]
         assert [w.name for w in mapped] == ["denoise-1"]  # told once
+        assert {place for _, place in mapped[0].device_map} == {"cpu, part 1", "cpu, part 2"}
         assert [c.component for c in mapped[0].residency] == ["transformer, part 1", "transformer, part 2"]
         with pytest.raises(BadRequest, match="planned in advance"):
             stack.client.scale("denoise", 3)
@@ -187,6 +188,8 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
     found = json.loads(done.stdout)
     assert {worker["stage"] for worker in found["workers"]} == {"text", "denoise", "vae"}
     assert all(gpu["used"] <= gpu["budget"] == 4_000_000 for gpu in found["gpus"])
+    assert found["picture"] == {"width": 32, "height": 32, "steps": 4, "dtype": "float32"}
+    assert {other["placement"] for other in found["placements"]} == {"replicas", "split"}
     told = triptych("plan", "--model", str(deep), "--gpus", "RTX 4090:24GB,12GB", "--link", "25GB/s", "--ram", "64GB")
     assert told.returncode == 0, told.stderr
     assert "GPU 0: RTX 4090, 24.0 GB, 25.0 GB/s from memory" in told.stdout

@@ -148,8 +148,10 @@ class Parts:
         return any(residency.compiled for residency in self.residencies)
 
     def map(self) -> list[tuple[str, str]]:
-        """Which of its modules is where."""
-        return [(part, str(self.residencies[number].device)) for part, number in self.places.items()]
+        """Which of its modules is where; parts that a CPU plays by their numbers."""
+        devices = [residency.device for residency in self.residencies]
+        names = [str(d) if d.type == "cuda" else f"{d}, part {n + 1}" for n, d in enumerate(devices)]
+        return [(part, names[number]) for part, number in self.places.items()]
 
     @contextlib.contextmanager
     def job(self, model: torch.nn.Module, play: Play, shape: Hashable) -> Iterator[None]:

@@ -19,6 +19,7 @@ from protocol.units import format_bytes
 
 PACKAGES = ("triptych", "torch", "diffusers", "transformers", "accelerate", "pyzmq", "safetensors")
 LOW_DISK = 5_000_000_000
+MODELS = ("text_encoder", "transformer", "unet", "vae")  # how pipelines call them, or what their names begin with
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +88,43 @@ def model_finding(model: str) -> Finding:
     if model == "demo":
         return Finding("model", "demo ships with Triptych")
     if Path(model).is_dir():
-        there = (Path(model) / "model_index.json").exists()
-        return Finding(
-            "model", f"{model} {'is a folder in the diffusers layout' if there else 'has no model_index.json'}", there
-        )
+        if not (Path(model) / "model_index.json").exists():
+            return Finding("model", f"{model} has no model_index.json", False)
+        return whole(Path(model), f"{model} is a folder in the diffusers layout")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        if isinstance(try_to_load_from_cache(model, "model_index.json"), str):
-            return Finding("model", f"{model} is in the Hugging Face cache")
+        if isinstance(index := try_to_load_from_cache(model, "model_index.json"), str):
+            return whole(Path(index).parent, f"{model} is in the Hugging Face cache")
         HfApi().auth_check(model)
     except HFValidationError:
         return Finding("model", f"{model!r} is neither a folder nor a hub id", False)
     except Exception as error:
         return Finding("model", f"{model} can't be reached: {str(error).strip().splitlines()[0]}", False)
     return Finding("model", f"{model} can be downloaded")
+
+
+def whole(folder: Path, text: str) -> Finding:
+    """Whether a model's weights are there, besides what describes it."""
+    missing = [name for name in components(folder) if lacks_weights(folder / name)]
+    return Finding("model", f"{text}, without weights of {', '.join(missing)}" if missing else text, not missing)
+
+
+def components(folder: Path) -> list[str]:
+    """The models among a pipeline's parts that a stage works with."""
+    index = json.loads((folder / "model_index.json").read_text())
+    return [name for name, value in index.items() if name.startswith(MODELS) and value != [None, None]]
+
+
+def lacks_weights(folder: Path) -> bool:
+    parts = [name for path in folder.glob("*.safetensors.index.json") for name in weight_map(path)]
+    return not all((folder / name).exists() for name in parts) or not any(folder.glob("*.safetensors"))
+
+
+def weight_map(path: Path) -> set[str]:
+    """Files that an index names."""
+    return set(json.loads(path.read_text())["weight_map"].values())
 
 
 def running(folder: Path) -> Finding:
@@ -118,7 +140,8 @@ def next_command(findings: list[Finding], model: str) -> str:
     what = {finding.what: finding for finding in findings}
     prompt = '"a large red circle at the top left and a small blue star on a yellow background"'
     if not what["model"].good:
-        return f"hf download {model}" if "/" in model else "triptych doctor --model black-forest-labs/FLUX.1-schnell"
+        on_hub = "/" in model and not Path(model).exists()
+        return f"hf download {model}" if on_hub else "triptych doctor --model black-forest-labs/FLUX.1-schnell"
     if what["stack"].text.startswith("running"):
         return f"triptych submit {prompt} -o picture.png"
     return f"triptych run {prompt} -o picture.png" + (f" --model {model}" if model != "demo" else "")

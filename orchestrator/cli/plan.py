@@ -72,7 +72,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     known = experience.of(machine, figures, config.speedups())
     found = choose(config, figures, known, experience.terms(config, figures))
     if as_json:
-        print(json.dumps(as_data(found, {card.index: card.budget for card in machine.cards})))
+        print(json.dumps(as_data(found, figures, machine)))
         return
     recipe = figures.recipe
     print(f"{figures.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from orchestrator.machine import Machine
 from orchestrator.plan import Plan
 from orchestrator.work import Share, Work
+from protocol.figures import ModelFigures
 from protocol.units import format_bytes
 
 HEADER = ("stage", "where", "weights", "workspace", "context", "residency", "streams", "a step", "a picture")
@@ -69,10 +71,15 @@ def summary(plan: Plan) -> str:
     )
 
 
-def as_data(plan: Plan, budgets: dict[int, int]) -> dict[str, Any]:
+def as_data(plan: Plan, figures: ModelFigures, machine: Machine) -> dict[str, Any]:
     """Bytes and seconds."""
-    p = plan.prediction
+    p, recipe = plan.prediction, figures.recipe
     return {
+        "model": figures.model.model,
+        "pipeline": figures.model.pipeline,
+        "picture": {
+            "width": recipe.width, "height": recipe.height, "steps": recipe.steps, "dtype": recipe.dtype,
+        },
         "why": plan.why,
         "picture_seconds": p.picture_seconds,
         "pictures_an_hour": p.pictures_an_hour,
@@ -89,7 +96,15 @@ def as_data(plan: Plan, budgets: dict[int, int]) -> dict[str, Any]:
             }
             for work in p.work
         ],
-        "gpus": [{"gpu": gpu, "budget": size, "used": p.used(gpu)} for gpu, size in budgets.items()],
+        "gpus": [
+            {
+                "gpu": card.index, "name": card.name, "budget": card.budget, "used": p.used(card.index),
+                "link_bytes_a_second": int(card.rate.link),
+            }
+            for card in machine.cards
+        ],
+        "placements": [{"placement": name, "picture_seconds": o.picture_seconds, "latency_seconds": o.latency}
+                   for name, o in plan.others],
         "notes": list(plan.notes),
         "better": list(plan.better),
     }  # fmt: skip
