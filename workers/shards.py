@@ -6,6 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
+from torch.utils.dlpack import from_dlpack
 
 
 class LocalPart:
@@ -20,7 +21,8 @@ class LocalPart:
 
     @data.setter
     def data(self, place: torch.Tensor) -> None:
-        self._parameter._local_tensor = place
+        """As a tensor with a storage of its own on the same memory: torch.compile can't trace parts of a common one."""
+        self._parameter._local_tensor = from_dlpack(place)
 
 
 def sharded(local: torch.Tensor, dim: int | None, mesh: DeviceMesh, device: torch.device) -> torch.nn.Parameter:
