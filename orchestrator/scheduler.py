@@ -186,6 +186,8 @@ def together(snapshot: Snapshot) -> Iterator[tuple[set[int], list[Holder]]]:
     """GPUs that must be looked at as one, since somebody lies on several of them; and who is there."""
     groups = {gpu: {gpu} for gpu in snapshot.gpus}
     for holder in snapshot.holders.values():
+        if len(holder.seats) == 1:
+            continue
         first, *others = (groups[gpu] for gpu in holder.seats)
         for other in others:
             if other is not first:
@@ -288,9 +290,9 @@ class Turns:
         if not self.wants:
             self._widen()
             self._settle_down()
-        for gpu, free in self.free.items():
+        for gpu in [gpu for gpu, free in self.free.items() if free < 0]:  # contexts have grown
             there = [holder for holder in self._idle_holders() if gpu in holder.seats]
-            if free < 0 and there and not any(self._lies_on(lend.worker, gpu) for lend in self.lent):  # contexts grew
+            if there and not any(self._lies_on(lend.worker, gpu) for lend in self.lent):
                 self._take_back(max(there, key=lambda holder: holder.seats[gpu].lease))
 
     def _widen(self) -> None:
@@ -398,7 +400,7 @@ class Turns:
 
     def _in_lease(self) -> list[Holder]:
         moved = {lend.worker for lend in self.lent}
-        return [holder for holder in self.holders if holder.lease and holder.id not in moved]
+        return [holder for holder in self.holders if holder.id not in moved and holder.lease]
 
     def _idle_holders(self) -> list[Holder]:
         return [holder for holder in self._in_lease() if holder.id in self.idle]
