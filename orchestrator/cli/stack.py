@@ -63,8 +63,8 @@ def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
     state = f"busy with {worker.job}" if worker.job else worker.state
     memory = format_bytes(worker.gpu_bytes or worker.rss_bytes)
     notes = [weights(component) for component in worker.residency if component.state != "in" or worker.gpus]
-    if worker.lease_bytes:
-        notes.insert(0, lease(worker))
+    if worker.gpus:  # told of the first of several workers in a process
+        notes = [lease(worker), *notes] if worker.lease_bytes else []
     if process and process.restarts:
         notes.append(f"restarted {process.restarts}×: {process.reason}")
     device = ", ".join(sorted({place for _, place in worker.device_map})) or worker.device
