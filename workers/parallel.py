@@ -12,7 +12,7 @@ import torch
 from diffusers import ContextParallelConfig, TensorParallelConfig
 from diffusers.hooks import tensor_parallel
 from diffusers.models._modeling_parallel import ParallelConfig
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from protocol.errors import BadRequest
 from workers.shards import sharded
@@ -74,6 +74,22 @@ class Parallel:
             config = ParallelConfig(tensor_parallel_config=config)
         shape, names = ((self.size,), ("tp",)) if self.kind == "tensor" else ((1, self.size), ("ring", "ulysses"))
         mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+        meet(mesh, self.device)
         config.setup(torch.distributed.get_rank(), self.size, self.device, mesh=mesh)
         model._parallel_config = config
         return config
+
+
+def meet(mesh: DeviceMesh, device: torch.device) -> None:
+    """Let all ranks exchange something in each way that models do: their libraries take buffers for it the first time.
+
+    Once that is done, what a context takes can be measured.
+    """
+    for name in mesh.mesh_dim_names or ():
+        group = mesh.get_group(name)
+        mine = torch.zeros(group.size(), device=device)
+        torch.distributed.all_reduce(mine, group=group)
+        torch.distributed.all_to_all_single(torch.empty_like(mine), mine, group=group)
+        torch.distributed.all_gather([torch.empty_like(mine) for _ in mine], mine, group=group)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
