@@ -123,7 +123,7 @@ class Prepared:
         if not settings.lease_gpus:
             return []
         if settings.workspace is not None:
-            workspace = settings.workspace // settings.jobs
+            workspace = min(workspace, settings.workspace // settings.jobs)  # as planned for larger pictures, maybe
         amounts = [size - (settings.workspace or 0) for size in settings.max_memory]
         if isinstance(runner, DenoiseStage) and runner.parts:
             parts = zip(runner.residencies, amounts, strict=True)
