@@ -98,7 +98,7 @@ def test_a_split_denoiser_has_two_jobs_in_hand_with_the_bits_of_one_process(
         assert used == {w.name for w in workers}
         mapped = [w for w in workers if w.device_map]
         assert [w.name for w in mapped] == ["denoise-1"]  # told once
-        assert {place for _, place in mapped[0].device_map} == {"cpu, part 1", "cpu, part 2"}
+        assert {place for _, place in mapped[0].device_map} == {"cpu (part 1)", "cpu (part 2)"}
         assert [c.component for c in mapped[0].residency] == ["transformer, part 1", "transformer, part 2"]
         with pytest.raises(BadRequest, match="planned in advance"):
             stack.client.scale("denoise", 3)

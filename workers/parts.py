@@ -150,7 +150,7 @@ class Parts:
     def map(self) -> list[tuple[str, str]]:
         """Which of its modules is where; parts that a CPU plays by their numbers."""
         devices = [residency.device for residency in self.residencies]
-        names = [str(d) if d.type == "cuda" else f"{d}, part {n + 1}" for n, d in enumerate(devices)]
+        names = [str(d) if d.type == "cuda" else f"{d} (part {n + 1})" for n, d in enumerate(devices)]
         return [(part, names[number]) for part, number in self.places.items()]
 
     @contextlib.contextmanager
