@@ -210,6 +210,12 @@ class Desk:
             counts=counts, speedups=engine.reception.speedups, queue_limit=engine.settings.queue_limit,
         )  # fmt: skip
 
+    def start_anew(self, names: list[str]) -> None:
+        """Have workers replaced, one after the other, where there is a supervisor; the list is emptied."""
+        if self.supervisor is not None:
+            self._rolling.extend(name for name in names if name not in self._rolling)
+        names.clear()
+
     def roll(self) -> None:
         """Go on with restarts: the next worker once the one before is back, so that a stage is never without."""
         while self._rolling:

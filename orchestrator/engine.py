@@ -8,7 +8,7 @@ dropped, so each stage commits once.
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from orchestrator.artifacts import Kind
@@ -17,7 +17,7 @@ from orchestrator.fleet import Fleet, Worker
 from orchestrator.intake import Intake
 from orchestrator.ledger import Account, Ledger
 from orchestrator.lending import Lending
-from orchestrator.live import LiveJob
+from orchestrator.live import LiveJob, ModelKey
 from orchestrator.outbox import Outbox
 from orchestrator.pace import Pace
 from orchestrator.reception import Reception
@@ -44,6 +44,8 @@ from protocol.tensors import CHECKPOINT, Tensor
 log = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3  # tries of one stage at the same point
+MAX_SHORTAGES = 12  # tries of one stage that found too little memory; each asks for half as much again
+MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
 KEEP_REASONS = 16
 OUTPUT: dict[Stage, Kind] = {"denoise": "latents", "vae": "pictures"}  # what a stage leaves, but for text
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and say what they have in hand
@@ -64,6 +66,8 @@ class Engine:
         self.roster = Roster(store, intake)
         self.lending = Lending(ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store)
         self.reception = Reception(store, self.roster, intake, self.lending)
+        self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
+        self._restarted: set[tuple[str, str]] = set()  # (worker, job) for which that was done
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
             job.attempts += LOST_NUMBERS  # so that a task of before is told from one of now
@@ -80,7 +84,8 @@ class Engine:
         worker.residency = ready.residency or worker.residency
         worker.context_bytes = ready.context_bytes or worker.context_bytes
         self.lending.ready(worker, ready)
-        if reason := self.lending.hopeless(worker):
+        self.lending.moved()
+        if (reason := self.lending.hopeless(worker)) and not self._may_help_to_restart(worker):
             self._give_up(worker, reason)
         if ready.in_hand is None:
             self.fleet.ready(worker)
@@ -109,6 +114,7 @@ class Engine:
         """
         self.fleet.remove(worker)
         self.lending.left(worker)
+        self.lending.moved()
         if worker.task:
             self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
@@ -124,6 +130,7 @@ class Engine:
         """A worker leaves in good order; what it had in hand waits again, and nobody is to blame."""
         self.fleet.remove(worker)
         self.lending.left(worker)
+        self.lending.moved()
         job = self._current(worker, worker.task) if worker.task else None
         if job:
             self._wait_again(job)
@@ -158,13 +165,45 @@ class Engine:
         self.roster.end_delays()
         if time.monotonic() < self._hold_until:
             return
-        for action in self.lending.decide(self.roster.jobs, self.drained):
+        actions = self.lending.decide(self.roster.jobs, self.drained)
+        for stage, model in self.lending.standing:
+            self._end_standstill(stage, model)
+        if self.lending.standing:
+            return  # which has changed what there is to decide
+        for action in actions:
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
                     self._hand_out(self.roster.jobs[action.job], worker)
                 case Lend():
                     self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
+
+    def _end_standstill(self, stage: Stage, model: ModelKey) -> None:
+        """Tasks wait and nothing changes: start those anew that keep memory; else the first task fails, with why."""
+        (job_id,) = self.roster.queues.first(stage, model, 1)
+        self.lending.moved()
+        keeping = [w for w in self.lending.keeping(stage, model) if (w.hello.name, job_id) not in self._restarted]
+        if keeping:
+            self._start_anew(keeping, job_id)
+            return
+        self.roster.take_out(job := self.roster.jobs[job_id])
+        self._blame(job, f"{self.lending.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+
+    def _may_help_to_restart(self, worker: Worker) -> bool:
+        """Before a stage is given up for want of memory: start those anew, once, that keep some of its GPUs."""
+        keeping = self.lending.keeping(worker.hello.stage, worker.model)
+        fresh = [other for other in keeping if (other.hello.name, worker.hello.name) not in self._restarted]
+        self._start_anew(fresh, worker.hello.name)
+        return bool(fresh)
+
+    def _start_anew(self, workers: Iterable[Worker], job_id: str = "") -> None:
+        """Have processes replaced that keep memory which they should have given back; no job is to blame."""
+        for worker in workers:
+            name = worker.hello.name
+            if (name, job_id or worker.id) not in self._restarted:
+                self._restarted.add((name, job_id or worker.id))
+                log.warning("%s keeps GPU memory that it should have given back; it is started anew", name)
+                self.to_restart.append(name)
 
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
@@ -181,6 +220,7 @@ class Engine:
             return
         self.roster.take_out(job)
         self.roster.move(job, lambda: job.hand_to(worker.id))
+        self.lending.moved()
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe, make_do=not self.lending.more(worker)
         )  # fmt: skip
@@ -275,16 +315,24 @@ class Engine:
             self._wait_again(job)  # what we cancelled is no longer this worker's; so it was somebody else's mistake
         elif not (job and failure.out_of_memory):
             self._fail(worker, failure, reason, failure.retry)
-        elif self.lending.shortage(worker, job.recipe):
+        elif self._may_be_short(job) and self.lending.shortage(worker, job.recipe):
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
             self._wait_again(job)
         else:
             self._fail(worker, failure, reason, failure.retry and not self.lending.held(worker))
 
+    @staticmethod
+    def _may_be_short(job: LiveJob) -> bool:
+        """Whether one more try without enough memory is no failure."""
+        job.shortages += 1
+        return job.shortages <= MAX_SHORTAGES
+
     def leased(self, worker: Worker, leased: Leased) -> None:
         """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
         if not self.lending.leased(worker, leased):
+            self.lose_worker(worker, "answered a lease with another")
             return
+        self._start_anew(w for w in self.lending.leaking() if w is worker)
         if leased.reason:
             for job_id in self.roster.queues.first(worker.hello.stage, worker.model, 1):
                 self.roster.take_out(job := self.roster.jobs[job_id])
@@ -404,6 +452,7 @@ class Engine:
             self.store.artifacts.drop("latents", job.id)
         self.store.update(job)
         self.roster.remove(job)
+        self.lending.moved()
         log.info("%s", state, extra={"job": job.id})
         self.announce(job)
         self.watchers.forget_job(job.id)

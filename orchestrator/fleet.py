@@ -37,7 +37,7 @@ class Worker:
     residency: tuple[ComponentView, ...] = ()
     lease_bytes: tuple[int, ...] = ()  # of each of its GPUs
     context_bytes: tuple[int, ...] = ()
-    refused: bool = False  # its last lease was too small for it
+    refused: int | None = None  # bytes of the smallest lease that it could not take
 
     @property
     def id(self) -> str:

@@ -20,6 +20,7 @@ ROUNDING = 300_000_000  # bytes, of its blocks; with less, a denoiser at 1024 ×
 UNSEEN = 1.25  # of a workspace taken from another size
 FIXED_PART = 0.25  # of it, whatever the size
 MORE = 1.5  # of one that was too small
+WORTH_TELLING = 1 << 20  # bytes that a worker keeps more than before, for that to count as growing
 MEGAPIXEL = 1024 * 1024
 
 
@@ -49,13 +50,19 @@ class Holding:
     lease: int = 0
     share: int = 0  # of it for weights
     asked: Grant | None = None  # a lease on the way
-    kept: int = 0  # that it did not give back
+    kept: int = 0  # bytes beside context and lease that it holds whatever it gives back, as last measured
+    grown: int = 0  # how often what it keeps has grown since it joined
     jobs: int = 1  # at once, each with a workspace of its own
     since: float = field(default_factory=time.monotonic)  # when its lease began
 
     @property
     def booked(self) -> int:
-        return max(self.lease, self.kept, self.asked.bytes if self.asked else 0)
+        return max(self.lease, self.asked.bytes if self.asked else 0)
+
+    def keeps(self, size: int) -> None:
+        """A new measurement of what it keeps takes the place of the last one."""
+        self.grown += size > self.kept + WORTH_TELLING and self.kept > 0
+        self.kept = size
 
     @property
     def room(self) -> int:
@@ -64,9 +71,10 @@ class Holding:
 
     @property
     def overhead(self) -> int:
+        """Bytes that can be in no lease: its context, what that may grow by, and what it keeps."""
         if not self.needs.workspace:
-            return self.context  # a CPU that stands in for a GPU
-        return self.context + (HEADROOM if self.worked else FIRST_HEADROOM)
+            return self.context + self.kept  # a CPU that stands in for a GPU
+        return self.context + self.kept + (HEADROOM if self.worked else FIRST_HEADROOM)
 
 
 @dataclass(slots=True)
@@ -92,7 +100,7 @@ class Ledger:
             self.holdings[ghost] = holdings
 
     def available(self, gpu: int) -> int:
-        """Bytes for leases: the budget without contexts."""
+        """Bytes for leases: the budget without contexts and what is kept beside them."""
         return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu))
 
     def booked_free(self, gpu: int) -> int:
@@ -120,10 +128,11 @@ class Ledger:
             holding.asked = grant
 
     def settled(self, worker: str, grants: Sequence[Grant], kept: Sequence[int]) -> None:
-        """A worker has what `grants` say, and `kept` of what it should have given back; no `kept` is nothing."""
+        """A worker has what `grants` say, and holds `kept` beside it; no `kept` is nothing."""
         holdings = self.holdings[worker]
         for holding, grant, left in zip(holdings, grants, kept or [0] * len(holdings), strict=True):
-            holding.lease, holding.share, holding.kept, holding.asked = grant.bytes, grant.weights, left, None
+            holding.lease, holding.share, holding.asked = grant.bytes, grant.weights, None
+            holding.keeps(left)
             holding.since = time.monotonic()
 
     def has_worked(self, worker: str, contexts: Sequence[int]) -> None:

@@ -11,12 +11,14 @@ from orchestrator.ledger import Holding, Ledger
 from orchestrator.live import LiveJob, ModelKey
 from orchestrator.queues import StageQueues
 from orchestrator.scheduler import NOTHING, Assign, Holder, Lend, Room, Seat, Snapshot, WaitingTask, decide
+from orchestrator.standstill import Busy, Place, Standstill
 from orchestrator.store import Store
 from protocol.errors import DoesNotFit
 from protocol.jobs import STAGES, ModelDescription, Recipe, Stage
 from protocol.messages import Lease, Leased, Ready, WorkerHello
 from protocol.units import format_bytes
 
+MOST_GROWN = 3  # times that what a worker keeps may grow before it is started anew
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
 
@@ -36,6 +38,8 @@ class Lending:
         self._patience, self._keep_alive = patience, keep_alive
         self._remember, self._remember_pace = store.remember_workspace, store.remember_pace
         self._paces: dict[str, float] = {}  # seconds a step
+        self._standstill = Standstill()
+        self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
 
     # -- workers come, and go -------------------------------------------------------------------
 
@@ -45,10 +49,11 @@ class Lending:
         if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
             contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
             grants = ready.grants if len(ready.grants) == len(gpus) else (NOTHING,) * len(gpus)
-            rows = zip(gpus, ready.needs, contexts, grants, strict=True)
+            kept = ready.kept_bytes if len(ready.kept_bytes) == len(gpus) else (0,) * len(gpus)
+            rows = zip(gpus, ready.needs, contexts, grants, kept, strict=True)
             holdings = [
-                Holding(gpu, needs, context, lease=grant.bytes, share=grant.weights, jobs=jobs)
-                for gpu, needs, context, grant in rows
+                Holding(gpu, needs, context, lease=grant.bytes, share=grant.weights, kept=left, jobs=jobs)
+                for gpu, needs, context, grant, left in rows
             ]
             self.ledger.join(worker.id, holdings)
             worker.lease_bytes = tuple(grant.bytes for grant in grants)
@@ -94,8 +99,66 @@ class Lending:
         actions = decide(snapshot)
         if any(isinstance(action, Lend) and action.bytes for action in actions):
             rooms = {gpu: Room(room.available, self.ledger.free(gpu)) for gpu, room in rooms.items()}
-            actions = decide(replace(snapshot, gpus=rooms))
+            actions = decide(snapshot := replace(snapshot, gpus=rooms))
+        self.standing = self._standstill.look(snapshot, actions, self._busy()) if any(waiting.values()) else []
         return actions
+
+    def _busy(self) -> Busy:
+        """Who works, and whose lease is being changed, now."""
+        firsts = [(worker, first) for worker in self._fleet if (first := self._fleet.first(worker))]
+        return Busy(
+            {first.id for worker, first in firsts if worker.state == "busy"},
+            {first.id for worker, first in firsts if worker.state == "swapping"},
+            {(worker.hello.stage, worker.model) for worker in self._fleet if worker.state == "busy"},
+        )
+
+    def moved(self) -> None:
+        """A task came nearer to its end, or a worker came or went."""
+        self._standstill.moved()
+
+    def leaking(self) -> list[Worker]:
+        """Workers that keep more and more of a GPU whatever they give back."""
+        rows = self.ledger.holdings.items()
+        names = {worker for worker, holdings in rows if any(holding.grown >= MOST_GROWN for holding in holdings)}
+        return [worker for worker in self._fleet if worker.id in names]
+
+    def keeping(self, stage: Stage, model: ModelKey) -> list[Worker]:
+        """Workers on a stage's GPUs that keep memory which no lease gives back."""
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
+        gpus = self._concerned(mine)
+        rows = self.ledger.holdings.items()
+        names = {worker for worker, holdings in rows if any(h.kept and h.gpu in gpus for h in holdings)}
+        return [worker for worker in self._fleet if worker.id in names]
+
+    def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
+        """Why a stage's task can't have the GPU memory that it needs: who holds what, and what is missing."""
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
+        names = {worker.id: worker.hello.name for worker in self._fleet}
+        told: list[str] = []
+        for worker in sorted(mine & self.ledger.holdings.keys(), key=lambda worker: names[worker]):
+            for holding in self.ledger.holdings[worker]:
+                space = self.ledger.workspace(stage, model, job.recipe, holding.needs) * holding.jobs
+                told.append(
+                    f"{names[worker]} needs at least {format_bytes(holding.needs.least)} for weights and "
+                    f"{format_bytes(space)} to work in, of GPU {holding.gpu}"
+                )
+        for gpu in sorted(self._concerned(mine)):
+            told.append(self._account_of(gpu, names))
+        return "it can't have the GPU memory that it needs. " + "; ".join(told)
+
+    def _account_of(self, gpu: int, names: Mapping[str, str]) -> str:
+        """A GPU's budget, by who has what of it."""
+        account, rows = self.ledger.accounts[gpu], self.ledger.holdings.items()
+        here = [
+            (names.get(worker, "an ended process"), h) for worker, holdings in rows for h in holdings if h.gpu == gpu
+        ]
+        held = ", ".join(
+            f"{name} {format_bytes(h.booked)} leased and {format_bytes(h.overhead)} beside it" for name, h in here
+        )
+        free = f"{format_bytes(max(0, self.ledger.free(gpu)))} are free"
+        if (used := account.used()) is not None:
+            free += f" ({format_bytes(used)} in use by its driver's count)"
+        return f"GPU {gpu}: of {format_bytes(account.budget)} {held}; {free}"
 
     def _concerned(self, holders: Container[str]) -> set[int]:
         """GPUs of these, and of all that lie on one of theirs and on others."""
@@ -120,7 +183,7 @@ class Lending:
                     id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
                     seats={holding.gpu: self._seat(worker, holding) for holding in holdings},
                     held=now - max(holding.since for holding in holdings),
-                    lasting=keep is None and not worker.refused,
+                    lasting=keep is None and worker.refused is None, refused=worker.refused,
                     expired=keep is not None and resting is not None and now - resting >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
                 )
@@ -163,12 +226,17 @@ class Lending:
         return Lease(grants=lend.grants)
 
     def leased(self, worker: Worker, leased: Leased) -> bool:
-        """A worker has done what its lease said; False if it has none."""
-        count = len(self.ledger.holdings.get(worker.id, ()))
-        if not count or len(leased.grants) != count or len(leased.kept_bytes) not in (0, count):
+        """A worker has done what its lease said; False if that is not what it was told."""
+        holdings = self.ledger.holdings.get(worker.id, ())
+        asked = tuple(holding.asked or NOTHING for holding in holdings)
+        nothing = (NOTHING,) * len(holdings)
+        if not holdings or leased.grants not in (asked, nothing) or len(leased.kept_bytes) not in (0, len(holdings)):
             return False
+        if leased.reason:
+            size = sum(grant.bytes for grant in asked)
+            worker.refused = min(size, worker.refused or size)
         self.ledger.settled(worker.id, leased.grants, leased.kept_bytes)
-        worker.lease_bytes, worker.refused = tuple(grant.bytes for grant in leased.grants), bool(leased.reason)
+        worker.lease_bytes = tuple(grant.bytes for grant in leased.grants)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         return True
 

@@ -52,6 +52,7 @@ class LiveJob:
     pictures: int = 0
     worker: str | None = None  # identity of this incarnation; never stored
     saved_at_failure: int = -1  # never stored
+    shortages: int = 0  # tries of the present stage that found too little memory; never stored
     queued: float = 0.0  # monotonic seconds, when it came to wait at its stage; never stored
 
     @property
@@ -94,7 +95,7 @@ class LiveJob:
         """Go on to the next stage, keeping how this one went."""
         self.records = (*(r for r in self.records if r.stage != record.stage), record)
         self.worker = None
-        self.failures, self.saved_at_failure = 0, -1
+        self.failures, self.saved_at_failure, self.shortages = 0, -1, 0
         if self.stage in NEXT_STAGE:
             self.stage = NEXT_STAGE[self.stage]
             if not record.cached:

@@ -69,6 +69,7 @@ class Holder:
     expired: bool = False  # it has been idle for longer than its weights are to be kept
     lasting: bool = False  # its weights may come before there is work, and stay
     most: int | None = None  # bytes of workspace that it can ever have; None: whatever a task takes
+    refused: int | None = None  # bytes of the smallest lease that it could not take
 
     @property
     def lease(self) -> int:
@@ -301,7 +302,9 @@ class Turns:
             sizes = {gpu: self._level(holder, gpu).turn for gpu in holder.seats}
             shares = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.seats.items()}
             more = sum(shares[gpu] - seat.share for gpu, seat in holder.seats.items())
-            if holder.id in self.busiest and more >= WORTH_A_SWAP * holder.weights and self._fits(holder, sizes):
+            worth = more >= WORTH_A_SWAP * holder.weights
+            untried = holder.refused is None or sum(sizes.values()) < holder.refused
+            if holder.id in self.busiest and worth and untried and self._fits(holder, sizes):
                 self._lend(holder, sizes, shares)
                 self.yielding.add(holder.id)
 

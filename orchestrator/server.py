@@ -90,6 +90,7 @@ class Server:
                 self._shut_out()
                 self._doors.take(self._from_client, self._from_worker)
                 self._notice_silence()
+                self.desk.start_anew(self.engine.to_restart)
                 self.desk.roll()
                 self._settle()
                 self._keep_house()

@@ -81,12 +81,16 @@ class Ready(Message):
     residency: tuple[ComponentView, ...] = ()
     needs: Annotated[tuple[Needs, ...], Field(max_length=64)] = ()  # of each of its GPUs, where it works in leases
     context_bytes: Counts = ()  # of its CUDA contexts with their libraries
+    kept_bytes: Counts = ()  # that it holds beside contexts and leases, whatever it gives back
     grants: Grants = ()  # that it holds
     in_hand: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
 
 
 class Leased(Message):
-    """A lease is in force. After one of nothing all is given back, which the driver confirms, but for `kept_bytes`."""
+    """A lease is in force; after one of nothing all is given back, which the driver confirms.
+
+    `kept_bytes` are what the process holds beside its context and any lease, as last measured: nobody can ask for them.
+    """
 
     kind = "leased"
     grants: Grants

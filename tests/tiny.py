@@ -199,6 +199,7 @@ def sd3(depth: int = 2) -> StableDiffusion3Pipeline:
         caption_projection_dim=32,
         pooled_projection_dim=64,
         out_channels=4,
+        pos_embed_max_size=24,
     )
     encoder = T5EncoderModel(
         T5Config(

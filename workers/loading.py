@@ -174,7 +174,7 @@ def load_weights(
             f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
         )
     residency = Residency(name, from_host(), devices.primary)
-    residency.swap_in(residency.total_bytes if place is not None else max(0, devices.room[first] - workspace))
+    residency.swap_in(min(residency.total_bytes, max(0, devices.room[first] - workspace)))
     devices.room[first] -= residency.device_bytes
     log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
     where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")

@@ -199,7 +199,7 @@ class WorkerLoop:
                 case Leased():
                     self._idle = True
                     self._gpu_bytes = sum(component.device_bytes for component in message.residency)
-                    self._remember(message, "residency", "context_bytes", "grants")
+                    self._remember(message, "residency", "context_bytes", "kept_bytes", "grants")
                     if self._ordered != self._links:  # another orchestrator, or one that thinks this worker gone
                         message = self._ready
                 case Result() as result:

@@ -229,8 +229,11 @@ class FollowersShare:
         if reason := self._ask(Grant(bytes=size, weights=weights)).reason:
             raise DoesNotFit(reason, "Give it more memory, more GPUs, or the CPU.")
 
-    def give_back(self) -> int:
-        return self._ask(NOTHING).kept_bytes[0]
+    def give_back(self) -> None:
+        self._ask(NOTHING)
+
+    def kept_bytes(self) -> int:
+        return self._ready.kept_bytes[0] if self._ready.kept_bytes else 0
 
     def context_bytes(self) -> int:
         return self._ready.context_bytes[0]
@@ -244,7 +247,8 @@ class FollowersShare:
         tell(self._link, Lease(grants=(grant,)))
         leased = wire.decode(frames_of(self._link), (Leased,)).message
         assert isinstance(leased, Leased)
-        self._ready = self._ready.model_copy(update={"context_bytes": leased.context_bytes})
+        told = {"context_bytes": leased.context_bytes, "kept_bytes": leased.kept_bytes}
+        self._ready = self._ready.model_copy(update=told)
         return leased
 
 

@@ -18,6 +18,7 @@ from workers.checkpoint import Steps
 from workers.denoise import DenoiseStage
 from workers.foresight import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
 from workers.loading import Loaded
+from workers.loose_tensors import LooseTensors
 from workers.modulation import SLOTS
 from workers.outcome import unheard
 from workers.residency import block_rows, streamable
@@ -135,7 +136,7 @@ class Rehearsal:
 
     def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageFigures:
         models = self._models[stage]
-        sizes = {name: model_bytes(model) for name, model in models}
+        sizes = {name: model_bytes(model) + LooseTensors(model).nbytes for name, model in models}
         main = max(sizes, key=lambda name: sizes[name])
         blocks, least = [], 0
         for name, model in models:
@@ -171,7 +172,7 @@ def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def model_bytes(model: torch.nn.Module) -> int:
-    """On a device, with what must be set aside around each weight."""
+    """Bytes of weights on a device, with what must be set aside around each."""
     return sum(map(room, parameter_sizes(model).values()))
 
 

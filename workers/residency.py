@@ -17,6 +17,7 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.foresight import Call, Results, Watch, place_of, uncompiled, vectors_of
 from workers.lanes import lane_for
+from workers.loose_tensors import LooseTensors
 from workers.mapped import PageLocks, host_weights, plain_parameters
 from workers.modulation import Ahead, Modulation
 from workers.shards import LocalPart
@@ -64,9 +65,11 @@ class Residency:
         self._lane = lane_for(device, locks)
         self.rows = [row for row in block_rows(module) if self.has(row)]
         self.blocks = streamable(module, self.rows)
-        self._quantized_bytes = sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
+        self._loose = LooseTensors(module, self.has)
+        # Bytes that are on the device whenever something is, and are never streamed.
+        self._fixed_bytes = self._loose.nbytes + sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
         # What it takes to be in.
-        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._quantized_bytes
+        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._fixed_bytes
         self.least_bytes = self.total_bytes if whole else least_bytes(self.blocks, self.total_bytes)  # to be streamed
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
@@ -89,7 +92,7 @@ class Residency:
             return 0
         ring = self._ring.memory.nbytes if self._ring else 0
         buffer = self.modulation.buffer_bytes if self.modulation and self.state == "streamed" else 0
-        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer + self._quantized_bytes
+        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer + self._fixed_bytes
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
@@ -118,7 +121,7 @@ class Residency:
                 streamed |= self.modulation.weights
                 self.modulation.pass_through()
         self._copy_in([name for name in self._host if name not in streamed])
-        self._move_buffers()
+        self._loose.move_in(self.device)
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
         if self.plan:
@@ -160,6 +163,7 @@ class Residency:
             parameter.data = self._host[name]
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = parameter
+        self._loose.let_go(self.device)
         self._ring = self._slab = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -270,13 +274,6 @@ class Residency:
             after = source.data_ptr() + source.nbytes, offset
         copies = [(slab[start : start + length], flat_bytes(first, length)) for first, length, start in spans]
         self._lane.wait(self._lane.copy(copies, self._lane.mark()))
-
-    def _move_buffers(self) -> None:
-        """Buffers are small, not in the checkpoint, and stay where the module runs."""
-        for path, module in self.module.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.device != self.device and self.has(f"{path}.{name}".lstrip(".")):
-                    module._buffers[name] = buffer.to(self.device)
 
 
 def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 UNMEASURED_CONTEXT = 1_000_000_000  # bytes; where the driver tells nothing about single processes
 SLACK = 32 << 20  # bytes by which a driver's count and the allocator's may differ
-VERIFY_SECONDS = 2.0
+VERIFY_SECONDS = 10.0  # that a driver may take to count what was freed
 NOTHING = Grant(bytes=0, weights=0)
 
 
@@ -33,7 +33,8 @@ class AnyShare(Protocol):
 
     def needs(self) -> Needs: ...
     def take(self, size: int, weights: int) -> None: ...
-    def give_back(self) -> int: ...
+    def give_back(self) -> None: ...
+    def kept_bytes(self) -> int: ...
     def context_bytes(self) -> int: ...
 
 
@@ -45,6 +46,7 @@ class Share:
     residencies: Sequence[Residency]
     workspace: int
     most: int | None = None  # bytes that it shall ever have for weights; None: all of them
+    _kept: int = 0  # bytes of the allocator's that stay when everything is given back, as last measured
 
     def needs(self) -> Needs:
         weights = sum(residency.total_bytes for residency in self.residencies)
@@ -70,28 +72,34 @@ class Share:
             residency.swap_in(min(residency.total_bytes, left - others))
             left -= residency.device_bytes
 
-    def give_back(self) -> int:
-        """Let go of everything; bytes that are still held after that, by the driver's count."""
+    def give_back(self) -> None:
+        """Let go of everything, and wait until the driver counts it as free.
+
+        What a driver counts late is not booked: the orchestrator asks it again before it lends anything.
+        """
         before, allocated = self._driver_bytes(), self._reserved()
         for residency in self.residencies:
             residency.swap_out()
-        self._cap(0)
         if self.device.type != "cuda":
-            return 0
+            return
         torch.cuda.synchronize(self.device)
         torch._C._cuda_clearCublasWorkspaces()  # which the allocator counts as in use
         torch.cuda.empty_cache()
-        kept = self._reserved()
+        self._kept = self._reserved()
+        self._cap(0)
         if before is None:
-            return kept
-        wanted = before - (allocated - kept) + SLACK
+            return
+        wanted = before - (allocated - self._kept) + SLACK
         deadline = time.monotonic() + VERIFY_SECONDS
-        while (now := self._driver_bytes()) is not None and now > wanted and time.monotonic() < deadline:
+        while (now := self._driver_bytes()) is not None and now > wanted:
+            if time.monotonic() > deadline:
+                log.warning("the driver still counts %d bytes that were given back", now - wanted)
+                return
             time.sleep(0.001)
-        missing = max(0, (now or 0) - wanted)
-        if missing:
-            log.warning("the driver still counts %d bytes that were given back", missing)
-        return kept + missing
+
+    def kept_bytes(self) -> int:
+        """Bytes that this process holds beside its context and any lease, as measured when it last gave all back."""
+        return self._kept
 
     def context_bytes(self) -> int:
         """Of this process's CUDA context with its libraries and kernels; 0 on a CPU."""
@@ -104,9 +112,10 @@ class Share:
         return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     def _cap(self, size: int) -> None:
+        """Hold the allocator to a lease of `size` bytes, beside what it keeps."""
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, (size + self._kept) / total), self.device)
 
     def _driver_bytes(self) -> int | None:
         """Bytes that the driver counts for this process on its GPU; None where it doesn't tell."""
@@ -133,7 +142,7 @@ def driver_handle(device: torch.device) -> Any:
 
 def settle(shares: Sequence[AnyShare], grants: Sequence[Grant]) -> Leased:
     """Do what a lease says of each, and tell how it is now: what can't be taken whole is given back whole."""
-    start, reason, kept = time.perf_counter(), "", [0] * len(shares)
+    start, reason = time.perf_counter(), ""
     try:
         for share, grant in zip(shares, grants, strict=True):
             if grant.bytes:
@@ -142,11 +151,13 @@ def settle(shares: Sequence[AnyShare], grants: Sequence[Grant]) -> Leased:
         reason = cause_of(error)
         log.warning("a lease of %s was too small: %s", told(grants), error)
     if reason or not any(grant.bytes for grant in grants):
-        grants, kept = [NOTHING] * len(shares), [share.give_back() for share in shares]
+        grants = [NOTHING] * len(shares)
+        for share in shares:
+            share.give_back()
     log.info("lease of %s taken in %.2f s", told(grants), time.perf_counter() - start)
     return Leased(
-        grants=tuple(grants), kept_bytes=tuple(kept), context_bytes=tuple(share.context_bytes() for share in shares),
-        reason=reason,
+        grants=tuple(grants), kept_bytes=tuple(share.kept_bytes() for share in shares),
+        context_bytes=tuple(share.context_bytes() for share in shares), reason=reason,
     )  # fmt: skip
 
 

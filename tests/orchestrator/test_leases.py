@@ -399,8 +399,11 @@ def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
     ledger.orphan("a", "host/1")
     assert ledger.booked_free(0) < 5 * GB
     ledger.leave("host/1")
+    available = ledger.available(0)
     ledger.settled("b", [NOTHING], kept=[50])
-    assert ledger.booked_free(0) == ledger.available(0) - 50
+    assert ledger.booked_free(0) == ledger.available(0) == available - 50  # in no lease, so nobody is asked for it
+    ledger.settled("b", [NOTHING], kept=[20])  # each measurement takes the place of the last
+    assert ledger.available(0) == available - 20
 
 
 def test_workspace_is_learned_by_size_and_estimated_high_before() -> None:

@@ -21,6 +21,7 @@ from workers.devices import Devices
 from workers.figures import cached, figures_of
 from workers.foresight import Watch
 from workers.loading import load, weight_bytes
+from workers.loose_tensors import LooseTensors
 from workers.outcome import unheard
 from workers.residency import Residency, block_rows
 from workers.source import locate
@@ -52,7 +53,7 @@ def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, 
         assert mine.least == sum(r.least_bytes for r in loaded.residencies.values()) if stage != "vae" else True
         for name, size in mine.components:
             model = getattr(loaded.pipeline, name)
-            rooms = sum(room(p.nbytes) - p.nbytes for p in model.parameters())
+            rooms = sum(room(p.nbytes) - p.nbytes for p in model.parameters()) + LooseTensors(model).nbytes
             buffers = sum(b.nbytes for key, b in model.named_buffers() if key in model.state_dict())
             assert size - rooms + buffers == weight_bytes(source, name, torch.float32)
         assert mine.flop > 0
