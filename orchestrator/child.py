@@ -1,6 +1,7 @@
 """One process of the supervisor's: how to start it, and what to do when it ends."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,8 @@ BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long, or once it is known to work, the next failure counts as the first again
 LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
 UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
+MOST_KILLED = 5  # times by a signal, before it ever worked: for want of memory, say
+NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")  # in reasons, which may differ where the reason is the same
 UNUSABLE = 7  # exit code of what may be better later, but not if it was so from the start
 
 
@@ -49,6 +52,9 @@ class Child:
     wanted: bool = True
     exit_code: int = 0  # of the last end
     proven: bool = False  # it works: it has said so, or the orchestrator has
+    ever_proven: bool = False  # it, or one before it
+    forked: bool = False  # by the fork server, if there is one
+    essential: bool = False  # started again after any end, once it has worked
     verdict: str = ""  # why it is being killed
     stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None
@@ -105,18 +111,29 @@ class Child:
         if self.process is None or (code := self.process.poll()) is None:
             return None
         pid, asked = self.process.pid, self.state == "stopping"
-        self.process, self.exit_code = None, code
+        self.process, self.exit_code, before = None, code, self.reason
         self.reason = "restarted on request" if asked else self.verdict or exit_reason(code, self.log)
         self.verdict, self.stopped = "", 0.0
         if not asked:
             healthy = self.proven or time.monotonic() - self.started > HEALTHY_SECONDS
             self.failures = 1 if healthy else self.failures + 1
-        if not asked and (code in UNRECOVERABLE or (code == UNUSABLE and not self.restarts)):
+        if not asked and self._is_hopeless(code, before):
             self.wanted = False
         self.restarts += 1
         self.state = "waiting"
         self.start_at = time.monotonic() + (0.0 if asked else self.backoff())
         return pid
+
+    def _is_hopeless(self, code: int, before: str) -> bool:
+        """Whether another start would end as this one, and the one `before`."""
+        if code in UNRECOVERABLE:
+            return not (self.essential and self.ever_proven)
+        if self.ever_proven:
+            return False
+        if code == UNUSABLE:
+            return True
+        same = self.restarts > 0 and NUMBERS.sub("#", self.reason) == NUMBERS.sub("#", before)
+        return same and (code > 0 or self.failures >= MOST_KILLED)
 
     def backoff(self) -> float:
         return BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]

@@ -152,6 +152,7 @@ class OrchestratorSettings(Settings):
     client_jobs: int = 1000  # unfinished ones of one key
     client_rate: float = 10.0  # jobs a second of one key, a minute's worth at once
     keep: bool = True  # False: nothing outlives the process; to measure what keeping costs
+    describer: bool = False  # a process without weights looks at the model and at prompts before jobs are taken
     listen: str | None = None
     listen_workers: str | None = None
     keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever

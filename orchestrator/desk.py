@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
+from orchestrator.describing import Describing
 from orchestrator.engine import Engine
 from orchestrator.live import LiveJob
 from orchestrator.version import VERSION
@@ -41,7 +42,7 @@ from protocol.messages import (
 log = logging.getLogger(__name__)
 
 MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
-MAX_PARKED = 1000  # submissions that may wait for the first worker to say what the model is
+MAX_PARKED = 1000  # submissions that may wait for the describer
 
 
 ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
@@ -60,11 +61,11 @@ class Peer:
 
 
 class Desk:
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, describing: Describing) -> None:
+        self.engine, self._describing = engine, describing
         self.supervisor: bytes | None = None  # identity at the workers' socket
         self.processes: tuple[ProcessView, ...] = ()
-        self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question
+        self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question, until they can be judged
         self._started = time.time()
         self._rolling: deque[str] = deque()  # names of processes to be restarted, one after the other
         self._under_way: int | None = None  # process number of the first's old life
@@ -82,7 +83,7 @@ class Desk:
             )
 
     def unpark(self) -> None:
-        """The model is known now: take the submissions that waited for it."""
+        """More is known of the model, or of prompts: take the submissions that waited for it, if they can be judged."""
         parked, self._parked = self._parked, {}
         for (peer, _), submit in parked.items():
             self.answer(peer, submit)
@@ -160,9 +161,9 @@ class Desk:
 
     def _submit(self, peer: Peer, submit: Submit) -> None:
         client = peer.identity
-        if self.engine.reception.model is None:
+        if not self._describing.ready_for(submit.jobs):
             if len(self._parked) >= MAX_PARKED:
-                raise QueueFull("Too many submissions wait for the first worker to load the model.", "Try again later.")
+                raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
             self._parked[peer, submit.request] = submit
             return
         jobs = self.engine.accept(submit.jobs, peer.owner)

@@ -2,6 +2,8 @@
 
 import secrets
 import time
+from collections import OrderedDict
+from collections.abc import Sequence
 
 from orchestrator.intake import Intake
 from orchestrator.lending import Lending
@@ -10,28 +12,56 @@ from orchestrator.roster import Roster
 from orchestrator.store import Store
 from protocol.errors import Conflict, NotFound
 from protocol.jobs import JobRequest, ModelDescription, Recipe
-from protocol.messages import WorkerHello
-from protocol.recipes import CountTokens, resolve, text_key, token_counter
-from protocol.tensors import Tensor
+from protocol.messages import DescriberHello, WorkerHello
+from protocol.recipes import resolve, text_key, texts_to_count
+
+
+class Tokens:
+    """How many tokens texts have, as the describer has counted; the last ones."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._counts: OrderedDict[str, int] = OrderedDict()
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._counts
+
+    def count(self, text: str) -> int:
+        """0 where nobody has counted, in a stack without a describer."""
+        return self._counts.get(text, 0)
+
+    def learn(self, texts: Sequence[str], counts: Sequence[int]) -> None:
+        for text, count in zip(texts, counts, strict=True):
+            self._counts[text] = count
+            self._counts.move_to_end(text)
+        while len(self._counts) > max(self._most, len(texts)):
+            self._counts.popitem(last=False)
+
+    def forget(self) -> None:
+        self._counts.clear()
 
 
 class Reception:
     def __init__(self, store: Store, roster: Roster, intake: Intake, lending: Lending) -> None:
         self._store, self._roster, self._intake, self._lending = store, roster, intake, lending
-        self.model: ModelDescription | None = None  # of the workers of this run
+        self.model: ModelDescription | None = None  # of this run
         self.dtype = ""
         self.speedups: tuple[str, ...] = ()
-        self._count_tokens: CountTokens | None = None
+        self.tokens = Tokens()
 
-    def learn_model(self, hello: WorkerHello, tokenizer: Tensor | None) -> None:
-        """Requests are judged by the model of the worker that came last."""
-        model, dtype, self.speedups = hello.model, hello.dtype, hello.speedups
-        data = bytes(tokenizer.data) if tokenizer else None
-        if model == self.model and dtype == self.dtype and (data is None or self._count_tokens):
-            return
-        self._store.remember_model(model, data)
-        self.model, self.dtype = model, dtype
-        self._count_tokens = token_counter(self._store.tokenizer(model.revision))
+    def learn_model(self, hello: WorkerHello | DescriberHello) -> None:
+        """Requests are judged by the model of whoever came last."""
+        if (hello.model, hello.dtype) != (self.model, self.dtype):
+            self._store.remember_model(hello.model)
+            self.tokens.forget()
+        self.model, self.dtype, self.speedups = hello.model, hello.dtype, hello.speedups
+
+    def uncounted(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Texts of which the describer must say how many tokens they have, before the requests can be judged."""
+        if self.model is None:
+            return []
+        texts = [text for request in requests for text in texts_to_count(request, self.model)]
+        return [text for text in dict.fromkeys(texts) if text not in self.tokens]
 
     def admit(self, requests: tuple[JobRequest, ...], owner: str) -> tuple[list[LiveJob], list[LiveJob]]:
         """The requests' jobs, and those of them that are new; those that are here already count as accepted.
@@ -47,7 +77,7 @@ class Reception:
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
         self._intake.check(fresh, owner)
-        recipes = [resolve(request, model, self.dtype, self._count_tokens, self.speedups) for request in fresh]
+        recipes = [resolve(request, model, self.dtype, self.tokens.count, self.speedups) for request in fresh]
         for recipe in recipes:
             self._lending.refuse_what_never_fits(recipe, model)
         new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]

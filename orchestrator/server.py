@@ -18,6 +18,7 @@ import zmq
 
 from orchestrator.allowed import Gate, KeyFolder
 from orchestrator.config import OrchestratorSettings
+from orchestrator.describing import Describing
 from orchestrator.desk import MOST_FORGOTTEN, Desk, Peer
 from orchestrator.doors import Doors
 from orchestrator.engine import Engine
@@ -31,9 +32,11 @@ from protocol.endpoints import Endpoints
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages import (
     FROM_CLIENT,
+    FROM_DESCRIBER,
     FROM_SUPERVISOR,
     FROM_WORKER,
     Beat,
+    DescriberHello,
     Error,
     Heartbeat,
     Leased,
@@ -43,6 +46,7 @@ from protocol.messages import (
     Result,
     SupervisorHello,
     TaskFailed,
+    TokenCounts,
     Welcome,
     WorkerGoodbye,
     WorkerHello,
@@ -70,7 +74,8 @@ class Server:
         self.settings = settings
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts)
-        self.desk = Desk(self.engine)
+        self.describing = Describing(self.outbox, self.engine.reception, settings.describer)
+        self.desk = Desk(self.engine, self.describing)
         keys = KeyFolder(folder.keys)
         self._doors = Doors(endpoints, settings.remote(), keys.server() if keys.exists else None, Gate(keys))
         self._stopping = False
@@ -142,6 +147,8 @@ class Server:
         """Who says nothing, or says that all is well and comes no further, is ended by force."""
         for worker in self.engine.fleet.silent():
             self._give_up(worker, "fell silent")
+        if pid := self.describing.silent():
+            self.desk.kill(pid, "fell silent")
         for worker, seconds in self.engine.pace.overdue(self.engine.fleet):
             self._give_up(worker, f"came no further for {seconds:.0f} s")
 
@@ -187,7 +194,7 @@ class Server:
 
     def _from_worker(self, identity: bytes, key: str, frames: list[Buffer]) -> None:
         try:
-            envelope = wire.decode(frames, FROM_WORKER if key else FROM_WORKER + FROM_SUPERVISOR)
+            envelope = wire.decode(frames, FROM_WORKER if key else FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER)
             self._take(identity, envelope)
         except StateUnusable:
             raise
@@ -201,13 +208,27 @@ class Server:
     def _take(self, identity: bytes, envelope: wire.Envelope) -> None:
         engine = self.engine
         match envelope.message:
-            case WorkerHello() as hello:
-                self._welcome(identity, hello, envelope)
+            case WorkerHello() as worker_hello:
+                self._welcome(identity, worker_hello)
                 return
             case SupervisorHello():
                 self.desk.supervisor = identity
-                proven = tuple(w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.proven)
-                self.outbox.to_worker(identity, Beat(proven=proven))
+                proven = [w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.proven]
+                proven += [self.describing.pid] if self.describing.pid else []
+                self.outbox.to_worker(identity, Beat(proven=tuple(proven)))
+                return
+            case DescriberHello() as hello:
+                self.describing.hello(identity, hello)
+                log.info("%s is whole: %s", hello.model.model, hello.model.pipeline)
+                self.outbox.to_worker(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
+                self.desk.unpark()
+                return
+            case TokenCounts() as counts if self.describing.is_here(identity):
+                self.describing.counted(counts)
+                self.desk.unpark()
+                return
+            case Heartbeat() if self.describing.is_here(identity):
+                self.outbox.to_worker(identity, Beat())
                 return
             case Processes(processes=processes, exited_pids=pids, stopped_pids=stopped) if (
                 identity == self.desk.supervisor
@@ -236,11 +257,12 @@ class Server:
             case WorkerGoodbye():
                 engine.dismiss_worker(worker)
 
-    def _welcome(self, identity: bytes, hello: WorkerHello, envelope: wire.Envelope) -> None:
+    def _welcome(self, identity: bytes, hello: WorkerHello) -> None:
         if identity in self.engine.fleet.workers:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
-        self.engine.reception.learn_model(hello, envelope.tensor("tokenizer"))
+        if not self.settings.describer:
+            self.engine.reception.learn_model(hello)
         for old in self.engine.fleet.of_process(hello.host, hello.pid):
             if old.hello.part != hello.part:
                 continue
@@ -257,6 +279,7 @@ class Server:
             for worker in self.engine.fleet.of_process(HOST, pid):
                 self.engine.bury(worker, blameless=pid in stopped)
             self.engine.lending.buried(HOST, pid)
+            self.describing.gone(pid)
 
     def _close(self) -> None:
         self.folder.withdraw()

@@ -135,11 +135,11 @@ class Store:
 
     # -- models ---------------------------------------------------------------------------------
 
-    def remember_model(self, model: ModelDescription, tokenizer: bytes | None) -> None:
+    def remember_model(self, model: ModelDescription) -> None:
         self._db.write(
-            "INSERT INTO models VALUES(?,?,?) ON CONFLICT(revision) DO UPDATE SET description=excluded.description,"
-            " tokenizer=coalesce(excluded.tokenizer, tokenizer)",
-            (model.revision, model.model_dump_json(), tokenizer),
+            "INSERT INTO models(revision, description) VALUES(?,?)"
+            " ON CONFLICT(revision) DO UPDATE SET description=excluded.description",
+            (model.revision, model.model_dump_json()),
         )
 
     def workspaces(self) -> dict[str, int]:
@@ -156,10 +156,6 @@ class Store:
             "INSERT INTO paces VALUES(?,?) ON CONFLICT(key) DO UPDATE SET seconds=min(seconds, excluded.seconds)",
             (key, seconds),
         )
-
-    def tokenizer(self, revision: str) -> bytes | None:
-        row: Any = self._db.first("SELECT tokenizer FROM models WHERE revision = ?", (revision,))
-        return row[0] if row else None
 
     def setting(self, key: str) -> str:
         """What was decided while the stack ran, and outlives it; empty if nothing was."""

@@ -41,6 +41,7 @@ from protocol.messages import (
 from protocol.sockets import dealer, new_identity, receive, send
 
 log = logging.getLogger(__name__)
+log.addHandler(logging.NullHandler())  # a person hears of what matters by notices
 
 GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
 STOPPED_SECONDS = 0.5  # that a process may stand still by a signal
@@ -70,6 +71,7 @@ class Supervisor:
         self._orchestrator = self._orchestrator_child()
         starter = ForkServer if ForkServer.possible() else Spare
         self._forks = starter(folder.log(starter.name), self._lifeline)
+        self._describer = self._describer_child()
         self._workers: dict[Stage, list[Child]] = {stage: [] for stage in STAGES}
         for post in self.arrangement.posts:
             mine = self._workers[post.stage]
@@ -107,7 +109,7 @@ class Supervisor:
 
     def _children(self) -> list[Child]:
         workers = [child for stage in STAGES for child in self._workers[stage]]
-        return [self._orchestrator, self._forks.child, *workers]
+        return [self._orchestrator, self._forks.child, self._describer, *workers]
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
@@ -127,7 +129,7 @@ class Supervisor:
         self._forks.child.proven |= self._forks.ready
         for child in self._children():
             if child.state == "waiting" and child.wanted and now >= child.start_at:
-                if child.stage and self._forks.starting:
+                if child.forked and self._forks.starting:
                     continue  # it is there sooner than a process that imports everything by itself
                 child.start(self._spawn)
                 log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
@@ -140,12 +142,12 @@ class Supervisor:
         """By the fork server, which is itself followed by its twin; None: it has to start anew."""
         if child is self._forks.child:
             return self._forks.succeed()
-        return self._forks.spawn(child) if child.stage else None
+        return self._forks.spawn(child) if child.forked else None
 
     def _wait(self) -> None:
         """Until a signal, a child's end, a message, or the next thing that is due."""
         held = self._forks.starting
-        due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted and not (c.stage and held)]
+        due = [c.start_at for c in self._children() if c.state == "waiting" and c.wanted and not (c.forked and held)]
         due += [at for _, at in self._leaving]
         due += [child.stopped + STOPPED_SECONDS for child in self._children() if child.stopped]
         left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
@@ -192,20 +194,33 @@ class Supervisor:
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
 
     def _refuse_hopeless(self) -> None:
-        """Where the settings can't work from the start, say why instead of standing there without a stage."""
-        groups = [[self._orchestrator], *self._workers.values()]
+        """Where the settings can't work from the start, say why instead of standing there without a stage.
+
+        The describer is heard first: it says what is wrong with a model better than a worker that fails to load it.
+        """
+        groups = [[self._orchestrator], [self._describer]]
+        if self._describer.ever_proven:
+            groups += self._workers.values()
         for group in groups:
-            needed = self._orchestrator in group  # at any time; a stage, once it has run, may be lost
-            hopeless = [child for child in group if not child.wanted and (needed or child.restarts == 1)]
+            needed = group[0] in (self._orchestrator, self._describer) if group else False
+            hopeless = [child for child in group if not child.wanted and (needed or not child.ever_proven)]
             if hopeless and len(hopeless) == len(group):
-                raise BY_EXIT_CODE[hopeless[0].exit_code](last_line(hopeless[0]))
+                raise self._why(hopeless[0])
+
+    def _why(self, child: Child) -> TriptychError:
+        """What keeps a process from ever working, as an error for a person."""
+        if child.exit_code in BY_EXIT_CODE:
+            return BY_EXIT_CODE[child.exit_code](last_line(child))
+        reason = f"{child.name} can't start: {last_line(child)}"
+        hint = "Is there enough memory for it?" if child.exit_code < 0 else ""
+        return TriptychError(reason.rstrip(".") + ".", hint)
 
     def _shut_down(self) -> None:
         """Workers first, so that they hand back what they have; the orchestrator commits and goes last."""
         self.notice("stopping")
         deadline = time.monotonic() + GRACE_SECONDS
         workers = [child for stage in STAGES for child in self._workers[stage]] + [child for child, _ in self._leaving]
-        for group in (workers, [self._orchestrator, self._forks.child]):
+        for group in ([*workers, self._describer], [self._orchestrator, self._forks.child]):
             for child in group:
                 child.terminate()
             for child in group:
@@ -234,7 +249,7 @@ class Supervisor:
             embedding_cache=config.embedding_cache, keep_pictures=config.keep_pictures, keep_jobs=config.keep_jobs,
             patience=config.patience, fixed=self.arrangement.fixed(), step_seconds=config.step_timeout,
             client_jobs=config.client_jobs, client_rate=config.client_rate, keep=config.keep, listen=config.listen,
-            listen_workers=config.listen_workers, keep_alive=keep, gpus=self.arrangement.accounts,
+            listen_workers=config.listen_workers, keep_alive=keep, gpus=self.arrangement.accounts, describer=True,
         )  # fmt: skip
         arguments = [
             "-m", "orchestrator.cli", "_orchestrate", "--state", str(self.folder.path),
@@ -242,6 +257,21 @@ class Supervisor:
             "--settings", settings.model_dump_json(),
         ]  # fmt: skip
         return Child("orchestrator", None, arguments, self.folder.log("orchestrator"), self._lifeline)
+
+    def _describer_child(self) -> Child:
+        config = self.config
+        stages = [stage for stage in STAGES if any(post.stage == stage for post in self.arrangement.posts)]
+        arguments = [
+            "-m", "orchestrator.cli", "_describe", "--connect", self._endpoints.workers, "--model", config.model,
+            "--dtype", self._dtype, "--stages", ",".join(stages),
+        ]  # fmt: skip
+        if config.revision is not None:
+            arguments += ["--revision", config.revision]
+        for speedup in self.arrangement.speedups:
+            arguments += ["--speedup", speedup]
+        return Child(
+            "describer", None, arguments, self.folder.log("describer"), self._lifeline, forked=True, essential=True
+        )
 
     def _worker_child(self, post: Post, number: int) -> Child:
         name = f"{post.stage}-{number}"
@@ -257,7 +287,7 @@ class Supervisor:
             arguments += ["--revision", self.config.revision]
         for speedup in self.arrangement.speedups:
             arguments += ["--speedup", speedup]
-        return Child(name, post.stage, arguments, self.folder.log(name), self._lifeline)
+        return Child(name, post.stage, arguments, self.folder.log(name), self._lifeline, forked=True)
 
     def _scale(self, stage: Stage, count: int) -> None:
         children = self._workers[stage]
@@ -316,9 +346,10 @@ class Supervisor:
                             child.put_down(reason)
                 case Beat(proven=pids):
                     self._answered = now
-                    self._orchestrator.proven = True
+                    self._orchestrator.proven = self._orchestrator.ever_proven = True
                     for child in self._children():
-                        child.proven |= child.process is not None and child.process.pid in pids
+                        if child.process is not None and child.process.pid in pids:
+                            child.proven = child.ever_proven = True
 
     def _say(self, message: Message) -> bool:
         assert self._link is not None

@@ -21,6 +21,7 @@ from protocol.jobs import (
     ProcessView,
     Recipe,
     Stage,
+    Text,
     WorkerView,
 )
 
@@ -54,7 +55,7 @@ class Error(Message):
 
 
 class WorkerHello(Message):
-    """First word of each incarnation; the frame `tokenizer` (uint8) may hold a tokenizer.json to measure prompts."""
+    """First word of each incarnation."""
 
     kind = "worker-hello"
     name: Name
@@ -147,6 +148,37 @@ class TaskFailed(TaskKey):
 
 class WorkerGoodbye(Message):
     kind = "worker-goodbye"
+
+
+# -- describer → orchestrator -----------------------------------------------------------------------
+
+
+class DescriberHello(Message):
+    """First word of the process without weights: it has found the model to be whole, and says what it takes."""
+
+    kind = "describer-hello"
+    pid: Count
+    dtype: Name  # of the stack
+    speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+    model: ModelDescription
+
+
+class TokenCounts(Message):
+    """How many tokens each text of a question has; none, and why, where they can't be counted."""
+
+    kind = "token-counts"
+    request: Count
+    counts: Annotated[tuple[Count, ...], Field(max_length=2 * MAX_JOBS)] = ()
+    reason: Line = ""
+
+
+# -- orchestrator → describer -----------------------------------------------------------------------
+
+
+class CountTokens(Message):
+    kind = "count-tokens"
+    request: Count
+    texts: Annotated[tuple[Text, ...], Field(max_length=2 * MAX_JOBS)]
 
 
 # -- orchestrator → worker --------------------------------------------------------------------------
@@ -389,6 +421,7 @@ FROM_WORKER: tuple[type[Message], ...] = (
     WorkerGoodbye,
 )
 FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes)
+FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Heartbeat)
 FROM_CLIENT: tuple[type[Message], ...] = (
     Submit,
     Watch,
@@ -404,8 +437,20 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     CollectGarbage,
 )
 TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, Lease, CancelTask, Committed, Beat, Error)
+TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, Beat, Error)
 TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartProcess, KillProcess, Beat, Error)
 TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Collected, Done, Error)
 EVERY_MESSAGE: tuple[type[Message], ...] = tuple(
-    dict.fromkeys((*FROM_WORKER, *FROM_SUPERVISOR, *FROM_CLIENT, *TO_WORKER, *TO_SUPERVISOR, *TO_CLIENT))
+    dict.fromkeys(
+        (
+            *FROM_WORKER,
+            *FROM_SUPERVISOR,
+            *FROM_DESCRIBER,
+            *FROM_CLIENT,
+            *TO_WORKER,
+            *TO_SUPERVISOR,
+            *TO_DESCRIBER,
+            *TO_CLIENT,
+        )
+    )
 )

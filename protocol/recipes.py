@@ -15,19 +15,14 @@ MAX_IMAGES = 16
 MAX_SCALE = 100.0
 MAX_PRIORITY = 1000
 
+MOST_SPECIAL = 16  # tokens that a tokenizer adds to a text
+
 CountTokens = Callable[[str], int]
 
 
-def token_counter(tokenizer_json: bytes | None) -> CountTokens | None:
-    """Counts a prompt's tokens, special ones included, as the pipeline's longest tokenizer does."""
-    if tokenizer_json is None:
-        return None
-    from tokenizers import Tokenizer  # here: the client has no use for it
-
-    tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return lambda text: len(tokenizer.encode(text).ids)
+def surely_fits(text: str, room: int) -> bool:
+    """Whether a text has at most `room` tokens whatever the tokenizer: each takes a character, unless it is special."""
+    return text.isascii() and len(text) + MOST_SPECIAL <= room
 
 
 def resolve(
@@ -109,8 +104,8 @@ def check_prompts(request: JobRequest, model: ModelDescription, count_tokens: Co
     if length is None:
         length = model.max_sequence_length
     room = model.max_sequence_limit if length is None else length
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt or "")):
-        tokens = count_tokens(text) if count_tokens else 0
+    for name, text in prompts_of(request):
+        tokens = count_tokens(text) if count_tokens and not surely_fits(text, room) else 0
         if tokens > room:
             longer = model.max_sequence_length is not None and tokens <= model.max_sequence_limit
             hint = f"Or give --max-sequence-length {tokens}." if longer else ""
@@ -118,8 +113,23 @@ def check_prompts(request: JobRequest, model: ModelDescription, count_tokens: Co
     return length
 
 
+def prompts_of(request: JobRequest) -> list[tuple[str, str]]:
+    """(what it is, text) of all that is to be encoded."""
+    negative = [] if request.negative_prompt is None else [("negative prompt", request.negative_prompt)]
+    return [("prompt", request.prompt), *negative]
+
+
+def texts_to_count(request: JobRequest, model: ModelDescription) -> list[str]:
+    """Those of which a tokenizer must say whether they fit."""
+    length = request.max_sequence_length or model.max_sequence_length or model.max_sequence_limit
+    return [text for _, text in prompts_of(request) if not surely_fits(text, length)]
+
+
 def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float | None, float | None, str | None]:
-    """Distilled guidance, true CFG scale and negative prompt, each None where the model or job has none."""
+    """Distilled guidance, true CFG scale and negative prompt, each None where the model or job has none.
+
+    No negative prompt is not an empty one: what a pipeline does without one is its own affair.
+    """
     check_range("guidance", request.guidance, 0, MAX_SCALE)
     check_range("cfg_scale", request.cfg_scale, 0, MAX_SCALE)
     if request.guidance is not None and model.guidance is None:
@@ -131,7 +141,7 @@ def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float 
     if request.negative_prompt and not true_cfg:
         hint = "Leave it out." if model.cfg_scale is None else "Add --cfg-scale with a number above 1, or leave it out."
         raise BadRequest("A negative prompt has no effect without true classifier-free guidance.", hint)
-    negative = (request.negative_prompt or "") if true_cfg else None
+    negative = request.negative_prompt if true_cfg else None
     return (model.guidance if request.guidance is None else request.guidance), cfg_scale, negative
 
 

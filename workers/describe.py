@@ -10,19 +10,33 @@ import textwrap
 from functools import reduce
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
+from protocol.errors import ModelMissing, TriptychError
 from protocol.jobs import ModelDescription
-from workers.skeleton import build_skeleton
+from workers.outcome import cause_of
+from workers.skeleton import build_skeleton, pipeline_class
 from workers.source import DEMO, Source
 
 LARGEST = 4  # times the default number of pixels
 
 
 def describe(source: Source) -> ModelDescription:
-    """Raises ModelMissing where the pipeline isn't one that makes pictures from prompts."""
-    pipeline = build_skeleton(source)
+    """Raises ModelMissing where the pipeline isn't one that makes pictures from prompts, or can't be built."""
+    pipeline_class(source)
+    try:
+        return describe_pipeline(source, build_skeleton(source))
+    except (TriptychError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever its classes make of its files; a library's panic is no Exception
+        raise ModelMissing(
+            f"{source.model!r} can't be built as a {source.pipeline}: {cause_of(error)}.",
+            "See what is wrong with it: triptych doctor --model.",
+        ) from error
+
+
+def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescription:
+    """By its configuration, its signature and its own code."""
     defaults = source.settings().get("defaults", {})
     width, height = default_size(pipeline)
     width, height = int(defaults.get("width", width)), int(defaults.get("height", height))
@@ -125,7 +139,3 @@ def _constant(node: ast.expr, pipeline: DiffusionPipeline) -> int | None:
             factors = _constant(left, pipeline), _constant(right, pipeline)
             return factors[0] * factors[1] if factors[0] and factors[1] else None
     return None
-
-
-def dtype_of(name: str) -> torch.dtype:
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

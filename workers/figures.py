@@ -24,6 +24,9 @@ from workers.source import Source, locate
 
 log = logging.getLogger(__name__)
 
+NO_SIZE: dict[str, Any] = {  # the model's own
+    "width": None, "height": None, "steps": None, "num_images": 1, "cfg_scale": None
+}  # fmt: skip
 PROMPT = "a large red circle at the top left"
 VERSIONS = ("triptych", "torch", "diffusers", "transformers")
 
@@ -67,6 +70,13 @@ def figures_of(source: Source, dtype: str, request: JobRequest) -> ModelFigures:
     return ModelFigures(model=description, recipe=recipe, stages=stages)
 
 
+def figures_for(source: Source, dtype: str, **wanted: Any) -> ModelFigures:
+    """As `figures_of`, found once for each model, dtype and size by the same versions."""
+    request = JobRequest(prompt=PROMPT, seed=1, **wanted)
+    key = [str(source.folder), source.revision, dtype, sorted(wanted.items())]
+    return cached(key, lambda: figures_of(source, dtype, request))
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.option("--revision")
@@ -78,10 +88,7 @@ def figures_of(source: Source, dtype: str, request: JobRequest) -> ModelFigures:
 @click.option("--cfg-scale", type=float)
 def main(model: str, revision: str | None, dtype: str, **wanted: Any) -> None:
     try:
-        source = locate(model, revision, None)
-        request = JobRequest(prompt=PROMPT, seed=1, **wanted)
-        key = [str(source.folder), source.revision, dtype, sorted(wanted.items())]
-        print(cached(key, lambda: figures_of(source, dtype, request)).model_dump_json())
+        print(figures_for(locate(model, revision, None), dtype, **wanted).model_dump_json())
     except TriptychError as error:
         print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint}), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -35,6 +35,9 @@ EVERYTHING = (  # that workers of any stage need; whatever else a model needs, i
     "transformers.models.t5.modeling_t5",
     "orchestrator.cli",
     "workers.command",
+    "workers.describe",
+    "workers.describer",
+    "workers.model_check",
     "workers.standalone",
     "workers.startup",
 )

@@ -5,9 +5,8 @@ under `max_memory`; else streamed through the first GPU. What can't even be stre
 """
 
 import contextlib
-import json
 import logging
-import struct
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing
 from protocol.jobs import Stage
@@ -23,6 +23,8 @@ from protocol.units import format_bytes
 from workers.devices import Devices, choose, parts_of
 from workers.gates import twin_of
 from workers.mapped import lock_ahead
+from workers.model_check import judge
+from workers.outcome import cause_of
 from workers.parts import Parts
 from workers.residency import Residency
 from workers.skeleton import (
@@ -36,11 +38,9 @@ from workers.skeleton import (
 from workers.source import Source, stages_of
 from workers.speed import EXACT, Speed
 from workers.spread import spread_layers
+from workers.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
 
 log = logging.getLogger(__name__)
-
-SAFETENSORS_ITEMSIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(slots=True)
@@ -104,22 +104,38 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
 
 
 def _has_weights(source: Source, name: str) -> bool:
-    """Models have a config.json; tokenizers and schedulers name theirs otherwise. Else ModelMissing."""
-    if not (source.folder / name / "config.json").exists():
-        return False
-    if not any((source.folder / name).glob("*.safetensors")):
-        local = Path(source.model).exists()
+    """Models have a config.json; tokenizers and schedulers name theirs otherwise."""
+    return (source.folder / name / "config.json").exists()
+
+
+def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) -> torch.nn.Module:
+    """A component with all its weights, and no others; ModelMissing where they aren't those that its class wants."""
+    try:
+        files = files_of(source, name)
+        if files.variant and name not in _told:
+            _told.add(name)
+            log.info("%s has weights in the variant %s alone; that is used", name, files.variant)
+        module, report = cls.from_pretrained(
+            source.folder, subfolder=name, use_safetensors=True, variant=files.variant, output_loading_info=True,
+            **arguments,
+        )  # fmt: skip
+        judge(report, f"{name}/{files.paths[0].name}")
+    except Damaged as error:
+        raise missing(source.model, name, error) from error
+    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelMissing(
-            f"{source.model!r} has no safetensors weights for its {name}.",
-            f"Put them into {source.folder / name}." if local else f"With a network: hf download {source.model}.",
-        )
-    return True
+            f"{source.model!r}, {name}: it can't be loaded: {cause_of(error)}.", "Download it again."
+        ) from error
+    loaded: torch.nn.Module = module.eval()
+    return loaded
+
+
+_told: set[str] = set()  # components whose variant was named
 
 
 def load_parts(source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed) -> Parts:
     """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
-    cls = component_class(source, name)
-    module = cls.from_pretrained(source.folder, subfolder=name, dtype=dtype, use_safetensors=True).eval()
+    module = load_module(source, name, component_class(source, name), {"dtype": dtype})
     speed.after_loading(module)
     return Parts(name, module, parts_of(devices, stage), devices.leased)
 
@@ -128,7 +144,7 @@ def load_weights(
     source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed
 ) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
     """One component, where its parts went, and its residency if it is on one device."""
-    arguments: dict[str, Any] = {"subfolder": name, "dtype": dtype, "use_safetensors": True}
+    arguments: dict[str, Any] = {"dtype": dtype}
     cls = component_class(source, name)
     arguments |= speed.loading_arguments(cls)
     together = speed.together(devices.primary)
@@ -136,7 +152,7 @@ def load_weights(
         cls = together.model_class(cls)
 
     def from_host() -> torch.nn.Module:
-        module: torch.nn.Module = cls.from_pretrained(source.folder, **arguments).eval()
+        module = load_module(source, name, cls, arguments)
         speed.after_loading(module)
         return module
 
@@ -159,7 +175,9 @@ def load_weights(
     size = weight_bytes(source, name, dtype)
     place = choose(size, devices.room, workspace)
     if isinstance(place, dict):
-        module, spread = spread_layers(source, name, devices, place, arguments)
+        module, spread = spread_layers(
+            source, name, devices, place, lambda more: load_module(source, name, cls, arguments | more)
+        )
         speed.after_loading(module)
         return module, spread, None
     if isinstance(place, int) and place != first:
@@ -182,41 +200,26 @@ def load_weights(
 
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
-    """Bytes of a component's weights once loaded as `dtype`, from the headers of its safetensors files."""
-    return sum(
-        (end - start) // SAFETENSORS_ITEMSIZE.get(kind, 1) * dtype.itemsize
-        for path in weight_files(source, name)
-        for kind, (start, end) in stored(path)
-    )
+    """Bytes of a component's weights once loaded as `dtype`, from the headers of its files; ModelMissing."""
+    try:
+        tensors = headers_of(files_of(source, name))
+    except Damaged as error:
+        raise missing(source.model, name, error) from error
+    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors.values())
 
 
 def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) -> list[Path]:
     """Safetensors files of components that need no cast to `dtype`."""
-    kind = next(kind for kind, known in SAFETENSORS_DTYPES.items() if known == dtype)
+    kind = next(kind for kind, known in DTYPES.items() if known == dtype)
     found: list[Path] = []
-    for path in (path for name in names for path in weight_files(source, name)):
-        with contextlib.suppress(struct.error, ValueError):  # a damaged file: loading will tell
-            if all(stored_kind == kind for stored_kind, _ in stored(path)):
-                found.append(path)
+    for name in names:
+        with contextlib.suppress(Damaged):  # loading will tell
+            for path in files_of(source, name).paths:
+                if all(tensor.dtype == kind for tensor in header_of(path).values()):
+                    found.append(path)
     return found
 
 
-def weight_files(source: Source, name: str) -> list[Path]:
-    """The safetensors files that loading a component reads: not those of variants beside them."""
-    folder = source.folder / name
-    for base in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{base}.safetensors.index.json"
-        if index.exists():
-            names = {Path(part).name for part in json.loads(index.read_text())["weight_map"].values()}
-            return sorted(path for part in names if (path := folder / part).exists())
-        if (whole := folder / f"{base}.safetensors").exists():
-            return [whole]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def stored(path: Path) -> list[tuple[str, tuple[int, int]]]:
-    """(dtype, where it begins and ends) of each tensor in a safetensors file, from its header."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    return [(entry["dtype"], tuple(entry["data_offsets"])) for key, entry in header.items() if key != "__metadata__"]
+def files_of(source: Source, name: str) -> WeightFiles:
+    """The safetensors files that loading a component reads; Damaged."""
+    return weight_files(source.folder / name, source.index[name][0])

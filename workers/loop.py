@@ -42,11 +42,8 @@ WELCOME_SECONDS = 1.0  # the same for the hello, which may have gone to an orche
 
 
 class WorkerLoop:
-    def __init__(
-        self, endpoint: str, key: PeerKey | None, hello: WorkerHello, tokenizer: Tensor | None, hands: Hands
-    ) -> None:
+    def __init__(self, endpoint: str, key: PeerKey | None, hello: WorkerHello, hands: Hands) -> None:
         self._endpoint, self._key, self._hello, self._hands = endpoint, key, hello, hands
-        self._frames = [tokenizer] if tokenizer else []
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
@@ -103,7 +100,7 @@ class WorkerLoop:
         self._heard = self._beaten = time.monotonic()
         self._welcome = False
         self._links += 1
-        self._say(self._hello, self._frames)
+        self._say(self._hello)
 
     def _close(self) -> None:
         if self._socket is not None:

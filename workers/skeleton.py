@@ -6,6 +6,7 @@ what it would have decoded comes out as an exception.
 
 import contextlib
 import importlib
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,9 @@ from safetensors import safe_open
 
 from protocol.errors import ModelMissing
 from workers.source import Source, stages_of
+
+VIDEO = {"num_frames", "video_length", "frames", "video"}  # arguments of pipelines whose results are videos
+PICTURE = ("prompt", "height", "width", "num_inference_steps")  # arguments of pipelines from prompts to pictures
 
 
 class Decoding(Exception):
@@ -42,13 +46,43 @@ def component_class(source: Source, name: str) -> Any:
 
 
 def pipeline_class(source: Source) -> type[DiffusionPipeline]:
-    found = getattr(diffusers, source.pipeline, None)
-    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline) and hasattr(found, "encode_prompt")):
+    """The class that model_index.json names, if it makes pictures from prompts; else ModelMissing."""
+    try:
+        found = getattr(diffusers, source.pipeline, None)
+    except (ImportError, RuntimeError) as error:  # of what it needs besides
+        raise ModelMissing(f"{source.model!r} is a {source.pipeline}, which can't be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise ModelMissing(
-            f"{source.model!r} is a {source.pipeline}, which this diffusers doesn't have or which takes no prompt.",
+            f"{source.model!r} is a {source.pipeline!r}, which diffusers {diffusers.__version__} doesn't have.",
+            "Update diffusers, or choose another model.",
+        )
+    if why := refusal(found):
+        raise ModelMissing(
+            f"{source.model!r} is a {source.pipeline}, which {why}.",
             "Triptych runs diffusers pipelines that make pictures from prompts.",
         )
     return found
+
+
+def refusal(cls: type[DiffusionPipeline]) -> str:
+    """Why a pipeline class can't be run as three stages from a prompt to pictures; empty if it can."""
+    parameters = inspect.signature(cls.__call__).parameters
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in ("self", "prompt")
+    ]
+    if VIDEO & set(parameters):
+        return "makes videos; those are not supported yet"
+    if needed:
+        return f"can't start from a prompt alone: it needs {', '.join(needed)}"
+    if not hasattr(cls, "encode_prompt"):
+        return "has no encode_prompt, so that its text can't be encoded apart"
+    if lacking := [name for name in PICTURE if name not in parameters]:
+        return f"takes no {', '.join(lacking)}, so that it makes no pictures of a given size from prompts"
+    return ""
 
 
 def build_skeleton(source: Source) -> DiffusionPipeline:

@@ -1,27 +1,29 @@
 """A component's layers over several GPUs, by accelerate, as their memory allows."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from protocol.errors import DoesNotFit
 from workers.devices import Devices
-from workers.skeleton import component_class
 from workers.source import Source
 
 log = logging.getLogger(__name__)
 
 
 def spread_layers(
-    source: Source, name: str, devices: Devices, place: dict[int, int], arguments: dict[str, Any]
+    source: Source,
+    name: str,
+    devices: Devices,
+    place: dict[int, int],
+    load: Callable[[dict[str, Any]], torch.nn.Module],
 ) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
-    """The module, and where each of its parts is; DoesNotFit."""
+    """The module, loaded with such arguments more, and where each of its parts is; DoesNotFit."""
     log.info("%s is spread under %s", name, place)
-    arguments["device_map"] = "auto" if devices.evenly else "sequential"
-    cls = component_class(source, name)
     try:
-        module = cls.from_pretrained(source.folder, max_memory=place, **arguments).eval()
+        module: Any = load({"max_memory": place, "device_map": "auto" if devices.evenly else "sequential"})
     except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
         if "offload" not in str(error):
             raise

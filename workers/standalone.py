@@ -13,14 +13,15 @@ import torch
 from protocol.errors import BadRequest
 from protocol.jobs import BEFORE, JobRequest, Recipe, Stage
 from protocol.pictures import save_png, to_images
-from protocol.recipes import resolve, token_counter
+from protocol.recipes import resolve
 from protocol.speedups import canonical
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers import stage_file
+from workers.describer import token_counter
 from workers.hands import Measured, StageRunner, resident_bytes, run_measured
 from workers.outcome import Saved
-from workers.startup import Prepared, longest_tokenizer
+from workers.startup import Prepared
 
 BOUND_TO_TEXT = ("prompt", "negative_prompt", "num_images", "max_sequence_length")
 
@@ -53,8 +54,7 @@ def run_standalone(
 
 def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
     """The first stage has a recipe and no tensors yet."""
-    tokenizer = longest_tokenizer(prepared.source)
-    counter = token_counter(bytes(tokenizer.data)) if tokenizer else None
+    counter = token_counter(prepared.source)
     return resolve(
         JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.settings.speedups
     ), ()

@@ -17,7 +17,6 @@ from protocol.errors import BadRequest
 from protocol.jobs import ModelDescription, Stage
 from protocol.keys import PeerKey
 from protocol.messages import WorkerHello
-from protocol.tensors import Tensor
 from workers.denoise import DenoiseStage
 from workers.describe import describe
 from workers.devices import WORKSPACE, Devices
@@ -177,20 +176,6 @@ def prepare(settings: WorkerSettings) -> Prepared:
         return Prepared(settings, source, describe(source), device, dtype)
 
 
-def longest_tokenizer(source: Source) -> Tensor | None:
-    """tokenizer.json of the tokenizer that limits a prompt: the last one, T5's in FLUX.1."""
-    paths = [path for name in sorted(source.index) if name.startswith("tokenizer") and (path := _json(source, name))]
-    if not paths:
-        return None
-    data = paths[-1].read_bytes()
-    return Tensor("tokenizer", "uint8", (len(data),), data)
-
-
-def _json(source: Source, name: str) -> Path | None:
-    path = source.folder / name / "tokenizer.json"
-    return path if path.exists() else None
-
-
 def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
     ranks = ranks_of(settings)
@@ -215,7 +200,6 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         gpus=settings.lease_gpus,
         parts=settings.jobs,
     )
-    tokenizer = longest_tokenizer(prepared.source) if settings.stage == "text" else None
     loops = []
     for index, loader in enumerate(prepared.loaders()):
         hands = Hands(
@@ -225,7 +209,7 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
             warm_up.join,
         )
         told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}", "part": index})
-        loops.append(WorkerLoop(endpoint, key, told, tokenizer, hands))
+        loops.append(WorkerLoop(endpoint, key, told, hands))
     run_together(loops)
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved

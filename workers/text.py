@@ -37,7 +37,9 @@ class TextStage:
     def embeddings(self, recipe: Recipe) -> dict[str, Value]:
         true_cfg = recipe.cfg_scale is not None and recipe.cfg_scale > 1
         found = self.encode(recipe, recipe.prompt, recipe.negative_prompt, true_cfg)
-        if true_cfg and not any(name.startswith("negative_") for name in found):
+        apart = true_cfg and not any(name.startswith("negative_") for name in found)
+        # Pipelines with a `true_cfg_scale` make the second pass only where a negative prompt was given, be it empty.
+        if apart and (recipe.negative_prompt is not None or "true_cfg_scale" not in call_parameters(self.pipeline)):
             negative = self.encode(recipe, recipe.negative_prompt or "", None, true_cfg)
             found |= {f"negative_{name}": value for name, value in negative.items()}
         taken = call_parameters(self.pipeline)

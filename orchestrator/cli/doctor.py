@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from protocol.units import format_bytes
 
 PACKAGES = ("triptych", "torch", "diffusers", "transformers", "accelerate", "pyzmq", "safetensors")
 LOW_DISK = 5_000_000_000
-MODELS = ("text_encoder", "transformer", "unet", "vae")  # how pipelines call them, or what their names begin with
+LEAST_FILES = 1024  # open at once, with some clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Finding:
 def doctor(model: str, as_json: bool, state: Path | None) -> None:
     """Check versions, GPUs, memory, disk and model, and say the exact next command."""
     folder = state_folder(state)
-    findings = [*versions(), *hardware(), disk(folder), model_finding(model), running(folder)]
+    findings = [*versions(), *hardware(), limits(), disk(folder), *model_findings(model), running(folder)]
     command = next_command(findings, model)
     if as_json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "next": command}))
@@ -77,54 +78,51 @@ def hardware() -> list[Finding]:
     return found
 
 
+def limits() -> Finding:
+    """How many files and sockets a process of a stack may have open."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"{hard} for each process of a stack" if hard != resource.RLIM_INFINITY else "any number"
+    return Finding("open files", f"{text} (this shell's limit is {soft}, which stacks raise)", hard >= LEAST_FILES)
+
+
 def disk(folder: Path) -> Finding:
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
     return Finding("disk", f"{format_bytes(free)} free for {folder}", free > LOW_DISK)
 
 
-def model_finding(model: str) -> Finding:
-    """Whether the model's files are here, or could be had; asks the hub only for what isn't."""
+def model_findings(model: str) -> list[Finding]:
+    """Whether the model's files are here and whole, or could be had; asks the hub only for what isn't."""
     if model == "demo":
-        return Finding("model", "demo ships with Triptych")
-    if Path(model).is_dir():
-        if not (Path(model) / "model_index.json").exists():
-            return Finding("model", f"{model} has no model_index.json", False)
-        return whole(Path(model), f"{model} is a folder in the diffusers layout")
+        return [Finding("model", "demo ships with Triptych")]
+    if Path(model).expanduser().exists():
+        return examined(model, f"{model} is a folder in the diffusers layout")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         if isinstance(index := try_to_load_from_cache(model, "model_index.json"), str):
-            return whole(Path(index).parent, f"{model} is in the Hugging Face cache")
+            return examined(str(Path(index).parent), f"{model} is in the Hugging Face cache")
         HfApi().auth_check(model)
     except HFValidationError:
-        return Finding("model", f"{model!r} is neither a folder nor a hub id", False)
+        return [Finding("model", f"{model!r} is neither a folder nor a hub id", False)]
     except Exception as error:
-        return Finding("model", f"{model} can't be reached: {str(error).strip().splitlines()[0]}", False)
-    return Finding("model", f"{model} can be downloaded")
+        return [Finding("model", f"{model} can't be reached: {str(error).strip().splitlines()[0]}", False)]
+    return [Finding("model", f"{model} can be downloaded")]
 
 
-def whole(folder: Path, text: str) -> Finding:
-    """Whether a model's weights are there, besides what describes it."""
-    missing = [name for name in components(folder) if lacks_weights(folder / name)]
-    return Finding("model", f"{text}, without weights of {', '.join(missing)}" if missing else text, not missing)
-
-
-def components(folder: Path) -> list[str]:
-    """The models among a pipeline's parts that a stage works with."""
-    index = json.loads((folder / "model_index.json").read_text())
-    return [name for name, value in index.items() if name.startswith(MODELS) and value != [None, None]]
-
-
-def lacks_weights(folder: Path) -> bool:
-    parts = [name for path in folder.glob("*.safetensors.index.json") for name in weight_map(path)]
-    return not all((folder / name).exists() for name in parts) or not any(folder.glob("*.safetensors"))
-
-
-def weight_map(path: Path) -> set[str]:
-    """Files that an index names."""
-    return set(json.loads(path.read_text())["weight_map"].values())
+def examined(folder: str, text: str) -> list[Finding]:
+    """What a process without weights finds of a model: all that is wrong with it, each with its remedy."""
+    done = subprocess.run([sys.executable, "-m", "workers.describer", folder], capture_output=True, check=False)
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+        problems = [str(problem) for problem in found["problems"]]
+    except (ValueError, KeyError, TypeError, IndexError):
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
+        problems = [f"looking at it ended in: {last[0]}"]
+    return [Finding("model", problem, False) for problem in problems] or [Finding("model", f"{text}, and whole")]
 
 
 def running(folder: Path) -> Finding:

@@ -85,7 +85,7 @@ class World:
             name=f"{sim.stage}-1", stage=sim.stage, pid=1000 + number, host="h", device="cuda", dtype="float32",
             model=MODEL, gpus=(0,),
         )  # fmt: skip
-        self.engine.reception.learn_model(hello, None)
+        self.engine.reception.learn_model(hello)
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
         sim.lease, sim.kept = NOTHING, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
