@@ -169,9 +169,11 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
     data: dict[str, Any] = {}
     if path is not None:
         try:
-            data = tomllib.loads(path.read_text())
+            data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             raise BadRequest(f"The configuration {str(path)!r} can't be read: {error.strerror}.") from error
+        except UnicodeDecodeError as error:
+            raise BadRequest(f"The configuration {str(path)!r} is not UTF-8 text.", "Save it as UTF-8.") from error
         except tomllib.TOMLDecodeError as error:
             raise BadRequest(f"The configuration {str(path)!r} is not valid TOML: {error}.") from error
     data |= flags

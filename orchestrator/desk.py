@@ -60,6 +60,11 @@ class Peer:
         return not self.owner
 
 
+def error_message(error: TriptychError, request: int = 0) -> Error:
+    """An error as it travels."""
+    return Error(request=request, code=error.code, message=error.message, hint=error.hint, item=error.item)
+
+
 class Desk:
     def __init__(self, engine: Engine, describing: Describing) -> None:
         self.engine, self._describing = engine, describing
@@ -78,9 +83,7 @@ class Desk:
         except StateUnusable:
             raise
         except TriptychError as error:
-            self._reply(
-                peer.identity, Error(request=question.request, code=error.code, message=error.message, hint=error.hint)
-            )
+            self._reply(peer.identity, error_message(error, question.request))
 
     def unpark(self) -> None:
         """More is known of the model, or of prompts: take the submissions that waited for it, if they can be judged."""
@@ -104,9 +107,10 @@ class Desk:
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
                 for job in jobs:
                     self._reply(client, engine.event(job))
-            case GetJobs(jobs=ids, states=states, limit=limit):
+            case GetJobs(jobs=ids, states=states, limit=limit, before=before):
                 owner = None if peer.local else peer.owner
-                found = (self._own(peer, i) for i in ids) if ids else engine.store.newest(states, limit, owner)
+                newest = engine.store.newest(states, limit, owner, before)
+                found = (self._own(peer, i) for i in ids) if ids else newest
                 live = (engine.roster.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
             case FetchPictures(job=job_id):
@@ -165,6 +169,10 @@ class Desk:
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
             self._parked[peer, submit.request] = submit
+            return
+        if submit.judge:
+            self.engine.reception.judge(submit.jobs, peer.owner, submit.earlier)
+            self._reply(client, Done(request=submit.request))
             return
         jobs = self.engine.accept(submit.jobs, peer.owner)
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))

@@ -292,7 +292,8 @@ class Engine:
         self.lending.learn_pace(worker, job.recipe, result.seconds)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
-            peak_bytes=result.peak_bytes, warnings=result.warnings,
+            peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
+            versions=worker.hello.versions,
         )  # fmt: skip
         if result.stage == "text":
             self._keep_embeddings(job, tensors)

@@ -44,9 +44,9 @@ class Intake:
         if not self._of[job.owner]:
             del self._of[job.owner]
 
-    def check(self, requests: Sequence[JobRequest], owner: str) -> None:
-        """Whether so many more may come; QueueFull says what is in the way."""
-        limits, count = self._settings, len(requests)
+    def check(self, requests: Sequence[JobRequest], owner: str, earlier: int = 0) -> None:
+        """Whether so many more may come, after so many `earlier` ones; QueueFull says what is in the way."""
+        limits, count = self._settings, len(requests) + earlier
         if self.jobs + count > limits.queue_limit:
             raise QueueFull(
                 f"The queue holds {self.jobs} of at most {limits.queue_limit} jobs; {count} more don't fit.",
@@ -96,4 +96,8 @@ class Intake:
                 f"The client {owner!r} may submit {limits.client_rate:g} jobs a second; {count} more come too soon.",
                 f"Try again in {(count - bucket.left) / limits.client_rate:.0f} seconds.",
             )
-        bucket.left -= count
+
+    def spend(self, count: int, owner: str) -> None:
+        """So many of a client's jobs were let in; this machine's own user has no allowance to keep to."""
+        if owner:
+            self._allowances[owner].left -= count

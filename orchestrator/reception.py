@@ -10,7 +10,7 @@ from orchestrator.lending import Lending
 from orchestrator.live import LiveJob
 from orchestrator.roster import Roster
 from orchestrator.store import Store
-from protocol.errors import Conflict, NotFound
+from protocol.errors import Conflict, NotFound, TriptychError
 from protocol.jobs import JobRequest, ModelDescription, Recipe
 from protocol.messages import DescriberHello, WorkerHello
 from protocol.recipes import resolve, text_key, texts_to_count
@@ -68,21 +68,40 @@ class Reception:
 
         `owner` is the name of the client's key; empty for this machine's own user.
         """
-        model = self.model
-        if model is None:
+        named, fresh, recipes = self._settle(requests, owner)
+        self._intake.check(fresh, owner)
+        self._intake.spend(len(fresh), owner)
+        new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
+        made = iter(new)
+        return [known or next(made) for known in named], new
+
+    def judge(self, requests: tuple[JobRequest, ...], owner: str, earlier: int) -> None:
+        """Raise what `admit` would, if so many `earlier` ones had come before them."""
+        _, fresh, _ = self._settle(requests, owner)
+        self._intake.check(fresh, owner, earlier)
+
+    def _settle(
+        self, requests: tuple[JobRequest, ...], owner: str
+    ) -> tuple[list[LiveJob | None], list[JobRequest], list[Recipe]]:
+        """The jobs that are here already, None for others; those others, and their recipes."""
+        if self.model is None:
             raise NotFound("No worker has joined yet, so the model is not known.")
         named = [self._known(request, owner) for request in requests]
         fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
         ids = [request.id for request in fresh if request.id is not None]
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
-        self._intake.check(fresh, owner)
-        recipes = [resolve(request, model, self.dtype, self.tokens.count, self.speedups) for request in fresh]
-        for recipe in recipes:
-            self._lending.refuse_what_never_fits(recipe, model)
-        new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
-        made = iter(new)
-        return [known or next(made) for known in named], new
+        recipes: list[Recipe] = []
+        for item, request in enumerate(requests):
+            if named[item] is not None:
+                continue
+            try:
+                recipes.append(resolve(request, self.model, self.dtype, self.tokens.count, self.speedups))
+                self._lending.refuse_what_never_fits(recipes[-1], self.model)
+            except TriptychError as error:
+                error.item = item
+                raise
+        return named, fresh, recipes
 
     def _known(self, request: JobRequest, owner: str) -> LiveJob | None:
         job = self._roster.find(request.id) if request.id else None

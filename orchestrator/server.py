@@ -19,7 +19,7 @@ import zmq
 from orchestrator.allowed import Gate, KeyFolder
 from orchestrator.config import OrchestratorSettings
 from orchestrator.describing import Describing
-from orchestrator.desk import MOST_FORGOTTEN, Desk, Peer
+from orchestrator.desk import MOST_FORGOTTEN, Desk, Peer, error_message
 from orchestrator.doors import Doors
 from orchestrator.engine import Engine
 from orchestrator.fleet import Worker
@@ -185,7 +185,7 @@ class Server:
         except StateUnusable:
             raise
         except TriptychError as error:
-            self.outbox.to_client(client, Error(code=error.code, message=error.message, hint=error.hint))
+            self.outbox.to_client(client, error_message(error))
         except Exception:  # whatever a peer sends, the others go on
             log.exception("a client's question could not be answered")
             self.outbox.to_client(client, Error(code="error", message="The orchestrator failed at this question."))
@@ -199,7 +199,7 @@ class Server:
         except StateUnusable:
             raise
         except TriptychError as error:
-            self.outbox.to_worker(identity, Error(code=error.code, message=error.message, hint=error.hint))
+            self.outbox.to_worker(identity, error_message(error))
         except Exception:
             log.exception("a worker's message could not be handled")
             if worker := self.engine.fleet.workers.get(identity):

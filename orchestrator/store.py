@@ -93,13 +93,18 @@ class Store:
     def unfinished(self) -> Iterator[LiveJob]:
         return self._select("WHERE state IN ('queued', 'text', 'denoise', 'vae') ORDER BY number", ())
 
-    def newest(self, states: Sequence[JobState], limit: int, owner: str | None = None) -> Iterator[LiveJob]:
-        """Newest first; of one owner, or of all."""
+    def newest(
+        self, states: Sequence[JobState], limit: int, owner: str | None = None, before: int = 0
+    ) -> Iterator[LiveJob]:
+        """Newest first; of one owner, or of all; those with numbers below `before`, 0: of all."""
         wanted = [f"state IN ({','.join('?' * len(states))})"] if states else []
         values: list[object] = [*states]
         if owner is not None:
             wanted.append("owner = ?")
             values.append(owner)
+        if before:
+            wanted.append("number < ?")
+            values.append(before)
         where = f"WHERE {' AND '.join(wanted)}" if wanted else ""
         return self._select(f"{where} ORDER BY number DESC LIMIT ?", (*values, limit))
 

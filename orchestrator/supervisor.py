@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -59,6 +60,7 @@ class Supervisor:
     def __init__(self, folder: StackFolder, config: StackConfig, notice: Notice) -> None:
         """Plans the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
+        raise_file_limit()
         gpus = list_gpus()
         self._dtype = stack_dtype(config, bool(gpus))
         self.arrangement = arrange(config, self._dtype, gpus, experience_in(folder))
@@ -67,6 +69,7 @@ class Supervisor:
         self._wake.setblocking(False)
         self._bell.setblocking(False)
         self._signal = 0
+        self._done = False  # what it was for is done
         self._endpoints = folder.local_endpoints()
         self._orchestrator = self._orchestrator_child()
         starter = ForkServer if ForkServer.possible() else Spare
@@ -88,10 +91,10 @@ class Supervisor:
     # -- life -----------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Until a signal, whose number it returns, or `stop()`. Raises what keeps a stage from ever starting."""
+        """Until a signal, whose number it returns, or `stop()`: 0. Raises what keeps a stage from ever starting."""
         with self.folder.lock("supervisor"), self._signals():
             try:
-                while not self._signal:
+                while not (self._signal or self._done):
                     self._start_due()
                     self._wait()
                     self._end_the_hung()
@@ -104,7 +107,7 @@ class Supervisor:
 
     def stop(self) -> None:
         """End `run`, from any thread."""
-        self._signal = self._signal or signal.SIGTERM
+        self._done = True
         self._bell.send(b"!")
 
     def _children(self) -> list[Child]:
@@ -360,6 +363,13 @@ class Supervisor:
                 raise
             return False
         return True
+
+
+def raise_file_limit() -> None:
+    """Let this process and its children have as many files and sockets open as the system allows them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def where(post: Post) -> list[str]:

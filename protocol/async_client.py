@@ -21,15 +21,17 @@ from protocol.conversation import (
     REPEATABLE,
     RESEND_SECONDS,
     Conversation,
+    chunks,
+    located,
     raise_unless_done,
     request_of,
-    with_ids,
 )
 from protocol.endpoints import no_answer, reach
 from protocol.errors import NoStack, TriptychError, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
     MAX_JOBS,
+    MOST_LISTED,
     Cancel,
     Collected,
     CollectGarbage,
@@ -92,17 +94,26 @@ class AsyncClient:
         return (await self.submit_many([request_of(prompt, options)]))[0]
 
     async def submit_many(self, requests: Sequence[JobRequest], timeout: float | None = None) -> list[Job]:
-        jobs: list[Job] = []
-        named = with_ids(requests)
-        for start in range(0, len(named), MAX_JOBS):
-            jobs += await self._jobs(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS])
-        return jobs
+        accepted: list[Job] = []
+        for start, fields in chunks(requests):
+            with located(start, accepted):
+                answer = await self._ask(Submit, timeout=timeout, **fields)
+            if isinstance(answer.message, Jobs):
+                accepted += answer.message.jobs
+        return accepted
 
     async def job(self, job_id: str) -> Job:
         return (await self._jobs(GetJobs, jobs=(job_id,)))[0]
 
     async def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
-        return await self._jobs(GetJobs, states=tuple(states), limit=limit)
+        found: list[Job] = []
+        while len(found) < limit:
+            before, size = found[-1].number if found else 0, min(MOST_LISTED, limit - len(found))
+            more = await self._jobs(GetJobs, states=tuple(states), limit=size, before=before)
+            found += more
+            if len(more) < size:
+                break
+        return found
 
     async def cancel(self, *job_ids: str) -> list[Job]:
         return await self._jobs(Cancel, jobs=job_ids)

@@ -22,15 +22,17 @@ from protocol.conversation import (
     REPEATABLE,
     RESEND_SECONDS,
     Conversation,
+    chunks,
+    located,
     raise_unless_done,
     request_of,
-    with_ids,
 )
 from protocol.endpoints import no_answer, reach
 from protocol.errors import NoStack, WaitTimeout
 from protocol.jobs import ENDED, Job, JobRequest, JobState, Stage
 from protocol.messages import (
     MAX_JOBS,
+    MOST_LISTED,
     Cancel,
     Collected,
     CollectGarbage,
@@ -103,17 +105,18 @@ class Client:
     def submit_many(
         self, requests: Sequence[JobRequest], timeout: float | None = None, watch: bool = False
     ) -> list[Job]:
-        """Accept many jobs; each thousand is accepted whole or not at all. Waits for the stack to know its model.
+        """Accept many jobs, all or none. Waits for the stack to know its model.
 
-        With `watch`, `events` of these jobs misses nothing of what happens before it is called.
+        With `watch`, `events` of these jobs misses nothing of what happens before it is called. An error's `item` says
+        which request is at fault.
         """
-        jobs: list[Job] = []
-        named = with_ids(requests)
-        for start in range(0, len(named), MAX_JOBS):
-            answer = self._ask(Submit, timeout=timeout, jobs=named[start : start + MAX_JOBS], watch=watch)
-            assert isinstance(answer.message, Jobs)
-            jobs += answer.message.jobs
-        return jobs
+        accepted: list[Job] = []
+        for start, fields in chunks(requests):
+            with located(start, accepted):
+                answer = self._ask(Submit, timeout=timeout, watch=watch, **fields)
+            if isinstance(answer.message, Jobs):
+                accepted += answer.message.jobs
+        return accepted
 
     def job(self, job_id: str) -> Job:
         """How a job stands; NotFound."""
@@ -121,15 +124,22 @@ class Client:
 
     def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
         """The newest jobs, newest first."""
-        return self._jobs(GetJobs, states=tuple(states), limit=limit)
+        found: list[Job] = []
+        while len(found) < limit:
+            before, size = found[-1].number if found else 0, min(MOST_LISTED, limit - len(found))
+            more = self._jobs(GetJobs, states=tuple(states), limit=size, before=before)
+            found += more
+            if len(more) < size:
+                break
+        return found
 
     def cancel(self, *job_ids: str) -> list[Job]:
         """End jobs; one that a worker has in hand stops at its next step."""
-        return self._jobs(Cancel, jobs=job_ids)
+        return self._in_parts(Cancel, job_ids)
 
     def retry(self, *job_ids: str) -> list[Job]:
         """Run failed or cancelled jobs again, from their last finished stage; Conflict for others."""
-        return self._jobs(Retry, jobs=job_ids)
+        return self._in_parts(Retry, job_ids)
 
     def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """The job once it is done; JobFailed, JobCancelled, or WaitTimeout while it goes on."""
@@ -204,6 +214,10 @@ class Client:
     def _watch(self, job_ids: Sequence[str]) -> None:
         for start in range(0, len(job_ids), MAX_JOBS):
             self._ask(Watch, timeout=PATIENCE_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+
+    def _in_parts(self, cls: type[Question], job_ids: Sequence[str]) -> list[Job]:
+        parts = (job_ids[start : start + MAX_JOBS] for start in range(0, len(job_ids), MAX_JOBS))
+        return [job for part in parts for job in self._jobs(cls, jobs=tuple(part))]
 
     def _jobs(self, cls: type[Question], **fields: Any) -> list[Job]:
         message = self._ask(cls, **fields).message

@@ -1,14 +1,18 @@
 """What both clients share: numbering questions and telling answers from events. No sockets in here."""
 
+import contextlib
 import itertools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
 from protocol import wire
-from protocol.errors import JobCancelled, JobFailed, from_wire
+from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, from_wire
 from protocol.jobs import Job, JobRequest
 from protocol.messages import (
+    MAX_JOBS,
     TO_CLIENT,
     Cancel,
     Drain,
@@ -43,9 +47,16 @@ class Conversation:
         self._numbers = itertools.count(1)
 
     def ask(self, cls: type[Question], **fields: Any) -> tuple[int, list[Buffer]]:
-        """A question's number and frames."""
+        """A question's number and frames; BadRequest where its fields can't be right."""
         number = next(self._numbers)
-        return number, wire.encode(cls(request=number, **fields))
+        try:
+            return number, wire.encode(cls(request=number, **fields))
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_context=False)[0]
+            what = "a job's id" if fault["loc"][:1] in (("jobs",), ("job",)) else ".".join(map(str, fault["loc"]))
+            raise BadRequest(
+                f"{fault['input']!r} can't be {what}.", "'triptych jobs' lists those that there are."
+            ) from None
 
     @staticmethod
     def read(frames: Sequence[Buffer]) -> wire.Envelope:
@@ -61,7 +72,9 @@ class Conversation:
     def checked(envelope: wire.Envelope) -> wire.Envelope:
         """The answer, or the error that it stands for, raised."""
         if isinstance(envelope.message, Error):
-            raise from_wire(envelope.message.code, envelope.message.message, envelope.message.hint)
+            error = from_wire(envelope.message.code, envelope.message.message, envelope.message.hint)
+            error.item = envelope.message.item
+            raise error
         return envelope
 
 
@@ -72,6 +85,37 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> JobRequest:
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:
     """Requests that can be sent twice without harm."""
     return tuple(r if r.id else r.model_copy(update={"id": secrets.token_hex(6)}) for r in requests)
+
+
+def chunks(requests: Sequence[JobRequest]) -> list[tuple[int, dict[str, Any]]]:
+    """The questions of one submission, each with how many jobs come before it.
+
+    Several at once are judged first, all of them, so that none is accepted where one can't be.
+    """
+    named = with_ids(requests)
+    starts = range(0, len(named), MAX_JOBS)
+    rounds = (True, False) if len(starts) > 1 else (False,)
+    return [
+        (start, {"jobs": named[start : start + MAX_JOBS], "judge": judge, "earlier": start if judge else 0})
+        for judge in rounds
+        for start in starts
+    ]
+
+
+@contextlib.contextmanager
+def located(start: int, accepted: Sequence[Job]) -> Iterator[None]:
+    """Errors of a part of a submission, as of the whole; what was accepted before is told."""
+    try:
+        yield
+    except TriptychError as error:
+        if error.item is not None:
+            error.item += start
+        if accepted:
+            error.hint = (
+                f"{error.hint} {len(accepted)} jobs before it were accepted and go on, {accepted[0].id} to "
+                f"{accepted[-1].id}."
+            ).strip()
+        raise
 
 
 def raise_unless_done(job: Job) -> Job:

@@ -14,6 +14,7 @@ class TriptychError(Exception):
         hint: what to do next, possibly empty.
         code: stable name on the wire and in `--json`.
         exit_code: what the command line exits with.
+        item: which of several requests is at fault, counted from 0; None where it is all of them.
     """
 
     code: ClassVar[str] = "error"
@@ -23,6 +24,7 @@ class TriptychError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.item: int | None = None
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
@@ -125,6 +127,14 @@ class ProtocolError(TriptychError):
 
     code = "protocol"
     exit_code = 3
+
+
+class Interrupted(Exception):
+    """A signal ended a command before it was done."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"signal {number}")
+        self.number = number
 
 
 BY_CODE: dict[str, type[TriptychError]] = {

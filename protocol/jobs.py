@@ -74,6 +74,8 @@ class StageRecord(Data):
     cached: bool = False
     peak_bytes: int = 0  # of GPU memory; 0 on a CPU
     warnings: tuple[str, ...] = ()
+    device_kind: str = ""  # cpu, or a GPU's name: what equal bits depend on
+    versions: str = ""  # of the libraries that computed it
 
 
 class Job(Data):
@@ -148,6 +150,8 @@ class WorkerView(Data):
     pid: int
     host: str
     device: str
+    device_kind: str  # cpu, or a GPU's name
+    versions: str  # of its libraries
     dtype: str
     model: str
     speedups: tuple[str, ...]

@@ -26,6 +26,7 @@ from protocol.jobs import (
 )
 
 MAX_JOBS = 1024  # in one Submit, and ids in one question
+MOST_LISTED = 1000  # jobs in one answer that weren't asked for by id
 Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -42,13 +43,17 @@ class Message(Data):
 
 
 class Error(Message):
-    """The answer to what can't be done; `request` is 0 where the question couldn't be read."""
+    """The answer to what can't be done; `request` is 0 where the question couldn't be read.
+
+    `item` tells which of several jobs of a submission is at fault, counted from 0.
+    """
 
     kind = "error"
     request: Count = 0
     code: Name
     message: Line
     hint: Line = ""
+    item: Count | None = None
 
 
 # -- worker → orchestrator --------------------------------------------------------------------------
@@ -63,6 +68,8 @@ class WorkerHello(Message):
     pid: Count
     host: Name
     device: Name
+    device_kind: Name = ""  # cpu, or a GPU's name
+    versions: Name = ""  # of the libraries that it computes with
     dtype: Name
     model: ModelDescription
     speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()  # of its whole stack
@@ -267,11 +274,13 @@ class Question(Message):
 
 
 class Submit(Question):
-    """Jobs to accept, all or none."""
+    """Jobs to accept, all or none; or only to be judged, as if so many `earlier` ones had been accepted before."""
 
     kind = "submit"
     jobs: Annotated[tuple[JobRequest, ...], Field(min_length=1, max_length=MAX_JOBS)]
     watch: bool = False
+    judge: bool = False
+    earlier: Count = 0
 
 
 class Watch(Question):
@@ -282,12 +291,13 @@ class Watch(Question):
 
 
 class GetJobs(Question):
-    """These jobs, or the newest `limit` in `states`."""
+    """These jobs, or the newest `limit` in `states`, of those with lower numbers than `before`; 0: of all."""
 
     kind = "get-jobs"
     jobs: JobIds = ()
     states: tuple[JobState, ...] = ()
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    before: Count = 0
+    limit: Annotated[int, Field(ge=1, le=MOST_LISTED)] = 100
 
 
 class FetchPictures(Question):

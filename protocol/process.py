@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+from protocol.visible import visible
+
 LIFELINE = "TRIPTYCH_LIFELINE"  # a pipe's read end; the supervisor holds the other, and only death lets go of it
 PR_SET_PDEATHSIG = 1
 PID = struct.Struct("!q")  # a process number, as the fork server tells it
@@ -26,16 +28,45 @@ class _Line(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = f"{self.formatTime(record, self.datefmt)}.{int(record.msecs):03d}Z"
         job = getattr(record, "job", "-")
-        text = record.getMessage()
+        text = visible(record.getMessage())  # what a peer calls itself can't look like another line
         if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+            text += "\n" + visible(self.formatException(record.exc_info), keep="\n\t")
         return f"{when} {self._process} {record.levelname} job={job} {text}"
 
 
-def log_to_stderr(process: str, level: int = logging.INFO) -> None:
-    """The supervisor leads stderr into the process's file, where a crash's last words land too."""
+class OnceASecond(logging.Filter):
+    """Lets a line of each kind through once a second, with how many more there were; those of jobs are as many as jobs.
+
+    So that nothing that a peer does can fill a disk.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}  # monotonic seconds, by the line without its values
+        self._more: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if hasattr(record, "job"):
+            return True
+        kind, now = str(record.msg), time.monotonic()
+        if now - self._last.get(kind, -1.0) < 1.0:
+            self._more[kind] = self._more.get(kind, 0) + 1
+            return False
+        self._last[kind] = now
+        if more := self._more.pop(kind, 0):
+            record.msg, record.args = f"{record.getMessage()} ({more} more like it)", None
+        return True
+
+
+def log_to_stderr(process: str, level: int = logging.INFO, limited: bool = False) -> None:
+    """The supervisor leads stderr into the process's file, where a crash's last words land too.
+
+    With `limited`, lines of a kind come once a second: for processes that peers speak to.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Line(process))
+    if limited:
+        handler.addFilter(OnceASecond())
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     logging.getLogger("torchao").setLevel(logging.ERROR)  # names each of its kernels that this machine can't use

@@ -13,6 +13,7 @@ from protocol.speedups import tier_of
 MAX_STEPS = 1000
 MAX_IMAGES = 16
 MAX_SCALE = 100.0
+DRAWN = -1  # a seed that stands for a random one, as everywhere in this field
 MAX_PRIORITY = 1000
 
 MOST_SPECIAL = 16  # tokens that a tokenizer adds to a text
@@ -42,7 +43,7 @@ def resolve(
     check_range("steps", request.steps, 1, MAX_STEPS)
     check_range("num_images", request.num_images, 1, MAX_IMAGES)
     check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
-    check_range("seed", request.seed, 0, MAX_SEED)
+    check_range("seed", request.seed, DRAWN, MAX_SEED)
     length = check_prompts(request, model, count_tokens)
     guidance, cfg_scale, negative = check_guidance(request, model)
     return Recipe(
@@ -53,7 +54,7 @@ def resolve(
         steps=model.steps if request.steps is None else request.steps,
         guidance=guidance,
         cfg_scale=cfg_scale,
-        seed=secrets.randbelow(2**32) if request.seed is None else request.seed,
+        seed=secrets.randbelow(2**32) if request.seed in (None, DRAWN) else request.seed,
         num_images=request.num_images,
         max_sequence_length=length,
         model=model.model,

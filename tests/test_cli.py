@@ -76,7 +76,7 @@ def test_retry_of_a_png_makes_it_again_bit_for_bit(stack: RunningStack, tmp_path
     assert again.returncode == 0, again.stderr
     with Image.open(tmp_path / "x.png") as a, Image.open(tmp_path / "y.png") as b:
         assert a.tobytes() == b.tobytes()
-        recipe, _ = read_recipe(tmp_path / "x.png")
+        recipe = read_recipe(tmp_path / "x.png").recipe
         save_png(a, tmp_path / "z.png", recipe.model_copy(update={"speedups": ("denoise:compile",)}), "job", 0)
     other = triptych("retry", "z.png", folder=stack.folder, cwd=tmp_path)
     assert other.returncode == 2

@@ -1,6 +1,7 @@
 """From a worker's settings to a stage that runs: find the model, describe it, load it onto its devices."""
 
 import functools
+import importlib.metadata
 import logging
 import os
 import socket
@@ -63,6 +64,31 @@ def resolve_device(device: str) -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_kind(device: str) -> str:
+    """What equal bits depend on: a GPU's name, or the kind of device."""
+    kind = torch.device(device).type
+    if kind != "cuda":
+        return kind
+    import pynvml
+
+    try:  # torch would bring up a context to say it, before a worker may have forked its ranks
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(first_gpu()))
+    except (pynvml.NVMLError, ValueError):
+        return "cuda"
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def first_gpu() -> int:
+    """The driver's number of the first GPU that this process sees; ValueError where it has another name."""
+    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+
+
+def versions() -> str:
+    """Of the libraries that compute a picture."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -194,6 +220,8 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         pid=os.getpid(),
         host=socket.gethostname(),
         device=prepared.device,
+        device_kind=device_kind(prepared.device),
+        versions=versions(),
         dtype=prepared.dtype,
         model=prepared.description,
         speedups=settings.speedups,

@@ -1,14 +1,19 @@
 """The `triptych` command. Each command's module is imported only when it runs, so that --help is quick."""
 
+import contextlib
+import errno
 import importlib
+import io
 import os
 import sys
 from typing import Any
 
 import click
 
-from protocol.errors import TriptychError
+from protocol.errors import Interrupted, TriptychError
+from protocol.visible import visible
 
+LONG_NAME = 80  # characters of a file's name that an error shows
 COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "run": ("orchestrator.cli.run", "run", "Make pictures without a stack: start one, use it, stop it."),
     "up": ("orchestrator.cli.up", "up", "Start a stack and keep it running, in the foreground."),
@@ -35,7 +40,8 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
 
 EPILOG = """\b
 Exit codes: 0 done, 2 wrong usage, 3 no stack reachable, 4 model missing or not permitted,
-5 does not fit, 6 job failed, 7 state can't be written, 8 state damaged, 124 timeout, 130 interrupted.
+5 does not fit, 6 job failed, 7 state can't be written, 8 state damaged, 124 timeout, 130 interrupted, 129 and
+143 hung up and terminated.
 Every option can be set as TRIPTYCH_COMMAND_OPTION; TRIPTYCH_STATE names the stack's folder.
 """
 
@@ -84,22 +90,65 @@ def cli(debug: bool) -> None:
 def main() -> None:
     """Entry point: one line and an exit code for each error that a person can mend."""
     debug = "--debug" in sys.argv or os.environ.get("TRIPTYCH_DEBUG", "") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a terminal's encoding has no characters for
+    code = run_command(debug)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141 if isinstance(error, BrokenPipeError) else code or 1
+        if code != 141:
+            say_error(f"The output can't be written: {error.strerror}.")
+    sys.exit(code)
+
+
+def run_command(debug: bool) -> int:
+    """Run what the command line says; the exit code."""
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
         cli.main(argv, prog_name="triptych", standalone_mode=False, auto_envvar_prefix="TRIPTYCH")
     except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
+        return done.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    except Interrupted as error:
+        print("Interrupted.", file=sys.stderr)
+        return 128 + error.number
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except TriptychError as error:
+        return 141
+    except Exception as error:
         if debug:
             raise
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        return explain(error)
+    return 0
+
+
+def explain(error: Exception) -> int:
+    """Say an error in a line; the exit code."""
+    match error:
+        case TriptychError():
+            say_error(str(error))
+            return error.exit_code
+        case OSError(filename=str(name), strerror=str(why)):
+            say_error(f"{name if len(name) < LONG_NAME else name[:LONG_NAME] + '…'!r}: {why}.")
+            return 2 if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EINVAL) else 1
+        case OSError():
+            say_error(f"{error.strerror or error}.")
+        case _:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            say_error(f"{text[:500]} That is a fault of Triptych's; --debug says where.")
+    return 1
+
+
+def say_error(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(f"Error: {visible(text)}", file=sys.stderr)

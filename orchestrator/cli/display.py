@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 from protocol.jobs import Job
 from protocol.messages import JobEvent
+from protocol.visible import visible
 
 SHOWN = 8  # jobs with a line of their own; more are counted together
 
@@ -31,7 +32,7 @@ def make_display(jobs: Sequence[Job], quiet: bool) -> Display:
 
 
 def title(job: Job) -> str:
-    prompt = " ".join(job.recipe.prompt.split())
+    prompt = visible(" ".join(job.recipe.prompt.split()))
     return f"{job.id}  {prompt if len(prompt) <= 44 else prompt[:43] + '…'}"
 
 
@@ -48,7 +49,7 @@ def phase(event: JobEvent) -> str:
             ahead = f", {event.ahead} ahead" if event.ahead else ""
             waiting = {"denoise": "encoded, waiting", "vae": "denoised, waiting"}.get(event.state, "queued")
             return f"{'cached, ' if event.cached and event.state == 'queued' else ''}{waiting}{ahead}"
-    return f"failed: {event.reason}" if event.state == "failed" else event.state
+    return f"failed: {visible(event.reason)}" if event.state == "failed" else event.state
 
 
 class Silent:

@@ -3,22 +3,26 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
 from orchestrator.cli.strays import wanting
-from orchestrator.cli.table import print_table
+from orchestrator.cli.table import print_lines, print_table
 from protocol.client import Client
-from protocol.jobs import JOB_STATES, Job, JobState
+from protocol.errors import BadRequest
+from protocol.jobs import ENDED, JOB_STATES, Job, JobState
+from protocol.messages import MOST_LISTED
 from protocol.units import format_bytes, parse_seconds
+from protocol.visible import visible
 
 
 @click.command()
 @click.argument("states", nargs=-1, type=click.Choice(JOB_STATES))
 @click.option("--failed", is_flag=True, help="The same as the state 'failed'.")
-@click.option("--limit", type=click.IntRange(1, 1000), default=20, show_default=True)
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True)
 @json_option
 @quiet_option
 @state_option
@@ -34,11 +38,15 @@ def jobs(
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in found]))
     elif quiet:
-        print("\n".join(job.id for job in found))
+        print_lines([job.id for job in found])
     else:
-        rows = [[job.id, where(job), age(job.created), size(job), " ".join(job.recipe.prompt.split())] for job in found]
+        rows = [[job.id, where(job), age(job.created), size(job), prompt(job)] for job in found]
         print_table(("job", "state", "age", "size", "prompt"), rows, wide=4)
         print(", ".join(f"{count} {name}" for name, count in counts.items()) or "No jobs yet.", file=sys.stderr)
+
+
+def prompt(job: Job) -> str:
+    return visible(" ".join(job.recipe.prompt.split()))
 
 
 def where(job: Job) -> str:
@@ -59,7 +67,7 @@ def age(since: float) -> str:
 
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, metavar="JOB...")
+@click.argument("job_ids", nargs=-1, metavar="JOB...")
 @json_option
 @state_option
 def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
@@ -71,7 +79,7 @@ def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
         print(json.dumps([job.model_dump(mode="json") for job in found]))
         return
     for job in found:
-        print("\n".join(describe(job)))
+        print("\n".join(map(visible, describe(job))))
         if wanted := wanting(job, workers):
             print(f"  waits: no worker of this stack is what it was accepted for ({wanted})")
 
@@ -93,18 +101,36 @@ def describe(job: Job) -> list[str]:
 
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, metavar="JOB...")
+@click.argument("job_ids", nargs=-1, metavar="JOB...")
+@click.option("--all", "everything", is_flag=True, help="All unfinished ones, or those in the STATES that are named.")
 @json_option
 @quiet_option
 @state_option
-def cancel(job_ids: tuple[str, ...], as_json: bool, quiet: bool, state: Path | None) -> None:
-    """Cancel JOBs; one that is being denoised stops at its next step."""
+def cancel(job_ids: tuple[str, ...], everything: bool, as_json: bool, quiet: bool, state: Path | None) -> None:
+    """Cancel JOBs; one that is being denoised stops at its next step.
+
+    \b
+    triptych cancel JOB JOB
+    triptych cancel --all
+    triptych cancel --all queued
+    """
     with Client(state_folder(state)) as client:
+        if everything:
+            job_ids = unfinished(client, job_ids)
         found = client.cancel(*job_ids)
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in found]))
     else:
-        print("\n".join(job.id if quiet else f"{job.id} {job.state}" for job in found))
+        print_lines([job.id if quiet else f"{job.id} {job.state}" for job in found])
+
+
+def unfinished(client: Client, states: Sequence[str]) -> tuple[str, ...]:
+    """Ids of all jobs in these states, or of all that have not ended; BadRequest."""
+    open_states = [state for state in JOB_STATES if state not in ENDED]
+    if wrong := [state for state in states if state not in open_states]:
+        raise BadRequest(f"{wrong[0]!r} is no state to cancel jobs in.", f"Choose of {', '.join(open_states)}.")
+    wanted = [state for state in open_states if state in states] or open_states
+    return tuple(job.id for job in client.jobs(wanted, limit=client.stack().queue_limit + MOST_LISTED))
 
 
 @click.command()

@@ -13,13 +13,14 @@ from orchestrator.cli.options import state_folder, state_option
 from orchestrator.folder import StackFolder
 from protocol.errors import NotFound
 from protocol.jobs import STAGES
+from protocol.visible import visible
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
 POLL_SECONDS = 0.2
 
 
 @click.command()
-@click.argument("stage", required=False, type=click.Choice([*STAGES, "orchestrator"]))
+@click.argument("stage", required=False, type=click.Choice([*STAGES, "orchestrator", "describer"]))
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
 @click.option("-n", "--lines", type=click.IntRange(0), default=100, show_default=True, help="The last N lines.")
 @click.option("--job", help="Only lines of this job.")
@@ -33,11 +34,11 @@ def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Pa
     found = sorted((record for path in files for record in records(path)), key=lambda record: record[:24])
     chosen = [record for record in found if job is None or f"job={job} " in record]
     for record in chosen[-lines:] if lines else []:
-        print(record)
+        print(visible(record, keep="\n\t"))
     if follow:
         for line in following(folder, f"{stage}*.log" if stage else "*.log"):
             if job is None or f"job={job} " in line:
-                print(line, end="", flush=True)
+                print(visible(line, keep="\n\t"), end="", flush=True)
 
 
 def records(path: Path) -> Iterator[str]:

@@ -1,12 +1,15 @@
 """Options that several commands share, and what they mean."""
 
-import json
+import math
+import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from orchestrator.cli.prompts import read_prompts
 from protocol.endpoints import default_folder
 from protocol.errors import BadRequest
 from protocol.jobs import JobRequest
@@ -19,6 +22,17 @@ state_option = click.option(
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Answer as JSON on stdout.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print ids or paths only.")
+
+
+def parse_timeout(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not (0 <= value < math.inf):
+        raise click.BadParameter(f"{value:g} is no number of seconds to wait; give 0 or more.")
+    return value
+
+
+timeout_option = click.option(
+    "--timeout", type=float, metavar="SECONDS", callback=parse_timeout, help="Stop waiting after this; jobs go on."
+)  # fmt: skip
 
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
                  "max_sequence_length", "priority")  # fmt: skip
@@ -48,12 +62,13 @@ def recipe_options(command: Command) -> Command:
         click.option("--width", type=int, help="Pixels."),
         click.option("--height", type=int, help="Pixels."),
         click.option("--size", callback=parse_size, metavar="WxH", help="Width and height in one: 1024x768."),
-        click.option("--seed", type=int, help="Same seed, same picture. [default: a random one, recorded]"),
+        click.option("--seed", type=int, help="Same seed, same picture. [default, or -1: a random one, recorded]"),
         click.option("-n", "--num-images", "num_images", type=int, help="Pictures of each prompt."),
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
         click.option("--priority", type=int, help="Higher goes first. [default: 0]"),
         click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE",
-                     help="One prompt a line (.txt), or one JSON object with the options' names a line (.jsonl)."),
+                     help="One prompt a line (.txt), JSON objects with the options' names (.jsonl, .json), or a table "
+                     "with a column 'prompt' (.csv)."),
     )):  # fmt: skip
         command = option(command)
     return command
@@ -69,54 +84,35 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[JobRequest]:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, with an id, and where it was read, for errors; empty for one from the command line."""
+
+    request: JobRequest
+    where: str = ""
+    picture: int | None = None  # the only one that is wanted of its pictures, counted from 0
+
+
+def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Asked]:
     """One request a prompt, from arguments and file; a line's own settings win over the flags."""
     given = given_recipe(options)
     rows: list[tuple[str, dict[str, Any]]] = [("", {"prompt": prompt}) for prompt in prompts]
     if options.get("prompts_file"):
         rows += read_prompts(options["prompts_file"])
+        if not rows:
+            raise BadRequest(f"{str(options['prompts_file'])!r} holds no prompt.")
     if not rows:
         raise BadRequest("There is no prompt.", 'Give one: triptych submit "a large red circle", or --prompts FILE.')
-    return [make_request({**given, **row}, where) for where, row in rows]
+    return [Asked(make_request({**given, **row}, where), where) for where, row in rows]
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:
     from pydantic import ValidationError
 
     try:
-        return JobRequest.model_validate(fields)
+        return JobRequest.model_validate({"id": secrets.token_hex(6), **fields})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, fault["loc"]))
         known = f"Known are {', '.join(JobRequest.model_fields)}." if fault["type"] == "extra_forbidden" else ""
         raise BadRequest(f"{where}{name}: {fault['msg']}.", known) from error
-
-
-def read_prompts(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(where, fields) for each line that holds something; every bad line is named at once."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BadRequest(f"The prompts file {str(path)!r} can't be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise BadRequest(
-            f"The prompts file {str(path)!r} is not UTF-8 text.", "Save it as text, one prompt a line."
-        ) from error
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if path.suffix != ".jsonl":
-        return [(f"{path}, line {number}: ", {"prompt": line}) for number, line in lines]
-    rows: list[tuple[str, dict[str, Any]]] = []
-    bad: list[str] = []
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("prompt"), str):
-            rows.append((f"{path}, line {number}: ", row))
-        else:
-            bad.append(str(number))
-    if bad:
-        hint = 'Each line should be an object such as {"prompt": "a red circle", "seed": 1}.'
-        raise BadRequest(f"{str(path)!r} has lines that don't fit: {', '.join(bad[:20])}.", hint)
-    return rows

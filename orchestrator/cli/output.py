@@ -1,7 +1,9 @@
-"""Where pictures go, checked before anything is queued."""
+"""Where pictures go: every final name is known and checked before anything is queued."""
 
 import os
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,51 +28,91 @@ class OutputPath(click.Path):
         return super().convert(value, param, ctx)
 
 
-def check_output(output: Path | None) -> None:
-    """BadRequest if nothing could be written there."""
-    target = output or Path(".")
-    folder = target if target.is_dir() or output is None else target.parent
-    if output is not None and not target.is_dir() and target.suffix.lower() != ".png":
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A job's pictures: all of them, or the only one that is wanted, counted from 0."""
+
+    job: str
+    count: int
+    only: int | None = None
+
+    @property
+    def indices(self) -> Sequence[int]:
+        return range(self.count) if self.only is None else (self.only,)
+
+
+Names = dict[str, list[tuple[int, Path]]]  # by job, its pictures' numbers and final names
+
+
+def names_for(output: Path | None, jobs: Sequence[Wanted]) -> Names:
+    """A name for each picture: as given for a single one, else numbered; jobs' ids where none is given. BadRequest."""
+    try:
+        folder = output if output is not None and output.is_dir() else None
+    except OSError as error:
+        raise unwritable(output, error) from error
+    if output is not None and folder is None and output.suffix.lower() != ".png":
         raise BadRequest(
             f"-o {str(output)!r} is not a PNG file or a folder that is there.", "Name it FILE.png, or FOLDER/."
         )
+    total = sum(len(job.indices) for job in jobs)
+    found: Names = {}
+    count = 0
+    for job in jobs:
+        found[job.job] = []
+        for index in job.indices:
+            count += 1
+            if output is not None and folder is None:
+                path = output if total == 1 else output.with_stem(f"{output.stem}-{count:0{len(str(total))}d}")
+            else:
+                suffix = f"-{index + 1}" if job.count > 1 else ""
+                path = (folder or Path(".")) / f"triptych-{job.job}{suffix}.png"
+            found[job.job].append((index, path))
+    for rows in found.values():
+        for _, path in rows:
+            check(path)
+    for parent in {path.parent for rows in found.values() for _, path in rows}:
+        check_folder(parent)
+    return found
+
+
+def check(path: Path) -> None:
+    """BadRequest if a picture can't take this name."""
+    try:
+        if path.is_dir():
+            raise BadRequest(f"{str(path)!r} is a folder, where a picture is to go.", "Choose another -o.")
+        if path.exists() and not os.access(path, os.W_OK):
+            raise BadRequest(f"{str(path)!r} can't be written.", "Choose another -o.")
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_folder(folder: Path) -> None:
+    """BadRequest if no file can be made there."""
     if not folder.is_dir():
-        raise BadRequest(
-            f"-o {str(output)!r}: there is no folder {str(folder)!r}.", "Make it first, or choose another."
-        )
+        raise BadRequest(f"There is no folder {str(folder)!r} for pictures.", "Make it first, or choose another.")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise BadRequest(
-            f"{str(folder)!r} can't be written: {error.strerror}.", "Choose another place with -o."
-        ) from error
-    if target.is_file() and not os.access(target, os.W_OK):
-        raise BadRequest(f"{str(target)!r} can't be written.", "Choose another -o.")
+        raise unwritable(folder, error) from error
 
 
-def paths_for(output: Path | None, jobs: list[Job]) -> dict[str, list[Path]]:
-    """A path for each picture: as given for a single one, else numbered; jobs' ids where no name is given."""
-    total = sum(job.recipe.num_images for job in jobs)
-    named = output is not None and not output.is_dir()
-    folder = output if output is not None and output.is_dir() else Path(".")
-    found: dict[str, list[Path]] = {}
-    count = 0
-    for job in jobs:
-        found[job.id] = []
-        for i in range(job.recipe.num_images):
-            count += 1
-            if named and output is not None:
-                path = output if total == 1 else output.with_stem(f"{output.stem}-{count:0{len(str(total))}d}")
-            else:
-                suffix = f"-{i + 1}" if job.recipe.num_images > 1 else ""
-                path = folder / f"triptych-{job.id}{suffix}.png"
-            found[job.id].append(path)
-    return found
+def unwritable(path: Path | None, error: OSError) -> BadRequest:
+    shown = str(path) if len(str(path)) < 100 else f"{str(path)[:80]}…"
+    return BadRequest(f"{shown!r} can't be written: {error.strerror}.", "Choose another place with -o.")
 
 
-def write(job: Job, pictures: Tensor, paths: list[Path]) -> None:
+def write(job: Job, pictures: Tensor, names: Sequence[tuple[int, Path]]) -> tuple[list[Path], list[BadRequest]]:
+    """Write a job's pictures; what was written, and why others were not."""
     from protocol.pictures import save_png, to_images
 
-    for index, (image, path) in enumerate(zip(to_images(pictures), paths, strict=True)):
-        save_png(image, path, job.recipe, job.id, index)
+    images = to_images(pictures)
+    written: list[Path] = []
+    errors: list[BadRequest] = []
+    for index, path in names:
+        try:
+            save_png(images[index], path, job.recipe, job.id, index, job.records)
+            written.append(path)
+        except BadRequest as error:
+            errors.append(error)
+    return written, errors

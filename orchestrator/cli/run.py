@@ -1,24 +1,38 @@
 """`run`: a stack of its own for as long as it takes."""
 
+import contextlib
+import os
+import shutil
 import signal
+import stat
 import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
 
-from orchestrator.cli.options import json_option, quiet_option, recipe_options, requests_from, state_option
-from orchestrator.cli.output import check_output
-from orchestrator.cli.submit import make, output_option, timeout_option
-from orchestrator.cli.up import stack_config, stack_options, wait_for_stack
+from orchestrator.cli.options import (
+    Asked,
+    json_option,
+    quiet_option,
+    recipe_options,
+    requests_from,
+    state_option,
+    timeout_option,
+)
+from orchestrator.cli.output import Names
+from orchestrator.cli.submit import make, names_for_requests, output_option
+from orchestrator.cli.up import stack_config, stack_options, wait_for_stack, waiting_is_told
 from orchestrator.folder import StackFolder
 from orchestrator.supervisor import Supervisor
 from protocol.client import Client
-from protocol.jobs import JobRequest
+from protocol.errors import Interrupted, TriptychError
 
 ANSWER_SECONDS = 30.0
+SCRATCH = "triptych-run-"  # how the folders of such stacks begin, in the system's folder for temporary files
 
 
 @click.command()
@@ -40,41 +54,65 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
     triptych run "a large red circle at the top left and a small blue star on a yellow background"
     triptych run "a lighthouse in a storm" --model black-forest-labs/FLUX.1-schnell --steps 4
     """
-    requests = requests_from(prompts, options)
-    check_output(options["output"])
+    asked = requests_from(prompts, options)
+    names = names_for_requests(options["output"], asked)
     if not options["quiet"]:
         print("Starting a stack …", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(prefix="triptych-") as scratch:
-        make_pictures(options["state"] or Path(scratch), requests, options)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    options |= {"no_wait": False, "kept": options["state"] is not None}
+    with waiting_is_told(options["model"], options["quiet"]):
+        if options["state"] is not None:
+            make_pictures(options["state"], asked, names, options)
+            return
+        remove_left_behind()
+        with tempfile.TemporaryDirectory(prefix=SCRATCH) as scratch:
+            make_pictures(Path(scratch), asked, names, options)
+
+
+def end(number: int, frame: FrameType | None) -> None:
+    """Before the supervisor heeds signals."""
+    raise Interrupted(number)
+
+
+def remove_left_behind() -> None:
+    """The folders of runs that were killed: ours by name and owner, with a lock that nobody holds."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}????????"):
+        with contextlib.suppress(OSError, TriptychError):
+            status = folder.lstat()
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and (folder / "supervisor.lock").is_file():
+                with StackFolder(folder).lock("supervisor"):
+                    shutil.rmtree(folder)
 
 
 class Errand(threading.Thread):
     """The client's part, beside the supervisor, which needs the main thread for its signals."""
 
     def __init__(
-        self, supervisor: Supervisor, folder: Path, requests: list[JobRequest], options: dict[str, Any]
+        self, supervisor: Supervisor, folder: Path, asked: list[Asked], names: Names, options: dict[str, Any]
     ) -> None:
         super().__init__(daemon=True, name="client")
-        self._supervisor, self._folder, self._requests, self._options = supervisor, folder, requests, options
+        self._supervisor, self._folder, self._asked, self._names = supervisor, folder, asked, names
+        self._options = options
         self.error: BaseException | None = None
 
     def run(self) -> None:
         try:
             wait_for_stack(self._folder)
             with Client(self._folder, timeout=ANSWER_SECONDS) as client:
-                make(client, self._requests, {**self._options, "no_wait": False})
+                make(client, self._asked, self._names, self._options)
         except BaseException as error:
             self.error = error
         self._supervisor.stop()
 
 
-def make_pictures(folder: Path, requests: list[JobRequest], options: dict[str, Any]) -> None:
+def make_pictures(folder: Path, asked: list[Asked], names: Names, options: dict[str, Any]) -> None:
     stack = StackFolder(folder)
     stack.create()
     supervisor = Supervisor(stack, stack_config(options), lambda line: None)
-    errand = Errand(supervisor, folder, requests, options)
+    errand = Errand(supervisor, folder, asked, names, options)
     errand.start()
-    if supervisor.run() == signal.SIGINT:
-        raise KeyboardInterrupt
+    if number := supervisor.run():
+        raise Interrupted(number)
     if errand.error:
         raise errand.error

@@ -1,34 +1,41 @@
 """`submit`, `wait` and `retry`: from prompts to files, with progress."""
 
 import json
+import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from orchestrator.cli.display import make_display
 from orchestrator.cli.options import (
+    Asked,
     json_option,
     quiet_option,
     recipe_options,
     requests_from,
     state_folder,
     state_option,
+    timeout_option,
 )
-from orchestrator.cli.output import OutputPath, check_output, paths_for, write
+from orchestrator.cli.output import Names, OutputPath, Wanted, names_for, write
+from orchestrator.cli.table import print_lines
 from protocol.client import Client
 from protocol.conversation import raise_unless_done
-from protocol.errors import BadRequest, NoStack
-from protocol.jobs import ENDED, Job, JobRequest
+from protocol.errors import BadRequest, NoStack, TriptychError
+from protocol.jobs import ENDED, Job, JobRequest, WorkerView
+from protocol.messages import Stack
+
+if TYPE_CHECKING:
+    from protocol.pictures import Made
 
 MODEL_SECONDS = 600.0  # to load a model's configuration, a download of it included
 
 output_option = click.option(
     "-o", "--output", type=OutputPath(path_type=Path), help="A PNG file or a FOLDER/. [default: triptych-JOB.png here]"
 )
-timeout_option = click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this; jobs go on.")
 
 
 @click.command()
@@ -48,45 +55,61 @@ def submit(prompts: tuple[str, ...], state: Path | None, **options: Any) -> None
     triptych submit "a small blue star" "a green ring" -n 4 -o folder/
     triptych submit --prompts prompts.jsonl --no-wait
     """
-    requests = requests_from(prompts, options)
-    if not options["no_wait"]:
-        check_output(options["output"])
+    asked = requests_from(prompts, options)
+    names = {} if options["no_wait"] else names_for_requests(options["output"], asked)
     with Client(state_folder(state)) as client:
-        make(client, requests, options)
+        make(client, asked, names, options)
 
 
-def make(client: Client, requests: Sequence[JobRequest], options: dict[str, Any]) -> None:
-    """Submit, and unless told not to wait, follow the jobs and write their pictures."""
+def names_for_requests(output: Path | None, asked: Sequence[Asked]) -> Names:
+    """Of pictures that are yet to be asked for; BadRequest."""
+    return names_for(output, [Wanted(str(a.request.id), max(1, a.request.num_images), a.picture) for a in asked])
+
+
+def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str, Any]) -> None:
+    """Submit, and unless told not to wait, follow the jobs and write their pictures under these names."""
     if client.stack().model is None and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
-    jobs = client.submit_many(requests, timeout=MODEL_SECONDS, watch=not options["no_wait"])
+    try:
+        jobs = client.submit_many([a.request for a in asked], timeout=MODEL_SECONDS, watch=not options["no_wait"])
+    except TriptychError as error:
+        if error.item is not None:
+            error.message = f"{asked[error.item].where}{error.message}"
+        raise
     if options["no_wait"]:
         tell(jobs, [], options)
     else:
-        collect(client, jobs, options)
+        collect(client, jobs, names, options)
 
 
-def collect(client: Client, jobs: list[Job], options: dict[str, Any]) -> None:
-    """Follow jobs to their end and write each one's pictures as it ends; raises for the first that failed."""
-    paths = paths_for(options["output"], jobs)
+def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, Any]) -> None:
+    """Follow jobs to their end and write each one's pictures as it ends; raises for the first that failed.
+
+    A picture that can't be written costs none of the others.
+    """
     written: list[Path] = []
+    lost: list[tuple[Job, BadRequest]] = []
     with make_display(jobs, options["quiet"]) as display:
         try:
             for event in client.events([job.id for job in jobs], options["timeout"]):
                 display.show(event)
                 if event.state == "done":
                     job, pictures = client.raw_pictures(event.job)
-                    write(job, pictures, paths[job.id])
-                    written += paths[job.id]
+                    paths, errors = write(job, pictures, names[job.id])
+                    written += paths
+                    lost += [(job, error) for error in errors]
         except KeyboardInterrupt:
             display.note(f"The jobs go on. Get them with: triptych wait {' '.join(job.id for job in jobs[:8])}")
             raise
     final = [client.job(job.id) for job in jobs]
-    tell(final, [str(path) for job in final for path in paths[job.id] if path in written], options)
+    tell(final, [str(path) for job in final for _, path in names[job.id] if path in written], options)
     for job in final:
         for record in job.records:
             for warning in record.warnings:
                 print(f"Warning: {warning}", file=sys.stderr)
+    for job, error in lost:
+        hint = f"Its pictures are kept: triptych wait {job.id} -o {{}}" if options.get("kept", True) else error.hint
+        raise BadRequest(error.message, hint.format("FILE.png"))
     for job in final:
         raise_unless_done(job)
 
@@ -97,11 +120,11 @@ def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
         rows = [job.model_dump(mode="json") for job in jobs]
         print(json.dumps({"jobs": rows, "paths": paths}))
     else:
-        print("\n".join(paths or [job.id for job in jobs if job.state not in ENDED]))
+        print_lines(paths or [job.id for job in jobs if job.state not in ENDED])
 
 
 @click.command()
-@click.argument("job_ids", nargs=-1, required=True, metavar="JOB...")
+@click.argument("job_ids", nargs=-1, metavar="JOB...")
 @output_option
 @timeout_option
 @json_option
@@ -109,42 +132,50 @@ def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
 @state_option
 def wait(job_ids: tuple[str, ...], state: Path | None, **options: Any) -> None:
     """Wait for JOBs and write their pictures."""
-    check_output(options["output"])
     with Client(state_folder(state)) as client:
-        collect(client, [client.job(job_id) for job_id in job_ids], options)
+        jobs = [client.job(job_id) for job_id in dict.fromkeys(job_ids)]
+        collect(client, jobs, names_for_jobs(options["output"], jobs), options)
+
+
+def names_for_jobs(output: Path | None, jobs: Sequence[Job]) -> Names:
+    return names_for(output, [Wanted(job.id, job.recipe.num_images) for job in jobs])
 
 
 @click.command()
-@click.argument("targets", nargs=-1, required=True, metavar="JOB|PNG...")
+@click.argument("targets", nargs=-1, metavar="JOB|PNG...")
 @output_option
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
+@click.option("--anyway", is_flag=True, help="Make a PNG's picture again although this stack may give other bits.")
 @timeout_option
 @json_option
 @quiet_option
 @state_option
-def retry(targets: tuple[str, ...], state: Path | None, **options: Any) -> None:
+def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options: Any) -> None:
     """Run failed or cancelled JOBs again from their last finished stage, or make a PNG's picture again, bit for bit."""
-    check_output(options["output"])
     files = [Path(target) for target in targets if target.lower().endswith(".png")]
     if files and len(files) < len(targets):
         raise BadRequest("Jobs and PNG files don't go together.", "Give one kind at a time.")
     with Client(state_folder(state)) as client:
         if files:
-            make(client, [request_from(client, path) for path in files], options)
+            asked = [asked_again(client, path, anyway) for path in files]
+            names = {} if options["no_wait"] else names_for_requests(options["output"], asked)
+            make(client, asked, names, options)
             return
+        before = [client.job(job_id) for job_id in dict.fromkeys(targets)]
+        names = {} if options["no_wait"] else names_for_jobs(options["output"], before)
         jobs = client.retry(*targets)
         if options["no_wait"]:
             tell(jobs, [], options)
         else:
-            collect(client, jobs, options)
+            collect(client, jobs, names, options)
 
 
-def request_from(client: Client, path: Path) -> JobRequest:
-    """The request that makes a PNG's job again, if this stack can make the same bits."""
+def asked_again(client: Client, path: Path, anyway: bool) -> Asked:
+    """The request that makes a PNG's picture again, if this stack makes the same bits; BadRequest, NoStack."""
     from protocol.pictures import read_recipe
 
-    recipe, _ = read_recipe(path)
-    stack = client.stack()
+    made = read_recipe(path)
+    recipe, stack = made.recipe, client.stack()
     if stack.model is None:
         raise NoStack("The stack has no worker yet, so its model is not known.", "Try again once it has loaded.")
     if stack.model.revision != recipe.revision:
@@ -153,11 +184,37 @@ def request_from(client: Client, path: Path) -> JobRequest:
             f"this stack runs {stack.model.model!r} at {stack.model.revision}.",
             f"Start one with: triptych up --model {recipe.model}",
         )
+    if not anyway:
+        check_same_bits(path, made, stack, client.workers().workers)
+    kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(type(recipe).model_fields))
+    request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
+    return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None)
+
+
+def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[WorkerView]) -> None:
+    """BadRequest names what differs between a picture's making and this stack, and what would make it the same."""
+    recipe, anyway = made.recipe, "Or take other bits: --anyway."
     if stack.speedups != recipe.speedups:
         raise BadRequest(
             f"{str(path)!r} was made with {', '.join(recipe.speedups) or 'no speedups'}; "
             f"this stack runs with {', '.join(stack.speedups) or 'none'}, which gives other bits.",
-            "Start one with the same --compile, --attention, --fuse-qkv, --cache and --quantize.",
+            f"Start one with the same --compile, --attention, --fuse-qkv, --cache and --quantize. {anyway}",
         )
-    kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(type(recipe).model_fields))
-    return JobRequest.model_validate(kept)
+    if dtypes := sorted({worker.dtype for worker in workers} - {recipe.dtype}):
+        raise BadRequest(
+            f"{str(path)!r} was made in {recipe.dtype}; this stack computes in {', '.join(dtypes)}.",
+            f"Start one with: triptych up --dtype {recipe.dtype}. {anyway}",
+        )
+    for stage, (kind, versions) in made.stages.items():
+        here = [worker for worker in workers if worker.stage == stage]
+        if here and kind not in {worker.device_kind for worker in here}:
+            kinds = ", ".join(sorted({worker.device_kind for worker in here}))
+            raise BadRequest(
+                f"The {stage} stage of {str(path)!r} ran on {kind}; this stack's runs on {kinds}.",
+                f"Start one whose {stage} stage runs on {kind} (--device, --gpus). {anyway}",
+            )
+        if here and versions not in {worker.versions for worker in here}:
+            raise BadRequest(
+                f"The {stage} stage of {str(path)!r} was made with {versions}; this stack has {here[0].versions}.",
+                f"Install those versions. {anyway}",
+            )

@@ -7,6 +7,12 @@ GAP = 2  # characters between columns
 NARROWEST = 10  # characters of the column that gives way
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Each on a line of its own; nothing where there is nothing."""
+    if lines:
+        print("\n".join(lines))
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], wide: int) -> None:
     """`wide` is the column that gives way when the terminal is narrow; then all others break at their spaces."""
     if not sys.stdout.isatty():

@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import json
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -31,9 +32,11 @@ from protocol.client import Client
 from protocol.endpoints import published
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.jobs import STAGES, Stage
+from protocol.visible import visible
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 POLL_SECONDS = 0.05
+FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 8.0, 60.0  # of a wait for the hub
 FLAGS = (
     "model", "revision", "dtype", "queue_limit", "queue_bytes", "disk_floor", "keep_jobs", "checkpoint",
     "step_timeout", "listen", "listen_workers", "compile", "attention", "cache", "fuse_qkv", "placement", "optimize",
@@ -145,10 +148,16 @@ def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None
     folder.create()
     if restore:
         go_back_to_backup(folder)
-    supervisor = Supervisor(folder, config, say)
-    arrangement = supervisor.arrangement
+    os.umask(0o077)
+    with waiting_is_told(config.model) as arrived:
+        run_stack(Supervisor(folder, config, say), as_json, arrived)
+
+
+def run_stack(supervisor: Supervisor, as_json: bool, arrived: Callable[[], None]) -> None:
+    """Say what a stack does and run it; `arrived` is called once its workers have loaded their model."""
+    folder, config, arrangement = supervisor.folder, supervisor.config, supervisor.arrangement
     wanted = sum(post.jobs for post in arrangement.posts)
-    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json), daemon=True).start()
+    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json, arrived), daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
     if arrangement.plan:
         for line in in_words(arrangement.plan):
@@ -169,7 +178,27 @@ def go_back_to_backup(folder: StackFolder) -> None:
 
 
 def say(line: str) -> None:
-    print(f"triptych: {line}", file=sys.stderr, flush=True)
+    print(f"triptych: {visible(line)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def waiting_is_told(model: str | None, quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Say now and then that a model from the hub is waited for, until the block ends or what it gets is called."""
+    over = threading.Event()
+
+    def tell() -> None:
+        pause = FIRST_WORD_SECONDS
+        while not over.wait(pause):
+            pause = NEXT_WORD_SECONDS
+            say(f"still waiting for {model}: its files are looked up at the hub, or downloaded (HF_HUB_OFFLINE=1 uses "
+                "only those that are here; --debug and 'triptych logs' say more)")  # fmt: skip
+
+    if model and not quiet and "/" in model and not os.path.exists(os.path.expanduser(model)):
+        threading.Thread(target=tell, daemon=True, name="waiting").start()
+    try:
+        yield over.set
+    finally:
+        over.set()
 
 
 def wait_for_stack(folder: Path) -> None:
@@ -181,13 +210,14 @@ def wait_for_stack(folder: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def announce_ready(folder: Path, wanted: int, as_json: bool) -> None:
+def announce_ready(folder: Path, wanted: int, as_json: bool, arrived: Callable[[], None]) -> None:
     """Say once when so many workers have loaded their model."""
     start = time.monotonic()
     wait_for_stack(folder)
     with contextlib.suppress(TriptychError), Client(folder) as client:
         while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
             time.sleep(POLL_SECONDS)
+        arrived()
         seconds = time.monotonic() - start
         say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
         if told := strays(client):
@@ -212,7 +242,8 @@ def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     from protocol.process import end_with_parent, log_to_stderr
 
     end_with_parent()
-    log_to_stderr("orchestrator")
+    log_to_stderr("orchestrator", limited=True)
+    os.umask(0o077)
     folder = StackFolder(state)
     folder.create()
     with folder.lock("orchestrator"):

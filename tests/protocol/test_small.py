@@ -54,7 +54,8 @@ def test_a_png_carries_its_recipe(tmp_path: Path) -> None:
     first, second = to_images(Tensor("pictures", "uint8", (2, 4, 4, 3), pixels))
     assert first.tobytes() + second.tobytes() == pixels
     save_png(second, tmp_path / "x.png", made, "job", 1)
-    assert read_recipe(tmp_path / "x.png") == (made, 1)
+    found = read_recipe(tmp_path / "x.png")
+    assert (found.recipe, found.index) == (made, 1)
 
 
 def test_a_picture_without_a_recipe_is_told_so(tmp_path: Path) -> None:
