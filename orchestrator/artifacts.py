@@ -8,6 +8,7 @@ All are checksummed: what is not as it was written counts as gone, and is made a
 import logging
 import math
 import os
+import stat
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import msgpack
 
 from orchestrator.database import Database
+from orchestrator.folder import ARTIFACT
 from protocol.errors import StateUnusable
 from protocol.tensors import ITEMSIZE, Tensor, checked
 
@@ -40,9 +42,13 @@ class Artifacts:
         self._sweep()
 
     def _sweep(self) -> None:
+        """Remove files that no row names: those alone that are ours by name, in a folder of our own."""
+        status = self._folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            return
         known = {name for (name,) in self._db.read("SELECT file FROM artifacts WHERE file IS NOT NULL")}
         for path in self._folder.iterdir():
-            if path.name not in known:
+            if path.name not in known and ARTIFACT.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode):
                 path.unlink(missing_ok=True)
 
     def make_safe(self) -> None:
@@ -87,7 +93,9 @@ class Artifacts:
 
     @staticmethod
     def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
+        """A new file; its folder is made again if somebody has removed it."""
         try:
+            path.parent.mkdir(exist_ok=True, mode=0o700)
             with path.open("xb") as out:
                 for tensor in tensors:
                     out.write(tensor.data)

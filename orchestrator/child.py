@@ -1,14 +1,16 @@
 """One process of the supervisor's: how to start it, and what to do when it ends."""
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 import psutil
 
@@ -17,7 +19,8 @@ from protocol.process import LIFELINE
 
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long, or once it is known to work, the next failure counts as the first again
-LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside when its process starts
+LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside
+LOOK_AGAIN_SECONDS = 2.0  # whether what can't be used can be used again
 UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
 MOST_KILLED = 5  # times by a signal, before it ever worked: for want of memory, say
 NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")  # in reasons, which may differ where the reason is the same
@@ -63,14 +66,14 @@ class Child:
 
     def start(self, spawn: Callable[["Child"], Process | None] | None = None) -> None:
         """Start it anew, or by `spawn` if that gives a process."""
-        self._rotate_log()
+        self.rotate_log()
         self.process = (spawn(self) if spawn else None) or self._popen()
         self.state, self.started, self.proven = "running", time.monotonic(), False
 
     def _popen(self) -> subprocess.Popen[bytes]:
         if self.prepare:
             self.prepare()
-        with self.log.open("ab") as log:
+        with self.open_log() as log:
             return subprocess.Popen(
                 [sys.executable, *self.arguments],
                 stdin=subprocess.DEVNULL,
@@ -78,6 +81,7 @@ class Child:
                 stderr=log,
                 pass_fds=(self.lifeline, *self.descriptors),
                 start_new_session=True,
+                umask=0o077,
                 env={**os.environ, **self.environment, LIFELINE: str(self.lifeline)},
             )
 
@@ -136,6 +140,8 @@ class Child:
         return same and (code > 0 or self.failures >= MOST_KILLED)
 
     def backoff(self) -> float:
+        if self.exit_code == UNUSABLE:
+            return min(self.failures, LOOK_AGAIN_SECONDS)  # there may be room at any moment
         return BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
 
     def view(self) -> ProcessView:
@@ -144,9 +150,17 @@ class Child:
             name=self.name, stage=self.stage, pid=pid, state=self.state, restarts=self.restarts, reason=self.reason
         )
 
-    def _rotate_log(self) -> None:
-        if self.log.exists() and self.log.stat().st_size > LOG_LIMIT:
-            self.log.replace(self.log.with_suffix(".log.1"))
+    def open_log(self) -> BinaryIO:
+        """To append to; its folder is made again if somebody has removed it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.log.open("ab")
+
+    def rotate_log(self) -> None:
+        """Put a long log aside; the process goes on writing to the same file, which is empty then."""
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size > LOG_LIMIT:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)
 
 
 def exit_reason(code: int, log: Path) -> str:
@@ -155,6 +169,8 @@ def exit_reason(code: int, log: Path) -> str:
         return f"killed by signal {-code}"
     if code == 0:
         return "ended by itself"
+    if not log.exists():
+        return f"exit code {code}"
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").strip().splitlines()

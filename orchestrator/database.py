@@ -11,7 +11,7 @@ from typing import Any
 
 from protocol.errors import StateDamaged, StateUnusable
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FIRST_SCHEMA = """
 CREATE TABLE jobs(
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, state TEXT NOT NULL, stage TEXT NOT NULL,
@@ -35,7 +35,9 @@ CREATE INDEX jobs_by_end ON jobs(finished);
 CREATE TABLE settings(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """,
     3: "CREATE TABLE paces(key TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;",
+    4: "",  # the file gives space back
 }
+GIVES_SPACE_BACK = 5  # the first version whose files become smaller
 BACKED_UP = ("jobs", "models", "workspaces", "settings", "paces")  # pictures can be made again from their jobs
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
@@ -58,9 +60,13 @@ class Database:
             self._check()
 
     def _prepare(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if version == 0 and tables:
+            raise StateUnusable(f"{str(self.path)!r} is another program's database.", "Give another --state DIR.")
+        self._db.execute("PRAGMA auto_vacuum=INCREMENTAL")  # heeded by a new file, and by the next VACUUM
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if version > SCHEMA_VERSION:
             raise StateUnusable(
                 f"The job database {str(self.path)!r} has schema {version}; this release knows {SCHEMA_VERSION}.",
@@ -70,6 +76,8 @@ class Database:
         steps += [sql for old, sql in UPGRADES.items() if old >= version]
         if steps and version < SCHEMA_VERSION:
             self._db.executescript(f"BEGIN; {' '.join(steps)} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+            if 0 < version < GIVES_SPACE_BACK:
+                self._db.execute("VACUUM")
         else:  # the smallest write, to know that there can be one
             self._db.executescript(f"BEGIN IMMEDIATE; PRAGMA user_version={version}; COMMIT;")
 
@@ -106,6 +114,25 @@ class Database:
         with explained(self.path):
             row: tuple[object, ...] | None = self._db.execute(sql, values).fetchone()
             return row
+
+    def reclaim(self) -> None:
+        """Give the space of what was removed back to the disk."""
+        self.commit()
+        with explained(self.path):
+            self._db.executescript("PRAGMA incremental_vacuum;")  # `execute` would stop after a page
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def write_anew(self) -> None:
+        """Put the file, which somebody has removed while it was open, in its place again, as of now."""
+        assert self.path is not None
+        self.commit()
+        draft = self.path.with_name(f"{self.path.name}.again")
+        draft.unlink(missing_ok=True)
+        with explained(draft):
+            self._db.execute("VACUUM INTO ?", (str(draft),))
+        for rest in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + rest).unlink(missing_ok=True)
+        draft.replace(self.path)
 
     # -- backups --------------------------------------------------------------------------------
 

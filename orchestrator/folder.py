@@ -4,6 +4,8 @@ import fcntl
 import hashlib
 import json
 import os
+import re
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,6 +15,8 @@ from typing import TextIO
 from protocol.endpoints import PUBLISHED, Endpoints
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
+OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
+ARTIFACT = re.compile(r"(text|checkpoint|latents|pictures)-[0-9a-f]{24}")  # names of artifacts' files
 LONGEST_IPC_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
 
@@ -21,16 +25,48 @@ class StackFolder:
     path: Path
 
     def create(self) -> None:
-        """Make the folder and its parts, private to the user."""
+        """Make the folder and its parts, private to the user; StateUnusable where it is somebody else's, or another's.
+
+        A folder that is not empty and holds no stack is not taken: what lies there may be removed as rubbish of ours.
+        """
         try:
-            for part in (self.path, self.artifacts, self.logs):
-                part.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._check_owner(self.path, self.path.stat())
+            if not self.database.exists() and (strange := self._strangers()):
+                raise StateUnusable(
+                    f"The folder {str(self.path)!r} holds {strange[0]!r} and no stack of Triptych's.",
+                    "Give an empty folder, or a new one, with --state DIR.",
+                )
+            for part in (self.artifacts, self.logs):
+                part.mkdir(exist_ok=True, mode=0o700)
+            for part in (self.artifacts, self.logs, self.keys, self.path / "sockets"):
+                if part.exists() or part.is_symlink():
+                    self._check_part(part)
             self.path.chmod(0o700)
         except OSError as error:
             raise StateUnusable(
-                f"The state folder {str(self.path)!r} can't be used: {error.strerror}.",
+                f"The state folder {shortened(self.path)!r} can't be used: {error.strerror}.",
                 "Give another with --state DIR.",
             ) from error
+
+    def _check_owner(self, path: Path, status: os.stat_result) -> None:
+        if status.st_uid != os.geteuid():
+            raise StateUnusable(
+                f"{str(path)!r} belongs to another user.", "Give a folder of your own with --state DIR."
+            )
+
+    def _check_part(self, part: Path) -> None:
+        status = part.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise StateUnusable(f"{str(part)!r} is a link or a file, not a folder of Triptych's.", "Move it away.")
+        self._check_owner(part, status)
+
+    def _strangers(self) -> list[str]:
+        """What lies in a folder without a database, and is not what a stack leaves there."""
+        found = [p.name for p in self.path.iterdir() if not OURS.fullmatch(p.name) and not p.is_socket()]
+        if self.artifacts.is_dir():
+            found += [f"artifacts/{p.name}" for p in self.artifacts.iterdir() if not ARTIFACT.fullmatch(p.name)]
+        return sorted(found)
 
     @property
     def database(self) -> Path:
@@ -76,6 +112,9 @@ class StackFolder:
                 f"The socket folder {str(folder)!r} belongs to somebody else.", "Remove it, or use --state."
             )
         folder.chmod(0o700)
+        for path in (folder / "clients", folder / "workers"):
+            if path.exists() and not path.is_socket():
+                raise StateUnusable(f"{str(path)!r} is no socket of Triptych's.", "Move it away.")
         return folder
 
     def local_endpoints(self) -> Endpoints:
@@ -86,8 +125,13 @@ class StackFolder:
         """Let clients and workers find the running orchestrator; `remote` are its TCP endpoints by role."""
         text = json.dumps({**asdict(endpoints), "remote": dict(remote), "pid": os.getpid()})
         draft = self.path / f"{PUBLISHED}.new"
-        draft.write_text(text)
-        draft.replace(self.path / PUBLISHED)
+        try:
+            draft.write_text(text)
+            draft.replace(self.path / PUBLISHED)
+        except OSError as error:
+            raise StateUnusable(
+                f"{str(draft)!r} can't be written: {error.strerror}.", "Make room on its disk."
+            ) from error
 
     def withdraw(self) -> None:
         (self.path / PUBLISHED).unlink(missing_ok=True)
@@ -115,3 +159,9 @@ class StackFolder:
         file.write(str(os.getpid()))
         file.flush()
         return file
+
+
+def shortened(path: Path) -> str:
+    """As much of a path as an error needs."""
+    text = str(path)
+    return text if len(text) <= 120 else f"{text[:100]}…"

@@ -142,7 +142,7 @@ class ForkServer:
             return None
         request = msgpack.packb([list(child.arguments[2:]), child.environment])
         try:
-            with child.log.open("ab") as log:
+            with child.open_log() as log:
                 socket.send_fds(self.link, [request], [log.fileno(), child.lifeline])
             return self._started(self.link)
         except (OSError, struct.error):

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
+from pathlib import Path
 from types import FrameType
 
 import zmq
@@ -24,11 +25,12 @@ from orchestrator.doors import Doors
 from orchestrator.engine import Engine
 from orchestrator.fleet import Worker
 from orchestrator.folder import StackFolder
+from orchestrator.ground import Ground
 from orchestrator.ledger import Account
 from orchestrator.outbox import Letter, Outbox
 from orchestrator.store import Store
 from protocol import wire
-from protocol.endpoints import Endpoints
+from protocol.endpoints import PUBLISHED, Endpoints
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages import (
     FROM_CLIENT,
@@ -57,6 +59,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 KEEP_HOUSE_SECONDS = 60.0
+LOOK_SECONDS = 1.0
 BACKUP_SECONDS = 3600.0
 HOST = socket.gethostname()
 
@@ -79,7 +82,9 @@ class Server:
         keys = KeyFolder(folder.keys)
         self._doors = Doors(endpoints, settings.remote(), keys.server() if keys.exists else None, Gate(keys))
         self._stopping = False
-        self._kept_house = self._backed_up = 0.0  # monotonic seconds
+        self._kept_house = self._backed_up = self._looked_down = 0.0  # monotonic seconds
+        local = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(self._doors.local)]
+        self._ground = Ground([*([folder.database] if settings.keep else []), *local])
         self._epoch = time.time() - time.monotonic()  # a clock that is set anew must not make jobs old
 
     def stop(self, signal_number: int, frame: FrameType | None) -> None:
@@ -98,6 +103,7 @@ class Server:
                 self.desk.start_anew(self.engine.to_restart)
                 self.desk.roll()
                 self._settle()
+                self._look_down()
                 self._keep_house()
         finally:
             self._close()
@@ -158,6 +164,22 @@ class Server:
         if worker.hello.host == HOST:
             self.desk.kill(worker.hello.pid, reason)
 
+    def _look_down(self) -> None:
+        """Once a second: where the ground was removed beneath it, save what can be saved, and begin anew."""
+        now = time.monotonic()
+        if now - self._looked_down < LOOK_SECONDS:
+            return
+        self._looked_down = now
+        if not (self.folder.path / PUBLISHED).exists():
+            self.folder.create()
+            self.folder.publish(self._doors.local, dict(self._doors.remote))
+        if gone := self._ground.gone():
+            if self.folder.database in gone:
+                self.folder.create()
+                self.store.write_anew()
+            names = ", ".join(str(path) for path in gone)
+            raise StateUnusable(f"Somebody has removed {names}.", "It is made again.")
+
     def _keep_house(self) -> None:
         """Now and then: let go of old jobs, and keep a copy of the others."""
         now = time.monotonic()
@@ -165,7 +187,9 @@ class Server:
             return
         self._kept_house = now
         if self.settings.keep_jobs is not None:
-            self.engine.forget_old(self._epoch + now - self.settings.keep_jobs, MOST_FORGOTTEN)
+            gone = self.engine.forget_old(self._epoch + now - self.settings.keep_jobs, MOST_FORGOTTEN)
+            if gone:
+                self.store.reclaim()
         if self.settings.keep and now - self._backed_up >= BACKUP_SECONDS:
             self._backed_up = now
             self._back_up()

@@ -42,6 +42,16 @@ class Store:
         self._db.commit()
         self.artifacts.committed()
 
+    def reclaim(self) -> None:
+        """Give the space of what was removed back to the disk."""
+        self.commit()
+        self._db.reclaim()
+
+    def write_anew(self) -> None:
+        """The database's file was removed beneath it: write it again, with all that was committed."""
+        self.commit()
+        self._db.write_anew()
+
     def back_up(self, to: Path) -> None:
         """A copy of the jobs, beside the database."""
         self.commit()

@@ -15,11 +15,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TextIO
 
 import zmq
 
 from orchestrator.arrangement import arrange
-from orchestrator.child import Child, Process
+from orchestrator.child import UNUSABLE, Child, Process
 from orchestrator.config import OrchestratorSettings, StackConfig
 from orchestrator.experience import experience_in
 from orchestrator.folder import StackFolder
@@ -83,8 +84,11 @@ class Supervisor:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link: zmq.Socket[bytes] | None = None
         self._said_hello = 0.0
+        self._lock: TextIO | None = None
+        self._looked_down = 0.0  # monotonic seconds
         self._looked = 0.0  # monotonic seconds of the last look at what hangs
         self._answered = 0.0  # monotonic seconds of the orchestrator's last answer; 0: it has given none yet
+        self._noticed: dict[str, str] = {}  # why children ended last, by name: what lasts is said once
         self._dead: list[int] = []
         self._stopped: list[int] = []  # of the dead, those that stood still
 
@@ -92,9 +96,11 @@ class Supervisor:
 
     def run(self) -> int:
         """Until a signal, whose number it returns, or `stop()`: 0. Raises what keeps a stage from ever starting."""
-        with self.folder.lock("supervisor"), self._signals():
+        with self._signals(), contextlib.ExitStack() as stack:
+            self._lock = stack.enter_context(self.folder.lock("supervisor"))
             try:
                 while not (self._signal or self._done):
+                    self._look_down(stack)
                     self._start_due()
                     self._wait()
                     self._end_the_hung()
@@ -104,6 +110,19 @@ class Supervisor:
             finally:
                 self._shut_down()
         return self._signal
+
+    def _look_down(self, stack: contextlib.ExitStack) -> None:
+        """Once a second: logs that have grown long, and the lock, which somebody may have removed with its folder."""
+        now = time.monotonic()
+        if now - self._looked_down < HELLO_SECONDS:
+            return
+        self._looked_down = now
+        for child in self._children():
+            child.rotate_log()
+        if self._lock and not os.fstat(self._lock.fileno()).st_nlink:
+            self.notice(f"the state folder {self.folder.path} was removed; it is made again")
+            self.folder.create()
+            self._lock = stack.enter_context(self.folder.lock("supervisor"))
 
     def stop(self) -> None:
         """End `run`, from any thread."""
@@ -189,7 +208,9 @@ class Supervisor:
             if not asked:
                 log.warning("%s, process %d, ended: %s", child.name, pid, child.reason)
                 again = f"starting it again in {child.backoff():g} s" if child.wanted else "it stays down"
-                self.notice(f"{child.name} ended ({child.reason}); {again}")
+                if child.exit_code != UNUSABLE or child.reason != self._noticed.get(child.name):
+                    self.notice(f"{child.name} ended ({child.reason}); {again}")
+                self._noticed[child.name] = child.reason
             if child is self._orchestrator:
                 self._said_hello = self._answered = 0.0
             elif child is self._forks.child:
@@ -350,6 +371,7 @@ class Supervisor:
                 case Beat(proven=pids):
                     self._answered = now
                     self._orchestrator.proven = self._orchestrator.ever_proven = True
+                    self._noticed.clear()
                     for child in self._children():
                         if child.process is not None and child.process.pid in pids:
                             child.proven = child.ever_proven = True

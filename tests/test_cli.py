@@ -161,7 +161,9 @@ def test_doctor_names_what_a_model_lacks(flux_schnell: Path, state: Path, tmp_pa
     )
     lacking = triptych("doctor", "--model", str(model), folder=state)
     assert lacking.returncode == 1
-    assert "without weights of transformer, vae" in lacking.stdout
+    (index, vae) = [line for line in lacking.stdout.splitlines() if line.startswith("!!  model: ")]
+    assert "transformer/diffusion_pytorch_model-00002-of-00002.safetensors is missing" in index
+    assert "vae/ has no weights as safetensors" in vae
     assert not lacking.stdout.splitlines()[-1].startswith("Next: triptych run")
 
 

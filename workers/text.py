@@ -58,6 +58,8 @@ class TextStage:
         if recipe.max_sequence_length is not None:
             known["max_sequence_length"] = recipe.max_sequence_length
         call = call_parameters(self.pipeline)
+        if negative is None and "negative_prompt" in call:
+            known["negative_prompt"] = call["negative_prompt"].default  # None nearly everywhere, "" in PixArt
         arguments: dict[str, Any] = {}
         for name, parameter in inspect.signature(self.pipeline.encode_prompt).parameters.items():
             if name in known:

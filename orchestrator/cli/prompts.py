@@ -44,7 +44,7 @@ def text_of(path: Path) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise BadRequest(f"The prompts file {str(path)!r} can't be read: {error.strerror}.") from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0\0\0\0" in (data[:8:2], data[1:8:2]):
         raise BadRequest(f"The prompts file {str(path)!r} is UTF-16 text.", "Save it as UTF-8.")
     try:
         return data.decode("utf-8-sig")

@@ -246,6 +246,8 @@ def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     os.umask(0o077)
     folder = StackFolder(state)
     folder.create()
+    if clients.startswith(f"ipc://{folder.path.resolve() / 'sockets'}"):
+        folder.socket_folder()  # somebody may have removed it
     with folder.lock("orchestrator"):
         given = OrchestratorSettings.model_validate_json(settings)
         accounts = {

@@ -33,7 +33,7 @@ def recipe(model: ModelDescription = DEV, **fields: Any) -> Any:
         ({"steps": 0}, BadRequest, "from 1 to 1000"),
         ({"num_images": 0}, BadRequest, "from 1 to 16"),
         ({"num_images": 17}, BadRequest, "from 1 to 16"),
-        ({"seed": -1}, BadRequest, "seed is -1"),
+        ({"seed": -2}, BadRequest, "seed is -2"),
         ({"guidance": float("nan")}, BadRequest, "guidance is nan"),
         ({"guidance": -1.0}, BadRequest, "guidance is -1"),
         ({"cfg_scale": float("inf")}, BadRequest, "cfg_scale is inf"),
@@ -62,9 +62,19 @@ def test_no_default_is_left_open() -> None:
     assert recipe().seed != recipe().seed
 
 
-def test_true_cfg_without_a_negative_prompt_uses_an_empty_one() -> None:
-    assert recipe(cfg_scale=2.0).negative_prompt == ""
+def test_no_negative_prompt_is_not_an_empty_one() -> None:
+    assert recipe(cfg_scale=2.0).negative_prompt is None
+    assert recipe(cfg_scale=2.0, negative_prompt="").negative_prompt == ""
     assert recipe(cfg_scale=1.0).negative_prompt is None
+    assert text_key(recipe(cfg_scale=2.0)) != text_key(recipe(cfg_scale=2.0, negative_prompt=""))
+
+
+def test_a_seed_of_minus_one_is_drawn() -> None:
+    drawn = {recipe(seed=-1).seed for _ in range(3)}
+    assert min(drawn) >= 0
+    assert len(drawn) > 1
+    with pytest.raises(BadRequest, match="seed is -2"):
+        recipe(seed=-2)
 
 
 def test_embeddings_are_shared_by_what_they_depend_on_and_no_further() -> None:
