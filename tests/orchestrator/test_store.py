@@ -87,7 +87,7 @@ def test_files_go_with_their_rows_and_rubbish_goes_at_the_next_start(tmp_path: P
     assert list((tmp_path / "artifacts").iterdir()) != []  # until the row's end is safe
     store.commit()
     assert list((tmp_path / "artifacts").iterdir()) == []
-    (tmp_path / "artifacts" / "text-left-by-a-crash").write_bytes(b"x")
+    (tmp_path / "artifacts" / f"text-{'0' * 24}").write_bytes(b"x")
     store.close()
     open_store(tmp_path)
     assert list((tmp_path / "artifacts").iterdir()) == []
