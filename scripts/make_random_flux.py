@@ -26,7 +26,7 @@ DEMO = Path(__file__).parent.parent / "workers" / "demo_model"
 
 def random_weights(module: torch.nn.Module, device: str) -> torch.nn.Module:
     """bf16 weights in place of meta ones: small normal matrices, vectors near one."""
-    module = module.to_empty(device=device).to(torch.bfloat16).eval().requires_grad_(False)
+    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
     for parameter in module.parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.02)
