@@ -44,7 +44,7 @@ def test_bad_input_is_one_clear_line_and_nothing_is_queued(
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 1}\nnot json\n')
     (tmp_path / "field.jsonl").write_text('{"prompt": "fine", "sed": 1}\n')
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\x00\x01")
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "size.txt").write_text("one\ntwo\n")
     before = stack.client.jobs(limit=1000)

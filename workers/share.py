@@ -154,10 +154,14 @@ def settle(shares: Sequence[AnyShare], grants: Sequence[Grant]) -> Leased:
         grants = [NOTHING] * len(shares)
         for share in shares:
             share.give_back()
-    log.info("lease of %s taken in %.2f s", told(grants), time.perf_counter() - start)
+    kept, contexts = [share.kept_bytes() for share in shares], [share.context_bytes() for share in shares]
+    log.info(
+        "lease of %s taken in %.2f s; %s kept beside it, and %s of context",
+        told(grants), time.perf_counter() - start, ", ".join(map(format_bytes, kept)),
+        ", ".join(map(format_bytes, contexts)),
+    )  # fmt: skip
     return Leased(
-        grants=tuple(grants), kept_bytes=tuple(share.kept_bytes() for share in shares),
-        context_bytes=tuple(share.context_bytes() for share in shares), reason=reason,
+        grants=tuple(grants), kept_bytes=tuple(kept), context_bytes=tuple(contexts), reason=reason,
     )  # fmt: skip
 
 
