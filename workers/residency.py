@@ -21,7 +21,7 @@ from workers.loose_tensors import LooseTensors
 from workers.mapped import PageLocks, host_weights, plain_parameters
 from workers.modulation import Ahead, Modulation
 from workers.shards import LocalPart
-from workers.streaming import Block, Ring, StreamPlan, least_bytes, plan_stream, room, view_of
+from workers.streaming import Block, Ring, StreamPlan, least_bytes, memory_of_its_own, plan_stream, room, view_of
 from workers.torch_tensors import flat_bytes
 
 State = Literal["in", "streamed", "out"]
@@ -257,7 +257,7 @@ class Residency:
     def _copy_in(self, names: Sequence[str]) -> None:
         """One piece of device memory for all that stays, filled in large pieces: a file's neighbours stay such."""
         size = sum(room(self._host[name].nbytes) for name in names)
-        self._slab = slab = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self._slab = slab = memory_of_its_own(size, self.device)
         offset = 0
         spans: list[tuple[torch.Tensor, int, int]] = []  # (first source, bytes from it on, place in the slab)
         after: tuple[int, int] | None = None  # where the last source and its place end

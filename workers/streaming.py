@@ -15,6 +15,7 @@ from workers.lanes import Lane, Mark
 from workers.shards import LocalPart
 
 ALIGNMENT = 256  # bytes
+SEGMENT = 2 << 20  # bytes; kRoundLarge of torch's CUDACachingAllocator
 LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
 LEAST_SHARE = 0.01  # of a block's largest weight: smaller ones stay
 
@@ -22,6 +23,16 @@ LEAST_SHARE = 0.01  # of a block's largest weight: smaller ones stay
 def room(size: int) -> int:
     """Bytes to set aside for a weight of so many, wherever it must begin."""
     return -(-size // ALIGNMENT) * ALIGNMENT + ALIGNMENT
+
+
+def memory_of_its_own(size: int, device: torch.device) -> torch.Tensor:
+    """Flat uint8 memory of so many bytes which nothing else shares a segment of the allocator's with.
+
+    The allocator takes large pieces in multiples of SEGMENT and puts other tensors into what is left of the last one: a
+    small tensor that lived on kept 11 GB of Qwen-Image's weights from being given back (2026-11-25).
+    """
+    whole = -(-size // SEGMENT) * SEGMENT if device.type == "cuda" else size
+    return torch.empty(whole, dtype=torch.uint8, device=device)[:size]
 
 
 def view_of(memory: torch.Tensor, offset: int, source: torch.Tensor) -> torch.Tensor:
@@ -154,7 +165,7 @@ class Ring:
         lane: Lane,
     ) -> None:
         self.lane = lane
-        self.memory = torch.empty(plan.ring_bytes, dtype=torch.uint8, device=lane.device)
+        self.memory = memory_of_its_own(plan.ring_bytes, lane.device)
         self._copies: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each piece: (place in the ring, source)
         self._spans: list[tuple[int, int]] = []
         for piece, start in zip(plan.pieces, plan.offsets, strict=True):
