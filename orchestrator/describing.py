@@ -24,7 +24,6 @@ class Question:
 
     texts: tuple[str, ...]
     asked: int = 0
-    reason: str = ""  # why they can't be counted
 
 
 @dataclass(slots=True)

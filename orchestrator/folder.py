@@ -62,7 +62,7 @@ class StackFolder:
         self._check_owner(part, status)
 
     def _strangers(self) -> list[str]:
-        """What lies in a folder without a database, and is not what a stack leaves there."""
+        """List what lies in a folder without a database, and is not what a stack leaves there."""
         found = [p.name for p in self.path.iterdir() if not OURS.fullmatch(p.name) and not p.is_socket()]
         if self.artifacts.is_dir():
             found += [f"artifacts/{p.name}" for p in self.artifacts.iterdir() if not ARTIFACT.fullmatch(p.name)]

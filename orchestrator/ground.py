@@ -1,4 +1,4 @@
-"""What a stack stands on: its database's file and its sockets, watched for somebody removing them beneath it."""
+"""The ground of a stack: its database's file and its sockets, watched for somebody removing them beneath it."""
 
 import os
 from collections.abc import Sequence

@@ -104,7 +104,7 @@ class Lending:
         return actions
 
     def _busy(self) -> Busy:
-        """Who works, and whose lease is being changed, now."""
+        """Return the workers that work, and those whose leases are being changed, now."""
         firsts = [(worker, first) for worker in self._fleet if (first := self._fleet.first(worker))]
         return Busy(
             {first.id for worker, first in firsts if worker.state == "busy"},

@@ -23,7 +23,7 @@ HOPELESS_TICKS = 6  # the same where nothing could be done with all the patience
 
 @dataclass(frozen=True, slots=True)
 class Busy:
-    """Who is doing what, by the ids of workers that have leases."""
+    """Occupied workers, by the ids of those that have leases."""
 
     working: Collection[str]
     changing: Collection[str]  # leases

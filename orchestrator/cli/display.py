@@ -31,8 +31,13 @@ def make_display(jobs: Sequence[Job], quiet: bool) -> Display:
     return Lines(jobs)
 
 
+def prompt_line(job: Job) -> str:
+    """Return a job's prompt as one line that a terminal may show."""
+    return visible(" ".join(job.recipe.prompt.split()))
+
+
 def title(job: Job) -> str:
-    prompt = visible(" ".join(job.recipe.prompt.split()))
+    prompt = prompt_line(job)
     return f"{job.id}  {prompt if len(prompt) <= 44 else prompt[:43] + '…'}"
 
 

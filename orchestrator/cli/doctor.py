@@ -114,7 +114,7 @@ def model_findings(model: str) -> list[Finding]:
 
 
 def examined(folder: str, text: str) -> list[Finding]:
-    """What a process without weights finds of a model: all that is wrong with it, each with its remedy."""
+    """Ask a process without weights about a model: all that is wrong with it, each with its remedy."""
     done = subprocess.run([sys.executable, "-m", "workers.describer", folder], capture_output=True, check=False)
     try:
         found = json.loads(done.stdout.splitlines()[-1])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from orchestrator.cli.display import prompt_line
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
 from orchestrator.cli.strays import wanting
 from orchestrator.cli.table import print_lines, print_table
@@ -40,13 +41,9 @@ def jobs(
     elif quiet:
         print_lines([job.id for job in found])
     else:
-        rows = [[job.id, where(job), age(job.created), size(job), prompt(job)] for job in found]
+        rows = [[job.id, where(job), age(job.created), size(job), prompt_line(job)] for job in found]
         print_table(("job", "state", "age", "size", "prompt"), rows, wide=4)
         print(", ".join(f"{count} {name}" for name, count in counts.items()) or "No jobs yet.", file=sys.stderr)
-
-
-def prompt(job: Job) -> str:
-    return visible(" ".join(job.recipe.prompt.split()))
 
 
 def where(job: Job) -> str:

@@ -1,4 +1,4 @@
-"""Where pictures go: every final name is known and checked before anything is queued."""
+"""The places where pictures go: every final name is known and checked before anything is queued."""
 
 import os
 import tempfile
@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from orchestrator.folder import shortened
 from protocol.errors import BadRequest
 from protocol.jobs import Job
 from protocol.tensors import Tensor
@@ -98,7 +99,7 @@ def check_folder(folder: Path) -> None:
 
 
 def unwritable(path: Path | None, error: OSError) -> BadRequest:
-    shown = str(path) if len(str(path)) < 100 else f"{str(path)[:80]}…"
+    shown = shortened(path) if path else "."
     return BadRequest(f"{shown!r} can't be written: {error.strerror}.", "Choose another place with -o.")
 
 

@@ -62,7 +62,7 @@ def submit(prompts: tuple[str, ...], state: Path | None, **options: Any) -> None
 
 
 def names_for_requests(output: Path | None, asked: Sequence[Asked]) -> Names:
-    """Of pictures that are yet to be asked for; BadRequest."""
+    """Return the names of pictures that are yet to be asked for; BadRequest."""
     return names_for(output, [Wanted(str(a.request.id), max(1, a.request.num_images), a.picture) for a in asked])
 
 
