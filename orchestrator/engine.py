@@ -8,7 +8,7 @@ dropped, so each stage commits once.
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.artifacts import Kind
@@ -17,12 +17,13 @@ from orchestrator.fleet import Fleet, Worker
 from orchestrator.intake import Intake
 from orchestrator.ledger import Account, Ledger
 from orchestrator.lending import Lending
-from orchestrator.live import LiveJob, ModelKey
+from orchestrator.live import LiveJob
 from orchestrator.outbox import Outbox
 from orchestrator.pace import Pace
 from orchestrator.reception import Reception
 from orchestrator.roster import Roster
 from orchestrator.scheduler import Assign, Lend
+from orchestrator.standstill import Place
 from orchestrator.store import Store
 from orchestrator.watchers import Watchers
 from protocol.errors import Conflict
@@ -67,7 +68,7 @@ class Engine:
         self.lending = Lending(ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store)
         self.reception = Reception(store, self.roster, intake, self.lending)
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
-        self._restarted: set[tuple[str, str]] = set()  # (worker, job) for which that was done
+        self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
             job.attempts += LOST_NUMBERS  # so that a task of before is told from one of now
@@ -85,8 +86,10 @@ class Engine:
         worker.context_bytes = ready.context_bytes or worker.context_bytes
         self.lending.ready(worker, ready)
         self.lending.moved()
-        if (reason := self.lending.hopeless(worker)) and not self._may_help_to_restart(worker):
-            self._give_up(worker, reason)
+        if reason := self.lending.hopeless(worker):
+            keeping = self.lending.keeping(worker.hello.stage, worker.model)
+            if not self._start_anew(keeping, f"room for {worker.hello.name}"):
+                self._give_up(worker, reason)
         if ready.in_hand is None:
             self.fleet.ready(worker)
         else:
@@ -166,9 +169,8 @@ class Engine:
         if time.monotonic() < self._hold_until:
             return
         actions = self.lending.decide(self.roster.jobs, self.drained)
-        for stage, model in self.lending.standing:
-            self._end_standstill(stage, model)
         if self.lending.standing:
+            self._end_standstill(self.lending.standing)
             return  # which has changed what there is to decide
         for action in actions:
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
@@ -178,32 +180,27 @@ class Engine:
                 case Lend():
                     self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
 
-    def _end_standstill(self, stage: Stage, model: ModelKey) -> None:
-        """Tasks wait and nothing changes: start those anew that keep memory; else the first task fails, with why."""
-        (job_id,) = self.roster.queues.first(stage, model, 1)
+    def _end_standstill(self, places: Sequence[Place]) -> None:
+        """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
         self.lending.moved()
-        keeping = [w for w in self.lending.keeping(stage, model) if (w.hello.name, job_id) not in self._restarted]
-        if keeping:
-            self._start_anew(keeping, job_id)
+        firsts = [(place, self.roster.queues.first(*place, 1)[0]) for place in places]
+        if any(self._start_anew(self.lending.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
-        self.roster.take_out(job := self.roster.jobs[job_id])
-        self._blame(job, f"{self.lending.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+        for (stage, model), job_id in firsts:
+            self.roster.take_out(job := self.roster.jobs[job_id])
+            self._blame(job, f"{self.lending.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
 
-    def _may_help_to_restart(self, worker: Worker) -> bool:
-        """Before a stage is given up for want of memory: start those anew, once, that keep some of its GPUs."""
-        keeping = self.lending.keeping(worker.hello.stage, worker.model)
-        fresh = [other for other in keeping if (other.hello.name, worker.hello.name) not in self._restarted]
-        self._start_anew(fresh, worker.hello.name)
+    def _start_anew(self, workers: Iterable[Worker], why: str) -> bool:
+        """Have processes replaced that keep memory which they should have given back; no job is to blame.
+
+        Once each for the same reason `why`; return whether there was any.
+        """
+        fresh = [worker.hello.name for worker in workers if (worker.hello.name, why) not in self._restarted]
+        for name in fresh:
+            self._restarted.add((name, why))
+            log.warning("%s keeps GPU memory that it should have given back; it is started anew", name)
+            self.to_restart.append(name)
         return bool(fresh)
-
-    def _start_anew(self, workers: Iterable[Worker], job_id: str = "") -> None:
-        """Have processes replaced that keep memory which they should have given back; no job is to blame."""
-        for worker in workers:
-            name = worker.hello.name
-            if (name, job_id or worker.id) not in self._restarted:
-                self._restarted.add((name, job_id or worker.id))
-                log.warning("%s keeps GPU memory that it should have given back; it is started anew", name)
-                self.to_restart.append(name)
 
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
@@ -333,7 +330,7 @@ class Engine:
         if not self.lending.leased(worker, leased):
             self.lose_worker(worker, "answered a lease with another")
             return
-        self._start_anew(w for w in self.lending.leaking() if w is worker)
+        self._start_anew([w for w in self.lending.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
             for job_id in self.roster.queues.first(worker.hello.stage, worker.model, 1):
                 self.roster.take_out(job := self.roster.jobs[job_id])

@@ -4,9 +4,10 @@ The sum never passes the budget. A worker's lease counts from before it is told 
 lies on several GPUs has a holding of each.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.leases import Need
@@ -83,6 +84,7 @@ class Ledger:
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
+    _uncounted: dict[int, int] = field(default_factory=dict)  # by GPU, see `as_measured`
 
     def __post_init__(self) -> None:
         for key, size in self.learned.items():
@@ -101,21 +103,34 @@ class Ledger:
 
     def available(self, gpu: int) -> int:
         """Bytes for leases: the budget without contexts and what is kept beside them."""
-        return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu))
-
-    def booked_free(self, gpu: int) -> int:
-        """Bytes in no lease. Negative where contexts have grown."""
-        return self.available(gpu) - sum(h.booked for h in self._on(gpu))
+        return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu)) - self.uncounted(gpu)
 
     def free(self, gpu: int) -> int:
-        """The same, as far as the driver finds them free, too."""
+        """Bytes in no lease. Negative where contexts have grown."""
+        held = sum(h.overhead + h.booked for h in self._on(gpu))
+        return self.accounts[gpu].budget - held - self._uncounted.get(gpu, 0)
+
+    def uncounted(self, gpu: int) -> int:
+        """Bytes in use by the driver's count that the book can't explain; 0 but within `as_measured`."""
+        changing = any(h.asked for h in self._on(gpu))  # which may explain it
+        return 0 if changing else self._uncounted.get(gpu, 0)
+
+    @contextlib.contextmanager
+    def as_measured(self, gpus: Iterable[int]) -> Iterator[None]:
+        """Ask the drivers; within this, bytes that the book has free and a driver has not are nobody's to have."""
+        self._uncounted = {gpu: max(0, self.free(gpu) - found) for gpu in gpus if (found := self._found_free(gpu)) >= 0}
+        try:
+            yield
+        finally:
+            self._uncounted = {}
+
+    def _found_free(self, gpu: int) -> int:
+        """Bytes of the budget that the driver finds free; -1 where it tells nothing."""
         account = self.accounts[gpu]
-        book = self.booked_free(gpu)
-        used = account.used()
-        if used is None or book <= 0:
-            return book
+        if (used := account.used()) is None:
+            return -1
         pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
-        return min(book, max(0, account.budget + account.kept - (used - account.foreign)) - pending)
+        return max(0, account.budget + account.kept - (used - account.foreign) - pending)
 
     def _on(self, gpu: int) -> list[Holding]:
         return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
@@ -123,7 +138,7 @@ class Ledger:
     def lend(self, worker: str, grants: Sequence[Grant]) -> None:
         """Book a lease that is about to be told, of each of a worker's GPUs."""
         for holding, grant in zip(self.holdings[worker], grants, strict=True):
-            if grant.bytes > holding.booked + max(0, self.booked_free(holding.gpu)):
+            if grant.bytes > holding.booked + max(0, self.free(holding.gpu)):
                 raise AssertionError(f"a lease of {grant.bytes} bytes would pass the budget of GPU {holding.gpu}")
             holding.asked = grant
 

@@ -3,14 +3,13 @@
 import math
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 from orchestrator.experience import pace_key
 from orchestrator.fleet import Fleet, Worker
 from orchestrator.ledger import Holding, Ledger
 from orchestrator.live import LiveJob, ModelKey
 from orchestrator.queues import StageQueues
-from orchestrator.scheduler import NOTHING, Assign, Holder, Lend, Room, Seat, Snapshot, WaitingTask, decide
+from orchestrator.scheduler import NOTHING, Assign, Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
 from orchestrator.standstill import Busy, Place, Standstill
 from orchestrator.store import Store
 from protocol.errors import DoesNotFit
@@ -89,19 +88,23 @@ class Lending:
         idle = [worker for worker in self._fleet.idle() if worker.stage not in drained]
         if not idle:
             return []
+        snapshot = self._snapshot(idle, jobs)
+        actions = decide(snapshot)
+        if any(isinstance(action, Lend) and action.bytes for action in actions):
+            with self.ledger.as_measured(snapshot.gpus):
+                actions = decide(self._snapshot(idle, jobs))
+        waiting = any(snapshot.waiting.values())
+        self.standing = self._standstill.look(snapshot, actions, self._busy()) if waiting else []
+        return actions
+
+    def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob]) -> Snapshot:
         holders = self._holders(self._concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places}
-        by_id = {holder.id: holder for holder in holders}
         gpus = {gpu for holder in holders for gpu in holder.seats}
-        rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.booked_free(gpu)) for gpu in gpus}
-        snapshot = Snapshot(waiting, idle, self._queues.depth, by_id, rooms, self._patience)
-        actions = decide(snapshot)
-        if any(isinstance(action, Lend) and action.bytes for action in actions):
-            rooms = {gpu: Room(room.available, self.ledger.free(gpu)) for gpu, room in rooms.items()}
-            actions = decide(snapshot := replace(snapshot, gpus=rooms))
-        self.standing = self._standstill.look(snapshot, actions, self._busy()) if any(waiting.values()) else []
-        return actions
+        rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
+        by_id = {holder.id: holder for holder in holders}
+        return Snapshot(waiting, idle, self._queues.depth, by_id, rooms, self._patience)
 
     def _busy(self) -> Busy:
         """Return the workers that work, and those whose leases are being changed, now."""
@@ -155,10 +158,12 @@ class Lending:
         held = ", ".join(
             f"{name} {format_bytes(h.booked)} leased and {format_bytes(h.overhead)} beside it" for name, h in here
         )
-        free = f"{format_bytes(max(0, self.ledger.free(gpu)))} are free"
-        if (used := account.used()) is not None:
-            free += f" ({format_bytes(used)} in use by its driver's count)"
-        return f"GPU {gpu}: of {format_bytes(account.budget)} {held}; {free}"
+        with self.ledger.as_measured([gpu]):
+            free, others = max(0, self.ledger.free(gpu)), self.ledger.uncounted(gpu)
+        told = f"GPU {gpu}: of {format_bytes(account.budget)} {held}; {format_bytes(free)} are free"
+        if others:
+            told += f", and {format_bytes(others)} are in use by other programs, by its driver's count"
+        return told
 
     def _concerned(self, holders: Container[str]) -> set[int]:
         """GPUs of these, and of all that lie on one of theirs and on others."""

@@ -387,7 +387,7 @@ def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
     assert ledger.available(0) == 16 * GB - 700_000_000 - FIRST_HEADROOM
     ledger.lend("a", held(11 * GB, 10 * GB))
     left = ledger.available(0) - 11 * GB
-    assert ledger.booked_free(0) == left
+    assert ledger.free(0) == left
     ledger.join("b", [Holding(0, needs, context=700_000_000)])
     with pytest.raises(AssertionError, match="pass the budget"):
         ledger.lend("b", held(left + 1, GB))
@@ -395,13 +395,20 @@ def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
     ledger.has_worked("a", [900_000_000])
     assert ledger.available(0) == 16 * GB - 900_000_000 - HEADROOM - 700_000_000 - FIRST_HEADROOM
     used = 15 * GB  # somebody else has come
-    assert ledger.free(0) == 2 * GB < ledger.booked_free(0)
+    free, available = ledger.free(0), ledger.available(0)
+    with ledger.as_measured([0]):
+        assert (ledger.free(0), ledger.available(0)) == (2 * GB, available - (free - 2 * GB))
+    assert (ledger.free(0), ledger.available(0)) == (free, available)
+    ledger.lend("b", held(GB, GB))
+    with ledger.as_measured([0]):  # which the driver may count already
+        assert (ledger.free(0), ledger.available(0)) == (GB, available)
+    ledger.settled("b", [NOTHING], [0])
     ledger.orphan("a", "host/1")
-    assert ledger.booked_free(0) < 5 * GB
+    assert ledger.free(0) < 5 * GB
     ledger.leave("host/1")
     available = ledger.available(0)
     ledger.settled("b", [NOTHING], kept=[50])
-    assert ledger.booked_free(0) == ledger.available(0) == available - 50  # in no lease, so nobody is asked for it
+    assert ledger.free(0) == ledger.available(0) == available - 50  # in no lease, so nobody is asked for it
     ledger.settled("b", [NOTHING], kept=[20])  # each measurement takes the place of the last
     assert ledger.available(0) == available - 20
 
