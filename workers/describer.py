@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 SHAPES = re.compile(  # how torch and Python say that values of a configuration don't go together
     r"must match the size|shapes cannot be multiplied|invalid for input of size|expected input\b.* to have"
-    r"|must match except in dimension|shape mismatch|not broadcastable|size of tensor"
+    r"|must match except in dimension|shape mismatch|broadcastable|size of tensor"
     r"|unsupported operand type"
 )
 SILENCE_SECONDS = 4.0  # without an answer, after which it says hello again

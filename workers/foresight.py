@@ -109,6 +109,8 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        # It may be kept until the next job; on a GPU, a small tensor keeps a whole segment.
+        self.inputs = {name: [tensor.cpu() for tensor in seen] for name, seen in self.inputs.items()}
 
     def layers(self) -> list[str]:
         """Those that got the first one's input in both forwards; empty where it isn't worth it or can't be told."""

@@ -15,7 +15,7 @@ import torch
 
 from workers.foresight import Call
 from workers.lanes import Lane, Mark
-from workers.streaming import room, view_of
+from workers.streaming import memory_of_its_own, room, view_of
 
 SLOTS = 3
 
@@ -119,7 +119,7 @@ class Modulation:
     def pass_through(self) -> None:
         """Give the layers' weights their places in a buffer, which lives as long as they are there."""
         self._passing = True
-        buffer = torch.empty(self.buffer_bytes, dtype=torch.uint8, device=self._lane.device)
+        buffer = memory_of_its_own(self.buffer_bytes, self._lane.device)
         for index, source in enumerate(self._sources):
             offset = index % SLOTS * self._slot
             for leaf, tensor in source.items():
