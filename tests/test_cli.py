@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from protocol.pictures import read_recipe, save_png
-from tests.stacks import RunningStack, triptych
+from tests.stacks import TRIPTYCH, RunningStack, triptych
+from tests.tiny import environment
 
 SMALL = ("--size", "32x32", "--steps", "2")
 
@@ -78,9 +81,37 @@ def test_retry_of_a_png_makes_it_again_bit_for_bit(stack: RunningStack, tmp_path
         assert a.tobytes() == b.tobytes()
         recipe = read_recipe(tmp_path / "x.png").recipe
         save_png(a, tmp_path / "z.png", recipe.model_copy(update={"speedups": ("denoise:compile",)}), "job", 0)
+        save_png(a, tmp_path / "w.png", recipe.model_copy(update={"dtype": "bfloat16"}), "job", 0)
     other = triptych("retry", "z.png", folder=stack.folder, cwd=tmp_path)
     assert other.returncode == 2
     assert "made with denoise:compile" in other.stderr
+    other = triptych("retry", "w.png", folder=stack.folder, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "--dtype bfloat16" in other.stderr
+    assert "--anyway" in other.stderr
+    anyway = triptych("retry", "w.png", "--anyway", "-o", "v.png", folder=stack.folder, cwd=tmp_path)
+    assert anyway.stdout == "v.png\n"
+
+
+def test_retry_of_one_of_several_pictures_writes_that_one(stack: RunningStack, tmp_path: Path) -> None:
+    first = triptych("submit", "stars", *SMALL, "-n", "2", "-q", "-o", "n.png", folder=stack.folder, cwd=tmp_path)
+    assert first.stdout.split() == ["n-1.png", "n-2.png"]
+    again = triptych("retry", "n-2.png", "-o", "again.png", folder=stack.folder, cwd=tmp_path)
+    assert again.stdout == "again.png\n"
+    with Image.open(tmp_path / "n-2.png") as a, Image.open(tmp_path / "again.png") as b:
+        assert a.tobytes() == b.tobytes()
+
+
+def test_one_bad_line_of_many_is_named_and_none_is_queued(stack: RunningStack, tmp_path: Path) -> None:
+    lines = [f'{{"prompt": "a {number}"}}' for number in range(1500)]
+    lines[1300] = '{"prompt": "a", "width": 33}'
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    before = stack.client.stack().counts
+    refused = triptych("submit", "--prompts", "many.jsonl", *SMALL, folder=stack.folder, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "many.jsonl, line 1301" in refused.stderr
+    assert refused.stdout == ""
+    assert stack.client.stack().counts == before
 
 
 def test_no_wait_then_wait_show_jobs_and_json(stack: RunningStack, tmp_path: Path) -> None:
@@ -177,6 +208,24 @@ def test_run_needs_no_stack_and_leaves_none(flux_schnell: Path, tmp_path: Path) 
     refused = triptych("run", "x", "--model", str(tmp_path), cwd=tmp_path)
     assert refused.returncode == 4
     assert "model_index.json" in refused.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_ended_by_a_signal_says_so_and_leaves_nothing(
+    number: signal.Signals, flux_schnell: Path, tmp_path: Path
+) -> None:
+    arguments = ["run", "a red star", "--steps", "999", "--model", str(flux_schnell), "--device", "cpu"]
+    process = subprocess.Popen(
+        [*TRIPTYCH, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment()
+    )
+    assert process.stderr
+    while "Starting" not in process.stderr.readline():
+        pass
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "Interrupted." in said
+    assert not os.listdir(tmp_path)
 
 
 def test_settings_come_from_flags_environment_and_file_in_this_order(tmp_path: Path) -> None:

@@ -56,10 +56,10 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
     """
     asked = requests_from(prompts, options)
     names = names_for_requests(options["output"], asked)
-    if not options["quiet"]:
-        print("Starting a stack …", file=sys.stderr, flush=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
+    if not options["quiet"]:
+        print("Starting a stack …", file=sys.stderr, flush=True)
     options |= {"no_wait": False, "kept": options["state"] is not None}
     with waiting_is_told(options["model"], options["quiet"]):
         if options["state"] is not None:

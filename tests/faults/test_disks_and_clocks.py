@@ -1,6 +1,7 @@
 """A disk that is full or can't be written, clocks that jump, results that come twice, late or out of order."""
 
 import contextlib
+import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from orchestrator.artifacts import INLINE_BYTES
 from protocol.messages import Committed, Result
 from protocol.tensors import Tensor
 from tests.fakes import OUTPUTS, orchestrator
-from tests.stacks import triptych
+from tests.stacks import running_stack, triptych
 
 CLOCK = """
 import itertools, time
@@ -38,16 +39,12 @@ def small_disk() -> Iterator[Path]:
 
 def test_a_full_disk_loses_nothing_that_was_accepted(small_disk: Path) -> None:
     big = Tensor("decode:0", "uint8", (INLINE_BYTES * 2,), bytes(INLINE_BYTES * 2))
-    ballast = small_disk / "ballast"
     with orchestrator(small_disk, disk_floor=0) as running:
         text, denoise = running.worker("text").ready(), running.worker("denoise", pid=7).ready()
         job = running.client().submit("a cat")
         text.finish(text.take())
         task = denoise.take()
-        with contextlib.suppress(OSError), ballast.open("wb") as out:
-            while True:
-                out.write(bytes(4096))
-                out.flush()
+        ballast = fill(small_disk)
         result = Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1)
         denoise.say(result, big)
         running.process.wait(timeout=20)  # it keeps its word rather than go on without a disk
@@ -65,6 +62,35 @@ def test_a_full_disk_loses_nothing_that_was_accepted(small_disk: Path) -> None:
         client = running.client()
         assert client.wait(job.id, 20).reasons == ()
         assert client.pictures(job.id)[0].tobytes() == bytes(range(12))
+
+
+def fill(disk: Path) -> Path:
+    """Leave no room; return the file that takes it."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb") as out:
+        while True:
+            out.write(bytes(4096))
+            out.flush()
+    return ballast
+
+
+def test_a_stack_waits_while_its_disk_is_full_and_goes_on_when_there_is_room(
+    small_disk: Path, flux_schnell: Path
+) -> None:
+    options = {"seed": 1, "width": 32, "height": 32}
+    with running_stack(
+        small_disk / "state", "--model", str(flux_schnell), "--device", "cpu", "--disk-floor", "0"
+    ) as stack:
+        job = stack.client.submit("a red circle", steps=400, **options)
+        first = stack.client.stack().pid
+        ballast = fill(small_disk)
+        with contextlib.suppress(OSError):
+            while True:  # until the orchestrator, which can keep nothing any more, has ended
+                os.kill(first, 0)
+                os.sched_yield()
+        assert stack.process.poll() is None
+        ballast.unlink()
+        assert stack.client.wait(job.id, timeout=120).state == "done"
 
 
 def test_a_disk_that_cannot_be_written_is_named_and_nothing_starts(small_disk: Path) -> None:

@@ -2,15 +2,17 @@
 
 import os
 import shutil
+import signal
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+from orchestrator import child
 from orchestrator.cli.run import SCRATCH, remove_left_behind
 from orchestrator.database import Database
 from orchestrator.folder import StackFolder
-from protocol.errors import StateUnusable
+from protocol.errors import DoesNotFit, StateUnusable
 from protocol.jobs import JobRequest
 from tests.fakes import FakeWorker, orchestrator
 from tests.stacks import RunningStack, running_stack, triptych
@@ -108,6 +110,48 @@ def test_what_is_removed_beneath_a_stack_is_made_again_and_no_job_is_lost(flux_s
         stack.picture("a blue star", seed=1, steps=2, width=128, height=128)
         remove_and_return(stack, state / "sockets")
         assert stack.client.job(again.id).state == "done"
+
+
+def test_a_describer_that_is_killed_comes_back_and_prompts_are_counted_again(flux_schnell: Path, state: Path) -> None:
+    with running_stack(state, "--model", str(flux_schnell), "--device", "cpu") as stack:
+        while not (before := process(stack, "describer")):
+            pass
+        os.kill(before, signal.SIGKILL)
+        with pytest.raises(DoesNotFit, match="tokens"):
+            stack.client.submit("far too long " * 400, seed=1)
+        while process(stack, "describer") in (None, before):
+            pass
+        job, _ = stack.picture("a red circle", seed=1, steps=2, width=32, height=32)
+        assert job.state == "done"
+
+
+def process(stack: RunningStack, name: str) -> int | None:
+    """Return its number, None while there is none."""
+    return next((p.pid for p in stack.client.workers().processes if p.name == name), None)
+
+
+def test_logs_are_put_aside_while_their_process_goes_on_writing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "LOG_LIMIT", 1000)
+    go_on = tmp_path / "go-on"
+    code = f"import os; print('x' * 2000, flush=True)\nwhile not os.path.exists({str(go_on)!r}): pass\nprint('after')"
+    reading, _ = pipe = os.pipe()
+    talker = child.Child("talker", None, ("-c", code), tmp_path / "talker.log", reading)
+    try:
+        talker.start()
+        assert talker.process
+        while not talker.log.exists() or talker.log.stat().st_size < 2000:
+            pass
+        talker.rotate_log()
+        go_on.touch()
+        assert talker.process.wait(30) == 0
+    finally:
+        talker.kill()
+        for end in pipe:
+            os.close(end)
+    assert talker.log.read_text() == "after\n"
+    assert talker.log.with_suffix(".log.1").read_text() == "x" * 2000 + "\n"
 
 
 def remove_and_return(stack: RunningStack, path: Path) -> None:
