@@ -207,7 +207,8 @@ class Desk:
     def _collect(self, number: int, older: float) -> Collected:
         held = sum(self.engine.store.artifacts.bytes_of.values())
         gone = self.engine.forget_old(time.time() - older, MOST_FORGOTTEN)
-        self.engine.store.reclaim()
+        if len(gone) < MOST_FORGOTTEN:  # all are gone
+            self.engine.store.reclaim()
         return Collected(
             request=number, jobs=len(gone), bytes=held - sum(self.engine.store.artifacts.bytes_of.values())
         )

@@ -218,7 +218,7 @@ class Supervisor:
         self._leaving = [(child, at) for child, at in self._leaving if child.process is not None]
 
     def _refuse_hopeless(self) -> None:
-        """Where the settings can't work from the start, say why instead of standing there without a stage.
+        """Raise why a stage can never start, where the settings don't work from the start.
 
         The describer is heard first: it says what is wrong with a model better than a worker that fails to load it.
         """

@@ -34,6 +34,9 @@ class _Line(logging.Formatter):
         return f"{when} {self._process} {record.levelname} job={job} {text}"
 
 
+MOST_KINDS = 1000  # of lines that are remembered
+
+
 class OnceASecond(logging.Filter):
     """Lets a line of each kind through once a second, with how many more there were; those of jobs are as many as jobs.
 
@@ -52,6 +55,8 @@ class OnceASecond(logging.Filter):
         if now - self._last.get(kind, -1.0) < 1.0:
             self._more[kind] = self._more.get(kind, 0) + 1
             return False
+        if len(self._last) >= MOST_KINDS:
+            self._last = {kind: last for kind, last in self._last.items() if now - last < 1.0}
         self._last[kind] = now
         if more := self._more.pop(kind, 0):
             record.msg, record.args = f"{record.getMessage()} ({more} more like it)", None
