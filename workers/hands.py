@@ -129,7 +129,11 @@ class Hands:
         runner, device_map = self._load()
         shares = self._shares(runner)
         needs, contexts = tuple(share.needs() for share in shares), tuple(share.context_bytes() for share in shares)
-        self._emit((Ready(device_map=device_map, residency=views(runner), needs=needs, context_bytes=contexts), []))
+        kept = tuple(share.kept_bytes() for share in shares)
+        ready = Ready(
+            device_map=device_map, residency=views(runner), needs=needs, context_bytes=contexts, kept_bytes=kept
+        )  # fmt: skip
+        self._emit((ready, []))
         while True:
             order, tensors = self._orders.get()
             if isinstance(order, Lease):

@@ -48,6 +48,9 @@ class Share:
     most: int | None = None  # bytes that it shall ever have for weights; None: all of them
     _kept: int = 0  # bytes of the allocator's that stay when everything is given back, as last measured
 
+    def __post_init__(self) -> None:
+        self._kept = self._reserved()  # what getting ready has left, before any lease
+
     def needs(self) -> Needs:
         weights = sum(residency.total_bytes for residency in self.residencies)
         least = sum(residency.least_bytes for residency in self.residencies)
