@@ -23,6 +23,7 @@ LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside
 LOOK_AGAIN_SECONDS = 2.0  # whether what can't be used can be used again
 UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
 MOST_KILLED = 5  # times by a signal, before it ever worked: for want of memory, say
+MOST_REFUSED = 3  # times in a row that what once worked may say that it never can
 NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")  # in reasons, which may differ where the reason is the same
 UNUSABLE = 7  # exit code of what may be better later, but not if it was so from the start
 
@@ -131,7 +132,7 @@ class Child:
     def _is_hopeless(self, code: int, before: str) -> bool:
         """Whether another start would end as this one, and the one `before`."""
         if code in UNRECOVERABLE:
-            return not (self.essential and self.ever_proven)
+            return not self.ever_proven or (not self.essential and self.failures >= MOST_REFUSED)
         if self.ever_proven:
             return False
         if code == UNUSABLE:

@@ -130,8 +130,12 @@ class Database:
         draft.unlink(missing_ok=True)
         with explained(draft):
             self._db.execute("VACUUM INTO ?", (str(draft),))
+        with draft.open("rb") as file:
+            os.fsync(file.fileno())
         for rest in ("-wal", "-shm"):
             self.path.with_name(self.path.name + rest).unlink(missing_ok=True)
+        if self.path.exists():  # somebody has put another there
+            self.path.replace(self.path.with_name(f"{self.path.name}.found"))
         draft.replace(self.path)
 
     # -- backups --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from protocol.messages import CountTokens, DescriberHello, TokenCounts
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 1000  # submissions at once
-MOST_ASKED = 2  # times that texts may end the describer before they are refused
+MOST_ENDED = 2  # times that texts may end the describer before they are refused
 SILENCE_SECONDS = 20.0  # many long prompts take it a while
 
 
@@ -23,7 +23,8 @@ class Question:
     """Texts that are being counted, and how often the describer was asked."""
 
     texts: tuple[str, ...]
-    asked: int = 0
+    asked: bool = False
+    ended: int = 0  # describers that had it in hand when they ended
 
 
 @dataclass(slots=True)
@@ -44,8 +45,10 @@ class Describing:
         """A describer has found the model to be whole; what its predecessor left open is asked again."""
         self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
         self.reception.learn_model(hello)
+        if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
+            oldest.ended += 1
         for number, question in list(self._open.items()):
-            if question.asked < MOST_ASKED:
+            if question.ended < MOST_ENDED:
                 self._ask(number, question)
             else:
                 del self._open[number]
@@ -89,7 +92,7 @@ class Describing:
         return False
 
     def _ask(self, number: int, question: Question) -> None:
-        question.asked += 1
+        question.asked = True
         self.outbox.to_worker(self._identity, CountTokens(request=number, texts=question.texts))
 
     def counted(self, counts: TokenCounts) -> None:

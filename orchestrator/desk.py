@@ -222,10 +222,10 @@ class Desk:
         )  # fmt: skip
 
     def start_anew(self, names: list[str]) -> None:
-        """Have workers replaced, one after the other, where there is a supervisor; the list is emptied."""
+        """Have workers replaced, one after the other, once there is a supervisor; the list is emptied then."""
         if self.supervisor is not None:
             self._rolling.extend(name for name in names if name not in self._rolling)
-        names.clear()
+            names.clear()
 
     def roll(self) -> None:
         """Go on with restarts: the next worker once the one before is back, so that a stage is never without."""

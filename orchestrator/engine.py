@@ -183,7 +183,7 @@ class Engine:
     def _end_standstill(self, places: Sequence[Place]) -> None:
         """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
         self.lending.moved()
-        firsts = [(place, self.roster.queues.first(*place, 1)[0]) for place in places]
+        firsts = [(place, job) for place in places for job in self.roster.queues.first(*place, 1)]
         if any(self._start_anew(self.lending.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
         for (stage, model), job_id in firsts:

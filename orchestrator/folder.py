@@ -29,14 +29,18 @@ class StackFolder:
 
         A folder that is not empty and holds no stack is not taken: what lies there may be removed as rubbish of ours.
         """
+        if self.path.is_dir() and not self.database.exists() and (strange := self._strangers()):
+            raise StateUnusable(
+                f"The folder {shortened(self.path)!r} holds {strange[0]!r} and no stack of Triptych's.",
+                "Give an empty folder, or a new one, with --state DIR.",
+            )
+        self.make_parts()
+
+    def make_parts(self) -> None:
+        """Make what is missing of a folder that is this stack's; StateUnusable."""
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._check_owner(self.path, self.path.stat())
-            if not self.database.exists() and (strange := self._strangers()):
-                raise StateUnusable(
-                    f"The folder {str(self.path)!r} holds {strange[0]!r} and no stack of Triptych's.",
-                    "Give an empty folder, or a new one, with --state DIR.",
-                )
             for part in (self.artifacts, self.logs):
                 part.mkdir(exist_ok=True, mode=0o700)
             for part in (self.artifacts, self.logs, self.keys, self.path / "sockets"):

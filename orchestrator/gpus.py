@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,10 @@ class Gpu:
 
 
 def list_gpus() -> list[Gpu]:
-    """NVIDIA GPUs in the driver's order; empty where there are none or no driver."""
+    """Return NVIDIA GPUs in the driver's order, as far as CUDA_VISIBLE_DEVICES lets them be seen.
+
+    Empty where there are none or no driver.
+    """
     import pynvml
 
     try:
@@ -30,12 +35,34 @@ def list_gpus() -> list[Gpu]:
         stack.callback(pynvml.nvmlShutdown)
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
         gpus: list[Gpu] = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
+        for index in visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids):
+            handle = handles[index]
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = _text(pynvml.nvmlDeviceGetName(handle))
             gpus.append(Gpu(index, name, memory.total, memory.free, driver, _link(handle)))
         return gpus
+
+
+def visible_gpus(value: str | None, uuids: Sequence[str]) -> list[int]:
+    """Return the numbers of the GPUs with these UUIDs that a value of CUDA_VISIBLE_DEVICES names, in ascending order.
+
+    Numbers are nvidia-smi's; a UUID may be cut short. As for CUDA, what follows a name that fits no GPU is not seen.
+    """
+    if value is None:
+        return list(range(len(uuids)))
+    found: list[int] = []
+    for name in (part.strip() for part in value.split(",")):
+        numbers = [
+            number
+            for number, uuid in enumerate(uuids)
+            if name == str(number) or (name.startswith("GPU-") and uuid.startswith(name))
+        ]
+        if len(numbers) != 1:
+            break
+        found += numbers
+    return sorted(set(found))
 
 
 def _link(handle: Any) -> float:

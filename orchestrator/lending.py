@@ -85,22 +85,24 @@ class Lending:
 
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
         """
-        idle = [worker for worker in self._fleet.idle() if worker.stage not in drained]
+        self.standing = []
+        idle = self._fleet.idle()
         if not idle:
             return []
-        snapshot = self._snapshot(idle, jobs)
+        snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
         if any(isinstance(action, Lend) and action.bytes for action in actions):
             with self.ledger.as_measured(snapshot.gpus):
-                actions = decide(self._snapshot(idle, jobs))
-        waiting = any(snapshot.waiting.values())
-        self.standing = self._standstill.look(snapshot, actions, self._busy()) if waiting else []
+                actions = decide(self._snapshot(idle, jobs, drained))
+        if any(snapshot.waiting.values()):
+            self.standing = self._standstill.look(snapshot, actions, self._busy())
         return actions
 
-    def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob]) -> Snapshot:
+    def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
+        """All as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self._concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
-        waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places}
+        waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.seats}
         rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
         by_id = {holder.id: holder for holder in holders}

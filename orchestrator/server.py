@@ -171,11 +171,11 @@ class Server:
             return
         self._looked_down = now
         if not (self.folder.path / PUBLISHED).exists():
-            self.folder.create()
+            self.folder.make_parts()
             self.folder.publish(self._doors.local, dict(self._doors.remote))
         if gone := self._ground.gone():
             if self.folder.database in gone:
-                self.folder.create()
+                self.folder.make_parts()
                 self.store.write_anew()
             names = ", ".join(str(path) for path in gone)
             raise StateUnusable(f"Somebody has removed {names}.", "It is made again.")

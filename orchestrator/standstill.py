@@ -17,7 +17,8 @@ from protocol.jobs import Stage
 Place = tuple[Stage, ModelKey]
 TICK_SECONDS = 0.5
 MEETINGS = 20  # of one state while leases change
-QUIET_TICKS = 140  # of one state while nothing is done; more than a task's patience
+QUIET_TICKS = 140  # of one state while nothing is done, at least
+GRACE_TICKS = 20  # beyond a task's patience
 HOPELESS_TICKS = 6  # the same where nothing could be done with all the patience and all the memory that there may be
 
 
@@ -54,7 +55,7 @@ class Standstill:
             acts = any(action.worker in ids for action in actions)
             if not acts and ids & {*busy.changing}:
                 continue
-            meetings = self._met.setdefault((place, state_of(snapshot, place, there)), Meetings())
+            meetings = self._met.setdefault((place, acts, state_of(snapshot, place, there)), Meetings())
             if acts or meetings.tick != tick:
                 meetings.count, meetings.tick = meetings.count + 1, tick
             if meetings.count >= (MEETINGS if acts else quiet_ticks(snapshot, ids)):
@@ -101,4 +102,5 @@ def quiet_ticks(snapshot: Snapshot, ids: Collection[str]) -> int:
             leased[gpu] += seat.lease
     rooms = {gpu: Room(room.available, room.available - leased[gpu]) for gpu, room in snapshot.gpus.items()}
     best = replace(snapshot, waiting=waiting, holders=holders, gpus=rooms)
-    return QUIET_TICKS if any(action.worker in ids for action in decide(best)) else HOPELESS_TICKS
+    quiet = max(QUIET_TICKS, int(snapshot.patience / TICK_SECONDS) + GRACE_TICKS)
+    return quiet if any(action.worker in ids for action in decide(best)) else HOPELESS_TICKS

@@ -113,6 +113,9 @@ def read_recipe(path: Path) -> Made:
     try:
         found = json.loads(chunk)
         stages = {str(stage): (str(kind), str(versions)) for stage, (kind, versions) in found.get("stages", {}).items()}
-        return Made(Recipe.model_validate_json(json.dumps(found["recipe"])), int(found["index"]), stages)
+        recipe, index = Recipe.model_validate_json(json.dumps(found["recipe"])), int(found["index"])
+        if not 0 <= index < recipe.num_images:
+            raise ValueError(f"there is no picture {index} of {recipe.num_images}")
+        return Made(recipe, index, stages)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadRequest(f"{str(path)!r} carries a recipe that can't be read.") from error

@@ -5,6 +5,7 @@ under `max_memory`; else streamed through the first GPU. What can't even be stre
 """
 
 import contextlib
+import errno
 import logging
 import math
 from collections.abc import Iterable
@@ -123,6 +124,8 @@ def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) 
     except Damaged as error:
         raise missing(source.model, name, error) from error
     except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
         raise ModelMissing(
             f"{source.model!r}, {name}: it can't be loaded: {cause_of(error)}.", "Download it again."
         ) from error
@@ -130,6 +133,7 @@ def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) 
     return loaded
 
 
+PASSING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EINTR, errno.EAGAIN)  # no fault of the files
 _told: set[str] = set()  # components whose variant was named
 
 

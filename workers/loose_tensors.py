@@ -26,7 +26,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A module with plain attributes, and shallow copies of those that hold tensors or may come to."""
+    """A module with its plain attributes, containers as shallow copies."""
 
     module: torch.nn.Module
     attributes: Mapping[str, Any]
@@ -46,7 +46,7 @@ class LooseTensors:
                     self._buffers.append(Buffer(part, name, tensor))
             if mine(path or "."):
                 kinds.add(type(part))
-                plain = {k: copy_of(v) for k, v in vars(part).items() if k not in INTERNALS and may_hold(v)}
+                plain = {k: copy_of(v) for k, v in vars(part).items() if k not in INTERNALS}
                 self._owners.append(Owner(part, plain))
         self._caches = [cache for kind in kinds for cache in caches_of(kind)]
 
@@ -79,11 +79,6 @@ class LooseTensors:
                     restore(owner, name, value)
         for clear in self._caches:
             clear()
-
-
-def may_hold(value: object) -> bool:
-    """Whether an attribute holds tensors, or is of a kind that may come to: None, or a container."""
-    return value is None or isinstance(value, (torch.Tensor, *Containers))
 
 
 def copy_of(value: Any) -> Any:

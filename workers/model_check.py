@@ -90,10 +90,10 @@ def noted(found: list[Problem], name: str) -> Iterator[None]:
 def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES) -> None:
     """Raise Damaged for what is wrong with one. Weights are looked at where one of the stages loads them."""
     folder = source.folder / name
-    if not folder.is_dir():
-        raise Damaged(f"{name}/", "is missing", "Download the model again.")
     if not stages_of(name):
         return  # no stage loads it
+    if not folder.is_dir():
+        raise Damaged(f"{name}/", "is missing", "Download the model again.")
     cls = component_class(source, name)
     if issubclass(cls, PreTrainedTokenizerBase):
         check_tokenizer(source, name, cls)

@@ -50,6 +50,9 @@ class WeightFiles:
     index: Path | None = None  # which says what lies in which of several files
 
 
+NUMBERED = re.compile(r"(^|-)\d+-of-\d+$")  # one of several files
+
+
 def weight_files(folder: Path, library: str) -> WeightFiles:
     """Choose a component's files as `from_pretrained` does, or those of its only variant; Damaged."""
     base = BASES[library]
@@ -62,7 +65,7 @@ def weight_files(folder: Path, library: str) -> WeightFiles:
     several = re.compile(re.escape(base) + r"\.safetensors\.index\.(?P<variant>[\w-]+)\.json")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     matches = [match for name in names for pattern in (several, single) if (match := pattern.fullmatch(name))]
-    variants = sorted({match["variant"] for match in matches if not re.fullmatch(r"\d+-of-\d+", match["variant"])})
+    variants = sorted({match["variant"] for match in matches if not NUMBERED.search(match["variant"])})
     if len(variants) > 1:
         raise Damaged(
             f"{folder.name}/", f"has weights in the variants {', '.join(variants)} only",

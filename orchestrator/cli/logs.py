@@ -62,6 +62,8 @@ def following(folder: Path, pattern: str) -> Iterator[str]:
     while True:
         for path in folder.glob(pattern):
             file = files.get(path) or files.setdefault(path, path.open(errors="replace"))
+            if os.fstat(file.fileno()).st_size < file.tell():  # it was put aside, and begins anew
+                file.seek(0)
             while line := file.readline():
                 yield line
         time.sleep(POLL_SECONDS)

@@ -110,7 +110,8 @@ def make_request(fields: dict[str, Any], where: str) -> JobRequest:
     from pydantic import ValidationError
 
     try:
-        return JobRequest.model_validate({"id": secrets.token_hex(6), **fields})
+        request = JobRequest.model_validate(fields)
+        return request if request.id else request.model_copy(update={"id": secrets.token_hex(6)})
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         name = ".".join(map(str, fault["loc"]))

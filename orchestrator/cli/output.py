@@ -19,7 +19,7 @@ class OutputPath(click.Path):
     """A file, or a folder; one that is named with a slash at its end is made."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if str(value).endswith(os.sep):
+        if str(value).endswith(os.sep) and not (ctx and ctx.resilient_parsing):
             try:
                 Path(value).mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -27,6 +27,7 @@ from protocol.conversation import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.jobs import ENDED, Job, JobRequest, WorkerView
 from protocol.messages import Stack
+from protocol.recipes import MAX_IMAGES
 
 if TYPE_CHECKING:
     from protocol.pictures import Made
@@ -63,7 +64,8 @@ def submit(prompts: tuple[str, ...], state: Path | None, **options: Any) -> None
 
 def names_for_requests(output: Path | None, asked: Sequence[Asked]) -> Names:
     """Return the names of pictures that are yet to be asked for; BadRequest."""
-    return names_for(output, [Wanted(str(a.request.id), max(1, a.request.num_images), a.picture) for a in asked])
+    counts = [max(1, min(a.request.num_images, MAX_IMAGES)) for a in asked]  # the stack refuses others
+    return names_for(output, [Wanted(str(a.request.id), n, a.picture) for a, n in zip(asked, counts, strict=True)])
 
 
 def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str, Any]) -> None:

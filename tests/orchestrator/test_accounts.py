@@ -5,7 +5,7 @@ import pytest
 from orchestrator.accounts import accounts, check_budgets
 from orchestrator.arrangement import first
 from orchestrator.config import AccountSettings, StackConfig
-from orchestrator.gpus import Gpu
+from orchestrator.gpus import Gpu, visible_gpus
 from orchestrator.ledger import FIRST_HEADROOM
 from orchestrator.machine import this_machine
 from orchestrator.placement import stand_ins
@@ -80,3 +80,21 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(error) as refusal:
         lent(gpus, **settings)
     assert words in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("-1", []),
+        ("1", [1]),
+        ("2, 0", [0, 2]),
+        ("GPU-b", [1]),
+        ("GPU-", []),
+        ("0,7,1", [0]),
+        ("no", []),
+    ],
+)
+def test_gpus_that_are_not_visible_are_left_alone(value: str | None, found: list[int]) -> None:
+    assert visible_gpus(value, ["GPU-aa", "GPU-ba", "GPU-ca"]) == found

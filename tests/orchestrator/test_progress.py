@@ -20,7 +20,7 @@ from orchestrator.ledger import FIRST_HEADROOM, Account
 from orchestrator.live import LiveJob, ModelKey
 from orchestrator.outbox import Outbox
 from orchestrator.scheduler import Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
-from orchestrator.standstill import TICK_SECONDS, Standstill
+from orchestrator.standstill import TICK_SECONDS, Standstill, quiet_ticks
 from orchestrator.store import Store
 from protocol.errors import DoesNotFit
 from protocol.jobs import STAGES, Grant, JobRequest, Needs, Stage
@@ -265,6 +265,45 @@ def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: 
     (other,) = world.submit(1, width=512)
     world.run([other], 500)
     assert other.state == "done"
+
+
+def three(least: int) -> list[Sim]:
+    return [
+        Sim("text", Needs(weights=GB, least=GB, workspace=100 * MB), 50 * MB, 0),
+        Sim("denoise", Needs(weights=9 * GB, least=least, workspace=GB), GB // 2, 0),
+        Sim("vae", Needs(weights=100 * MB, least=100 * MB, workspace=300 * MB), 200 * MB, 0),
+    ]
+
+
+def test_what_becomes_free_after_a_while_is_lent_and_no_job_fails(tmp_path: Path) -> None:
+    world = World(12 * GB, three(least=8 * GB), tmp_path, driver=True, others=(6 * GB,))
+    (job,) = world.submit(1)
+    world.run([job], 60)
+    assert job.stage == "denoise"
+    world.others = (0,)
+    world.run([job], 10)
+    assert (job.state, job.reasons) == ("done", ())
+
+
+def test_jobs_of_a_drained_stage_wait_and_its_memory_is_others(tmp_path: Path) -> None:
+    world = World(11 * GB, three(least=9 * GB), tmp_path)
+    world.run(world.submit(1), 40)
+    world.engine.drain("denoise", on=True)
+    (job,) = world.engine.accept((JobRequest(prompt="another", seed=1, width=1024, height=1024),), "")
+    world.run([job], 300)
+    assert (job.stage, job.worker, job.reasons) == ("denoise", None, ())
+    world.engine.drain("denoise", on=False)
+    world.run([job], 40)
+    assert job.state == "done"
+
+
+def test_a_long_patience_is_waited_for() -> None:
+    need = Need(GB, GB, GB)
+    holder = Holder("d", "denoise", KEY, {0: Seat(need)})
+    rooms = {0: Room(3 * GB, 3 * GB)}
+    waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, GB)]}
+    snapshot = Snapshot(waiting, [IdleWorker("d", "denoise", KEY)], {"denoise": 1}, {"d": holder}, rooms, patience=500)
+    assert quiet_ticks(snapshot, {"d"}) * TICK_SECONDS > 500
 
 
 def test_a_worker_that_keeps_more_and_more_is_started_anew_and_no_job_is_to_blame(tmp_path: Path) -> None:
