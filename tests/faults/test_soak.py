@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.tiny import environment
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
 
 
+@pytest.mark.all
 def test_twenty_seconds_of_trouble_loses_and_changes_nothing() -> None:
     done = subprocess.run(
         [sys.executable, str(SOAK), "--minutes", "0.3", "--seed", "7", "--pause", "1"],

@@ -43,8 +43,19 @@ def pictures(client: Client, job: str) -> bytes:
     return bytes(client.raw_pictures(job)[1].data)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("name", ["text-1", "denoise-1", "vae-1", "orchestrator"])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param("text-1", signal.SIGKILL),
+        pytest.param("denoise-1", signal.SIGKILL),
+        pytest.param("vae-1", signal.SIGKILL),
+        pytest.param("orchestrator", signal.SIGKILL),
+        pytest.param("denoise-1", signal.SIGSTOP),
+        pytest.param("text-1", signal.SIGSTOP, marks=pytest.mark.all),
+        pytest.param("vae-1", signal.SIGSTOP, marks=pytest.mark.all),
+        pytest.param("orchestrator", signal.SIGSTOP, marks=pytest.mark.all),
+    ],
+)
 def test_a_process_at_every_transition(name: str, number: signal.Signals, stack: Stack, wanted: bytes) -> None:
     saboteur = Saboteur(stack, random.Random(0))
     for index, moment in enumerate(TRANSITIONS):

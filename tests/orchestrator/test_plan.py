@@ -231,7 +231,7 @@ def machines(draw: st.DrawFn) -> Machine:
     return machine(*(card.removeprefix(":") for card in cards))
 
 
-@examples(60)
+@examples(30)
 @given(there=machines(), optimize=st.sampled_from(["throughput", "latency"]), compiled=st.booleans())
 def test_no_plan_passes_a_budget_and_none_is_better_than_the_one_chosen(
     there: Machine, optimize: str, compiled: bool
