@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from orchestrator.cli.options import requests_from
+from orchestrator.cli.options import make_request, requests_from
 from orchestrator.cli.output import Wanted, names_for
 from orchestrator.cli.prompts import read_prompts
 from orchestrator.config import load_config
@@ -77,6 +77,10 @@ def test_files_that_can_not_be_read_are_told_as_what_they_are(
 def test_a_configuration_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     (path := tmp_path / "stack.toml").write_text('\ufeffmodel = "demo"\n', encoding="utf-8")
     assert load_config(path, {}, {}).model == "demo"
+
+
+def test_an_id_that_is_none_is_drawn() -> None:
+    assert make_request({"prompt": "x", "id": None}, "").id
 
 
 def test_every_final_name_is_checked(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A model that isn't whole is refused from its headers alone; one that is, is run as plain diffusers runs it."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -154,6 +155,16 @@ def test_an_index_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     with pytest.raises(ModelMissing):
         described(tmp_path)
+
+
+def test_a_variant_in_several_files_is_one_variant(tmp_path: Path) -> None:
+    parts = [f"model.fp16-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for part in parts:
+        (tmp_path / part).touch()
+    index = {"weight_map": {"a": parts[0], "b": parts[1]}}
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    found = weight_files(tmp_path, "transformers")
+    assert (found.variant, [path.name for path in found.paths]) == ("fp16", parts)
 
 
 def test_the_only_variant_is_taken_and_several_are_named(flux_dev: Path, tmp_path: Path) -> None:
