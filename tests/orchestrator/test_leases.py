@@ -248,7 +248,7 @@ def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[
     assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
 
 
-@examples(100)
+@examples(40)
 @given(world=worlds(), jobs=st.integers(1, 20))
 def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) -> None:
     world.patience = 1e9
