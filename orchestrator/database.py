@@ -130,8 +130,7 @@ class Database:
         draft.unlink(missing_ok=True)
         with explained(draft):
             self._db.execute("VACUUM INTO ?", (str(draft),))
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(draft)
         for rest in ("-wal", "-shm"):
             self.path.with_name(self.path.name + rest).unlink(missing_ok=True)
         if self.path.exists():  # somebody has put another there
@@ -152,8 +151,7 @@ class Database:
                 self._db.executescript(f"BEGIN; {copies} PRAGMA backup.user_version={SCHEMA_VERSION}; COMMIT;")
             finally:
                 self._db.execute("DETACH backup")
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(draft)
         draft.replace(to)
 
 
@@ -213,3 +211,9 @@ def damaged(path: Path | None, found: str) -> StateDamaged:
         "'triptych up --restore' goes on from its last backup and keeps the damaged file; "
         "or give another folder with --state DIR.",
     )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

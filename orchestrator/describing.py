@@ -20,7 +20,7 @@ SILENCE_SECONDS = 20.0  # many long prompts take it a while
 
 @dataclass(slots=True)
 class Question:
-    """Texts that are being counted, and how often the describer was asked."""
+    """Texts that are being counted, and how often that ended a describer."""
 
     texts: tuple[str, ...]
     asked: bool = False

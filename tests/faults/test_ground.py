@@ -158,7 +158,5 @@ def remove_and_return(stack: RunningStack, path: Path) -> None:
     """Remove something, and wait until the orchestrator is there again as a new process."""
     before = stack.client.stack().pid
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    while True:
-        found = next((p for p in stack.client.workers().processes if p.name == "orchestrator"), None)
-        if found and found.pid not in (None, before):
-            return
+    while process(stack, "orchestrator") in (None, before):
+        pass

@@ -1,4 +1,4 @@
-"""What the orchestrator asks the describer, and whom it blames when that ends."""
+"""Questions to the describer, and the blame for its end."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -247,12 +247,7 @@ def test_the_smallest_input_of_leases_that_spin(tmp_path: Path) -> None:
 
 def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: Path) -> None:
     """Somebody else's memory, which the stack can't take back, is in the way of the denoiser alone."""
-    workers = [
-        Sim("text", Needs(weights=GB, least=GB, workspace=100 * MB), 50 * MB, 0),
-        Sim("denoise", Needs(weights=9 * GB, least=8 * GB, workspace=GB), GB // 2, 0),
-        Sim("vae", Needs(weights=100 * MB, least=100 * MB, workspace=300 * MB), 200 * MB, 0),
-    ]
-    world = World(12 * GB, workers, tmp_path, driver=True)
+    world = World(12 * GB, three(least=8 * GB), tmp_path, driver=True)
     stranger = Sim("vae", Needs(weights=0, least=0, workspace=0), 0, 6 * GB)
     world.sims.append(stranger)
     (job,) = world.submit(1)
