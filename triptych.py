@@ -2,8 +2,8 @@
 
 from importlib.metadata import version
 
-from protocol.async_client import AsyncClient
-from protocol.client import Client
+from protocol.client.async_client import AsyncClient
+from protocol.client.client import Client
 from protocol.errors import (
     BadRequest,
     Conflict,
@@ -19,8 +19,8 @@ from protocol.errors import (
     VersionMismatch,
     WaitTimeout,
 )
-from protocol.jobs import Job, JobRequest, Recipe
-from protocol.messages import JobEvent
+from protocol.job import Job, JobRequest, Recipe
+from protocol.messages.client import JobEvent
 
 __version__ = version("triptych")
 __all__ = [

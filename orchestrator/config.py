@@ -21,10 +21,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.functional_validators import BeforeValidator
 
+from protocol.curve_keys import Role
 from protocol.errors import BadRequest
-from protocol.jobs import STAGES, Stage
-from protocol.keys import Role
 from protocol.speedups import canonical
+from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
 
 

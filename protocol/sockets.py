@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import zmq
 
+from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
-from protocol.keys import PeerKey
 from protocol.tensors import Buffer
 from protocol.wire import MAX_FRAME_BYTES
 

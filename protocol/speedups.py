@@ -8,7 +8,8 @@ import itertools
 from collections.abc import Iterable
 
 from protocol.errors import BadRequest
-from protocol.jobs import STAGES, Stage, Tier
+from protocol.job import Tier
+from protocol.stages import STAGES, Stage
 
 CACHES = ("first-block", "taylorseer", "pyramid-attention", "faster")
 QUANTIZATIONS = ("int8", "int8-dynamic", "fp8", "fp8-dynamic")

@@ -11,7 +11,8 @@ import msgpack
 from pydantic import ValidationError
 
 from protocol.errors import ProtocolError, VersionMismatch
-from protocol.messages import EVERY_MESSAGE, Message
+from protocol.messages import EVERY_MESSAGE
+from protocol.messages.common import Message
 from protocol.tensors import Buffer, Tensor, checked
 
 VERSION = 1

@@ -18,26 +18,15 @@ import zmq
 
 from orchestrator.config import OrchestratorSettings
 from protocol import wire
-from protocol.client import Client
-from protocol.endpoints import PUBLISHED, Endpoints, published
-from protocol.jobs import ModelDescription, Needs, Stage
-from protocol.keys import PeerKey
-from protocol.messages import (
-    TO_WORKER,
-    Error,
-    Heartbeat,
-    Lease,
-    Leased,
-    Message,
-    Progress,
-    Ready,
-    Result,
-    Task,
-    TaskFailed,
-    Welcome,
-    WorkerHello,
-)
+from protocol.client.client import Client
+from protocol.client.endpoints import PUBLISHED, Endpoints, published
+from protocol.curve_keys import PeerKey
+from protocol.gpu_memory import Needs
+from protocol.messages.common import Error, Heartbeat, Message, Welcome
+from protocol.messages.worker import TO_WORKER, Lease, Leased, Progress, Ready, Result, Task, TaskFailed, WorkerHello
+from protocol.model import ModelDescription
 from protocol.sockets import dealer, new_identity, receive
+from protocol.stages import Stage
 from protocol.tensors import Tensor
 
 MODEL = ModelDescription(
@@ -146,7 +135,7 @@ class FakeWorker:
 
     def settle(self) -> None:
         """Return once everything said so far has been handled."""
-        from protocol.messages import Beat
+        from protocol.messages.common import Beat
 
         self.say(Heartbeat(rss_bytes=1, gpu_bytes=0))
         self.hear(Beat)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from protocol.client import Client
-from protocol.jobs import Job
+from protocol.client.client import Client
+from protocol.job import Job
 from tests.tiny import environment
 
 TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]

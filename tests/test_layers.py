@@ -49,5 +49,5 @@ def test_weights_are_safetensors_only() -> None:
 
 def test_the_command_line_loads_no_slow_libraries() -> None:
     code = "import sys, orchestrator.cli, orchestrator.cli.submit, orchestrator.cli.jobs\n"
-    code += "assert not {'torch', 'rich', 'PIL.Image', 'numpy', 'orchestrator.store'} & sys.modules.keys()"
+    code += "assert not {'torch', 'rich', 'PIL.Image', 'numpy', 'orchestrator.storage.job_store'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

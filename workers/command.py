@@ -6,10 +6,10 @@ from typing import Any, get_args
 
 import click
 
-from protocol.endpoints import default_folder, published
+from protocol.client.endpoints import default_folder, published
 from protocol.errors import BadRequest
-from protocol.jobs import BEFORE, Stage
 from protocol.speedups import canonical, parse_speedup
+from protocol.stages import BEFORE, Stage
 from protocol.units import parse_bytes
 
 LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
@@ -115,12 +115,12 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     numbers("--cut", options["cut"])
     if options["jobs"] > 1 or any(parse_speedup(text)[1] == "parallel" for text in options["speedups"]):
         raise BadRequest("Alone, a stage does one job in one process.", "Leave out --jobs and parallel.")
-    from workers.standalone import Debugging, run_standalone
-    from workers.startup import prepare
+    from workers.runtime.worker import prepare
+    from workers.standalone.standalone import Debugging, run_standalone
 
     model, dtype = options["model"], options["dtype"]
     if stage in BEFORE and options["input_path"] is not None:
-        from workers.stage_file import read
+        from workers.standalone.stage_file import read
 
         recipe, _ = read(options["input_path"], BEFORE[stage])
         model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
@@ -146,7 +146,7 @@ def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
 
 
 def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
-    from protocol.keys import load
+    from protocol.curve_keys import load
     from protocol.sockets import check_endpoint
 
     endpoint, key = options["connect"], None
@@ -162,14 +162,14 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
         else:
             endpoint, options["turns"] = published(where).workers, where / "cpu.lock"
     check_endpoint(endpoint, secured=key is not None)
-    from workers.startup import serve
+    from workers.runtime.worker import serve
 
     serve(worker_settings(stage, name, options), endpoint, key)
 
 
 def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
-    from workers.source import DEMO
-    from workers.startup import WorkerSettings
+    from workers.models.source import DEMO
+    from workers.runtime.worker import WorkerSettings
 
     limit = options["max_memory"]
     return WorkerSettings(

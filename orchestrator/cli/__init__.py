@@ -34,7 +34,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
     "completion": ("orchestrator.cli.completion", "completion", "Print the shell completion script."),
-    "_describe": ("workers.describer", "describe", ""),
+    "_describe": ("workers.runtime.describer", "describe", ""),
     "_orchestrate": ("orchestrator.cli.up", "orchestrate", ""),
 }
 

@@ -5,8 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol, Self
 
-from protocol.jobs import Job
-from protocol.messages import JobEvent
+from protocol.job import Job
+from protocol.messages.client import JobEvent
 from protocol.visible import visible
 
 SHOWN = 8  # jobs with a line of their own; more are counted together

@@ -13,8 +13,8 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.options import json_option, state_folder, state_option
-from orchestrator.gpus import list_gpus
-from protocol.client import Client
+from orchestrator.gpu_driver import list_gpus
+from protocol.client.client import Client
 from protocol.errors import TriptychError
 from protocol.units import format_bytes
 
@@ -115,7 +115,7 @@ def model_findings(model: str) -> list[Finding]:
 
 def examined(folder: str, text: str) -> list[Finding]:
     """Ask a process without weights about a model: all that is wrong with it, each with its remedy."""
-    done = subprocess.run([sys.executable, "-m", "workers.describer", folder], capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "workers.runtime.describer", folder], capture_output=True, check=False)
     try:
         found = json.loads(done.stdout.splitlines()[-1])
         problems = [str(problem) for problem in found["problems"]]

@@ -12,10 +12,10 @@ from orchestrator.cli.display import prompt_line
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
 from orchestrator.cli.strays import wanting
 from orchestrator.cli.table import print_lines, print_table
-from protocol.client import Client
+from protocol.client.client import Client
 from protocol.errors import BadRequest
-from protocol.jobs import ENDED, JOB_STATES, Job, JobState
-from protocol.messages import MOST_LISTED
+from protocol.job import ENDED, JOB_STATES, Job, JobState
+from protocol.messages.common import MOST_LISTED
 from protocol.units import format_bytes, parse_seconds
 from protocol.visible import visible
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import click
 
-from orchestrator.allowed import KeyFolder
+from orchestrator.access import KeyFolder
 from orchestrator.cli.jobs import age
 from orchestrator.cli.options import json_option, state_folder, state_option
 from orchestrator.cli.table import print_table
-from orchestrator.folder import StackFolder
-from protocol.endpoints import PUBLISHED
+from orchestrator.state_folder import StackFolder
+from protocol.client.endpoints import PUBLISHED
+from protocol.curve_keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, save
 from protocol.errors import BadRequest
-from protocol.keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, save
 
 role_option = click.option("--role", type=click.Choice(ROLES), default="client", show_default=True)
 

@@ -10,9 +10,9 @@ from typing import TextIO
 import click
 
 from orchestrator.cli.options import state_folder, state_option
-from orchestrator.folder import StackFolder
+from orchestrator.state_folder import StackFolder
 from protocol.errors import NotFound
-from protocol.jobs import STAGES
+from protocol.stages import STAGES
 from protocol.visible import visible
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")

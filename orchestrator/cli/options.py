@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from orchestrator.cli.prompts import read_prompts
-from protocol.endpoints import default_folder
+from protocol.client.endpoints import default_folder
 from protocol.errors import BadRequest
-from protocol.jobs import JobRequest
+from protocol.job import JobRequest
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from orchestrator.folder import shortened
+from orchestrator.state_folder import shortened
 from protocol.errors import BadRequest
-from protocol.jobs import Job
+from protocol.job import Job
 from protocol.tensors import Tensor
 
 
@@ -105,7 +105,7 @@ def unwritable(path: Path | None, error: OSError) -> BadRequest:
 
 def write(job: Job, pictures: Tensor, names: Sequence[tuple[int, Path]]) -> tuple[list[Path], list[BadRequest]]:
     """Write a job's pictures; what was written, and why others were not."""
-    from protocol.pictures import save_png, to_images
+    from protocol.client.png import save_png, to_images
 
     images = to_images(pictures)
     written: list[Path] = []

@@ -8,20 +8,20 @@ from typing import Any
 
 import click
 
-from orchestrator.accounts import check_budgets
 from orchestrator.cli.options import json_option, parse_size, state_folder, state_option
 from orchestrator.cli.plan_words import HEADER, as_data, rows, summary
 from orchestrator.cli.table import print_table
 from orchestrator.cli.up import stack_config, stack_options
 from orchestrator.config import StackConfig
-from orchestrator.experience import Experience, experience_in
-from orchestrator.figures import find_figures
-from orchestrator.folder import StackFolder
-from orchestrator.gpus import list_gpus
-from orchestrator.machine import imagined, this_machine, with_link
-from orchestrator.placement import stand_ins
-from orchestrator.plan import choose
-from orchestrator.supervisor import stack_dtype
+from orchestrator.gpu_driver import list_gpus
+from orchestrator.planning.calibration import Experience, experience_in
+from orchestrator.planning.gpu_budgets import check_budgets
+from orchestrator.planning.hardware import imagined, this_machine, with_link
+from orchestrator.planning.model_profile import find_figures
+from orchestrator.planning.placement import stand_ins
+from orchestrator.planning.planner import choose
+from orchestrator.state_folder import StackFolder
+from orchestrator.supervisor.supervisor import stack_dtype
 from protocol.errors import BadRequest
 from protocol.units import format_bytes, parse_bytes
 

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.machine import Machine
-from orchestrator.plan import Plan
-from orchestrator.work import Share, Work
-from protocol.figures import ModelFigures
+from orchestrator.planning.hardware import Machine
+from orchestrator.planning.planner import Plan
+from orchestrator.planning.throughput import Share, Work
+from protocol.model_profile import ModelFigures
 from protocol.units import format_bytes
 
 HEADER = ("stage", "where", "weights", "workspace", "context", "residency", "streams", "a step", "a picture")

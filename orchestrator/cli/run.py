@@ -26,9 +26,9 @@ from orchestrator.cli.options import (
 from orchestrator.cli.output import Names
 from orchestrator.cli.submit import make, names_for_requests, output_option
 from orchestrator.cli.up import stack_config, stack_options, wait_for_stack, waiting_is_told
-from orchestrator.folder import StackFolder
-from orchestrator.supervisor import Supervisor
-from protocol.client import Client
+from orchestrator.state_folder import StackFolder
+from orchestrator.supervisor.supervisor import Supervisor
+from protocol.client.client import Client
 from protocol.errors import Interrupted, TriptychError
 
 ANSWER_SECONDS = 30.0

@@ -11,12 +11,13 @@ import click
 from orchestrator.cli.jobs import age
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
 from orchestrator.cli.table import print_table
-from protocol.client import Client
-from protocol.endpoints import published
+from protocol.client.client import Client
+from protocol.client.endpoints import published
 from protocol.errors import BadRequest
-from protocol.jobs import STAGES, ComponentView, ProcessView, Stage, WorkerView
-from protocol.messages import Workers
+from protocol.messages.client import Workers
+from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
+from protocol.views import ComponentView, ProcessView, WorkerView
 
 POLL_SECONDS = 0.1
 

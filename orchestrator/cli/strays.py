@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from protocol.client import Client
-from protocol.jobs import ENDED, JOB_STATES, Job, WorkerView
+from protocol.client.client import Client
+from protocol.job import ENDED, JOB_STATES, Job
+from protocol.views import WorkerView
 
 MOST = 1000  # jobs that are looked at
 

@@ -22,15 +22,16 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.output import Names, OutputPath, Wanted, names_for, write
 from orchestrator.cli.table import print_lines
-from protocol.client import Client
-from protocol.conversation import raise_unless_done
+from protocol.client.client import Client
+from protocol.client.exchange import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
-from protocol.jobs import ENDED, Job, JobRequest, WorkerView
-from protocol.messages import Stack
-from protocol.recipes import MAX_IMAGES
+from protocol.job import ENDED, Job, JobRequest
+from protocol.messages.client import Stack
+from protocol.recipe import MAX_IMAGES
+from protocol.views import WorkerView
 
 if TYPE_CHECKING:
-    from protocol.pictures import Made
+    from protocol.client.png import Made
 
 MODEL_SECONDS = 600.0  # to load a model's configuration, a download of it included
 
@@ -174,7 +175,7 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
 
 def asked_again(client: Client, path: Path, anyway: bool) -> Asked:
     """The request that makes a PNG's picture again, if this stack makes the same bits; BadRequest, NoStack."""
-    from protocol.pictures import read_recipe
+    from protocol.client.png import read_recipe
 
     made = read_recipe(path)
     recipe, stack = made.recipe, client.stack()

@@ -25,13 +25,13 @@ from orchestrator.config import (
     load_config,
     parse_stage_values,
 )
-from orchestrator.folder import StackFolder
-from orchestrator.gpus import list_gpus
-from orchestrator.supervisor import Supervisor
-from protocol.client import Client
-from protocol.endpoints import published
+from orchestrator.gpu_driver import list_gpus
+from orchestrator.state_folder import StackFolder
+from orchestrator.supervisor.supervisor import Supervisor
+from protocol.client.client import Client
+from protocol.client.endpoints import published
 from protocol.errors import BadRequest, NoStack, TriptychError
-from protocol.jobs import STAGES, Stage
+from protocol.stages import STAGES, Stage
 from protocol.visible import visible
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -169,7 +169,7 @@ def run_stack(supervisor: Supervisor, as_json: bool, arrived: Callable[[], None]
 
 def go_back_to_backup(folder: StackFolder) -> None:
     """Put the last backup in the place of the job database, which is kept beside it."""
-    from orchestrator.database import restore
+    from orchestrator.storage.database import restore
 
     with folder.lock("supervisor"), folder.lock("orchestrator"):
         made = time.time() - folder.backup.stat().st_mtime if folder.backup.exists() else 0
@@ -235,10 +235,10 @@ def announce_ready(folder: Path, wanted: int, as_json: bool, arrived: Callable[[
 @click.option("--settings", required=True, help="OrchestratorSettings as JSON.")
 def orchestrate(state: Path, clients: str, workers: str, settings: str) -> None:
     """The orchestrator's process; the supervisor starts it."""
-    from orchestrator.gpus import used_bytes
-    from orchestrator.ledger import Account, no_driver
-    from orchestrator.server import Server
-    from protocol.endpoints import Endpoints
+    from orchestrator.gpu_driver import used_bytes
+    from orchestrator.memory.ledger import Account, no_driver
+    from orchestrator.server.loop import Server
+    from protocol.client.endpoints import Endpoints
     from protocol.process import end_with_parent, log_to_stderr
 
     end_with_parent()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.artifacts import INLINE_BYTES
-from protocol.messages import Committed, Result
+from orchestrator.storage.artifacts import INLINE_BYTES
+from protocol.messages.worker import Committed, Result
 from protocol.tensors import Tensor
 from tests.fakes import OUTPUTS, orchestrator
 from tests.stacks import running_stack, triptych

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import child
 from orchestrator.cli.run import SCRATCH, remove_left_behind
-from orchestrator.database import Database
-from orchestrator.folder import StackFolder
+from orchestrator.state_folder import StackFolder
+from orchestrator.storage.database import Database
+from orchestrator.supervisor import child
 from protocol.errors import DoesNotFit, StateUnusable
-from protocol.jobs import JobRequest
+from protocol.job import JobRequest
 from tests.fakes import FakeWorker, orchestrator
 from tests.stacks import RunningStack, running_stack, triptych
 

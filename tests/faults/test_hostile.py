@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import wire
-from protocol.messages import FROM_CLIENT, FROM_WORKER, CollectGarbage, Drain, Message, WorkerHello
+from protocol.messages.client import FROM_CLIENT, CollectGarbage, Drain
+from protocol.messages.common import Message
+from protocol.messages.worker import FROM_WORKER, WorkerHello
 from tests.chance import examples
 from tests.fakes import MODEL, Orchestrator, orchestrator, raw_dealer
 from tests.protocol.strategies import messages, tensors

@@ -3,7 +3,6 @@
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.allowed import KeyFolder
-from protocol.client import Client
-from protocol.jobs import JobRequest
-from protocol.keys import KeyPair, PeerKey, save
+from orchestrator.access import KeyFolder
+from protocol.client.client import Client
+from protocol.curve_keys import KeyPair, PeerKey, save
+from protocol.job import JobRequest
+from scripts.faults.saboteur import patiently
 from tests.stacks import TRIPTYCH, running_stack
 from tests.tiny import environment
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from faults import patiently
 
 
 @dataclass

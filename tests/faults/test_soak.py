@@ -2,19 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.tiny import environment
 
-SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
-
 
 @pytest.mark.all
 def test_twenty_seconds_of_trouble_loses_and_changes_nothing() -> None:
     done = subprocess.run(
-        [sys.executable, str(SOAK), "--minutes", "0.3", "--seed", "7", "--pause", "1"],
+        [sys.executable, "-m", "scripts.faults.soak", "--minutes", "0.3", "--seed", "7", "--pause", "1"],
         capture_output=True, text=True, env=environment(), timeout=280, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

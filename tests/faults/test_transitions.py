@@ -2,18 +2,15 @@
 
 import random
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from protocol.client import Client
-from protocol.jobs import JobRequest
+from protocol.client.client import Client
+from protocol.job import JobRequest
+from scripts.faults.saboteur import Saboteur, Stack, leftovers
 from tests.stacks import logs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-from faults import Saboteur, Stack, leftovers
 
 TRANSITIONS = [("text", True), ("denoise", True), ("vae", True)]
 REQUEST = JobRequest(prompt="a star", width=32, height=32, steps=40, seed=5)

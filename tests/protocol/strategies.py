@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from protocol.messages import Message
+from protocol.messages.common import Message
 from protocol.tensors import ITEMSIZE, Tensor
 
 TEXT = st.text(max_size=40)

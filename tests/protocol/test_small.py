@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from protocol.client.png import read_recipe, save_png, to_images
 from protocol.errors import BY_CODE, BadRequest, TriptychError, from_wire
-from protocol.pictures import read_recipe, save_png, to_images
 from protocol.sockets import check_endpoint
 from protocol.tensors import Tensor
 from protocol.units import format_bytes, parse_bytes
-from tests.protocol.test_recipes import recipe
+from tests.protocol.test_recipe import recipe
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 
 from protocol import wire
 from protocol.errors import ProtocolError, TriptychError, VersionMismatch
-from protocol.messages import EVERY_MESSAGE, FROM_CLIENT, Heartbeat, Message, Ready, Submit
+from protocol.messages import EVERY_MESSAGE
+from protocol.messages.client import FROM_CLIENT, Submit
+from protocol.messages.common import Heartbeat, Message
+from protocol.messages.worker import Ready
 from protocol.tensors import ITEMSIZE, Tensor
 from tests.chance import examples
 from tests.protocol.strategies import messages, tensors
@@ -37,7 +40,7 @@ def test_every_message_survives_the_wire(cls: type[Message], data: st.DataObject
 def test_every_dtype_survives_torch_and_the_wire(dtype: str) -> None:
     import torch
 
-    from workers.torch_tensors import DTYPES, from_wire, to_wire
+    from workers.tensors import DTYPES, from_wire, to_wire
 
     raw = torch.arange(24 * 8, dtype=torch.uint8)[: 24 * ITEMSIZE[dtype]]
     original = (raw % 2).view(torch.bool) if dtype == "bool" else raw.view(DTYPES[dtype])

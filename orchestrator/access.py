@@ -1,0 +1,135 @@
+"""Who may come in from outside this machine: names, roles and public keys, in a file that `triptych keys` changes.
+
+The orchestrator looks at it again whenever it has changed, so that a key that is revoked counts for nothing at once,
+also on connections that it made before.
+"""
+
+import fcntl
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.curve_keys import ROLES, KeyPair, Role, checked_name, checked_public, read_private, write_private
+from protocol.errors import BadRequest, Conflict, NotFound, StateUnusable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    name: str
+    role: Role
+    public: str
+    added: float  # seconds since the epoch
+
+
+class KeyFolder:
+    """The stack's own key pair, and the keys that are let in."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server, self._allowed = folder / "server.json", folder / "allowed.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether this stack has a key of its own, without which nobody comes in from outside."""
+        return self._server.exists()
+
+    def server(self) -> KeyPair:
+        """The stack's key pair, made when it is first asked for."""
+        with self._locked():
+            if not self._server.exists():
+                write_private(self._server, json.dumps(asdict(KeyPair.new())))
+            try:
+                return KeyPair(**json.loads(read_private(self._server)))
+            except (ValueError, TypeError) as error:
+                raise StateUnusable(
+                    f"{str(self._server)!r} holds no key pair.", "Remove it to have a new one made."
+                ) from error
+
+    def entries(self) -> list[Entry]:
+        if not self._allowed.exists():
+            return []
+        try:
+            found = [Entry(**row) for row in json.loads(read_private(self._allowed))]
+            for entry in found:
+                if checked_name(entry.name) and checked_public(entry.public) and entry.role not in ROLES:
+                    raise ValueError(entry.role)
+        except (ValueError, TypeError, AttributeError, BadRequest) as error:
+            raise StateUnusable(f"The list of keys {str(self._allowed)!r} can't be read: {error}.") from error
+        return found
+
+    def add(self, name: str, role: Role, public: str) -> None:
+        """Let a key in; Conflict if the name or the key is there already."""
+        checked_name(name)
+        with self._changing() as entries:
+            for entry in entries:
+                if name == entry.name or public == entry.public:
+                    raise Conflict(f"There is a key {entry.name!r} already.", f"triptych keys revoke {entry.name}")
+            entries.append(Entry(name, role, checked_public(public), time.time()))
+
+    def revoke(self, name: str) -> None:
+        """Let a key in no longer; NotFound."""
+        with self._changing() as entries:
+            kept = [entry for entry in entries if entry.name != name]
+            if len(kept) == len(entries):
+                raise NotFound(f"There is no key {name!r}.", "'triptych keys list' shows those that there are.")
+            entries[:] = kept
+
+    @contextmanager
+    def _changing(self) -> Iterator[list[Entry]]:
+        with self._locked():
+            entries = self.entries()
+            yield entries
+            write_private(self._allowed, json.dumps([asdict(entry) for entry in entries], indent=1))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            lock = (self._folder / "lock").open("w")
+        except OSError as error:
+            raise StateUnusable(f"{str(self._folder)!r} can't be written: {error.strerror}.") from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes when the list does."""
+        try:
+            status = self._allowed.stat()
+        except OSError:
+            return 0, 0
+        return status.st_mtime_ns, status.st_ino
+
+
+class Gate:
+    """The list as the orchestrator knows it."""
+
+    def __init__(self, folder: KeyFolder) -> None:
+        self._folder = folder
+        self._stamp: Any = None
+        self._by_public: dict[str, Entry] = {}
+        self.look_again()
+
+    def look_again(self) -> bool:
+        """Whether the list has changed since the last look. One that can't be read lets nobody in."""
+        if (stamp := self._folder.stamp()) == self._stamp:
+            return False
+        self._stamp = stamp
+        try:
+            self._by_public = {entry.public: entry for entry in self._folder.entries()}
+        except StateUnusable as error:
+            log.error("nobody from outside is let in: %s", error)
+            self._by_public = {}
+        return True
+
+    def entry(self, public: str, role: Role) -> Entry | None:
+        """Whose key this is, if it may come in that role."""
+        found = self._by_public.get(public)
+        return found if found and found.role == role else None

@@ -1,0 +1,105 @@
+"""The orchestrator's side of the describer: submissions wait for it to know the model and to count their tokens."""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.dispatch.admission import Reception
+from orchestrator.dispatch.outbox import Outbox
+from protocol.errors import BadRequest, QueueFull
+from protocol.job import JobRequest
+from protocol.messages.describer import CountTokens, DescriberHello, TokenCounts
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 1000  # submissions at once
+MOST_ENDED = 2  # times that texts may end the describer before they are refused
+SILENCE_SECONDS = 20.0  # many long prompts take it a while
+
+
+@dataclass(slots=True)
+class Question:
+    """Texts that are being counted, and how often that ended a describer."""
+
+    texts: tuple[str, ...]
+    asked: bool = False
+    ended: int = 0  # describers that had it in hand when they ended
+
+
+@dataclass(slots=True)
+class Describing:
+    """`expected`: the stack has a describer, and takes no job that it has not looked at."""
+
+    outbox: Outbox
+    reception: Reception
+    expected: bool
+    pid: int = 0  # of the describer that is here; 0: none is
+    _identity: bytes = b""
+    _heard: float = 0.0  # monotonic seconds
+    _number: int = 0
+    _open: dict[int, Question] = field(default_factory=dict)  # by its number
+    _failed: dict[tuple[str, ...], str] = field(default_factory=dict)  # texts that can't be counted, and why
+
+    def hello(self, identity: bytes, hello: DescriberHello) -> None:
+        """A describer has found the model to be whole; what its predecessor left open is asked again."""
+        self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
+        self.reception.learn_model(hello)
+        if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
+            oldest.ended += 1
+        for number, question in list(self._open.items()):
+            if question.ended < MOST_ENDED:
+                self._ask(number, question)
+            else:
+                del self._open[number]
+                self._failed[question.texts] = "counting its tokens ended the process that does so"
+
+    def is_here(self, identity: bytes) -> bool:
+        """Whether a message is the present describer's; it is a sign of life."""
+        if identity != self._identity:
+            return False
+        self._heard = time.monotonic()
+        return True
+
+    def gone(self, pid: int) -> None:
+        """Its process has ended."""
+        if pid == self.pid:
+            self._identity, self.pid = b"", 0
+
+    def silent(self) -> int:
+        """Its process number, if it has said nothing for too long; it counts as gone then. Else 0."""
+        pid = self.pid
+        if pid and time.monotonic() - self._heard > SILENCE_SECONDS:
+            self.gone(pid)
+            return pid
+        return 0
+
+    def ready_for(self, requests: Sequence[JobRequest]) -> bool:
+        """Whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
+        if self.reception.model is None:
+            return False
+        if not self.expected or not (texts := tuple(self.reception.uncounted(requests))):
+            return True
+        if reason := self._failed.pop(texts, ""):
+            raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
+        if all(question.texts != texts for question in self._open.values()):
+            if len(self._open) >= MOST_WAITING:
+                raise QueueFull("Too many submissions wait for their tokens to be counted.", "Try again later.")
+            self._number += 1
+            self._open[self._number] = question = Question(texts)
+            if self._identity:
+                self._ask(self._number, question)
+        return False
+
+    def _ask(self, number: int, question: Question) -> None:
+        question.asked = True
+        self.outbox.to_worker(self._identity, CountTokens(request=number, texts=question.texts))
+
+    def counted(self, counts: TokenCounts) -> None:
+        question = self._open.pop(counts.request, None)
+        if question is None:
+            return
+        if counts.reason or len(counts.counts) != len(question.texts):
+            self._failed[question.texts] = counts.reason or "it counted others"
+        else:
+            self.reception.tokens.learn(question.texts, counts.counts)

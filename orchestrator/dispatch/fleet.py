@@ -1,0 +1,139 @@
+"""The workers that have said hello, and what each is doing. One task in a worker's hands at a time."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from orchestrator.job import ModelKey
+from orchestrator.scheduling.scheduler import IdleWorker
+from protocol.messages.common import Heartbeat, TaskKey
+from protocol.messages.worker import WorkerHello
+from protocol.stages import Stage
+from protocol.views import ComponentView, WorkerView
+
+SILENCE_SECONDS = 5.0  # a worker's loop beats twice a second, even while it computes
+PROVEN_SECONDS = 2.0
+LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for long
+
+
+@dataclass(slots=True)
+class Worker:
+    """One incarnation of a worker process; `id` is its socket's identity in hex."""
+
+    identity: bytes
+    hello: WorkerHello
+    since: float  # seconds since the epoch
+    heard: float  # monotonic seconds
+    state: Literal["loading", "idle", "busy", "swapping"] = "loading"
+    joined: float = field(default_factory=time.monotonic)
+    idle_since: float = 0.0  # monotonic seconds
+    task: TaskKey | None = None
+    pace: tuple[Stage, ModelKey, int] | None = None  # what its task's steps are like
+    step: int = 0  # of its task, as far as it was told
+    moved: float = 0.0  # monotonic seconds, when it last came further
+    done: int = 0
+    rss_bytes: int = 0
+    gpu_bytes: int = 0
+    device_map: tuple[tuple[str, str], ...] = ()
+    residency: tuple[ComponentView, ...] = ()
+    lease_bytes: tuple[int, ...] = ()  # of each of its GPUs
+    context_bytes: tuple[int, ...] = ()
+    refused: int | None = None  # bytes of the smallest lease that it could not take
+
+    @property
+    def id(self) -> str:
+        return self.identity.hex()
+
+    @property
+    def proven(self) -> bool:
+        """It works: it has done a task, or has been ready for a while."""
+        return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
+
+    @property
+    def model(self) -> ModelKey:
+        return ModelKey.of_worker(self.hello)
+
+    def view(self) -> WorkerView:
+        return WorkerView(
+            id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
+            host=self.hello.host, device=self.hello.device, device_kind=self.hello.device_kind,
+            versions=self.hello.versions, dtype=self.hello.dtype, model=self.hello.model.model,
+            speedups=self.hello.speedups,
+            job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
+            gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
+            gpus=self.hello.gpus, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,
+        )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Fleet:
+    workers: dict[bytes, Worker] = field(default_factory=dict)
+    _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self.workers.values())
+
+    def hello(self, identity: bytes, hello: WorkerHello) -> Worker:
+        worker = Worker(identity, hello, time.time(), time.monotonic())
+        self.workers[identity] = worker
+        return worker
+
+    def get(self, identity: bytes) -> Worker | None:
+        """The worker behind an identity; hearing from it counts as a sign of life."""
+        worker = self.workers.get(identity)
+        if worker:
+            worker.heard = time.monotonic()
+        return worker
+
+    def beat(self, worker: Worker, beat: Heartbeat) -> None:
+        worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
+
+    def ready(self, worker: Worker) -> None:
+        worker.state, worker.task, worker.idle_since = "idle", None, time.monotonic()
+        self._idle[worker.identity] = worker
+
+    def swap(self, worker: Worker) -> None:
+        """Its lease changes; it says when it is done."""
+        del self._idle[worker.identity]
+        worker.state, worker.pace, worker.moved = "swapping", None, time.monotonic()
+
+    def give(self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None) -> None:
+        self._idle.pop(worker.identity, None)
+        worker.state, worker.task, worker.pace = "busy", task, pace
+        worker.step, worker.moved = 0, time.monotonic()
+
+    def remove(self, worker: Worker) -> None:
+        self.workers.pop(worker.identity, None)
+        self._idle.pop(worker.identity, None)
+
+    def idle(self) -> list[IdleWorker]:
+        """Without those whose process's lease is being changed."""
+        found: list[IdleWorker] = []
+        for worker in self._idle.values():
+            first = self.first(worker)
+            if first and first.state in ("idle", "busy"):
+                found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
+        return found
+
+    def first(self, worker: Worker) -> Worker | None:
+        """Of the workers that its process is, the one that has their lease."""
+        if not worker.hello.part:
+            return worker
+        return next((w for w in self.of_process(worker.hello.host, worker.hello.pid) if not w.hello.part), None)
+
+    def resting_since(self, worker: Worker) -> float | None:
+        """Monotonic seconds since all workers of its process are idle; None if one isn't."""
+        if worker.hello.parts == 1:
+            return worker.idle_since if worker.state == "idle" else None
+        all_of_it = self.of_process(worker.hello.host, worker.hello.pid)
+        resting = all(w.state == "idle" for w in all_of_it)
+        return max(w.idle_since for w in all_of_it) if resting else None
+
+    def silent(self) -> list[Worker]:
+        now = time.monotonic()
+        limits = {"loading": LOADING_SECONDS}
+        return [worker for worker in self if now - worker.heard > limits.get(worker.state, SILENCE_SECONDS)]
+
+    def of_process(self, host: str, pid: int) -> list[Worker]:
+        return [worker for worker in self if (worker.hello.host, worker.hello.pid) == (host, pid)]

@@ -1,0 +1,329 @@
+"""Between the engine and the scheduler: what workers need, hold and are lent of their GPUs."""
+
+import math
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+
+from orchestrator.dispatch.fleet import Fleet, Worker
+from orchestrator.dispatch.stage_queues import StageQueues
+from orchestrator.dispatch.standstill import Busy, Place, Standstill
+from orchestrator.job import LiveJob, ModelKey
+from orchestrator.memory.ledger import Holding, Ledger
+from orchestrator.planning.calibration import pace_key
+from orchestrator.scheduling.scheduler import (
+    NOTHING,
+    Assign,
+    Holder,
+    IdleWorker,
+    Lend,
+    Room,
+    Seat,
+    Snapshot,
+    WaitingTask,
+    decide,
+)
+from orchestrator.storage.job_store import Store
+from protocol.errors import DoesNotFit
+from protocol.job import Recipe
+from protocol.messages.worker import Lease, Leased, Ready, WorkerHello
+from protocol.model import ModelDescription
+from protocol.stages import STAGES, Stage
+from protocol.units import format_bytes
+
+MOST_GROWN = 3  # times that what a worker keeps may grow before it is started anew
+SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
+
+
+class Lending:
+    """`keep_alive` is in seconds by stage, none for ever; `store` keeps what is learned."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        fleet: Fleet,
+        queues: StageQueues,
+        patience: float,
+        keep_alive: Mapping[Stage, float],
+        store: Store,
+    ) -> None:
+        self.ledger, self._fleet, self._queues = ledger, fleet, queues
+        self._patience, self._keep_alive = patience, keep_alive
+        self._remember, self._remember_pace = store.remember_workspace, store.remember_pace
+        self._paces: dict[str, float] = {}  # seconds a step
+        self._standstill = Standstill()
+        self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
+
+    # -- workers come, and go -------------------------------------------------------------------
+
+    def ready(self, worker: Worker, ready: Ready) -> None:
+        """A worker that works in leases has joined, with what it holds; or has done a task."""
+        gpus, jobs = worker.hello.gpus, worker.hello.parts
+        if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
+            contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
+            grants = ready.grants if len(ready.grants) == len(gpus) else (NOTHING,) * len(gpus)
+            kept = ready.kept_bytes if len(ready.kept_bytes) == len(gpus) else (0,) * len(gpus)
+            rows = zip(gpus, ready.needs, contexts, grants, kept, strict=True)
+            holdings = [
+                Holding(gpu, needs, context, lease=grant.bytes, share=grant.weights, kept=left, jobs=jobs)
+                for gpu, needs, context, grant, left in rows
+            ]
+            self.ledger.join(worker.id, holdings)
+            worker.lease_bytes = tuple(grant.bytes for grant in grants)
+        else:
+            self.ledger.has_worked(worker.id, ready.context_bytes)
+
+    def hopeless(self, worker: Worker) -> str:
+        """Why a worker can never do anything; empty if it can."""
+        for holding in self.ledger.holdings.get(worker.id, ()):
+            room = self.ledger.available(holding.gpu)
+            if room < holding.needs.least:
+                least = format_bytes(holding.needs.least)
+                return (
+                    f"{worker.hello.stage} takes at least {least} of GPU memory; the budget of GPU {holding.gpu} "
+                    f"leaves {format_bytes(max(0, room))} beside contexts"
+                )
+        return ""
+
+    def left(self, worker: Worker) -> None:
+        """What it holds counts until its process is known to have ended."""
+        self.ledger.orphan(worker.id, ghost(worker.hello))
+
+    def buried(self, host: str, pid: int) -> None:
+        self.ledger.leave(f"{host}/{pid}")
+
+    # -- what next ------------------------------------------------------------------------------
+
+    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | Lend]:
+        """The scheduler's decision; drivers are asked only where memory is to be lent.
+
+        Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
+        """
+        self.standing = []
+        idle = self._fleet.idle()
+        if not idle:
+            return []
+        snapshot = self._snapshot(idle, jobs, drained)
+        actions = decide(snapshot)
+        if any(isinstance(action, Lend) and action.bytes for action in actions):
+            with self.ledger.as_measured(snapshot.gpus):
+                actions = decide(self._snapshot(idle, jobs, drained))
+        if any(snapshot.waiting.values()):
+            self.standing = self._standstill.look(snapshot, actions, self._busy())
+        return actions
+
+    def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
+        """All as it is, but for the tasks of drained stages, whose workers give their memory to others."""
+        holders = self._holders(self._concerned({worker.holder for worker in idle}))
+        places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
+        waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
+        gpus = {gpu for holder in holders for gpu in holder.seats}
+        rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
+        by_id = {holder.id: holder for holder in holders}
+        return Snapshot(waiting, idle, self._queues.depth, by_id, rooms, self._patience)
+
+    def _busy(self) -> Busy:
+        """Return the workers that work, and those whose leases are being changed, now."""
+        firsts = [(worker, first) for worker in self._fleet if (first := self._fleet.first(worker))]
+        return Busy(
+            {first.id for worker, first in firsts if worker.state == "busy"},
+            {first.id for worker, first in firsts if worker.state == "swapping"},
+            {(worker.hello.stage, worker.model) for worker in self._fleet if worker.state == "busy"},
+        )
+
+    def moved(self) -> None:
+        """A task came nearer to its end, or a worker came or went."""
+        self._standstill.moved()
+
+    def leaking(self) -> list[Worker]:
+        """Workers that keep more and more of a GPU whatever they give back."""
+        rows = self.ledger.holdings.items()
+        names = {worker for worker, holdings in rows if any(holding.grown >= MOST_GROWN for holding in holdings)}
+        return [worker for worker in self._fleet if worker.id in names]
+
+    def keeping(self, stage: Stage, model: ModelKey) -> list[Worker]:
+        """Workers on a stage's GPUs that keep memory which no lease gives back."""
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
+        gpus = self._concerned(mine)
+        rows = self.ledger.holdings.items()
+        names = {worker for worker, holdings in rows if any(h.kept and h.gpu in gpus for h in holdings)}
+        return [worker for worker in self._fleet if worker.id in names]
+
+    def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
+        """Why a stage's task can't have the GPU memory that it needs: who holds what, and what is missing."""
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
+        names = {worker.id: worker.hello.name for worker in self._fleet}
+        told: list[str] = []
+        for worker in sorted(mine & self.ledger.holdings.keys(), key=lambda worker: names[worker]):
+            for holding in self.ledger.holdings[worker]:
+                space = self.ledger.workspace(stage, model, job.recipe, holding.needs) * holding.jobs
+                told.append(
+                    f"{names[worker]} needs at least {format_bytes(holding.needs.least)} for weights and "
+                    f"{format_bytes(space)} to work in, of GPU {holding.gpu}"
+                )
+        for gpu in sorted(self._concerned(mine)):
+            told.append(self._account_of(gpu, names))
+        return "it can't have the GPU memory that it needs. " + "; ".join(told)
+
+    def _account_of(self, gpu: int, names: Mapping[str, str]) -> str:
+        """A GPU's budget, by who has what of it."""
+        account, rows = self.ledger.accounts[gpu], self.ledger.holdings.items()
+        here = [
+            (names.get(worker, "an ended process"), h) for worker, holdings in rows for h in holdings if h.gpu == gpu
+        ]
+        held = ", ".join(
+            f"{name} {format_bytes(h.booked)} leased and {format_bytes(h.overhead)} beside it" for name, h in here
+        )
+        with self.ledger.as_measured([gpu]):
+            free, others = max(0, self.ledger.free(gpu)), self.ledger.uncounted(gpu)
+        told = f"GPU {gpu}: of {format_bytes(account.budget)} {held}; {format_bytes(free)} are free"
+        if others:
+            told += f", and {format_bytes(others)} are in use by other programs, by its driver's count"
+        return told
+
+    def _concerned(self, holders: Container[str]) -> set[int]:
+        """GPUs of these, and of all that lie on one of theirs and on others."""
+        everybody = [{holding.gpu for holding in holdings} for holdings in self.ledger.holdings.values()]
+        gpus = {h.gpu for worker, holdings in self.ledger.holdings.items() if worker in holders for h in holdings}
+        spread = [seats for seats in everybody if len(seats) > 1]
+        while more := [seats for seats in spread if seats & gpus and not seats <= gpus]:
+            gpus |= set().union(*more)
+        return gpus
+
+    def _holders(self, gpus: Container[int]) -> list[Holder]:
+        now = time.monotonic()
+        found: list[Holder] = []
+        for worker in self._fleet:
+            holdings = self.ledger.holdings.get(worker.id)
+            if holdings is None or holdings[0].gpu not in gpus:
+                continue
+            stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
+            resting = None if keep is None else self._fleet.resting_since(worker)
+            found.append(
+                Holder(
+                    id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
+                    seats={holding.gpu: self._seat(worker, holding) for holding in holdings},
+                    held=now - max(holding.since for holding in holdings),
+                    lasting=keep is None and worker.refused is None, refused=worker.refused,
+                    expired=keep is not None and resting is not None and now - resting >= keep,
+                    most=max(0, self.ledger.most_workspace(worker.id)),
+                )
+            )  # fmt: skip
+        return found
+
+    def _seat(self, worker: Worker, holding: Holding) -> Seat:
+        need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
+        return Seat(need, holding.booked, holding.booked if holding.asked else holding.share)
+
+    def _first(
+        self, stage: Stage, model: ModelKey, count: int, holders: Iterable[Holder], jobs: Mapping[str, LiveJob]
+    ) -> Sequence[WaitingTask]:
+        now = time.monotonic()
+        roomiest = self._roomiest(stage, model, holders)
+        return [
+            WaitingTask(job, stage, model, self._workspace(jobs[job].recipe, roomiest), now - jobs[job].queued)
+            for job in self._queues.first(stage, model, count)
+        ]
+
+    def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[Holder]) -> Holder | None:
+        """Of those that do a stage's tasks, the one with the most room beside its weights."""
+        able = [holder for holder in holders if (holder.stage, holder.model) == (stage, model)]
+        return max(able, key=lambda holder: holder.most or 0, default=None)
+
+    def _workspace(self, recipe: Recipe, roomiest: Holder | None) -> int:
+        """At most what can be had at all: a VAE makes do with it, and a denoiser shows whether it is enough."""
+        if roomiest is None:
+            return 0
+        needs = max((h.needs for h in self.ledger.holdings[roomiest.id]), key=lambda needs: needs.workspace)
+        wanted = self.ledger.workspace(roomiest.stage, roomiest.model, recipe, needs)
+        return min(wanted, max(0, self.ledger.most_workspace(roomiest.id)))
+
+    # -- leases ---------------------------------------------------------------------------------
+
+    def lend(self, worker: Worker, lend: Lend) -> Lease:
+        """Book it; the message to be sent."""
+        self.ledger.lend(worker.id, lend.grants)
+        self._fleet.swap(worker)
+        return Lease(grants=lend.grants)
+
+    def leased(self, worker: Worker, leased: Leased) -> bool:
+        """A worker has done what its lease said; False if that is not what it was told."""
+        holdings = self.ledger.holdings.get(worker.id, ())
+        asked = tuple(holding.asked or NOTHING for holding in holdings)
+        nothing = (NOTHING,) * len(holdings)
+        if not holdings or leased.grants not in (asked, nothing) or len(leased.kept_bytes) not in (0, len(holdings)):
+            return False
+        if leased.reason:
+            size = sum(grant.bytes for grant in asked)
+            worker.refused = min(size, worker.refused or size)
+        self.ledger.settled(worker.id, leased.grants, leased.kept_bytes)
+        worker.lease_bytes = tuple(grant.bytes for grant in leased.grants)
+        worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
+        return True
+
+    def more(self, worker: Worker) -> bool:
+        """Whether a task that finds too little memory in this worker's lease could have more, here or elsewhere."""
+        holdings = self.held(worker)
+        if not holdings:
+            return False
+        place = (worker.hello.stage, worker.model)
+        able = [w.id for w in self._fleet if (w.hello.stage, w.model) == place and w.id in self.ledger.holdings]
+        return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
+
+    def held(self, worker: Worker) -> Sequence[Holding]:
+        """By the process that a worker is, or is a part of; nothing where it works in memory of its own."""
+        first = self._fleet.first(worker)
+        return self.ledger.holdings.get(first.id, ()) if first else ()
+
+    # -- what tasks take ------------------------------------------------------------------------
+
+    def learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
+        """What a task has taken beside the weights, in bytes."""
+        if workspace > 0 and self.held(worker):
+            key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
+            if key:
+                self._remember(key, workspace)
+
+    def learn_pace(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
+        """What a task has taken; the first one of a process counts for nothing."""
+        account = self.ledger.accounts.get(worker.hello.gpus[0]) if len(worker.hello.gpus) == 1 else None
+        if account and worker.done > 1 and seconds > 0:
+            steps = recipe.steps if worker.hello.stage == "denoise" else 1
+            key = pace_key(worker.hello.stage, recipe, account.name)
+            if seconds / steps < SHORTER * self._paces.get(key, math.inf):
+                self._paces[key] = seconds / steps
+                self._remember_pace(key, seconds / steps)
+
+    def shortage(self, worker: Worker, recipe: Recipe) -> bool:
+        """A task has found too little; whether another try will find more."""
+        first, more = self._fleet.first(worker), self.more(worker)
+        if more and first:
+            self.learn(worker, recipe, self.ledger.after_shortage(first.id))
+        return more
+
+    def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
+        """By what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
+        key = ModelKey.of_recipe(recipe)
+        processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
+        for stage in STAGES:
+            reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]
+            if reasons and all(reasons):
+                raise DoesNotFit(f"{reasons[0]}.", "Give its GPU a larger --budget, or choose another GPU or the CPU.")
+        denoisers = [worker.id for worker in processes if worker.hello.stage == "denoise"]
+        if not denoisers or any(worker not in self.ledger.holdings for worker in denoisers):
+            return
+        wanted = self.ledger.certain("denoise", key, recipe)
+        most = max(self.ledger.most_workspace(worker) for worker in denoisers)
+        if wanted <= most:
+            return
+        scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple
+        width, height = (max(1, int(side * scale) // multiple) * multiple for side in (recipe.width, recipe.height))
+        raise DoesNotFit(
+            f"{recipe.width}x{recipe.height}, {recipe.num_images} a job, needs about {format_bytes(wanted)} "
+            f"of GPU memory beside the denoiser's weights; {format_bytes(most)} can be had.",
+            f"About {width}x{height} fits; or fewer pictures a job, or a larger budget for the denoiser's GPU.",
+        )
+
+
+def ghost(hello: WorkerHello) -> str:
+    """Under which a process holds memory that has left the stack, but may not have ended."""
+    return f"{hello.host}/{hello.pid}"

@@ -1,0 +1,103 @@
+"""What is let in: a job is accepted only where there is room for it, to the end."""
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.config import OrchestratorSettings
+from orchestrator.job import LiveJob
+from orchestrator.storage.job_store import Store
+from protocol.errors import QueueFull
+from protocol.job import JobRequest
+from protocol.units import format_bytes
+
+LOOK_SECONDS = 1.0  # between two looks at the disk
+
+
+@dataclass(slots=True)
+class Allowance:
+    """A token bucket: what one client may still submit now."""
+
+    left: float
+    since: float  # monotonic seconds
+
+
+class Intake:
+    """Counts the unfinished jobs, all together and by owner."""
+
+    def __init__(self, settings: OrchestratorSettings, store: Store, disk: Path) -> None:
+        self._settings, self._store, self._disk = settings, store, disk
+        self.jobs = 0
+        self.request_bytes = 0
+        self._of: defaultdict[str, int] = defaultdict(int)  # by owner
+        self._allowances: dict[str, Allowance] = {}
+        self._free, self._looked = 0, -LOOK_SECONDS
+
+    def add(self, job: LiveJob, by: int = 1) -> None:
+        """A job begins, or ends."""
+        self.jobs += by
+        self.request_bytes += by * len(job.request)
+        self._of[job.owner] += by
+        if not self._of[job.owner]:
+            del self._of[job.owner]
+
+    def check(self, requests: Sequence[JobRequest], owner: str, earlier: int = 0) -> None:
+        """Whether so many more may come, after so many `earlier` ones; QueueFull says what is in the way."""
+        limits, count = self._settings, len(requests) + earlier
+        if self.jobs + count > limits.queue_limit:
+            raise QueueFull(
+                f"The queue holds {self.jobs} of at most {limits.queue_limit} jobs; {count} more don't fit.",
+                "Wait for some to finish, cancel some, or start the stack with a larger --queue-limit.",
+            )
+        if (held := self.held()) > limits.queue_bytes:
+            raise QueueFull(
+                f"Unfinished jobs hold {format_bytes(held)} of at most {format_bytes(limits.queue_bytes)}.",
+                "Wait for some to finish, cancel some, or start the stack with a larger --queue-bytes.",
+            )
+        if (free := self.free()) < limits.disk_floor:
+            raise QueueFull(
+                f"The disk of {str(self._disk)!r} has {format_bytes(free)} left; "
+                f"{format_bytes(limits.disk_floor)} are kept for jobs that are accepted already.",
+                "Make room there, start the stack with a smaller --disk-floor, or elsewhere with --state DIR.",
+            )
+        if owner:
+            self._check_owner(owner, count)
+
+    def held(self) -> int:
+        """Bytes on disk and in memory that unfinished jobs hold, embeddings that wait to be used included."""
+        sizes = self._store.artifacts.bytes_of
+        spare = max(0, sizes["text"] - self._settings.embedding_cache)
+        return self.request_bytes + sizes["latents"] + sizes["checkpoint"] + spare
+
+    def free(self) -> int:
+        """Bytes left on the disk, as of the last look."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._free, self._looked = shutil.disk_usage(self._disk).free, now
+        return self._free
+
+    def _check_owner(self, owner: str, count: int) -> None:
+        limits, now = self._settings, time.monotonic()
+        if self._of.get(owner, 0) + count > limits.client_jobs:
+            raise QueueFull(
+                f"The client {owner!r} has {self._of.get(owner, 0)} of at most {limits.client_jobs} unfinished jobs; "
+                f"{count} more don't fit.",
+                "Wait for some to finish, or cancel some.",
+            )
+        burst = limits.client_rate * 60
+        bucket = self._allowances.setdefault(owner, Allowance(burst, now))
+        bucket.left = min(burst, bucket.left + (now - bucket.since) * limits.client_rate)
+        bucket.since = now
+        if bucket.left < count:
+            raise QueueFull(
+                f"The client {owner!r} may submit {limits.client_rate:g} jobs a second; {count} more come too soon.",
+                f"Try again in {(count - bucket.left) / limits.client_rate:.0f} seconds.",
+            )
+
+    def spend(self, count: int, owner: str) -> None:
+        """So many of a client's jobs were let in; this machine's own user has no allowance to keep to."""
+        if owner:
+            self._allowances[owner].left -= count

@@ -1,0 +1,48 @@
+"""How long a step of a task takes, learned as steps come; and which worker has been at one for too long."""
+
+import time
+from collections.abc import Iterable
+
+from orchestrator.dispatch.fleet import Worker
+from orchestrator.job import ModelKey
+from protocol.job import Recipe
+from protocol.stages import Stage
+
+FACTOR = 20.0  # of the longest that was ever seen
+LEAST_SECONDS = 60.0
+Key = tuple[Stage, ModelKey, int]  # pixels of all pictures of a job
+
+
+class Pace:
+    def __init__(self, unknown: float) -> None:
+        """`unknown`: seconds that a step may take of which nothing is known, or the first task of a process."""
+        self._unknown = unknown
+        self._longest: dict[Key, float] = {}
+
+    @staticmethod
+    def key(stage: Stage, recipe: Recipe) -> Key:
+        return stage, ModelKey.of_recipe(recipe), recipe.width * recipe.height * recipe.num_images
+
+    def moved(self, worker: Worker, recipe: Recipe, step: int) -> None:
+        """A worker has come to a step of its task."""
+        now = time.monotonic()
+        if worker.task and step > worker.step:
+            key = self.key(worker.task.stage, recipe)
+            took = (now - worker.moved) / (step - worker.step)
+            self._longest[key] = max(took, self._longest.get(key, 0.0))
+            worker.step, worker.moved = step, now
+
+    def overdue(self, workers: Iterable[Worker]) -> list[tuple[Worker, float]]:
+        """Workers that have shown no progress for too long, and for how many seconds."""
+        now = time.monotonic()
+        return [
+            (worker, now - worker.moved)
+            for worker in workers
+            if worker.state in ("busy", "swapping") and now - worker.moved > self._limit(worker)
+        ]
+
+    def _limit(self, worker: Worker) -> float:
+        known = self._longest.get(worker.pace) if worker.pace else None
+        if known is None or worker.done == 0:
+            return self._unknown
+        return min(self._unknown, max(LEAST_SECONDS, FACTOR * known))

@@ -1,0 +1,236 @@
+"""What of each GPU's budget is in use: contexts as measured, leases as given, and workspace as learned.
+
+The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back. Who
+lies on several GPUs has a holding of each.
+"""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.job import ModelKey
+from orchestrator.memory.lease_sizes import Need
+from protocol.gpu_memory import Grant, Needs
+from protocol.job import Recipe
+from protocol.stages import Stage
+
+FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
+HEADROOM = 32_000_000  # afterwards
+MARGIN = 1.1  # of a workspace that was seen, for what the allocator can't fill
+ROUNDING = 300_000_000  # bytes, of its blocks; with less, a denoiser at 1024 × 1024 was seen to run out
+UNSEEN = 1.25  # of a workspace taken from another size
+FIXED_PART = 0.25  # of it, whatever the size
+MORE = 1.5  # of one that was too small
+WORTH_TELLING = 1 << 20  # bytes that a worker keeps more than before, for that to count as growing
+MEGAPIXEL = 1024 * 1024
+
+
+def no_driver() -> None:
+    """Nobody counts what is in use."""
+
+
+@dataclass(slots=True)
+class Account:
+    """A GPU. `foreign` bytes were in use before the stack came; `used()` is its driver's count, None without one."""
+
+    budget: int  # bytes, for those that work in leases
+    foreign: int = 0
+    used: Callable[[], int | None] = no_driver
+    kept: int = 0  # bytes beside the budget, that other workers of the stack keep
+    name: str = ""  # as its driver calls it
+
+
+@dataclass(slots=True)
+class Holding:
+    """What a worker has of a GPU."""
+
+    gpu: int
+    needs: Needs
+    context: int
+    worked: bool = False  # its context has grown as far as it will
+    lease: int = 0
+    share: int = 0  # of it for weights
+    asked: Grant | None = None  # a lease on the way
+    kept: int = 0  # bytes beside context and lease that it holds whatever it gives back, as last measured
+    grown: int = 0  # how often what it keeps has grown since it joined
+    jobs: int = 1  # at once, each with a workspace of its own
+    since: float = field(default_factory=time.monotonic)  # when its lease began
+
+    @property
+    def booked(self) -> int:
+        return max(self.lease, self.asked.bytes if self.asked else 0)
+
+    def keeps(self, size: int) -> None:
+        """A new measurement of what it keeps takes the place of the last one."""
+        self.grown += size > self.kept + WORTH_TELLING and self.kept > 0
+        self.kept = size
+
+    @property
+    def room(self) -> int:
+        """Bytes of its lease beside the weights, for each of its jobs."""
+        return (self.lease - self.share) // self.jobs
+
+    @property
+    def overhead(self) -> int:
+        """Bytes that can be in no lease: its context, what that may grow by, and what it keeps."""
+        if not self.needs.workspace:
+            return self.context + self.kept  # a CPU that stands in for a GPU
+        return self.context + self.kept + (HEADROOM if self.worked else FIRST_HEADROOM)
+
+
+@dataclass(slots=True)
+class Ledger:
+    accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
+    learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
+    holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
+    _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
+    _uncounted: dict[int, int] = field(default_factory=dict)  # by GPU, see `as_measured`
+
+    def __post_init__(self) -> None:
+        for key, size in self.learned.items():
+            self._note(key, size)
+
+    def join(self, worker: str, holdings: Iterable[Holding]) -> None:
+        self.holdings[worker] = tuple(holdings)
+
+    def leave(self, worker: str) -> None:
+        self.holdings.pop(worker, None)
+
+    def orphan(self, worker: str, ghost: str) -> None:
+        """A worker has left, and its process may still hold its memory."""
+        if holdings := self.holdings.pop(worker, None):
+            self.holdings[ghost] = holdings
+
+    def available(self, gpu: int) -> int:
+        """Bytes for leases: the budget without contexts and what is kept beside them."""
+        return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu)) - self.uncounted(gpu)
+
+    def free(self, gpu: int) -> int:
+        """Bytes in no lease. Negative where contexts have grown."""
+        held = sum(h.overhead + h.booked for h in self._on(gpu))
+        return self.accounts[gpu].budget - held - self._uncounted.get(gpu, 0)
+
+    def uncounted(self, gpu: int) -> int:
+        """Bytes in use by the driver's count that the book can't explain; 0 but within `as_measured`."""
+        changing = any(h.asked for h in self._on(gpu))  # which may explain it
+        return 0 if changing else self._uncounted.get(gpu, 0)
+
+    @contextlib.contextmanager
+    def as_measured(self, gpus: Iterable[int]) -> Iterator[None]:
+        """Ask the drivers; within this, bytes that the book has free and a driver has not are nobody's to have."""
+        self._uncounted = {gpu: max(0, self.free(gpu) - found) for gpu in gpus if (found := self._found_free(gpu)) >= 0}
+        try:
+            yield
+        finally:
+            self._uncounted = {}
+
+    def _found_free(self, gpu: int) -> int:
+        """Bytes of the budget that the driver finds free; -1 where it tells nothing."""
+        account = self.accounts[gpu]
+        if (used := account.used()) is None:
+            return -1
+        pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
+        return max(0, account.budget + account.kept - (used - account.foreign) - pending)
+
+    def _on(self, gpu: int) -> list[Holding]:
+        return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
+
+    def lend(self, worker: str, grants: Sequence[Grant]) -> None:
+        """Book a lease that is about to be told, of each of a worker's GPUs."""
+        for holding, grant in zip(self.holdings[worker], grants, strict=True):
+            if grant.bytes > holding.booked + max(0, self.free(holding.gpu)):
+                raise AssertionError(f"a lease of {grant.bytes} bytes would pass the budget of GPU {holding.gpu}")
+            holding.asked = grant
+
+    def settled(self, worker: str, grants: Sequence[Grant], kept: Sequence[int]) -> None:
+        """A worker has what `grants` say, and holds `kept` beside it; no `kept` is nothing."""
+        holdings = self.holdings[worker]
+        for holding, grant, left in zip(holdings, grants, kept or [0] * len(holdings), strict=True):
+            holding.lease, holding.share, holding.asked = grant.bytes, grant.weights, None
+            holding.keeps(left)
+            holding.since = time.monotonic()
+
+    def has_worked(self, worker: str, contexts: Sequence[int]) -> None:
+        """After a task: the contexts are measured anew."""
+        for holding, context in zip(self.holdings.get(worker, ()), contexts, strict=False):
+            if context:
+                holding.worked, holding.context = True, context
+
+    # -- workspace ------------------------------------------------------------------------------
+
+    def workspace(self, stage: Stage, model: ModelKey, recipe: Recipe, needs: Needs) -> int:
+        """Bytes of a GPU that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
+        if not needs.workspace:
+            return 0
+        seen = self.learned.get(workspace_key(stage, model, recipe))
+        if seen is not None:
+            return int(seen * MARGIN) + ROUNDING
+        size = _size(stage, recipe)
+        if others := self._sizes(stage, model):
+            pixels, bytes_ = max(others)
+            return int(bytes_ * max(FIXED_PART, size / pixels) * UNSEEN) + ROUNDING
+        return int(needs.workspace * max(0.25, size / MEGAPIXEL))
+
+    def _sizes(self, stage: Stage, model: ModelKey) -> Collection[tuple[int, int]]:
+        return self._seen.get(_prefix(stage, model), {}).values()
+
+    def _note(self, key: str, size: int) -> None:
+        *place, _, pixels = json.loads(key)
+        self._seen.setdefault(json.dumps(place), {})[key] = pixels, size
+
+    def learn(self, stage: Stage, model: ModelKey, recipe: Recipe, size: int) -> str | None:
+        """Remember what a task took; its key where that is news."""
+        key = workspace_key(stage, model, recipe)
+        if size <= self.learned.get(key, 0):
+            return None
+        self.learned[key] = size
+        self._note(key, size)
+        return key
+
+    def after_shortage(self, worker: str) -> int:
+        """Bytes to be learned of a task that found too little: it shall have MORE next time."""
+        room = min(holding.room for holding in self.holdings[worker])
+        return max(1, int((room * MORE - ROUNDING) / MARGIN))
+
+    def need(self, worker: str, holding: Holding, stage: Stage, model: ModelKey) -> Need:
+        """Of one of its GPUs; with the largest workspace that was seen, or else with what it has now."""
+        needs = holding.needs
+        if needs.workspace and (sizes := self._sizes(stage, model)):
+            workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING
+        elif holding.lease and not holding.asked:
+            workspace = holding.room
+        else:
+            workspace = needs.workspace
+        if stage == "vae":
+            workspace = min(workspace, max(0, self.most_workspace(worker)))
+        spread = len(self.holdings[worker]) > 1
+        return Need(needs.weights, needs.least, workspace * holding.jobs, spread)
+
+    def most_workspace(self, worker: str) -> int:
+        """Bytes for a task beside a worker's weights with as much of them streamed as can be, its GPUs to itself."""
+        return min((self.available(h.gpu) - h.needs.least) // h.jobs for h in self.holdings[worker])
+
+    def certain(self, stage: Stage, model: ModelKey, recipe: Recipe) -> int:
+        """Bytes of workspace that a task takes for certain: as much as one of its size or smaller took."""
+        size = _size(stage, recipe)
+        return max((bytes_ for pixels, bytes_ in self._sizes(stage, model) if pixels <= size), default=0)
+
+
+def _size(stage: Stage, recipe: Recipe) -> int:
+    """Pixels that a stage works on at once."""
+    if stage == "text":
+        return MEGAPIXEL
+    passes = 2 if stage == "denoise" and recipe.cfg_scale is not None and recipe.cfg_scale > 1 else 1
+    return recipe.width * recipe.height * recipe.num_images * passes
+
+
+def _prefix(stage: Stage, model: ModelKey) -> str:
+    return json.dumps([stage, model.revision, model.dtype, model.speedups])
+
+
+def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
+    """Under which it is kept what a task of this size takes beside its stage's weights."""
+    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
+    return f"{_prefix(stage, model)[:-1]}, {json.dumps(size)}, {_size(stage, recipe)}]"

@@ -1,0 +1,248 @@
+"""The plan of a stack: which placement is best on a machine, what it will do, and what would make it better.
+
+`choose` looks at every placement that a configuration leaves open, and predicts each. Pure.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from orchestrator.config import StackConfig
+from orchestrator.planning.hardware import Card, Machine
+from orchestrator.planning.placement import FEW_CARDS, SEVERAL, Kind, Post, candidates, seats, stand_ins
+from orchestrator.planning.prediction import Prediction, Terms, predict
+from protocol.errors import BadRequest, DoesNotFit
+from protocol.model_profile import ModelFigures
+from protocol.stages import STAGES, Stage
+from protocol.units import format_bytes
+
+WORTH_SAYING = 0.95  # of the time that it takes now
+LEAST_SECONDS = 0.1  # that a picture takes, for anybody to wish for less
+LEAST_USE = 0.7  # of a text encoder or VAE beside many denoisers, before there is another
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    prediction: Prediction
+    why: str  # this placement was chosen
+    notes: tuple[str, ...] = ()  # what a person should know
+    better: tuple[str, ...] = ()  # what would have to change for it to be faster
+    others: tuple[tuple[str, Prediction], ...] = ()  # the best of each kind of placement, this one first
+
+    @property
+    def posts(self) -> tuple[Post, ...]:
+        return tuple(work.post for work in self.prediction.work)
+
+
+def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms) -> Plan:
+    """The best placement by the configuration's measure; DoesNotFit or BadRequest where there is none."""
+    check(config, machine)
+    found, refusals = look(config, figures, machine, terms)
+    if not found:
+        raise _nothing_fits(config, figures, machine, terms, refusals)
+    best = min(found, key=lambda prediction: _score(prediction, config.optimize))
+    kinds, notes = best_of_kinds(config, found), _notes(config, figures, machine, best, terms.compiled)
+    return Plan(best, _why(config, kinds), notes, _better(config, figures, machine, terms, best), kinds)
+
+
+def check(config: StackConfig, machine: Machine) -> None:
+    """That all the GPUs are there that the configuration names, and can do what it wants of them; BadRequest."""
+    there = {card.index for card in machine.cards}
+    for stage in STAGES:
+        where = seats(config.stage(stage), tuple(there))
+        chosen = config.stage(stage).gpus or ()
+        if where.device != "cpu" and (missing := [gpu for gpu in chosen if gpu not in there]):
+            raise BadRequest(f"{stage} is to use GPU {missing[0]}.", f"GPUs here: {sorted(there) or 'none'}.")
+        if len(set(chosen)) < len(chosen):
+            raise BadRequest(f"{stage} is to use GPU {chosen[0]} twice.", "Name each GPU once.")
+        if unknown := [gpu for gpu in where.gpus if gpu not in there]:
+            raise BadRequest(f"{stage} is to use GPU {unknown[0]}.", f"GPUs here: {sorted(there) or 'none'}.")
+        amounts = len(config.stage(stage).max_memory)
+        if amounts > 1 and amounts != len(where.gpus):
+            raise BadRequest(
+                f"--max-memory of {stage} has {amounts} amounts for {len(where.gpus)} GPU(s).",
+                "Give one, or one for each.",
+            )
+    if config.placement in SEVERAL and len(seats(config.stage("denoise"), sorted(there)).gpus) < 2:
+        raise BadRequest(
+            f"--placement {config.placement} takes several GPUs for the denoiser.",
+            f"GPUs here: {sorted(there) or 'none'}.",
+        )
+    if config.placement in ("replicas", "tensor", "context") and config.stage("denoise").max_memory:
+        given = f"--placement {config.placement} says itself how much of its GPUs the denoiser gets."
+        raise BadRequest(given, "Leave out --max-memory of denoise, or give the GPUs a --budget.")
+    rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache}
+    for option in (option for option, given in rivals.items() if given and config.placement in SEVERAL):
+        raise BadRequest(f"--placement {config.placement} does not go with {option}.", "Leave one of them out.")
+
+
+def look(
+    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
+) -> tuple[list[Prediction], list[DoesNotFit]]:
+    """All placements that fit, and why others don't; with text encoders on the CPU only where none fits else."""
+    found, refusals = _look(config, figures, machine, terms)
+    text = config.stage("text")
+    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and machine.cards:
+        there = {**config.stages, "text": text.model_copy(update={"device": "cpu"})}
+        found, _ = _look(config.model_copy(update={"stages": there}), figures, machine, terms)
+    return found, refusals
+
+
+def _look(
+    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
+) -> tuple[list[Prediction], list[DoesNotFit]]:
+    found: list[Prediction] = []
+    refusals: list[DoesNotFit] = []
+    for posts in candidates(config, cards_of(config, machine), several(config), counts(figures, machine)):
+        try:
+            found.append(predict(figures, machine, posts, terms))
+        except DoesNotFit as error:
+            refusals.append(error)
+    return found, refusals
+
+
+def cards_of(config: StackConfig, machine: Machine) -> list[int]:
+    """The driver's GPUs; a CPU that stands in for one is used by who asks for it."""
+    return [card.index for card in machine.cards if card.index not in stand_ins(config)]
+
+
+def several(config: StackConfig) -> list[Kind]:
+    """What a denoiser may do with several GPUs; parallel ones change bits, as compiling does."""
+    if config.stage("denoise").quantize or config.cache:
+        return []
+    return ["split", "tensor", "context"] if config.compile else ["split"]
+
+
+def counts(figures: ModelFigures, machine: Machine) -> dict[Stage, int]:
+    """Workers beside one denoiser a GPU, so that none of them waits for long."""
+    if len(machine.cards) <= FEW_CARDS:
+        return {}
+    card = min(machine.cards, key=lambda card: card.rate.denoise)
+    seconds = {s.stage: s.flop * s.passes / card.flops(s.stage) for s in figures.stages}
+    seconds["text"] = max(seconds["text"], figures.stage("text").weights / card.rate.link)  # if it is streamed
+    found: dict[Stage, int] = {}
+    for stage in ("text", "vae"):
+        found[stage] = max(1, math.ceil(len(machine.cards) * seconds[stage] / seconds["denoise"] / LEAST_USE))
+    return found
+
+
+def _score(prediction: Prediction, optimize: str) -> tuple[float, float, int]:
+    """The less the better; of equal ones, those with fewer GPUs and processes."""
+    size = len({gpu for work in prediction.work for gpu in work.post.gpus}) + len(prediction.work)
+    first, second = prediction.job_seconds, prediction.latency
+    if optimize == "latency":
+        first, second = second, first
+    return round(first, 3), round(second, 3), size
+
+
+def kind_of(prediction: Prediction) -> str:
+    """'replicas', 'split' …, or 'one' for a single denoiser."""
+    kinds = [work.post.kind for work in prediction.of("denoise")]
+    if kinds and kinds[0] in SEVERAL:
+        return kinds[0]
+    return "replicas" if len(kinds) > 1 else "one"
+
+
+def best_of_kinds(config: StackConfig, found: Sequence[Prediction]) -> tuple[tuple[str, Prediction], ...]:
+    rivals: dict[str, Prediction] = {}
+    for prediction in sorted(found, key=lambda p: _score(p, config.optimize)):
+        rivals.setdefault(kind_of(prediction), prediction)
+    return tuple(rivals.items())
+
+
+def _why(config: StackConfig, kinds: Sequence[tuple[str, Prediction]]) -> str:
+    """The first kind, and the others beside it."""
+    fast, best = config.optimize == "throughput", kinds[0][0]
+    parts = [f"{kind} {p.picture_seconds if fast else p.latency:.2f}" for kind, p in kinds]
+    said = "seconds a picture" if fast else "seconds for a single job"
+    return f"{best}, by {said}: {', '.join(parts)}" if len(parts) > 1 else best
+
+
+def _notes(
+    config: StackConfig, figures: ModelFigures, machine: Machine, best: Prediction, compiled: bool
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    weights = sum(stage.weights for stage in figures.stages)
+    if weights > machine.ram and any(work.residency in ("streamed", "turns", "host") for work in best.work):
+        notes.append(
+            f"the model's {format_bytes(weights)} do not stay in {format_bytes(machine.ram)} of memory: "
+            "what is streamed or swapped comes from the disk, which no figure here counts"
+        )
+    uncounted = [f"{stage} is to be quantized" for stage in STAGES if config.stage(stage).quantize]
+    uncounted += ["a step cache"] if config.cache else []
+    if best.work and figures.recipe.dtype == "float32" and any(not card.stands_in for card in machine.cards):
+        uncounted.append("what float32 costs in time")
+    notes += [f"not counted in any figure: {what}" for what in uncounted]
+    used = {gpu for work in best.work for gpu in work.post.gpus}
+    if used and any(not work.post.gpus and work.post.stage == "text" for work in best.work):
+        notes.append("text encoders work on the CPU, and leave the GPUs to the others")
+    if unknown := sorted({card.name for card in machine.cards if card.index in used and not card.rate.known}):
+        notes.append(f"the speed of {', '.join(unknown)} is a guess; a stack that has run knows better")
+    if idle := [card.index for card in machine.cards if card.index not in used]:
+        notes.append(f"GPU {', '.join(map(str, idle))} would not help, and is left alone")
+    if any(work.post.kind == "tensor" for work in best.work) and not compiled:
+        notes.append("tensor parallel takes many times as long uncompiled: add --compile")
+    turning = sorted({gpu for work in best.work if work.residency == "turns" for gpu in work.post.gpus})
+    notes += [f"on GPU {gpu} not all fit at once: they take turns" for gpu in turning]
+    return tuple(notes)
+
+
+def _better(
+    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms, best: Prediction
+) -> tuple[str, ...]:
+    """What would change it, by planning for it."""
+    if not machine.cards or len(machine.cards) > 8 or any(card.stands_in for card in machine.cards):
+        return ()
+    first = machine.cards[0]
+    more = [replace(card, budget=card.budget + 8_000_000_000) for card in machine.cards]
+    twice = [replace(card, rate=replace(card.rate, link=card.rate.link * 2)) for card in machine.cards]
+    compiled = config.model_copy(update={"compile": True})
+    changes = [
+        ("8 GB more on each GPU", config, replace(machine, cards=tuple(more)), terms),
+        ("links twice as fast", config, replace(machine, cards=tuple(twice)), terms),
+    ]
+    if not _says_which(config):
+        another = replace(first, index=max(card.index for card in machine.cards) + 1)
+        cards = (*machine.cards, another)
+        changes.append((f"another GPU like {first.index}", config, replace(machine, cards=cards), terms))
+    if not terms.compiled:
+        changes.append(("--compile (numeric)", compiled, machine, replace(terms, compiled=True)))
+    said: list[str] = []
+    for what, under, other, then_terms in changes:
+        found, _ = look(under, figures, other, then_terms)
+        if found:
+            then = min(found, key=lambda p: _score(p, config.optimize))
+            now, after = (
+                (best.picture_seconds, then.picture_seconds)
+                if config.optimize == "throughput"
+                else (best.latency, then.latency)
+            )
+            if after < WORTH_SAYING * now and now >= LEAST_SECONDS:
+                said.append(f"{what}: {after:.2f} s instead of {now:.2f}")
+    return tuple(said)
+
+
+def _says_which(config: StackConfig) -> bool:
+    """Whether the configuration names its GPUs, or what it takes of each, so that another one would not be used."""
+    stages = [config.stage(stage) for stage in STAGES]
+    return any(stage.gpus is not None or len(stage.max_memory) > 1 for stage in stages)
+
+
+def _nothing_fits(
+    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms, refusals: Sequence[DoesNotFit]
+) -> DoesNotFit:
+    """The first reason, and the smallest GPUs on which something fits."""
+    if not refusals:
+        return DoesNotFit("There is nothing to place: every stage has 0 workers.", "Leave --workers out.")
+
+    def fits(size: int) -> bool:
+        cards: list[Card] = [replace(card, budget=size) for card in machine.cards]
+        return bool(look(config, figures, replace(machine, cards=tuple(cards)), terms)[0])
+
+    low, high = 0, 1_000_000_000_000
+    if not fits(high):
+        return refusals[0]
+    while high - low > high // 100 + 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return DoesNotFit(refusals[0].message, f"With {format_bytes(high)} of each GPU it would fit. {refusals[0].hint}")

@@ -1,0 +1,318 @@
+"""What a placement will do on a machine: who fits where, what is streamed, seconds a step, a picture and a job.
+
+Pure arithmetic on a model's figures and the GPUs' rates, by the rules that leases are given by.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.memory.lease_sizes import Level, Need, levels
+from orchestrator.memory.ledger import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
+from orchestrator.planning.hardware import Card, Machine
+from orchestrator.planning.pipeline_cut import Part, Seat, best_cut, parts_of
+from orchestrator.planning.placement import IN_FLIGHT, Post, with_memory
+from orchestrator.planning.streaming_cost import job_seconds, load_of, pass_seconds, streaming
+from orchestrator.planning.throughput import Residency, Share, Work, latency, steady_state
+from protocol.errors import DoesNotFit
+from protocol.model_profile import ModelFigures, StageFigures
+from protocol.stages import Stage
+from protocol.units import format_bytes
+
+WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
+SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to the other
+COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
+EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
+UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
+UNCOMPILED_TENSOR = 9.0  # times as long without compiling
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What else a prediction depends on; `workspaces` are bytes that were seen."""
+
+    compiled: bool = False
+    patience: float = 30.0  # seconds
+    workspaces: Mapping[Stage, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    work: tuple[Work, ...]
+    job_seconds: float  # between two jobs, with enough of them in the queue
+    latency: float  # seconds of one job, prompt not cached, all warm
+    pictures: int  # a job
+
+    @property
+    def picture_seconds(self) -> float:
+        return self.job_seconds / self.pictures
+
+    @property
+    def pictures_an_hour(self) -> float:
+        return 3600 / self.picture_seconds
+
+    def of(self, stage: Stage) -> list[Work]:
+        return [work for work in self.work if work.post.stage == stage]
+
+    def used(self, gpu: int) -> int:
+        """Bytes of a GPU at most, contexts included; of those that take turns the largest is in."""
+        here = [(work, share) for work in self.work for share in work.shares if share.gpu == gpu]
+        stay = sum(share.bytes for work, share in here if work.residency != "turns")
+        turning = [share for work, share in here if work.residency == "turns"]
+        largest = max((share.weights + share.workspace for share in turning), default=0)
+        return stay + largest + sum(share.context for share in turning)
+
+
+def predict(figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> Prediction:
+    """DoesNotFit, with what would, where a worker can never do anything."""
+    book = Book(figures, machine, posts, terms)
+    settled = [book.settle(post) for post in posts]
+    work = [book.work(number, post) for number, post in enumerate(settled)]
+    return Prediction(tuple(work), steady_state(work, terms.patience), latency(work), figures.recipe.num_images)
+
+
+class Book:
+    """Who has how much of each GPU."""
+
+    def __init__(self, figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> None:
+        self.figures, self.machine, self.terms = figures, machine, terms
+        self.posts = list(posts)
+        self._standing = {card.index: 0 for card in machine.cards}
+        self._levels: dict[int, dict[str, Level]] = {}
+
+    # -- what each needs ------------------------------------------------------------------------
+
+    def workspace(self, stage: Stage, card: Card) -> int:
+        """Bytes that a lease has for it, as the ledger counts."""
+        if card.stands_in:
+            return 0
+        seen = self.terms.workspaces.get(stage) or int(self.figures.stage(stage).largest * WORKSPACE)
+        return int(seen * MARGIN) + ROUNDING
+
+    def own_workspace(self, post: Post, card: Card) -> int:
+        """The same of a worker that keeps its memory."""
+        return self.workspace(post.stage, card) * post.jobs
+
+    def context(self, post: Post, card: Card) -> int:
+        return context_bytes(post, card) + HEADROOM if card.rate.context else 0
+
+    def need(self, post: Post, card: Card) -> Need:
+        figures = self.figures.stage(post.stage)
+        return Need(figures.weights, figures.least, self.workspace(post.stage, card))
+
+    def left(self, card: Card, but: Post | None = None) -> int:
+        """Bytes beside all contexts and what workers keep for themselves; `but` one, which is to get its part."""
+        here = [post for post in self.posts if card.index in post.gpus]
+        own = sum(post.memory[post.gpus.index(card.index)] for post in here if post.memory and post is not but)
+        return card.budget - sum(self.context(post, card) for post in here) - own - self._standing[card.index]
+
+    def free_beside_leases(self, card: Card, post: Post) -> int:
+        """Bytes for a worker that keeps them, beside the least that those in leases need, before they have worked."""
+        if card.rate.context:
+            growing = sum(card.index in other.gpus for other in self.posts) * (FIRST_HEADROOM - HEADROOM)
+        else:
+            growing = 0
+        leased = [self.need(other, card) for other in self.posts if other.kind == "leases" and card.index in other.gpus]
+        return self.left(card, post) - growing - sum(need.small for need in leased)
+
+    # -- who keeps what -------------------------------------------------------------------------
+
+    def settle(self, post: Post) -> Post:
+        """With the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
+        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        if post.kind in ("leases", "host", "own"):
+            return post
+        if post.memory:
+            return self._cut(post, cards, post.memory) if post.kind == "split" else post
+        if post.kind in ("tensor", "context"):
+            self._check_shares(post)
+        free = [self.free_beside_leases(card, post) for card in cards]
+        settled = self._with_memory(post, cards, free)
+        for card, room, wanted in zip(cards, free, settled.memory, strict=True):
+            least = self.figures.stage(post.stage).least + post.workspace if post.kind == "context" else wanted
+            if least > room:
+                raise too_large(post, card, least, room)
+            self._standing[card.index] += wanted
+        return settled
+
+    def _with_memory(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
+        figures = self.figures.stage(post.stage)
+        if post.kind == "tensor":  # what is run once a job passes through
+            shared = sum(block.bytes - block.once for block in figures.blocks)
+            alike = figures.weights - figures.once - shared  # what each GPU has whole
+            size = figures.loose + alike + int(shared / len(cards) * UNEVEN)
+            spaces = [self.own_workspace(post, card) for card in cards]
+            return with_memory(post, [size + space for space in spaces], workspace=max(spaces))
+        if post.kind == "split" and self._has_rows(post):
+            return self._cut(post, cards, free)
+        if post.kind == "split" and sum(free) < figures.weights + sum(self.workspace(post.stage, c) for c in cards):
+            raise self._uncut(post, free)
+        spaces = [self.own_workspace(post, card) for card in cards]
+        most = [figures.weights + space for space in spaces]
+        return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
+
+    def _check_shares(self, post: Post) -> None:
+        """DoesNotFit where heads, or with context parallel tokens, can't be shared out evenly."""
+        figures, recipe, ranks = self.figures.stage(post.stage), self.figures.recipe, len(post.gpus)
+        multiple = self.figures.model.size_multiple
+        tokens = (recipe.width // multiple) * (recipe.height // multiple) if post.kind == "context" else 0
+        for what, count in (("heads of attention", figures.heads), ("places of a picture", tokens)):
+            if count % ranks:
+                raise DoesNotFit(
+                    f"{count} {what} can't be shared out evenly among {ranks} GPUs.",
+                    "Name fewer, as in --gpus denoise=0,1, or choose another --placement.",
+                )
+
+    def _has_rows(self, post: Post) -> bool:
+        """It is one denoiser, whose blocks are simply one after the other."""
+        figures = self.figures.stage(post.stage)
+        names = [block.name for block in figures.blocks]
+        alone = post.stage == "denoise" and len(figures.components) == 1
+        return alone and bool(names) and all(name.count(".") == 1 for name in names)
+
+    def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
+        """By time, with the memory that its parts take of what is free; as it is where accelerate will cut it."""
+        if not self._has_rows(post):
+            return post
+        figures = self.figures.stage(post.stage)
+        seats = self._seats(post, cards, free)
+        parts = best_cut(figures, seats)
+        if parts is None:
+            raise self._uncut(post, [seat.room for seat in seats])
+        space = max(self._spaces(post, cards))
+        memory = post.memory or [taken(part, seat) + space for part, seat in zip(parts, seats, strict=True)]
+        return with_memory(post, memory, [part.blocks for part in parts], space)
+
+    def _spaces(self, post: Post, cards: Sequence[Card]) -> list[int]:
+        """Bytes for the jobs that are in flight."""
+        return [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
+
+    def _seats(self, post: Post, cards: Sequence[Card], memory: Sequence[int]) -> list[Seat]:
+        space, compiled = max(self._spaces(post, cards)), self.terms.compiled
+        return [
+            Seat(max(0, size - space), card.flops(post.stage, compiled), card.rate.link)
+            for size, card in zip(memory, cards, strict=True)
+        ]
+
+    def _uncut(self, post: Post, room: Sequence[int]) -> DoesNotFit:
+        size, there = self.figures.stage(post.stage).weights, ", ".join(format_bytes(max(0, size)) for size in room)
+        return DoesNotFit(
+            f"The layers of {post.stage}, {format_bytes(size)}, can't even be streamed through {there} of GPUs "
+            f"{', '.join(map(str, post.gpus))}.",
+            "Text encoders on the CPU leave more room: --device text=cpu. Or choose another --placement.",
+        )
+
+    # -- how they will do -----------------------------------------------------------------------
+
+    def work(self, number: int, post: Post) -> Work:
+        """How a settled post will do; `number` is its place among all."""
+        figures = self.figures.stage(post.stage)
+        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        match post.kind:
+            case "host":
+                a_pass = figures.flop / self.machine.cpu_flops
+                return Work(post, (), "host", 0.0, a_pass, a_pass * figures.passes)
+            case "leases":
+                return self._in_leases(str(number), post, figures, cards[0])
+            case "split":
+                return self._split(post, figures, cards)
+        shares, passes, most = [], [], 0.0
+        for card, memory in zip(cards, post.memory, strict=True):
+            share, streamed, a_pass = self._alone(post, figures, card, memory, len(cards))
+            shares.append(share)
+            passes.append(a_pass)
+            most = max(most, streamed)
+        seconds = max(passes) * figures.passes
+        return Work(post, tuple(shares), "streamed" if most else "in", most, max(passes), seconds)
+
+    def _alone(
+        self, post: Post, figures: StageFigures, card: Card, memory: int, parts: int
+    ) -> tuple[Share, float, float]:
+        """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
+        workspace = self.own_workspace(post, card)
+        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
+        exchanged = len(figures.blocks) * figures.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
+        if post.kind == "tensor":
+            factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
+            return self._share(post, card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
+        found = streaming(load_of(figures), memory - workspace)
+        if found is None:
+            raise too_large(post, card, figures.least + workspace, memory)
+        if post.kind == "context":
+            compute = compute / parts + exchanged
+        seconds = pass_seconds(compute, found.a_pass, card.rate.link)
+        return self._share(post, card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
+
+    def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
+        spaces = [self.own_workspace(post, card) for card in cards]
+        rows = zip(cards, post.memory, spaces, strict=True)
+        shares = tuple(self._share(post, card, size - space, space) for card, size, space in rows)
+        if post.cut:
+            parts = parts_of(figures, post.cut, self._seats(post, cards, post.memory)) or []
+            busy = [part.seconds * SPLIT_SHARE for part in parts]
+            streamed = max(part.streaming.a_pass for part in parts)
+            residency: Residency = "in" if all(part.streaming.nothing for part in parts) else "streamed"
+            return Work(post, shares, residency, streamed, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
+        first, busy = 0, []
+        for size, card in zip(post.memory, cards, strict=True):  # as accelerate will cut it: by bytes
+            count = len(figures.blocks) * size // max(1, sum(post.memory))
+            flop = sum(block.flop for block in figures.blocks[first : first + count])
+            busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes * SPLIT_SHARE)
+            first += count
+        return Work(post, shares, "in", 0.0, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
+
+    def _in_leases(self, name: str, post: Post, figures: StageFigures, card: Card) -> Work:
+        found = self._levels_on(card)
+        level = found[name]
+        need = self.need(post, card)
+        if not level.turn:
+            raise too_large(post, card, need.small, max(0, self.left(card)))
+        others = [other for key, other in found.items() if key != name]
+        largest = max(found, key=lambda key: (self.need(self.posts[int(key)], card).weights, key))
+        crowded = any(other != largest and not found[other].beside for other in found if found[other].turn != 0)
+        stays = level.beside > 0 or (
+            name == largest and not crowded and level.turn + sum(other.beside for other in others) <= self.left(card)
+        )
+        size = level.beside if level.beside and name != largest else level.turn
+        weights = min(need.weights, size - need.workspace)
+        how = streaming(load_of(figures), weights)
+        if how is None:
+            raise too_large(post, card, need.small, size)
+        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
+        a_pass, seconds = job_seconds(compute, figures.passes, how, card.rate.link)
+        residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
+        share = self._share(post, card, weights, need.workspace)
+        swap = 0.0 if stays else weights / card.rate.link
+        return Work(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
+
+    def _levels_on(self, card: Card) -> dict[str, Level]:
+        if card.index not in self._levels:
+            needs = {
+                str(index): self.need(post, card)
+                for index, post in enumerate(self.posts)
+                if post.kind == "leases" and card.index in post.gpus
+            }
+            self._levels[card.index] = levels(self.left(card), needs)
+        return self._levels[card.index]
+
+    def _share(self, post: Post, card: Card, weights: int, workspace: int) -> Share:
+        return Share(card.index, max(0, weights), workspace, self.context(post, card))
+
+
+def taken(part: Part, seat: Seat) -> int:
+    """Bytes that a part's weights take of its GPU."""
+    load = part.load
+    return min(seat.room, load.weights if part.streaming.nothing else load.weights - load.once + load.loose)
+
+
+def context_bytes(post: Post, card: Card) -> int:
+    """Of a process, outside of what its allocator holds."""
+    together = COMMUNICATION if post.kind in ("tensor", "context") else 0
+    return card.rate.context + together if card.rate.context else 0
+
+
+def too_large(post: Post, card: Card, least: int, room: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"{post.stage} takes at least {format_bytes(least)} of GPU {card.index} beside contexts; "
+        f"{format_bytes(max(0, room))} of it can be had.",
+        "Give it more of that GPU (--budget), another GPU (--gpus), or the CPU (--device).",
+    )

@@ -1,0 +1,85 @@
+"""From a configuration to what is started on this machine: every worker's place, what can be leased, and the plan."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orchestrator.config import AccountSettings, StackConfig
+from orchestrator.gpu_driver import Gpu
+from orchestrator.planning.calibration import Experience
+from orchestrator.planning.gpu_budgets import accounts, check_budgets
+from orchestrator.planning.hardware import this_machine
+from orchestrator.planning.model_profile import NoFigures, find_figures
+from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
+from orchestrator.planning.planner import Plan, check, choose
+from protocol.errors import BadRequest
+from protocol.speedups import canonical
+from protocol.stages import STAGES, Stage
+
+DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd")  # of GPUs that NVML may not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Arrangement:
+    """`plan` is None where no GPU is used, or where `unplanned` says why there is none."""
+
+    posts: tuple[Post, ...]
+    accounts: dict[int, AccountSettings]  # what is lent of which GPU
+    speedups: tuple[str, ...]  # all that may change a picture's bits
+    plan: Plan | None = None
+    unplanned: str = ""
+    spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
+
+    def fixed(self) -> dict[Stage, int]:
+        """Stages whose memory is planned in advance, and how many workers each may have."""
+        planned = [post.stage for post in self.posts if post.memory]
+        return {stage: planned.count(stage) for stage in set(planned)}
+
+    def post(self, stage: Stage, index: int) -> Post:
+        """The place of a stage's next worker, of which there are `index`."""
+        return another((*self.posts, *self.spare), stage, index)
+
+
+def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Experience) -> Arrangement:
+    """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    check_devices(config, gpus)
+    check_budgets(config, gpus)
+    machine = this_machine(gpus, config.gpus, stand_ins(config))
+    check(config, machine)
+    plan, unplanned = None, ""
+    posts = first(config, gpus)
+    if any(post.gpus for post in posts):
+        try:
+            figures = find_figures(config, dtype)
+        except NoFigures as error:
+            unplanned = error.message
+        else:
+            known = experience.of(machine, figures, config.speedups())
+            plan = choose(config, figures, known, experience.terms(config, figures))
+            posts = plan.posts
+    spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
+    speedups = canonical((*config.speedups(), *speedups_of(posts)))
+    return Arrangement(posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
+
+
+def check_devices(config: StackConfig, gpus: Sequence[Gpu]) -> None:
+    """BadRequest where a stage is to use a kind of device that isn't here."""
+    for stage in STAGES:
+        device = config.stage(stage).device.partition(":")[0]
+        if device == "cuda" and not gpus and not any(map(os.path.exists, DRIVERS)):
+            raise BadRequest(f"{stage} is to use CUDA; no driver of a GPU is here.", "Use --device cpu, or auto.")
+        if device == "mps" and sys.platform != "darwin":
+            raise BadRequest(f"{stage} is to use mps, which only macOS has.", "Use --device auto, cpu or cuda.")
+
+
+def first(config: StackConfig, gpus: Sequence[Gpu]) -> tuple[Post, ...]:
+    """The placement to go without a plan: a denoiser in leases of each GPU."""
+    several: list[Kind] = [kind for kind in SEVERAL if kind == config.placement]
+    return next(candidates(config, [gpu.index for gpu in gpus], several, {}))
+
+
+def peopled(config: StackConfig) -> StackConfig:
+    """With a worker for stages that have none."""
+    stages = {s: v.model_copy(update={"workers": v.workers or None}) for s, v in config.stages.items()}
+    return config.model_copy(update={"stages": stages})

@@ -1,0 +1,75 @@
+"""How much of a model must be streamed through a GPU that doesn't hold it, and what that costs: by arithmetic.
+
+`workers.weights.streaming` decides it weight by weight, once there are weights; this is what it comes to.
+"""
+
+from dataclasses import dataclass
+
+from protocol.model_profile import StageFigures
+
+RING_SLOTS = (8, 4, 3, 2, 1)  # pieces that are on their way or in use at once
+LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
+OVERLAP = 0.04  # of the shorter one of computing and copying that the other doesn't hide: measured
+
+
+@dataclass(frozen=True, slots=True)
+class Streaming:
+    """Bytes that pass through each time the model runs, and, of layers that act on the timestep alone, once a job."""
+
+    a_pass: float
+    once: int
+
+    @property
+    def nothing(self) -> bool:
+        return not self.a_pass and not self.once
+
+
+NOTHING = Streaming(0.0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Weights that are to be on one GPU, in bytes."""
+
+    weights: int
+    least: int  # where as much of them as can be is streamed
+    once: int  # of them, what is run once a job where memory is short
+    loose: int  # of the buffer for that
+    most: int  # that can pass through each time, besides
+    blocks: int
+
+
+def load_of(figures: StageFigures) -> Load:
+    """All of a stage's."""
+    most = sum(block.bytes - block.once for block in figures.blocks)
+    return Load(figures.weights, figures.least, figures.once, figures.loose, most, len(figures.blocks))
+
+
+def streaming(load: Load, budget: int) -> Streaming | None:
+    """What must be streamed with `budget` bytes for the weights; None where even that is too little."""
+    if load.weights <= budget:
+        return NOTHING
+    if budget < load.least:
+        return None
+    total = load.weights - load.once + load.loose
+    if total <= budget:
+        return Streaming(0.0, load.once)
+    fitting: list[tuple[float, float]] = []  # (ring, a pass)
+    for slots in (slots for slots in RING_SLOTS if slots < load.blocks):
+        a_pass = (total - budget) / (1 - slots / load.blocks)
+        if a_pass <= load.most:
+            fitting.append((a_pass * slots / load.blocks, a_pass))
+    small = next((a_pass for ring, a_pass in fitting if ring <= LARGEST_RING * total), None)
+    return Streaming(small or min((a_pass for _, a_pass in fitting), default=float(load.most)), load.once)
+
+
+def job_seconds(compute: float, passes: int, how: Streaming, link: float) -> tuple[float, float]:
+    """Seconds of one run of a model that computes for so long, and of all those that a job makes."""
+    a_pass = pass_seconds(compute, how.a_pass, link)
+    return a_pass, a_pass * passes + max(0.0, how.once / link - a_pass)
+
+
+def pass_seconds(compute: float, streamed: float, link: float) -> float:
+    """Of one run of a model that computes for so long while so many bytes come over the link."""
+    copying = streamed / link
+    return max(compute, copying) + OVERLAP * min(compute, copying)

@@ -1,0 +1,261 @@
+"""What clients ask, and the answers."""
+
+import logging
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from orchestrator.dispatch.describer_link import Describing
+from orchestrator.dispatch.engine import Engine
+from orchestrator.job import LiveJob
+from orchestrator.version import VERSION
+from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, StateUnusable, TriptychError
+from protocol.messages.client import (
+    Cancel,
+    Collected,
+    CollectGarbage,
+    Done,
+    Drain,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    Jobs,
+    Pictures,
+    Question,
+    Restart,
+    Retry,
+    Scale,
+    Stack,
+    Submit,
+    Watch,
+    Workers,
+)
+from protocol.messages.common import Error, Message
+from protocol.messages.supervisor import KillProcess, RestartProcess, SetScale
+from protocol.stages import Stage
+from protocol.views import ProcessView, WorkerView
+
+log = logging.getLogger(__name__)
+
+MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
+MAX_PARKED = 1000  # submissions that may wait for the describer
+
+
+ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who asks: a socket, and the name of the key that it came with; none for this machine's own user."""
+
+    identity: bytes
+    owner: str
+
+    @property
+    def local(self) -> bool:
+        return not self.owner
+
+
+def error_message(error: TriptychError, request: int = 0) -> Error:
+    """An error as it travels."""
+    return Error(request=request, code=error.code, message=error.message, hint=error.hint, item=error.item)
+
+
+class Desk:
+    def __init__(self, engine: Engine, describing: Describing) -> None:
+        self.engine, self._describing = engine, describing
+        self.supervisor: bytes | None = None  # identity at the workers' socket
+        self.processes: tuple[ProcessView, ...] = ()
+        self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question, until they can be judged
+        self._started = time.time()
+        self._rolling: deque[str] = deque()  # names of processes to be restarted, one after the other
+        self._under_way: int | None = None  # process number of the first's old life
+
+    def answer(self, peer: Peer, question: Message) -> None:
+        """Put the answer, or the reason why there is none, into the outbox."""
+        assert isinstance(question, Question)
+        try:
+            self._answer(peer, question)
+        except StateUnusable:
+            raise
+        except TriptychError as error:
+            self._reply(peer.identity, error_message(error, question.request))
+
+    def unpark(self) -> None:
+        """More is known of the model, or of prompts: take the submissions that waited for it, if they can be judged."""
+        parked, self._parked = self._parked, {}
+        for (peer, _), submit in parked.items():
+            self.answer(peer, submit)
+
+    def _reply(self, client: bytes, message: Message) -> None:
+        self.engine.outbox.to_client(client, message)
+
+    def _answer(self, peer: Peer, question: Question) -> None:
+        engine, number, client = self.engine, question.request, peer.identity
+        if isinstance(question, ADMINISTRATION) and not peer.local:
+            raise Forbidden(f"A client's key is not for {question.kind!r}.", "Do it on the stack's own host.")
+        match question:
+            case Submit():
+                self._submit(peer, question)
+            case Watch(jobs=ids):
+                jobs = [self._own(peer, job_id) for job_id in ids]
+                self._watch(client, [job.id for job in jobs if not job.ended])
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
+                for job in jobs:
+                    self._reply(client, engine.event(job))
+            case GetJobs(jobs=ids, states=states, limit=limit, before=before):
+                owner = None if peer.local else peer.owner
+                newest = engine.store.newest(states, limit, owner, before)
+                found = (self._own(peer, i) for i in ids) if ids else newest
+                live = (engine.roster.jobs.get(job.id, job) for job in found)
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
+            case FetchPictures(job=job_id):
+                self._pictures(client, number, self._own(peer, job_id))
+            case Cancel(jobs=ids):
+                for job in [self._own(peer, job_id) for job_id in ids]:
+                    if not job.ended:
+                        engine.cancel(job)
+                self._reply(client, Jobs(request=number, jobs=tuple(engine.roster.known(i).view() for i in ids)))
+            case Retry(jobs=ids):
+                jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
+            case GetWorkers():
+                views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
+                drained, processes = tuple(sorted(engine.drained)), self.processes if peer.local else ()
+                self._reply(client, Workers(request=number, workers=views, processes=processes, drained=drained))
+            case Drain(stage=stage, on=on):
+                engine.drain(stage, on)
+                self._reply(client, Done(request=number))
+            case CollectGarbage(older=older):
+                self._reply(client, self._collect(number, older))
+            case GetStack():
+                self._reply(client, self._stack(number))
+            case Restart(stage=stage):
+                self._check_supervisor(stage)
+                self._rolling.extend(p.name for p in self.processes if p.stage == stage and p.name not in self._rolling)
+                self._reply(client, Done(request=number))
+            case Scale(stage=stage, count=count):
+                self._check_supervisor(stage)
+                most = self.engine.settings.fixed.get(stage)
+                if most is not None and count > most:
+                    raise BadRequest(
+                        f"The memory of {stage} workers is planned in advance, for {most} of them.",
+                        f"Start the stack with --workers {stage}={count}, which plans for that.",
+                    )
+                self._tell_supervisor(SetScale(stage=stage, count=count))
+                self._reply(client, Done(request=number))
+            case _:
+                raise BadRequest(f"A message of kind {question.kind!r} is not a question.")
+
+    def _own(self, peer: Peer, job_id: str) -> LiveJob:
+        """A job that the peer may see; to others it is as if there were none."""
+        job = self.engine.roster.find(job_id)
+        if job is None or not (peer.local or job.owner == peer.owner):
+            raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
+        return job
+
+    def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
+        """Whose job a worker has in hand is nobody else's business."""
+        job = self.engine.roster.jobs.get(view.job) if view.job else None
+        return view if peer.local or (job and job.owner == peer.owner) else view.model_copy(update={"job": None})
+
+    def _submit(self, peer: Peer, submit: Submit) -> None:
+        client = peer.identity
+        if not self._describing.ready_for(submit.jobs):
+            if len(self._parked) >= MAX_PARKED:
+                raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
+            self._parked[peer, submit.request] = submit
+            return
+        if submit.judge:
+            self.engine.reception.judge(submit.jobs, peer.owner, submit.earlier)
+            self._reply(client, Done(request=submit.request))
+            return
+        jobs = self.engine.accept(submit.jobs, peer.owner)
+        self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
+        if submit.watch:
+            self._watch(client, [job.id for job in jobs if not job.ended])
+            for job in jobs:
+                self._reply(client, self.engine.event(job))
+
+    def _watch(self, client: bytes, ids: list[str]) -> None:
+        for job_id in ids:
+            self.engine.watchers.add(client, job_id)
+
+    def _pictures(self, client: bytes, number: int, job: LiveJob) -> None:
+        job_id = job.id
+        tensors = self.engine.store.artifacts.get("pictures", job_id) if job.pictures else None
+        if tensors is not None:
+            self.engine.outbox.to_client(client, Pictures(request=number, job=job.view()), tensors)
+        elif job.pictures:
+            self.engine.make_again(job)
+            raise Conflict(
+                f"The pictures of job {job_id} were damaged on disk; they are being made again, bit for bit.",
+                f"Wait for them: triptych wait {job_id}",
+            )
+        elif job.state == "done":
+            raise NotFound(
+                f"The pictures of job {job_id} are gone: only the newest are kept (--keep-pictures).",
+                "Submit it again with the same seed for the same picture.",
+            )
+        else:
+            raise NotFound(f"Job {job_id} is {job.state}.", "" if job.ended else "Wait for it.")
+
+    def _collect(self, number: int, older: float) -> Collected:
+        held = sum(self.engine.store.artifacts.bytes_of.values())
+        gone = self.engine.forget_old(time.time() - older, MOST_FORGOTTEN)
+        if len(gone) < MOST_FORGOTTEN:  # all are gone
+            self.engine.store.reclaim()
+        return Collected(
+            request=number, jobs=len(gone), bytes=held - sum(self.engine.store.artifacts.bytes_of.values())
+        )
+
+    def _stack(self, number: int) -> Stack:
+        engine = self.engine
+        counts = tuple((state, count) for state, count in engine.roster.counts.items() if count)
+        return Stack(
+            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.reception.model,
+            counts=counts, speedups=engine.reception.speedups, queue_limit=engine.settings.queue_limit,
+        )  # fmt: skip
+
+    def start_anew(self, names: list[str]) -> None:
+        """Have workers replaced, one after the other, once there is a supervisor; the list is emptied then."""
+        if self.supervisor is not None:
+            self._rolling.extend(name for name in names if name not in self._rolling)
+            names.clear()
+
+    def roll(self) -> None:
+        """Go on with restarts: the next worker once the one before is back, so that a stage is never without."""
+        while self._rolling:
+            name, old = self._rolling[0], self._under_way
+            process = next((p for p in self.processes if p.name == name), None)
+            if process is None or process.pid is None:
+                if old is None:  # it is not there to be restarted
+                    self._rolling.popleft()
+                    continue
+                return
+            if old is None:
+                self._under_way = process.pid
+                self._tell_supervisor(RestartProcess(name=name))
+                return
+            back = any(w.hello.name == name and w.hello.pid != old and w.state != "loading" for w in self.engine.fleet)
+            if not back:
+                return
+            self._rolling.popleft()
+            self._under_way = None
+
+    def kill(self, pid: int, reason: str) -> None:
+        """Have the supervisor end a process of its own; nothing happens if it isn't, or there is no supervisor."""
+        self._tell_supervisor(KillProcess(pid=pid, reason=reason))
+
+    def _tell_supervisor(self, message: RestartProcess | SetScale | KillProcess) -> None:
+        if self.supervisor is not None:
+            self.engine.outbox.to_worker(self.supervisor, message)
+
+    def _check_supervisor(self, stage: Stage) -> None:
+        if self.supervisor is None:
+            raise NotFound(
+                "This stack runs without a supervisor.",
+                f"Start workers by hand: triptych worker {stage} --connect ENDPOINT.",
+            )

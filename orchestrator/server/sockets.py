@@ -1,0 +1,151 @@
+"""The orchestrator's sockets: private ones for this machine's user, and CURVE over TCP for keys that are let in.
+
+A peer is known here by a byte for the door that it came through and its socket's identity.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import zmq
+from zmq.utils import z85
+
+from orchestrator.access import Gate
+from protocol.client.endpoints import Endpoints
+from protocol.curve_keys import KeyPair, Role
+from protocol.sockets import receive_from, router, send
+from protocol.tensors import Buffer
+
+log = logging.getLogger(__name__)
+
+ZAP = "inproc://zeromq.zap.01"
+BATCH = 256  # messages of one socket between two commits
+REMEMBERED = 10_000  # peers from outside
+MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
+LARGEST_QUESTION = 16 << 20  # bytes of a frame; clients send no tensors
+Handler = Callable[[bytes, str, list[Buffer]], None]  # (peer, its key's name or "" for this machine's user, frames)
+
+
+@dataclass(slots=True)
+class Door:
+    socket: "zmq.Socket[bytes]"
+    role: Role
+    guarded: bool  # by CURVE and the list of keys
+
+
+@dataclass(slots=True)
+class Bucket:
+    left: float = BURST
+    since: float = field(default_factory=time.monotonic)
+
+    def take(self) -> bool:
+        """Whether one more message may come now."""
+        now = time.monotonic()
+        self.left = min(BURST, self.left + (now - self.since) * MESSAGES_A_SECOND)
+        self.since = now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+class Doors:
+    def __init__(self, local: Endpoints, remote: Sequence[tuple[Role, str]], key: KeyPair | None, gate: Gate) -> None:
+        """`remote` are TCP endpoints; with a `key` they want CURVE, without it they must be on the loopback address."""
+        self._gate = gate
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.setsockopt(zmq.LINGER, 0)
+        self._zap.bind(ZAP)
+        self._doors = [
+            Door(router(self._context, local.clients, largest=LARGEST_QUESTION), "client", guarded=False),
+            Door(router(self._context, local.workers), "worker", guarded=False),
+        ]
+        for role, endpoint in remote:
+            largest = LARGEST_QUESTION if role == "client" else None
+            door = router(self._context, endpoint, secret=key.secret if key else None, domain=role, largest=largest)
+            self._doors.append(Door(door, role, guarded=key is not None))
+        names = [door.socket.getsockopt_string(zmq.LAST_ENDPOINT) for door in self._doors]
+        self.local = Endpoints(names[0], names[1])
+        self.remote = [(door.role, name) for door, name in zip(self._doors[2:], names[2:], strict=True)]
+        self._keys: OrderedDict[bytes, str] = OrderedDict()  # by peer, the public key that it came with
+        self._buckets: dict[str, Bucket] = {}  # by public key
+        self._poller = zmq.Poller()
+        for socket in (self._zap, *(door.socket for door in self._doors)):
+            self._poller.register(socket, zmq.POLLIN)
+
+    def wait(self, milliseconds: int) -> None:
+        self._poller.poll(milliseconds)
+
+    def take(self, from_client: Handler, from_worker: Handler) -> None:
+        """Hand on what has come, workers' words first."""
+        self._admit()
+        for role, handle in (("worker", from_worker), ("client", from_client)):
+            for number, door in enumerate(self._doors):
+                if door.role == role:
+                    self._drain(number, door, handle)
+
+    def _drain(self, number: int, door: Door, handle: Handler) -> None:
+        for _ in range(BATCH):
+            try:
+                user, (identity, *frames) = receive_from(door.socket)
+            except zmq.Again:
+                return
+            peer = bytes([number]) + bytes(identity)
+            if not door.guarded:
+                handle(peer, "", frames)
+            elif (name := self._name(peer, user, door.role)) is not None:
+                handle(peer, name, frames)
+
+    def _name(self, peer: bytes, public: str, role: Role) -> str | None:
+        """Whose message this is; None if its key is not let in, or not so often."""
+        entry = self._gate.entry(public, role)
+        if entry is None:
+            return None
+        if role == "client" and not self._buckets.setdefault(public, Bucket()).take():
+            return None
+        self._keys[peer] = public
+        self._keys.move_to_end(peer)
+        if len(self._keys) > REMEMBERED:
+            self._keys.popitem(last=False)
+        return entry.name
+
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
+        """As sockets.send; to one whose key was revoked nothing goes."""
+        door = self._doors[peer[0]]
+        if door.guarded and self._gate.entry(self._keys.get(peer, ""), door.role) is None:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        send(door.socket, [peer[1:], *frames])
+
+    def shut_out(self) -> list[bytes]:
+        """The peers whose keys have been revoked since the last call."""
+        if not self._gate.look_again():
+            return []
+        gone = [peer for peer, key in self._keys.items() if self._gate.entry(key, self._doors[peer[0]].role) is None]
+        for peer in gone:
+            self._buckets.pop(self._keys.pop(peer), None)
+        return gone
+
+    def _admit(self) -> None:
+        """Answer libzmq's questions about who wants to come in (ZAP, RFC 27): by key and role alone."""
+        while True:
+            try:
+                version, number, domain, address, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+            entry = self._gate.entry(public, domain.decode(errors="replace"))  # type: ignore[arg-type]
+            if entry is None:
+                log.warning(
+                    "a %s at %s was not let in", domain.decode(errors="replace"), address.decode(errors="replace")
+                )
+            code, text = (b"200", b"OK") if entry else (b"400", b"not on the list of keys")
+            self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
+
+    def close(self) -> None:
+        for door in self._doors:
+            door.socket.close()
+        self._zap.close()
+        self._context.term()

@@ -1,0 +1,179 @@
+"""One process of the supervisor's: how to start it, and what to do when it ends."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+import psutil
+
+from protocol.process import LIFELINE
+from protocol.stages import Stage
+from protocol.views import ProcessView
+
+BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+HEALTHY_SECONDS = 60.0  # after so long, or once it is known to work, the next failure counts as the first again
+LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside
+LOOK_AGAIN_SECONDS = 2.0  # whether what can't be used can be used again
+UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
+MOST_KILLED = 5  # times by a signal, before it ever worked: for want of memory, say
+MOST_REFUSED = 3  # times in a row that what once worked may say that it never can
+NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")  # in reasons, which may differ where the reason is the same
+UNUSABLE = 7  # exit code of what may be better later, but not if it was so from the start
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Child:
+    name: str
+    stage: Stage | None
+    arguments: Sequence[str]  # of this Python
+    log: Path
+    lifeline: int  # the read end that the process gets
+    environment: dict[str, str] = field(default_factory=dict)
+    state: Literal["starting", "running", "stopping", "waiting"] = "waiting"
+    restarts: int = 0
+    reason: str = ""
+    failures: int = 0
+    start_at: float = 0.0  # monotonic seconds, while waiting
+    started: float = 0.0
+    wanted: bool = True
+    exit_code: int = 0  # of the last end
+    proven: bool = False  # it works: it has said so, or the orchestrator has
+    ever_proven: bool = False  # it, or one before it
+    forked: bool = False  # by the fork server, if there is one
+    essential: bool = False  # started again after any end, once it has worked
+    verdict: str = ""  # why it is being killed
+    stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
+    process: Process | None = None
+    descriptors: tuple[int, ...] = ()  # that it gets besides
+    prepare: Callable[[], None] | None = None  # called before it is started anew
+
+    def start(self, spawn: Callable[["Child"], Process | None] | None = None) -> None:
+        """Start it anew, or by `spawn` if that gives a process."""
+        self.rotate_log()
+        self.process = (spawn(self) if spawn else None) or self._popen()
+        self.state, self.started, self.proven = "running", time.monotonic(), False
+
+    def _popen(self) -> subprocess.Popen[bytes]:
+        if self.prepare:
+            self.prepare()
+        with self.open_log() as log:
+            return subprocess.Popen(
+                [sys.executable, *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(self.lifeline, *self.descriptors),
+                start_new_session=True,
+                umask=0o077,
+                env={**os.environ, **self.environment, LIFELINE: str(self.lifeline)},
+            )
+
+    def terminate(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.state = "stopping"
+            self.process.terminate()
+
+    def kill(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+
+    def put_down(self, verdict: str) -> None:
+        """Kill it, for a reason that is remembered."""
+        self.verdict = f"killed: {verdict}"
+        self.kill()
+
+    def notice_stop(self) -> float | None:
+        """Monotonic seconds since when it is stopped by a signal (SIGSTOP), so that it does nothing; else None."""
+        if self.process is None:
+            return None
+        try:
+            still = psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        except psutil.Error:
+            still = False
+        self.stopped = (self.stopped or time.monotonic()) if still else 0.0
+        return self.stopped or None
+
+    def reap(self) -> int | None:
+        """The process number of a process that has just ended; the next start is planned, if one is wanted."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        pid, asked = self.process.pid, self.state == "stopping"
+        self.process, self.exit_code, before = None, code, self.reason
+        self.reason = "restarted on request" if asked else self.verdict or exit_reason(code, self.log)
+        self.verdict, self.stopped = "", 0.0
+        if not asked:
+            healthy = self.proven or time.monotonic() - self.started > HEALTHY_SECONDS
+            self.failures = 1 if healthy else self.failures + 1
+        if not asked and self._is_hopeless(code, before):
+            self.wanted = False
+        self.restarts += 1
+        self.state = "waiting"
+        self.start_at = time.monotonic() + (0.0 if asked else self.backoff())
+        return pid
+
+    def _is_hopeless(self, code: int, before: str) -> bool:
+        """Whether another start would end as this one, and the one `before`."""
+        if code in UNRECOVERABLE:
+            return not self.ever_proven or (not self.essential and self.failures >= MOST_REFUSED)
+        if self.ever_proven:
+            return False
+        if code == UNUSABLE:
+            return True
+        same = self.restarts > 0 and NUMBERS.sub("#", self.reason) == NUMBERS.sub("#", before)
+        return same and (code > 0 or self.failures >= MOST_KILLED)
+
+    def backoff(self) -> float:
+        if self.exit_code == UNUSABLE:
+            return min(self.failures, LOOK_AGAIN_SECONDS)  # there may be room at any moment
+        return BACKOFF_SECONDS[min(self.failures, len(BACKOFF_SECONDS)) - 1]
+
+    def view(self) -> ProcessView:
+        pid = self.process.pid if self.process else None
+        return ProcessView(
+            name=self.name, stage=self.stage, pid=pid, state=self.state, restarts=self.restarts, reason=self.reason
+        )
+
+    def open_log(self) -> BinaryIO:
+        """To append to; its folder is made again if somebody has removed it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return self.log.open("ab")
+
+    def rotate_log(self) -> None:
+        """Put a long log aside; the process goes on writing to the same file, which is empty then."""
+        with contextlib.suppress(OSError):
+            if self.log.stat().st_size > LOG_LIMIT:
+                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
+                os.truncate(self.log, 0)
+
+
+def exit_reason(code: int, log: Path) -> str:
+    """Why a process ended, with the last line of its log where it failed by itself."""
+    if code < 0:
+        return f"killed by signal {-code}"
+    if code == 0:
+        return "ended by itself"
+    if not log.exists():
+        return f"exit code {code}"
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return f"exit code {code}: {lines[-1][:500]}" if lines else f"exit code {code}"

@@ -1,0 +1,129 @@
+"""What both clients share: numbering questions and telling answers from events. No sockets in here."""
+
+import contextlib
+import itertools
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from protocol import wire
+from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, from_wire
+from protocol.job import Job, JobRequest
+from protocol.messages.client import (
+    TO_CLIENT,
+    Cancel,
+    Drain,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    JobEvent,
+    Question,
+    Scale,
+    Submit,
+    Watch,
+)
+from protocol.messages.common import MAX_JOBS, Error
+from protocol.sockets import new_identity
+from protocol.tensors import Buffer
+
+CONNECT_SECONDS = 2.0  # for the first contact; a stack that has answered before is waited for
+RESEND_SECONDS = 2.0  # without an answer or news, ask again: a question in flight dies with the orchestrator
+PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is restarted
+
+
+# Asking these twice is harmless: jobs carry ids, and the rest only looks or names a wanted state.
+REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale, Drain)
+
+
+class Conversation:
+    """Pairs questions with answers by number."""
+
+    def __init__(self) -> None:
+        self.identity = new_identity()
+        self._numbers = itertools.count(1)
+
+    def ask(self, cls: type[Question], **fields: Any) -> tuple[int, list[Buffer]]:
+        """A question's number and frames; BadRequest where its fields can't be right."""
+        number = next(self._numbers)
+        try:
+            return number, wire.encode(cls(request=number, **fields))
+        except ValidationError as error:
+            fault = error.errors(include_url=False, include_context=False)[0]
+            what = "a job's id" if fault["loc"][:1] in (("jobs",), ("job",)) else ".".join(map(str, fault["loc"]))
+            raise BadRequest(
+                f"{fault['input']!r} can't be {what}.", "'triptych jobs' lists those that there are."
+            ) from None
+
+    @staticmethod
+    def read(frames: Sequence[Buffer]) -> wire.Envelope:
+        """A reply or event; ProtocolError or VersionMismatch if it isn't one."""
+        return wire.decode(frames, TO_CLIENT)
+
+    @staticmethod
+    def number_of(envelope: wire.Envelope) -> int:
+        """The question that an answer belongs to; 0 for an event."""
+        return 0 if isinstance(envelope.message, JobEvent) else int(getattr(envelope.message, "request", 0))
+
+    @staticmethod
+    def checked(envelope: wire.Envelope) -> wire.Envelope:
+        """The answer, or the error that it stands for, raised."""
+        if isinstance(envelope.message, Error):
+            error = from_wire(envelope.message.code, envelope.message.message, envelope.message.hint)
+            error.item = envelope.message.item
+            raise error
+        return envelope
+
+
+def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> JobRequest:
+    return prompt if isinstance(prompt, JobRequest) else JobRequest(prompt=prompt, **options)
+
+
+def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:
+    """Requests that can be sent twice without harm."""
+    return tuple(r if r.id else r.model_copy(update={"id": secrets.token_hex(6)}) for r in requests)
+
+
+def chunks(requests: Sequence[JobRequest]) -> list[tuple[int, dict[str, Any]]]:
+    """The questions of one submission, each with how many jobs come before it.
+
+    Several at once are judged first, all of them, so that none is accepted where one can't be.
+    """
+    named = with_ids(requests)
+    starts = range(0, len(named), MAX_JOBS)
+    rounds = (True, False) if len(starts) > 1 else (False,)
+    return [
+        (start, {"jobs": named[start : start + MAX_JOBS], "judge": judge, "earlier": start if judge else 0})
+        for judge in rounds
+        for start in starts
+    ]
+
+
+@contextlib.contextmanager
+def located(start: int, accepted: Sequence[Job]) -> Iterator[None]:
+    """Errors of a part of a submission, as of the whole; what was accepted before is told."""
+    try:
+        yield
+    except TriptychError as error:
+        if error.item is not None:
+            error.item += start
+        if accepted:
+            error.hint = (
+                f"{error.hint} {len(accepted)} jobs before it were accepted and go on, {accepted[0].id} to "
+                f"{accepted[-1].id}."
+            ).strip()
+        raise
+
+
+def raise_unless_done(job: Job) -> Job:
+    """The job if it is done; JobFailed or JobCancelled with the reason if it ended otherwise."""
+    if job.state == "cancelled":
+        raise JobCancelled(f"Job {job.id} was cancelled.", f"Run it again: triptych retry {job.id}")
+    if job.state == "failed":
+        reason = job.reasons[-1] if job.reasons else "no reason was given"
+        raise JobFailed(
+            f"Job {job.id} failed: {reason}", f"Its log: triptych logs. Run it again: triptych retry {job.id}"
+        )
+    return job

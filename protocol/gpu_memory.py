@@ -1,0 +1,22 @@
+"""GPU memory: what a stage needs of it, and what is leased to a worker."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.data import Data
+
+
+class Needs(Data):
+    """What a stage takes of a GPU, in bytes."""
+
+    weights: Annotated[int, Field(ge=0)]  # all of them
+    least: Annotated[int, Field(ge=0)]  # of weights, where as much of them as can be is streamed
+    workspace: Annotated[int, Field(ge=0)]  # beside them, for a picture of 1024 × 1024; an estimate that errs high
+
+
+class Grant(Data):
+    """What a worker may use of one GPU beside its context, in bytes."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    weights: Annotated[int, Field(ge=0)]  # of them, at most, for weights

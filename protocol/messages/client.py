@@ -1,0 +1,176 @@
+"""Clients' questions, and the orchestrator's answers and events."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.job import Job, JobId, JobRequest, JobState
+from protocol.messages.common import MAX_JOBS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
+from protocol.model import ModelDescription
+from protocol.stages import Stage
+from protocol.views import ProcessView, WorkerView
+
+
+class Question(Message):
+    request: Count
+
+
+class Submit(Question):
+    """Jobs to accept, all or none; or only to be judged, as if so many `earlier` ones had been accepted before."""
+
+    kind = "submit"
+    jobs: Annotated[tuple[JobRequest, ...], Field(min_length=1, max_length=MAX_JOBS)]
+    watch: bool = False
+    judge: bool = False
+    earlier: Count = 0
+
+
+class Watch(Question):
+    """Tell of these jobs from now on; the answer is how they stand."""
+
+    kind = "watch"
+    jobs: JobIds
+
+
+class GetJobs(Question):
+    """These jobs, or the newest `limit` in `states`, of those with lower numbers than `before`; 0: of all."""
+
+    kind = "get-jobs"
+    jobs: JobIds = ()
+    states: tuple[JobState, ...] = ()
+    before: Count = 0
+    limit: Annotated[int, Field(ge=1, le=MOST_LISTED)] = 100
+
+
+class FetchPictures(Question):
+    kind = "fetch-pictures"
+    job: JobId
+
+
+class Cancel(Question):
+    kind = "cancel"
+    jobs: JobIds
+
+
+class Retry(Question):
+    """Run failed or cancelled jobs again from their last finished stage."""
+
+    kind = "retry"
+    jobs: JobIds
+
+
+class GetWorkers(Question):
+    kind = "get-workers"
+
+
+class GetStack(Question):
+    kind = "get-stack"
+
+
+class Restart(Question):
+    kind = "restart"
+    stage: Stage
+
+
+class Scale(Question):
+    kind = "scale"
+    stage: Stage
+    count: Annotated[int, Field(ge=0, le=1024)]
+
+
+class Drain(Question):
+    """Give a stage's workers nothing more to do; or, with `on` False, again."""
+
+    kind = "drain"
+    stage: Stage
+    on: bool = True
+
+
+class CollectGarbage(Question):
+    """Remove jobs that ended longer ago than `older`, with what they left."""
+
+    kind = "collect-garbage"
+    older: Count  # seconds
+
+
+class Jobs(Message):
+    kind = "jobs"
+    request: Count
+    jobs: tuple[Job, ...]
+
+
+class JobEvent(Message):
+    """Something moved in a watched job; `step` counts within `state`."""
+
+    kind = "job-event"
+    job: JobId
+    state: JobState
+    running: bool  # a worker has it in hand
+    step: Count = 0
+    steps: Count = 0
+    cached: bool = False
+    ahead: Count = 0  # jobs before it in its queue
+    reason: Line = ""
+
+
+class Pictures(Message):
+    """The frame `pictures` beside it is uint8 (n, height, width, 3), RGB."""
+
+    kind = "pictures"
+    request: Count
+    job: Job
+
+
+class Workers(Message):
+    kind = "workers"
+    request: Count
+    workers: tuple[WorkerView, ...]
+    processes: tuple[ProcessView, ...]
+    drained: tuple[Stage, ...] = ()
+
+
+class Stack(Message):
+    """The stack itself: its version, its model once known, and how many jobs stand where."""
+
+    kind = "stack"
+    request: Count
+    version: Name
+    pid: Count
+    started: float
+    model: ModelDescription | None
+    speedups: tuple[Name, ...]
+    counts: tuple[tuple[JobState, int], ...]
+    queue_limit: Count
+
+
+class Collected(Message):
+    """What was removed."""
+
+    kind = "collected"
+    request: Count
+    jobs: Count
+    bytes: Count
+
+
+class Done(Message):
+    """It was done; nothing more to say."""
+
+    kind = "done"
+    request: Count
+
+
+FROM_CLIENT: tuple[type[Message], ...] = (
+    Submit,
+    Watch,
+    GetJobs,
+    FetchPictures,
+    Cancel,
+    Retry,
+    GetWorkers,
+    GetStack,
+    Restart,
+    Scale,
+    Drain,
+    CollectGarbage,
+)
+TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Collected, Done, Error)

@@ -1,0 +1,38 @@
+"""What the describer, a process without weights, and the orchestrator tell each other."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.data import Text
+from protocol.messages.common import MAX_JOBS, Beat, Count, Error, Heartbeat, Line, Message, Name, Welcome
+from protocol.model import ModelDescription
+
+
+class DescriberHello(Message):
+    """First word of the process without weights: it has found the model to be whole, and says what it takes."""
+
+    kind = "describer-hello"
+    pid: Count
+    dtype: Name  # of the stack
+    speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()
+    model: ModelDescription
+
+
+class TokenCounts(Message):
+    """How many tokens each text of a question has; none, and why, where they can't be counted."""
+
+    kind = "token-counts"
+    request: Count
+    counts: Annotated[tuple[Count, ...], Field(max_length=2 * MAX_JOBS)] = ()
+    reason: Line = ""
+
+
+class CountTokens(Message):
+    kind = "count-tokens"
+    request: Count
+    texts: Annotated[tuple[Text, ...], Field(max_length=2 * MAX_JOBS)]
+
+
+FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Heartbeat)
+TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, Beat, Error)

@@ -1,0 +1,144 @@
+"""What workers and the orchestrator tell each other."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.gpu_memory import Needs
+from protocol.job import JobId, Recipe
+from protocol.messages.common import (
+    Beat,
+    Count,
+    Counts,
+    Error,
+    Grants,
+    Heartbeat,
+    Line,
+    Message,
+    Name,
+    TaskKey,
+    Welcome,
+)
+from protocol.model import ModelDescription
+from protocol.stages import Stage
+from protocol.views import ComponentView
+
+
+class WorkerHello(Message):
+    """First word of each incarnation."""
+
+    kind = "worker-hello"
+    name: Name
+    stage: Stage
+    pid: Count
+    host: Name
+    device: Name
+    device_kind: Name = ""  # cpu, or a GPU's name
+    versions: Name = ""  # of the libraries that it computes with
+    dtype: Name
+    model: ModelDescription
+    speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()  # of its whole stack
+    gpus: Counts = ()  # it works in leases of these GPUs' memory; none: in memory of its own
+    part: Count = 0  # where one process is several workers, which of them; the first one has their leases
+    parts: Annotated[int, Field(ge=1, le=64)] = 1  # how many they are
+
+
+class Ready(Message):
+    """The model is loaded and the hands are free: exactly one task, or a lease, may come.
+
+    With `in_hand` they are not: a worker that has come back still works at that task, or has its result.
+    """
+
+    kind = "ready"
+    device_map: tuple[tuple[str, str], ...] = ()
+    residency: tuple[ComponentView, ...] = ()
+    needs: Annotated[tuple[Needs, ...], Field(max_length=64)] = ()  # of each of its GPUs, where it works in leases
+    context_bytes: Counts = ()  # of its CUDA contexts with their libraries
+    kept_bytes: Counts = ()  # that it holds beside contexts and leases, whatever it gives back
+    grants: Grants = ()  # that it holds
+    in_hand: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
+
+
+class Leased(Message):
+    """A lease is in force; after one of nothing all is given back, which the driver confirms.
+
+    `kept_bytes` are what the process holds beside its context and any lease, as last measured: nobody can ask for them.
+    """
+
+    kind = "leased"
+    grants: Grants
+    kept_bytes: Counts = ()
+    context_bytes: Counts = ()
+    residency: tuple[ComponentView, ...] = ()
+    reason: Line = ""  # why the weights could not be brought in; then nothing is held
+
+
+class Progress(TaskKey):
+    """Some steps are done, and more are to come. A checkpoint of `saved` steps may lie beside it, for any worker."""
+
+    kind = "progress"
+    step: Count
+    steps: Count
+    saved: Count = 0
+
+
+class Result(TaskKey):
+    """A stage's outcome, its tensors beside it. Kept by the worker until the orchestrator says Committed."""
+
+    kind = "result"
+    seconds: float
+    peak_bytes: Count = 0
+    workspace_bytes: Count = 0  # of a GPU's memory beside the weights, at most
+    warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
+
+
+class TaskFailed(TaskKey):
+    """`retry` is False where another try can't help."""
+
+    kind = "task-failed"
+    reason: Line
+    retry: bool
+    cancelled: bool = False
+    out_of_memory: bool = False
+
+
+class WorkerGoodbye(Message):
+    kind = "worker-goodbye"
+
+
+class Task(TaskKey):
+    """One stage of one job; the tensors of the stage before it lie beside it."""
+
+    kind = "task"
+    recipe: Recipe
+    make_do: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
+
+
+class Lease(Message):
+    """From now on a worker may use so much of its GPUs; of nothing, it gives all back. It comes only to free hands."""
+
+    kind = "lease"
+    grants: Grants  # one for each GPU, all of them of something or all of nothing
+
+
+class CancelTask(TaskKey):
+    kind = "cancel-task"
+
+
+class Committed(TaskKey):
+    """The result is safe, or superseded; the worker lets go of it."""
+
+    kind = "committed"
+
+
+FROM_WORKER: tuple[type[Message], ...] = (
+    WorkerHello,
+    Ready,
+    Leased,
+    Heartbeat,
+    Progress,
+    Result,
+    TaskFailed,
+    WorkerGoodbye,
+)
+TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, Lease, CancelTask, Committed, Beat, Error)

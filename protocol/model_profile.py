@@ -1,0 +1,57 @@
+"""What a model takes, before any of its weights are there: bytes, arithmetic, and which part of them is where."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from protocol.data import Data
+from protocol.job import Recipe
+from protocol.model import ModelDescription
+from protocol.stages import Stage
+
+Bytes = Annotated[int, Field(ge=0)]
+Flop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class BlockFigures(Data):
+    """One of a row of modules that run one after the other."""
+
+    name: str
+    bytes: Bytes  # of all its weights
+    once: Bytes  # of them, those that act on the timestep alone, and are run once a job where memory is short
+    flop: Flop  # of one run
+
+
+class StageFigures(Data):
+    """What a stage takes for one job, in the model's dtype."""
+
+    stage: Stage
+    components: tuple[tuple[str, Bytes], ...]  # those with weights, and their bytes
+    least: Bytes  # of weights, where as much of them as can be is streamed
+    largest: Bytes  # of its intermediate results
+    flop: Flop  # of one pass; through the denoiser a step has one, or two with true CFG
+    passes: Annotated[int, Field(ge=1)]  # a job
+    blocks: tuple[BlockFigures, ...]  # of its largest component, in the order in which they run
+    loose: Bytes  # of its buffer for what is run once a job
+    after: Bytes  # of weights of its parts that come after the blocks
+    heads: Annotated[int, Field(ge=0)]  # of its attention, 0 where that isn't told
+
+    @property
+    def weights(self) -> int:
+        return sum(size for _, size in self.components)
+
+    @property
+    def once(self) -> int:
+        """Bytes of weights that are run once a job where memory is short."""
+        return sum(block.once for block in self.blocks)
+
+
+class ModelFigures(Data):
+    """`recipe` is the job that they are of."""
+
+    model: ModelDescription
+    recipe: Recipe
+    stages: tuple[StageFigures, ...]
+
+    def stage(self, stage: Stage) -> StageFigures:
+        return next(figures for figures in self.stages if figures.stage == stage)

@@ -1,0 +1,163 @@
+"""From a request to a recipe: every default settled, everything that can't work refused before it is queued."""
+
+import hashlib
+import json
+import math
+import secrets
+from collections.abc import Callable
+
+from protocol.errors import BadRequest, DoesNotFit
+from protocol.job import MAX_SEED, JobRequest, Recipe
+from protocol.model import ModelDescription
+from protocol.speedups import tier_of
+
+MAX_STEPS = 1000
+MAX_IMAGES = 16
+MAX_SCALE = 100.0
+DRAWN = -1  # a seed that stands for a random one, as everywhere in this field
+MAX_PRIORITY = 1000
+
+MOST_SPECIAL = 16  # tokens that a tokenizer adds to a text
+
+CountTokens = Callable[[str], int]
+
+
+def surely_fits(text: str, room: int) -> bool:
+    """Whether a text has at most `room` tokens whatever the tokenizer: each takes a character, unless it is special."""
+    return text.isascii() and len(text) + MOST_SPECIAL <= room
+
+
+def resolve(
+    request: JobRequest,
+    model: ModelDescription,
+    dtype: str,
+    count_tokens: CountTokens | None,
+    speedups: tuple[str, ...] = (),
+) -> Recipe:
+    """The recipe of a request, in a stack with these speedups.
+
+    Raises:
+        BadRequest: something in it can't be right.
+        DoesNotFit: the picture, the number of pictures or the prompt is larger than the model takes.
+    """
+    width, height = check_size(request.width, request.height, model)
+    check_range("steps", request.steps, 1, MAX_STEPS)
+    check_range("num_images", request.num_images, 1, MAX_IMAGES)
+    check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    check_range("seed", request.seed, DRAWN, MAX_SEED)
+    length = check_prompts(request, model, count_tokens)
+    guidance, cfg_scale, negative = check_guidance(request, model)
+    return Recipe(
+        prompt=request.prompt,
+        negative_prompt=negative,
+        width=width,
+        height=height,
+        steps=model.steps if request.steps is None else request.steps,
+        guidance=guidance,
+        cfg_scale=cfg_scale,
+        seed=secrets.randbelow(2**32) if request.seed in (None, DRAWN) else request.seed,
+        num_images=request.num_images,
+        max_sequence_length=length,
+        model=model.model,
+        revision=model.revision,
+        dtype=dtype,
+        tier=tier_of(speedups),
+        speedups=speedups,
+    )
+
+
+def check_range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise BadRequest(f"{name} is {value}.", f"It goes from {low:g} to {high:g}.")
+
+
+def check_size(width: int | None, height: int | None, model: ModelDescription) -> tuple[int, int]:
+    """Width and height in pixels, in the model's multiple and within its limit."""
+    width, height = model.width if width is None else width, model.height if height is None else height
+    multiple = model.size_multiple
+    for name, value in (("width", width), ("height", height)):
+        if value <= 0:
+            raise BadRequest(
+                f"{name} is {value}.", f"It must be a positive multiple of {multiple}, such as {model.width}."
+            )
+    if width * height > model.max_pixels:
+        scale = math.sqrt(model.max_pixels / (width * height))
+        fits = (max(multiple, int(side * scale) // multiple * multiple) for side in (width, height))
+        raise DoesNotFit(
+            f"{width}x{height} is too large for {model.pipeline}.",
+            f"At most {model.max_pixels} pixels fit, such as {'x'.join(map(str, fits))}.",
+        )
+    if width % multiple or height % multiple:
+        fits = (max(multiple, round(side / multiple) * multiple) for side in (width, height))
+        raise BadRequest(
+            f"{width}x{height} is not in multiples of {multiple} pixels.", f"The nearest is {'x'.join(map(str, fits))}."
+        )
+    return width, height
+
+
+def check_prompts(request: JobRequest, model: ModelDescription, count_tokens: CountTokens | None) -> int | None:
+    """The sequence length in tokens that both prompts fit; None where the pipeline has no such argument."""
+    if not request.prompt.strip():
+        raise BadRequest("The prompt is empty.", "Say what the picture should show.")
+    length = request.max_sequence_length
+    if length is not None and model.max_sequence_length is None:
+        raise BadRequest(f"{model.pipeline} takes no max_sequence_length.", "Leave it out.")
+    check_range("max_sequence_length", length, 1, model.max_sequence_limit)
+    if length is None:
+        length = model.max_sequence_length
+    room = model.max_sequence_limit if length is None else length
+    for name, text in prompts_of(request):
+        tokens = count_tokens(text) if count_tokens and not surely_fits(text, room) else 0
+        if tokens > room:
+            longer = model.max_sequence_length is not None and tokens <= model.max_sequence_limit
+            hint = f"Or give --max-sequence-length {tokens}." if longer else ""
+            raise DoesNotFit(f"The {name} has {tokens} tokens; {room} fit. Shorten it.", hint)
+    return length
+
+
+def prompts_of(request: JobRequest) -> list[tuple[str, str]]:
+    """(what it is, text) of all that is to be encoded."""
+    negative = [] if request.negative_prompt is None else [("negative prompt", request.negative_prompt)]
+    return [("prompt", request.prompt), *negative]
+
+
+def texts_to_count(request: JobRequest, model: ModelDescription) -> list[str]:
+    """Those of which a tokenizer must say whether they fit."""
+    length = request.max_sequence_length or model.max_sequence_length or model.max_sequence_limit
+    return [text for _, text in prompts_of(request) if not surely_fits(text, length)]
+
+
+def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float | None, float | None, str | None]:
+    """Distilled guidance, true CFG scale and negative prompt, each None where the model or job has none.
+
+    No negative prompt is not an empty one: what a pipeline does without one is its own affair.
+    """
+    check_range("guidance", request.guidance, 0, MAX_SCALE)
+    check_range("cfg_scale", request.cfg_scale, 0, MAX_SCALE)
+    if request.guidance is not None and model.guidance is None:
+        raise BadRequest(f"{model.model!r} takes no distilled guidance.", "Leave --guidance out.")
+    if request.cfg_scale is not None and model.cfg_scale is None:
+        raise BadRequest(f"{model.pipeline} has no true classifier-free guidance.", "Leave --cfg-scale out.")
+    cfg_scale = model.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    true_cfg = cfg_scale is not None and cfg_scale > 1
+    if request.negative_prompt and not true_cfg:
+        hint = "Leave it out." if model.cfg_scale is None else "Add --cfg-scale with a number above 1, or leave it out."
+        raise BadRequest("A negative prompt has no effect without true classifier-free guidance.", hint)
+    negative = request.negative_prompt if true_cfg else None
+    return (model.guidance if request.guidance is None else request.guidance), cfg_scale, negative
+
+
+def text_key(recipe: Recipe) -> str:
+    """What the embeddings depend on, and nothing else: equal keys, equal embeddings."""
+    true_cfg = recipe.cfg_scale is not None and recipe.cfg_scale > 1
+    parts = (
+        recipe.revision,
+        recipe.dtype,
+        recipe.prompt,
+        recipe.negative_prompt if true_cfg else None,
+        true_cfg,
+        recipe.max_sequence_length,
+        recipe.num_images,
+        *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,0 +1,54 @@
+"""Workers and processes as clients are shown them."""
+
+from typing import Literal
+
+from protocol.data import Data
+from protocol.stages import Stage
+
+
+class ComponentView(Data):
+    """Where a worker has the weights of one model component."""
+
+    component: str
+    state: Literal["in", "streamed", "out"]
+    device_bytes: int  # of weights on the device, where a part is streamed with the ring that it passes through
+    total_bytes: int
+    swap_seconds: float  # of the last swap in or out
+
+
+class WorkerView(Data):
+    """A worker as `triptych workers` shows it."""
+
+    id: str  # of this incarnation
+    name: str
+    stage: Stage
+    state: Literal["loading", "idle", "busy", "swapping"]
+    pid: int
+    host: str
+    device: str
+    device_kind: str  # cpu, or a GPU's name
+    versions: str  # of its libraries
+    dtype: str
+    model: str
+    speedups: tuple[str, ...]
+    job: str | None
+    done: int  # tasks since it started
+    rss_bytes: int
+    gpu_bytes: int
+    device_map: tuple[tuple[str, str], ...]  # (module, device), where the weights are spread
+    residency: tuple[ComponentView, ...]  # of components on one device of their own
+    gpus: tuple[int, ...]  # whose memory the orchestrator leases to its process
+    lease_bytes: tuple[int, ...]  # of each; told of the first of several workers in a process
+    context_bytes: tuple[int, ...]  # of its CUDA contexts with their libraries
+    since: float
+
+
+class ProcessView(Data):
+    """A process of the supervisor's, also while no worker of it is registered."""
+
+    name: str
+    stage: Stage | None
+    pid: int | None
+    state: Literal["starting", "running", "stopping", "waiting"]
+    restarts: int
+    reason: str  # why it last ended

@@ -1,0 +1,278 @@
+#!/usr/bin/env python
+"""Random load and random faults against a whole stack on the demo model, for minutes; then an account of it.
+
+    python -m scripts.faults.soak --minutes 10 --seed 1
+
+Every job that was accepted must end with the picture that an undisturbed stack gave, to the last bit. Faults: SIGKILL
+and SIGSTOP of each process, the supervisor included, one or two at a time, and bytes changed in what lies on disk. The
+recovery time of a fault is that until another process stands, ready, in the place of the one that was hit.
+"""
+
+import hashlib
+import json
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from protocol.client.client import Client
+from protocol.errors import TriptychError
+from protocol.job import ENDED, JobRequest
+from protocol.stages import Stage
+from scripts.faults.saboteur import Saboteur, Stack, leftovers, patiently
+
+WORKERS: dict[Stage, int] = {"text": 1, "denoise": 2, "vae": 1}
+WORDS = ("red", "blue", "green", "yellow"), ("circle", "square", "star", "triangle")
+IN_FLIGHT = 12  # jobs at most
+FAULTS = {  # and how often each is to come
+    "kill text": 3, "kill denoise": 6, "kill vae": 3, "kill orchestrator": 4, "kill forkserver": 1,
+    "stop text": 2, "stop denoise": 4, "stop vae": 2, "stop orchestrator": 2,
+    "kill two": 3, "kill supervisor": 1, "spoil": 3,
+}  # fmt: skip
+
+
+@dataclass
+class Account:
+    """What happened."""
+
+    accepted: dict[str, str] = field(default_factory=dict)  # job → what its picture must be
+    done: dict[str, str] = field(default_factory=dict)  # job → what it was when it came
+    faults: Counter[str] = field(default_factory=Counter)
+    recoveries: dict[str, list[float]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    set_aside: int = (
+        0  # jobs that were hit three times at the same point, and told to be tried again, as a person would
+    )
+
+
+def recipes(rng: random.Random, count: int) -> list[JobRequest]:
+    return [
+        JobRequest(
+            prompt=f"a {rng.choice(WORDS[0])} {rng.choice(WORDS[1])}", seed=rng.randrange(1000), width=64, height=64,
+            steps=rng.choice((6, 10, 20)), num_images=rng.choice((1, 1, 2)),
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+
+
+def digest_of(client: Client, job: str) -> str:
+    return hashlib.sha256(client.raw_pictures(job)[1].data).hexdigest()
+
+
+class Load(threading.Thread):
+    """A client that submits as fast as the queue empties, and takes every picture that it is owed."""
+
+    def __init__(
+        self, stack: Stack, wanted: dict[str, str], pool: list[JobRequest], seed: int, account: Account
+    ) -> None:
+        super().__init__(daemon=True, name="load")
+        self._stack, self._wanted, self._pool, self._account = stack, wanted, pool, account
+        self._rng = random.Random(seed)
+        self._open: set[str] = set()
+        self._client: Client | None = None
+        self._count = 0
+        self._pending: JobRequest | None = None  # perhaps accepted, perhaps not
+        self.stopping = threading.Event()
+        self.finished = threading.Event()
+
+    def run(self) -> None:
+        while not (self.stopping.is_set() and not self._open):
+            try:
+                self._client = self._client or Client(self._stack.state, timeout=5)
+                self._step(self._client)
+            except TriptychError:
+                self._reconnect()
+            if self._rng.random() < 0.002:
+                self._reconnect()  # clients come and go, too
+        self.finished.set()
+
+    def _reconnect(self) -> None:
+        if self._client:
+            self._client.close()
+            self._client = None
+        time.sleep(0.02)
+
+    def _step(self, client: Client) -> None:
+        while len(self._open) < IN_FLIGHT and not self.stopping.is_set():
+            if self._pending is None:
+                self._count += 1
+                self._pending = self._rng.choice(self._pool).model_copy(update={"id": f"soak{self._count}"})
+            client.submit(self._pending)  # again, if the answer was lost: the id makes that harmless
+            job_id = str(self._pending.id)
+            self._account.accepted[job_id] = self._wanted[key_of(self._pending)]
+            self._open.add(job_id)
+            self._pending = None
+        for job in [client.job(open_id) for open_id in sorted(self._open)]:
+            if job.state in ENDED:
+                if job.state == "done":
+                    self._account.done[job.id] = digest_of(client, job.id)
+                elif job.state == "failed" and all("died" in reason or "silent" in reason for reason in job.reasons):
+                    self._account.set_aside += 1  # three deaths in a row at one point look like the job's own fault
+                    client.retry(job.id)
+                    continue
+                else:
+                    self._account.problems.append(f"{job.id} is {job.state}: {job.reasons}")
+                self._open.discard(job.id)
+        time.sleep(0.02)
+
+
+def key_of(request: JobRequest) -> str:
+    return json.dumps(request.model_dump(exclude={"id"}), sort_keys=True)
+
+
+class Trouble:
+    def __init__(self, stack: Stack, rng: random.Random, account: Account) -> None:
+        self._saboteur, self._rng, self._account, self._stack = Saboteur(stack, rng), rng, account, stack
+        self._names = sorted(p.name for p in self._saboteur.workers().processes if p.stage is not None)
+
+    def make(self) -> None:
+        """One fault, from its beginning to its end."""
+        kind = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
+        self._stack.remember()
+        seconds: list[float] = []
+        match kind.split():
+            case ["kill", "two"]:
+                names = self._rng.sample([*self._names, "orchestrator"], 2)
+                results: list[float] = []
+                threads = [threading.Thread(target=self._hit, args=(n, signal.SIGKILL, results)) for n in names]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                seconds = [max(results)]
+            case ["kill", "supervisor"]:
+                seconds = [self._saboteur.end_supervisor()]
+            case ["spoil"]:
+                if not self._saboteur.spoil_artifact(("text", "checkpoint", "latents")):
+                    return
+            case [how, what]:
+                number = signal.SIGKILL if how == "kill" else signal.SIGSTOP
+                name = what if what in ("orchestrator", "forkserver") else self._one_of(what)
+                self._hit(name, number, seconds)
+        self._account.faults[kind] += 1
+        took = ", ".join(f"{value:.2f} s" for value in seconds)
+        print(f"{time.strftime('%H:%M:%S')} {kind} {took}", file=sys.stderr, flush=True)
+        self._account.recoveries.setdefault(kind, []).extend(seconds)
+
+    def _one_of(self, stage: str) -> str:
+        return self._rng.choice([name for name in self._names if name.startswith(stage)])
+
+    def _hit(self, name: str, number: signal.Signals, results: list[float]) -> None:
+        saboteur = Saboteur(self._stack, self._rng)
+        try:
+            results.append(saboteur.signal(name, number))
+        finally:
+            saboteur.close()
+
+    def settle(self) -> None:
+        self._saboteur.patiently(lambda: self._saboteur.whole(self._saboteur.workers()))
+        self._saboteur.close()
+
+
+def percentile(values: list[float], share: float) -> float:
+    return float(np.quantile(values, share)) if values else 0.0
+
+
+COUNTS = [word for stage, count in WORKERS.items() for word in ("--workers", f"{stage}={count}")]
+TWO_GPUS = ["--device", "cpu:0,1", "--budget", "0=40MB", "--budget", "1=40MB", "--keep-alive", "0", "--placement"]
+PLACES = {  # options of `triptych up`
+    "cpu": ["--device", "cpu", *COUNTS],
+    "leases": ["--device", "cpu:0", "--budget", "0=30MB", "--keep-alive", "0", *COUNTS],
+    **{placement: [*TWO_GPUS, placement] for placement in ("replicas", "split", "tensor", "context")},
+}
+
+
+@click.command()
+@click.option("--minutes", type=float, default=10.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--pause", type=float, default=1.5, show_default=True, help="Seconds between two faults, on average.")
+@click.option(
+    "--place",
+    type=click.Choice([*PLACES]),
+    default="cpu",
+    show_default=True,
+    help="leases: of a GPU that can't hold all three stages, which a CPU plays; others: a placement on two",
+)
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def main(minutes: float, seed: int, pause: float, place: str, as_json: bool) -> None:
+    """Random load, random faults, and an account of what came of them."""
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        report = soak(Path(folder), minutes * 60, seed, pause, place)
+    print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
+    if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
+        sys.exit(1)
+
+
+def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> dict[str, Any]:
+    rng, account = random.Random(seed), Account()
+    stack = Stack(folder, PLACES[place])
+    stack.wait_ready()
+    pool = recipes(rng, 24)
+    with Client(stack.state, timeout=60) as client:
+        wanted = {}
+        for request in pool:
+            wanted[key_of(request)] = digest_of(client, client.wait(client.submit(request).id, 120).id)
+    print(f"{len(pool)} undisturbed pictures; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
+    load, trouble = Load(stack, wanted, pool, seed + 1, account), Trouble(stack, rng, account)
+    start = time.monotonic()
+    load.start()
+    while time.monotonic() - start < seconds:
+        time.sleep(rng.expovariate(1 / pause))
+        trouble.make()
+    load.stopping.set()
+    if not load.finished.wait(300):
+        account.problems.append("not all accepted jobs ended within five minutes")
+    trouble.settle()
+    return reckon(stack, account, time.monotonic() - start)
+
+
+def reckon(stack: Stack, account: Account, seconds: float) -> dict[str, Any]:
+    """What the books say at the end, the stack being stopped."""
+    duplicated = 0
+    with Client(stack.state, timeout=60) as client:
+        for job_id, digest in account.done.items():
+            job = client.job(job_id)
+            stages = [record.stage for record in job.records]
+            if sorted(stages) != sorted(set(stages)) or len(stages) != 3 or digest_of(client, job_id) != digest:
+                duplicated += 1
+        listed = client.stack().counts
+        patiently(
+            lambda: not any(any(worker.lease_bytes) for worker in client.workers().workers)
+        )  # the ledger is empty
+    if code := stack.stop():
+        account.problems.append(f"the stack ended with exit code {code}")
+    if orphans := stack.orphans():
+        account.problems.append(f"processes are left: {orphans}")
+    if files := leftovers(stack.state):
+        account.problems.append(f"files are left: {files}")
+    if unfinished := [entry for entry in listed if entry[0] not in ENDED]:
+        account.problems.append(f"jobs are left: {unfinished}")
+    times = [value for kind, values in account.recoveries.items() if kind != "kill supervisor" for value in values]
+    every = [value for values in account.recoveries.values() for value in values]
+    return {
+        "minutes": round(seconds / 60, 1),
+        "jobs": len(account.accepted),
+        "faults": sum(account.faults.values()),
+        "by kind": dict(account.faults),
+        "recovery p50/p95/max, s": [round(percentile(every, share), 2) for share in (0.5, 0.95, 1.0)],
+        "the same without the supervisor's, s": [round(percentile(times, share), 2) for share in (0.5, 0.95, 1.0)],
+        "p95 by kind, s": {kind: round(percentile(v, 0.95), 2) for kind, v in account.recoveries.items() if v},
+        "set aside and retried": account.set_aside,
+        "lost": len(account.accepted.keys() - account.done.keys()),
+        "duplicated": duplicated,
+        "differing": sum(account.accepted[job] != digest for job, digest in account.done.items()),
+        "problems": account.problems,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""Leases of a GPU: pure arithmetic and pure scheduling, held to their promises by chance and by cases."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.job import ModelKey
+from orchestrator.memory.lease_sizes import Need, levels
+from orchestrator.memory.ledger import FIRST_HEADROOM, HEADROOM, Account, Holding, Ledger
+from orchestrator.scheduling.scheduler import (
+    NOTHING,
+    Assign,
+    Holder,
+    IdleWorker,
+    Lend,
+    Room,
+    Seat,
+    Snapshot,
+    WaitingTask,
+    decide,
+)
+from protocol.gpu_memory import Grant, Needs
+from protocol.job import Recipe
+from protocol.stages import STAGES, Stage
+from tests.chance import examples
+
+MODEL = ModelKey("m", "bfloat16")
+GB = 10**9
+# FLUX.1-dev, in bf16
+FLUX: dict[Stage, Need] = {
+    "text": Need(9_780_000_000, 900_000_000, 600_000_000),
+    "denoise": Need(23_800_000_000, 1_500_000_000, 600_000_000),
+    "vae": Need(170_000_000, 170_000_000, 2_700_000_000),
+}
+
+
+@st.composite
+def needs(draw: st.DrawFn) -> Need:
+    weights = draw(st.integers(1, 1000))
+    return Need(weights, draw(st.integers(1, weights)), draw(st.integers(0, 300)))
+
+
+@given(
+    available=st.integers(0, 3000),
+    wanted=st.dictionaries(st.sampled_from("abcde"), needs(), min_size=1),
+    spread=st.sets(st.sampled_from("abcde")),
+)
+def test_what_is_held_beside_fits_together_and_any_turn_with_it(
+    available: int, wanted: dict[str, Need], spread: set[str]
+) -> None:
+    wanted = {name: replace(need, spread=name in spread) for name, need in wanted.items()}
+    found = levels(available, wanted)
+    beside = sum(level.beside for level in found.values())
+    first = sum(level.beside for name, level in found.items() if name in spread)
+    assert beside <= available
+    for name, level in found.items():
+        need = wanted[name]
+        assert level.turn == 0 or need.small <= level.turn <= min(need.whole, available)
+        assert level.beside == 0 or need.small <= level.beside <= need.whole
+        assert (level.turn == 0) == (need.small > available)
+        if level.turn > need.small and level.beside == 0:
+            alone = {min(need.whole, available), min(need.whole, available - first)}
+            assert level.turn + beside <= available or level.turn in alone
+    if sum(need.whole for need in wanted.values()) <= available:
+        assert all(found[name].beside == found[name].turn == wanted[name].whole for name in wanted)
+
+
+def test_on_16_gb_the_vae_stays_and_text_streams_beside_the_denoiser() -> None:
+    found = levels(int(14.5 * GB), {**FLUX})
+    assert found["vae"].beside == FLUX["vae"].whole
+    assert found["text"].beside == FLUX["text"].small
+    assert found["denoise"].turn == int(14.5 * GB) - found["vae"].beside - found["text"].beside
+    small = levels(6 * GB, {**FLUX})
+    assert all(level.beside == 0 for level in small.values())
+    assert small["denoise"].turn == 6 * GB
+
+
+@dataclass
+class World:
+    """A stack that is moved on by the scheduler alone; a tick is a second."""
+
+    available: dict[int, int]  # by GPU
+    needs: dict[str, Need]  # by worker, whose name begins with its stage; on each of its GPUs
+    gpus: dict[str, tuple[int, ...]]  # by worker
+    queues: dict[Stage, list[tuple[str, int, int]]] = field(default_factory=dict)  # (job, workspace, since)
+    jobs: dict[str, int] = field(default_factory=dict)  # by worker, at once; 1
+    held: dict[str, tuple[Grant, ...]] = field(default_factory=dict)
+    busy: dict[tuple[str, int], tuple[str, int] | Lend] = field(default_factory=dict)  # by worker and hand
+    since: dict[str, int] = field(default_factory=dict)
+    now: int = 0
+    done: list[str] = field(default_factory=list)
+    swaps: int = 0
+    patience: float = 30.0
+    lasting: bool = False
+
+    def __post_init__(self) -> None:
+        self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
+
+    def stage(self, worker: str) -> Stage:
+        return next(stage for stage in STAGES if worker.startswith(stage))
+
+    def workspace(self, stage: Stage) -> int:
+        return next(need.workspace for worker, need in self.needs.items() if worker.startswith(stage))
+
+    def booked(self) -> dict[str, tuple[int, ...]]:
+        coming = {worker: doing.grants for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        return {
+            worker: tuple(max(now.bytes, then.bytes) for now, then in zip(held, coming.get(worker, held), strict=True))
+            for worker, held in self.held.items()
+        }
+
+    def on(self, gpu: int) -> int:
+        booked = self.booked()
+        return sum(booked[worker][gpus.index(gpu)] for worker, gpus in self.gpus.items() if gpu in gpus)
+
+    def hands(self, worker: str) -> int:
+        return self.jobs.get(worker, 1)
+
+    def snapshot(self) -> Snapshot:
+        booked = self.booked()
+        holders = {
+            w: Holder(
+                w,
+                self.stage(w),
+                MODEL,
+                {
+                    gpu: Seat(self._need(w, held), size, held.weights)
+                    for gpu, held, size in zip(self.gpus[w], self.held[w], booked[w], strict=True)
+                },
+                self.hands(w),
+                self.now - self.since.get(w, 0),
+                lasting=self.lasting,
+                most=min((self.available[gpu] - self.needs[w].least) // self.hands(w) for gpu in self.gpus[w]),
+            )
+            for w in self.needs
+        }
+        waiting = {
+            (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
+            for stage, queue in self.queues.items()
+        }
+        swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        idle = [
+            IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), MODEL, w)
+            for w in self.needs
+            for hand in range(self.hands(w))
+            if (w, hand) not in self.busy and w not in swapping
+        ]
+        depth = {stage: len(queue) for stage, queue in self.queues.items()}
+        rooms = {gpu: Room(size, size - self.on(gpu)) for gpu, size in self.available.items()}
+        return Snapshot(waiting, idle, depth, holders, rooms, self.patience)
+
+    def _need(self, worker: str, held: Grant) -> Need:
+        need, hands = self.needs[worker], self.hands(worker)
+        space = held.bytes - held.weights if held.bytes else need.workspace * hands
+        return replace(need, workspace=space, spread=len(self.gpus[worker]) > 1)
+
+    def tick(self) -> None:
+        for (worker, hand), doing in list(self.busy.items()):
+            del self.busy[worker, hand]
+            if isinstance(doing, Lend):
+                self.held[worker], self.since[worker] = doing.grants, self.now
+            else:
+                self._finish(self.stage(worker), *doing)
+        for action in decide(snapshot := self.snapshot()):
+            worker, _, which = action.worker.partition(".")
+            hand = int(which or 0)
+            assert (worker, hand) not in self.busy
+            if isinstance(action, Lend):
+                assert not any(who == worker for who, _ in self.busy), "a lease is changed beside a job"
+                self._lend(snapshot, action)
+            else:
+                self._assign(action, worker, hand)
+        for gpu, size in self.available.items():
+            assert self.on(gpu) <= size, "the budget is passed"
+        self.now += 1
+
+    def _lend(self, snapshot: Snapshot, lend: Lend) -> None:
+        need = self.needs[lend.worker]
+        self.swaps += lend.bytes > 0
+        for grant in lend.grants:
+            assert grant.weights <= grant.bytes
+            assert (grant.bytes > 0) == (lend.bytes > 0), "on some of its GPUs only"
+            assert not grant.bytes or need.least <= grant.weights <= need.weights
+        if not lend.bytes:
+            others = [h for h in snapshot.holders.values() if h.id != lend.worker]
+            here = [h for h in others if {*h.seats} & {*self.gpus[lend.worker]}]
+            busy = {worker for worker, _ in self.busy}
+            blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in busy]
+            assert blocked, f"{lend.worker} was sent away for nobody"
+        self.busy[lend.worker, 0] = lend
+
+    def _assign(self, action: Assign, worker: str, hand: int) -> None:
+        queue = self.queues[action.stage]
+        task = next(task for task in queue if task[0] == action.job)
+        queue.remove(task)
+        for held in self.held[worker]:
+            assert task[1] * self.hands(worker) <= held.bytes - held.weights, "a task without room"
+        self.busy[worker, hand] = (task[0], task[1])
+
+    def _finish(self, stage: Stage, job: str, workspace: int) -> None:
+        if stage == "vae":
+            self.done.append(job)
+        else:
+            following = STAGES[STAGES.index(stage) + 1]
+            self.queues.setdefault(following, []).append((job, self.workspace(following), self.now))
+
+
+def one_gpu(available: int, wanted: dict[Stage, Need]) -> World:
+    return World({0: available}, {**wanted}, dict.fromkeys(wanted, (0,)))
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> World:
+    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
+    least = max(need.small for need in wanted.values())
+    world = one_gpu(draw(st.integers(least, least + sum(need.whole for need in wanted.values()))), wanted)
+    world.patience = draw(st.sampled_from([3.0, 30.0]))
+    world.lasting = draw(st.booleans())
+    return world
+
+
+@st.composite
+def many_gpus(draw: st.DrawFn) -> World:
+    """Each stage has a worker on at least one of them; every worker can do its stage's tasks with a GPU to itself."""
+    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
+    count = draw(st.integers(1, 4))
+    chosen = draw(st.sets(st.integers(0, count - 1), min_size=1))
+    jobs: dict[str, int] = {}
+    if draw(st.booleans()):
+        gpus: dict[str, tuple[int, ...]] = {"denoise": tuple(chosen)}
+        jobs["denoise"] = draw(st.integers(1, 2))
+    else:
+        gpus = {f"denoise-{n}": (n,) for n in chosen}
+    gpus |= {stage: (draw(st.integers(0, count - 1)),) for stage in ("text", "vae")}
+    if draw(st.booleans()):
+        gpus["vae-2"] = (draw(st.integers(0, count - 1)),)
+    wants = {worker: wanted[next(s for s in STAGES if worker.startswith(s))] for worker in gpus}
+    everything = sum(need.whole for need in wants.values())
+    available = {}
+    for n in range(count):
+        here = [worker for worker, at in gpus.items() if n in at]
+        least = max((wants[w].least + wants[w].workspace * jobs.get(w, 1) for w in here), default=0)
+        available[n] = draw(st.integers(least, least + everything))
+    patience, lasting = draw(st.sampled_from([3.0, 30.0])), draw(st.booleans())
+    return World(available, wants, gpus, jobs=jobs, patience=patience, lasting=lasting)
+
+
+@examples(300)
+@given(world=worlds() | many_gpus(), arrivals=st.lists(st.integers(0, 60), max_size=12))
+def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[int]) -> None:
+    for number, at in enumerate(sorted(arrivals)):
+        while world.now < at:
+            world.tick()
+        world.queues.setdefault("text", []).append((f"j{number}", world.workspace("text"), world.now))
+    for _ in range(2000):
+        if len(world.done) == len(arrivals):
+            break
+        world.tick()
+    assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
+
+
+@examples(40)
+@given(world=worlds(), jobs=st.integers(1, 20))
+def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) -> None:
+    world.patience = 1e9
+    world.queues["text"] = [(f"j{number}", world.workspace("text"), 0) for number in range(jobs)]
+    for _ in range(2000):
+        world.tick()
+    assert len(world.done) == jobs
+    assert world.swaps == 3
+
+
+@examples(100)
+@given(world=worlds(), every=st.integers(1, 3))
+def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> None:
+    """Denoising could go on for ever; the first pictures come out all the same."""
+    world.patience = 20.0
+    for number in range(400):
+        if number % every == 0:
+            world.queues.setdefault("denoise", []).append((f"d{number}", world.workspace("denoise"), world.now))
+        if number % 50 == 0:
+            world.queues.setdefault("text", []).append((f"t{number}", world.workspace("text"), world.now))
+        world.tick()
+    assert "t0" in world.done or any(job == "t0" for job, *_ in world.queues.get("vae", []))
+    assert world.done
+
+
+def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
+    world = one_gpu(int(14.5 * GB), FLUX)
+    world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0), ("b", FLUX["denoise"].workspace, 0)]
+    for _ in range(12):
+        world.tick()
+    assert world.done == ["a", "b"]
+    assert world.held["text"] == (NOTHING,)
+    assert world.swaps == 2  # the denoiser and the VAE
+    world.queues["text"] = [("c", FLUX["text"].workspace, world.now)]
+    for _ in range(12):
+        world.tick()
+    assert world.done == ["a", "b", "c"]
+    assert world.held["text"][0].bytes == FLUX["text"].small
+    assert world.swaps == 3
+
+
+def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_nobody_else_wants_it() -> None:
+    world = one_gpu(int(14.5 * GB), FLUX)
+    world.held["denoise"] = held(6 * GB, 6 * GB - FLUX["denoise"].workspace)
+    task = ("a", FLUX["denoise"].workspace, 0)
+    assert [type(action) for action in decide_with(world, [task])] == [Assign]
+    (lend,) = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)])
+    assert isinstance(lend, Lend)
+    assert lend.bytes == levels(world.available[0], {**FLUX})["denoise"].turn
+    actions = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)], text=1)
+    assert {action.worker for action in actions} == {"denoise", "text"}  # room for others comes first
+    assert any(isinstance(action, Assign) for action in actions)
+    world.held["denoise"] = held(lend.bytes - GB, lend.weights - GB)
+    assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
+
+
+def test_a_free_gpu_is_used_before_anybody_must_go() -> None:
+    workers = {"denoise-0": FLUX["denoise"], "denoise-1": FLUX["denoise"], "text": FLUX["text"], "vae": FLUX["vae"]}
+    world = World({0: 40 * GB, 1: 30 * GB}, workers, {"denoise-0": (0,), "denoise-1": (1,), "text": (0,), "vae": (1,)})
+    world.held["text"] = held(FLUX["text"].whole, FLUX["text"].weights)
+    world.queues["denoise"] = [("a", FLUX["denoise"].workspace, 0)]
+    (lend,) = decide(world.snapshot())
+    assert lend.worker == "denoise-0"  # GPU 0 has 30 GB left, GPU 1 keeps 3 GB for the VAE
+    world.queues["denoise"].append(("b", FLUX["denoise"].workspace, 0))
+    assert {action.worker for action in decide(world.snapshot())} == {"denoise-0", "denoise-1"}
+
+
+def test_a_task_too_large_for_one_gpu_waits_for_the_other_and_smaller_ones_pass_it() -> None:
+    workers = {"denoise-0": Need(10 * GB, GB, GB), "denoise-1": Need(10 * GB, GB, GB)}
+    world = World({0: 4 * GB, 1: 20 * GB}, workers, {"denoise-0": (0,), "denoise-1": (1,)})
+    world.held = {"denoise-0": held(4 * GB, 3 * GB), "denoise-1": held(20 * GB, 10 * GB)}
+    world.busy["denoise-1", 0] = ("x", GB)
+    world.queues["denoise"] = [("large", 8 * GB, 0), ("small", GB, 0)]
+    assert decide(world.snapshot()) == [Assign("small", "denoise", "denoise-0")]
+    world.busy = {("denoise-0", 0): ("x", GB)}
+    assert decide(world.snapshot()) == [Assign("large", "denoise", "denoise-1")]
+
+
+def test_who_lies_on_several_gpus_comes_in_on_all_or_none_and_changes_nothing_beside_a_job() -> None:
+    half = Need(10 * GB, GB, GB)
+    gpus: dict[str, tuple[int, ...]] = {"denoise": (0, 1), "text": (0,), "vae": (1,)}
+    world = World({0: 16 * GB, 1: 18 * GB}, {**FLUX, "denoise": half}, gpus, jobs={"denoise": 2})
+    world.held["text"] = held(9 * GB, 8 * GB)
+    world.queues["denoise"] = [("a", GB, 0), ("b", GB, 0), ("large", 2 * GB, 0)]
+    assert decide(world.snapshot()) == [Lend("text", (NOTHING,))]
+    world.tick()
+    world.tick()
+    assert [grant.bytes for grant in world.held["denoise"]] == [0, 0]
+    assert world.busy == {("denoise", 0): Lend("denoise", held(12 * GB, 10 * GB) * 2)}
+    world.tick()
+    assert set(world.busy) == {("denoise", 0), ("denoise", 1)}
+    del world.busy["denoise", 1]
+    assert decide(world.snapshot()) == []  # the large one waits until both hands are free
+    world.tick()
+    assert world.busy["denoise", 0] == Lend("denoise", held(14 * GB, 10 * GB) * 2)
+
+
+def test_text_streams_beside_what_lies_on_several_gpus_and_never_pushes_it_out() -> None:
+    spread = Need(10 * GB, GB, GB, spread=True)
+    found = levels(int(14.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert found["denoise"].beside == found["denoise"].turn == spread.whole
+    assert found["text"].turn == int(3.5 * GB)
+    assert found["text"].beside == 0  # the largest of the others works in what is left
+    short = levels(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert short["denoise"].beside == int(11.2 * GB) - FLUX["text"].small
+    assert short["text"].turn == FLUX["text"].small
+    alone = levels(int(2.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert alone["text"].turn == int(2.5 * GB)
+
+
+def held(size: int, weights: int) -> tuple[Grant, ...]:
+    return (Grant(bytes=size, weights=weights),)
+
+
+def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | Lend]:
+    world.queues = {
+        "denoise": denoise,
+        "text": [(f"t{number}", FLUX["text"].workspace, 0) for number in range(text)],
+    }
+    return decide(world.snapshot())
+
+
+def recipe(width: int = 1024, num_images: int = 1) -> Recipe:
+    return Recipe(
+        prompt="a", negative_prompt=None, width=width, height=1024, steps=28, guidance=3.5, cfg_scale=None, seed=1,
+        num_images=num_images, max_sequence_length=512, model="m", revision="m", dtype="bfloat16",
+    )  # fmt: skip
+
+
+def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
+    used = 0
+    ledger = Ledger({0: Account(16 * GB, 1 * GB, lambda: used)})
+    needs = Needs(weights=10 * GB, least=GB, workspace=GB)
+    ledger.join("a", [Holding(0, needs, context=700_000_000)])
+    used = int(1.7 * GB)
+    assert ledger.available(0) == 16 * GB - 700_000_000 - FIRST_HEADROOM
+    ledger.lend("a", held(11 * GB, 10 * GB))
+    left = ledger.available(0) - 11 * GB
+    assert ledger.free(0) == left
+    ledger.join("b", [Holding(0, needs, context=700_000_000)])
+    with pytest.raises(AssertionError, match="pass the budget"):
+        ledger.lend("b", held(left + 1, GB))
+    ledger.settled("a", held(11 * GB, 10 * GB), [0])
+    ledger.has_worked("a", [900_000_000])
+    assert ledger.available(0) == 16 * GB - 900_000_000 - HEADROOM - 700_000_000 - FIRST_HEADROOM
+    used = 15 * GB  # somebody else has come
+    free, available = ledger.free(0), ledger.available(0)
+    with ledger.as_measured([0]):
+        assert (ledger.free(0), ledger.available(0)) == (2 * GB, available - (free - 2 * GB))
+    assert (ledger.free(0), ledger.available(0)) == (free, available)
+    ledger.lend("b", held(GB, GB))
+    with ledger.as_measured([0]):  # which the driver may count already
+        assert (ledger.free(0), ledger.available(0)) == (GB, available)
+    ledger.settled("b", [NOTHING], [0])
+    ledger.orphan("a", "host/1")
+    assert ledger.free(0) < 5 * GB
+    ledger.leave("host/1")
+    available = ledger.available(0)
+    ledger.settled("b", [NOTHING], kept=[50])
+    assert ledger.free(0) == ledger.available(0) == available - 50  # in no lease, so nobody is asked for it
+    ledger.settled("b", [NOTHING], kept=[20])  # each measurement takes the place of the last
+    assert ledger.available(0) == available - 20
+
+
+def test_workspace_is_learned_by_size_and_estimated_high_before() -> None:
+    ledger = Ledger({0: Account(16 * GB)})
+    needs = Needs(weights=10 * GB, least=GB, workspace=1_600_000_000)
+    assert ledger.workspace("denoise", MODEL, recipe(), needs) == 1_600_000_000
+    assert ledger.workspace("denoise", MODEL, recipe(2048, 2), needs) == 4 * 1_600_000_000
+    key = ledger.learn("denoise", MODEL, recipe(), 540_000_000)
+    assert key is not None
+    assert ledger.learn("denoise", MODEL, recipe(), 530_000_000) is None
+    known = ledger.workspace("denoise", MODEL, recipe(), needs)
+    assert 540_000_000 < known < 900_000_000
+    assert known < ledger.workspace("denoise", MODEL, recipe(2048), needs) < 2 * 1_000_000_000
+    assert ledger.workspace("denoise", ModelKey("other", "bfloat16"), recipe(), needs) == 1_600_000_000
+    assert Ledger({}, {key: 540_000_000}).workspace("denoise", MODEL, recipe(), needs) == known

@@ -1,0 +1,85 @@
+"""What is refused before it is queued, and the defaults of what is not."""
+
+from typing import Any
+
+import pytest
+
+from protocol.errors import BadRequest, DoesNotFit
+from protocol.job import JobRequest
+from protocol.model import ModelDescription
+from protocol.recipe import resolve, text_key
+
+DEV = ModelDescription(
+    model="dev", revision="r", pipeline="FluxPipeline", size_multiple=16, width=1024, height=1024, max_pixels=4 << 20,
+    steps=28, guidance=3.5, cfg_scale=1.0, negative_prompt=True, max_sequence_length=512, max_sequence_limit=512,
+)  # fmt: skip
+SCHNELL = DEV.model_copy(update={"guidance": None})
+
+
+def recipe(model: ModelDescription = DEV, **fields: Any) -> Any:
+    return resolve(JobRequest(**({"prompt": "a cat"} | fields)), model, "float32", lambda text: len(text.split()) + 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"prompt": ""}, BadRequest, "empty"),
+        ({"prompt": " \n\t"}, BadRequest, "empty"),
+        ({"prompt": "word " * 600}, DoesNotFit, "601 tokens; 512 fit"),
+        ({"prompt": "a b c d", "max_sequence_length": 4}, DoesNotFit, "--max-sequence-length 5"),
+        ({"width": 0}, BadRequest, "width is 0"),
+        ({"height": -16}, BadRequest, "height is -16"),
+        ({"width": 1000, "height": 1000}, BadRequest, "nearest is 992x992"),
+        ({"width": 100_000, "height": 100_000}, DoesNotFit, "2048x2048"),
+        ({"steps": 0}, BadRequest, "from 1 to 1000"),
+        ({"num_images": 0}, BadRequest, "from 1 to 16"),
+        ({"num_images": 17}, BadRequest, "from 1 to 16"),
+        ({"seed": -2}, BadRequest, "seed is -2"),
+        ({"guidance": float("nan")}, BadRequest, "guidance is nan"),
+        ({"guidance": -1.0}, BadRequest, "guidance is -1"),
+        ({"cfg_scale": float("inf")}, BadRequest, "cfg_scale is inf"),
+        ({"negative_prompt": "dog"}, BadRequest, "--cfg-scale"),
+        ({"priority": 5000}, BadRequest, "priority"),
+        ({"max_sequence_length": 513}, BadRequest, "max_sequence_length is 513"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_fits(fields: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error) as caught:
+        recipe(**fields)
+    assert words in str(caught.value)
+
+
+def test_guidance_is_refused_where_the_model_takes_none() -> None:
+    assert recipe(SCHNELL).guidance is None
+    with pytest.raises(BadRequest, match="no distilled guidance"):
+        recipe(SCHNELL, guidance=3.5)
+
+
+def test_no_default_is_left_open() -> None:
+    made = recipe()
+    assert (made.width, made.height, made.steps, made.guidance, made.cfg_scale) == (1024, 1024, 28, 3.5, 1.0)
+    assert made.max_sequence_length == 512
+    assert 0 <= made.seed < 2**32
+    assert recipe().seed != recipe().seed
+
+
+def test_no_negative_prompt_is_not_an_empty_one() -> None:
+    assert recipe(cfg_scale=2.0).negative_prompt is None
+    assert recipe(cfg_scale=2.0, negative_prompt="").negative_prompt == ""
+    assert recipe(cfg_scale=1.0).negative_prompt is None
+    assert text_key(recipe(cfg_scale=2.0)) != text_key(recipe(cfg_scale=2.0, negative_prompt=""))
+
+
+def test_a_seed_of_minus_one_is_drawn() -> None:
+    drawn = {recipe(seed=-1).seed for _ in range(3)}
+    assert min(drawn) >= 0
+    assert len(drawn) > 1
+    with pytest.raises(BadRequest, match="seed is -2"):
+        recipe(seed=-2)
+
+
+def test_embeddings_are_shared_by_what_they_depend_on_and_no_further() -> None:
+    base = recipe(seed=1)
+    assert text_key(base) == text_key(recipe(seed=2, steps=4, width=512, height=512, guidance=7.0))
+    others = [recipe(prompt="a dog"), recipe(num_images=2), recipe(max_sequence_length=256), recipe(cfg_scale=2.0)]
+    assert len({text_key(base), *map(text_key, others)}) == 5

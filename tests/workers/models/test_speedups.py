@@ -1,0 +1,170 @@
+"""Speedups: close to the plain pipeline, the same again each time, named in the recipe, refused where they can't be."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+from protocol.errors import BadRequest
+from protocol.job import JobRequest
+from protocol.recipe import resolve, text_key
+from protocol.speedups import canonical, parse_speedup, tier_of
+from tests import tiny
+from tests.stacks import running_stack, triptych
+from tests.workers.weights.test_residency import jobs
+from workers.models.description import describe
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.models.source import Source, read
+from workers.models.speedups import Speed
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def usual_attention() -> Iterator[None]:
+    """Setting one model's attention backend sets that of all later ones in this process."""
+    before, _ = _AttentionBackendRegistry.get_active_backend()
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.flux(depth=4), tmp_path_factory.mktemp("flux"))
+
+
+def latents(folder: Path, speed: Speed, room: int | None = None) -> list[torch.Tensor]:
+    source = read("x", folder, None)
+    loaded = load(source, "denoise", Devices(CPU, {0: room} if room else {}), torch.float32, speed)
+    stage = DenoiseStage(loaded, CPU)
+    first, again = jobs(stage, folder, False), jobs(stage, folder, False)
+    assert all(map(torch.equal, first, again)), "a job's bits depend on the jobs before it"
+    return [found.view(torch.float32) for found in first]
+
+
+@pytest.mark.parametrize(
+    ("speed", "tolerance"),
+    [
+        (Speed(fuse_qkv=True), 1e-4),
+        (Speed(attention="_native_math"), 1e-4),
+        (Speed(cache="first-block:0.000001"), 1e-4),
+        (Speed(quantize="int8"), 0.2),
+    ],
+    ids=str,
+)
+def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
+    speed: Speed, tolerance: float, flux: Path
+) -> None:
+    plain, fast = latents(flux, Speed()), latents(flux, speed)
+    for one, other in zip(plain, fast, strict=True):
+        assert (one - other).norm() <= tolerance * one.norm()
+    size = sum(r.total_bytes for r in loaded(flux, speed).residencies.values())
+    share = 1.0 if speed.quantize else 0.8  # what is quantized is never streamed
+    assert all(map(torch.equal, latents(flux, speed, int(size * share)), fast))
+
+
+def loaded(folder: Path, speed: Speed):  # type: ignore[no-untyped-def]
+    return load(read("x", folder, None), "denoise", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
+
+
+def test_a_step_cache_saves_steps(flux: Path) -> None:
+    runs = 0
+
+    def count(*_: object) -> None:
+        nonlocal runs
+        runs += 1
+
+    found = loaded(flux, Speed(cache="first-block:100"))
+    found.pipeline.transformer.single_transformer_blocks[-1].norm.register_forward_hook(count)
+    jobs(DenoiseStage(found, CPU), flux, False)
+    assert runs == 3  # the first step of each of three jobs, which have 2, 3 and 4
+
+
+def test_separate_projections_are_gone_once_they_are_fused(flux: Path) -> None:
+    plain, fused = loaded(flux, Speed()), loaded(flux, Speed(fuse_qkv=True))
+    sizes = [sum(p.numel() for p in found.pipeline.transformer.parameters()) for found in (plain, fused)]
+    assert sizes[0] == sizes[1]
+
+
+def test_quantized_weights_are_smaller_and_text_encoders_are_close(flux: Path) -> None:
+    source = read("x", flux, None)
+    recipe = resolve(JobRequest(prompt="a red circle", seed=1), describe(source), "float32", None)
+    found = []
+    for speed in (Speed(), Speed(quantize="int8")):
+        parts = load(source, "text", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
+        outcome = TextStage(parts, CPU).run(recipe, (), lambda *_: None)
+        found.append((sum(r.total_bytes for r in parts.residencies.values()), outcome.tensors[0].data))
+    (size, plain), (smaller, close) = found
+    assert smaller < size
+    one, other = (torch.frombuffer(bytearray(data), dtype=torch.float32) for data in (plain, close))
+    assert (one - other).norm() < 0.2 * one.norm()
+
+
+@pytest.mark.parametrize(
+    ("speed", "words"),
+    [
+        (Speed(attention="nonsense"), "nonsense"),
+        (Speed(attention="sage"), "can't be used"),
+        (Speed(cache="taylorseer"), None),
+    ],
+    ids=str,
+)
+def test_what_a_model_or_machine_cannot_do_is_refused_with_the_reason(
+    speed: Speed, words: str | None, flux: Path
+) -> None:
+    if words is None:
+        latents(flux, speed)
+        return
+    with pytest.raises(BadRequest, match=words):
+        loaded(flux, speed)
+
+
+def test_a_model_without_step_caches_says_so(tmp_path: Path) -> None:
+    source: Source = read("x", tiny.save(tiny.sd15(), tmp_path), None)
+    with pytest.raises(BadRequest, match="can't use the step cache"):
+        load(source, "denoise", Devices(CPU), torch.float32, Speed(cache="first-block"))
+
+
+def test_speedups_are_read_strictly_and_name_their_tier() -> None:
+    assert parse_speedup("denoise:cache=first-block:0.1") == ("denoise", "cache", "first-block:0.1")
+    assert canonical(["text:quantize=int8", "denoise:compile"]) == ("denoise:compile", "text:quantize=int8")
+    assert [tier_of(s) for s in ((), ("denoise:compile",), ("denoise:compile", "text:quantize=fp8"))] == [
+        "exact", "numeric", "approximate",
+    ]  # fmt: skip
+    assert tier_of(("denoise:attention=sage",)) == "approximate"
+    for wrong in ("compile", "vae:quantize=int8", "text:compile", "denoise:quantize=int3", "denoise:cache=x",
+                  "denoise:cache=taylorseer:1", "denoise:cache=first-block:nan", "denoise:compile=1",
+                  "denoise:attention", "denoise:warp"):  # fmt: skip
+        with pytest.raises(BadRequest):
+            parse_speedup(wrong)
+    with pytest.raises(BadRequest, match="twice"):
+        canonical(["text:quantize=int8", "text:quantize=fp8"])
+
+
+def test_embeddings_of_quantized_encoders_are_kept_apart(flux: Path) -> None:
+    model = describe(read("x", flux, None))
+    request = JobRequest(prompt="a", seed=1)
+    keys = [
+        text_key(resolve(request, model, "float32", None, speedups))
+        for speedups in ((), ("denoise:compile",), ("text:quantize=int8",))
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_stack_names_its_speedups_in_every_job_and_refuses_wrong_ones(flux: Path, state: Path) -> None:
+    arguments = ("--model", str(flux), "--device", "cpu", "--compile", "--cache", "first-block:0.001")
+    with running_stack(state, *arguments) as stack:
+        found = [stack.picture("a star", seed=1, width=32, height=32, steps=2) for _ in range(2)]
+        assert found[0][1].equal(found[1][1])
+        recipe = found[0][0].recipe
+        assert recipe.tier == "approximate"
+        assert recipe.speedups == ("denoise:cache=first-block:0.001", "denoise:compile")
+        assert "approximate" in triptych("show", found[0][0].id, folder=state).stdout
+    wrong = triptych("up", "--cache", "warp", folder=state)
+    assert wrong.returncode == 2
+    assert "first-block" in wrong.stderr

@@ -1,0 +1,155 @@
+"""What is said of a model before it is loaded is what comes out once it is."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from orchestrator.planning.pipeline_cut import Stretches
+from orchestrator.planning.streaming_cost import load_of, streaming
+from protocol.job import JobRequest
+from protocol.model_profile import ModelFigures
+from protocol.stages import STAGES
+from tests import tiny
+from workers.models.devices import Devices
+from workers.models.loading import load, weight_bytes
+from workers.models.source import locate
+from workers.profile.measure import cached, figures_of
+from workers.stages.contract import unheard
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.weights.forward_trace import Watch
+from workers.weights.loose_tensors import LooseTensors
+from workers.weights.residency import Residency, block_rows
+from workers.weights.streaming import room
+
+CPU = torch.device("cpu")
+FAMILIES = ("flux", "sd15", "sdxl", "sd3", "chroma", "pixart")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: tiny.save(getattr(tiny, name)(), tmp_path_factory.mktemp(name)) for name in FAMILIES}
+
+
+def figures(model: Path, **wanted: object) -> ModelFigures:
+    request = JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1, **wanted)
+    return figures_of(locate(str(model), None, None), "float32", request)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, Path], family: str) -> None:
+    found = figures(models[family])
+    source = locate(str(models[family]), None, None)
+    for stage in STAGES:
+        mine = found.stage(stage)
+        loaded = load(source, stage, Devices(CPU, leased=True), torch.float32)
+        assert mine.weights == sum(r.total_bytes for r in loaded.residencies.values())
+        assert mine.least == sum(r.least_bytes for r in loaded.residencies.values()) if stage != "vae" else True
+        for name, size in mine.components:
+            model = getattr(loaded.pipeline, name)
+            rooms = sum(room(p.nbytes) - p.nbytes for p in model.parameters()) + LooseTensors(model).nbytes
+            buffers = sum(b.nbytes for key, b in model.named_buffers() if key in model.state_dict())
+            assert size - rooms + buffers == weight_bytes(source, name, torch.float32)
+        assert mine.flop > 0
+        assert mine.largest > 0
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
+def test_what_is_run_once_a_job_is_what_a_job_shows(models: dict[str, Path], family: str) -> None:
+    found = figures(models[family])
+    source = locate(str(models[family]), None, None)
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    model = stage.denoiser()
+    assert model is not None
+    watch = Watch(model, block_rows(model))
+    with watch:
+        stage.run(found.recipe, tuple(text.run(found.recipe, (), unheard).tensors), unheard)
+    learned = sum(room(p.nbytes) for name in watch.layers() for p in model.get_submodule(name).parameters())
+    assert found.stage("denoise").once == learned
+    assert found.stage("denoise").passes == watch.forwards
+
+
+def test_arithmetic_is_counted_as_in_a_real_job(models: dict[str, Path]) -> None:
+    found = figures(models["flux"], max_sequence_length=8)
+    source = locate(str(models["flux"]), None, None)
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    embeddings = tuple(text.run(found.recipe, (), unheard).tensors)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # a CPU's own isn't counted
+        stage.run(found.recipe, embeddings, unheard)
+    mine = found.stage("denoise")
+    assert mine.flop * mine.passes == pytest.approx(counter.get_total_flops(), rel=0.1)
+    longer = figures(models["flux"], max_sequence_length=8, num_images=2)
+    assert longer.stage("denoise").flop == 2 * found.stage("denoise").flop
+    blocks = sum(block.flop for block in found.stage("denoise").blocks)
+    assert 0.9 * found.stage("denoise").flop < blocks <= found.stage("denoise").flop
+    guided = figures(models["flux"], max_sequence_length=8, cfg_scale=3.0, negative_prompt="")
+    assert guided.stage("denoise").passes == 2 * found.stage("denoise").passes == 8
+
+
+def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
+    model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
+    mine = figures(model).stage("denoise")
+    source = locate(str(model), None, None)
+    residency = next(iter(load(source, "denoise", Devices(CPU, leased=True), torch.float32).residencies.values()))
+    plain = load_of(mine.model_copy(update={"blocks": tuple(b.model_copy(update={"once": 0}) for b in mine.blocks)}))
+    for share in (0.9, 0.8, 0.6, 0.5):
+        budget = int(share * residency.total_bytes)
+        residency.swap_in(budget)
+        assert residency.plan is not None
+        predicted = streaming(plain, budget)  # before a job has shown what is run once
+        assert predicted is not None
+        assert predicted.a_pass == pytest.approx(residency.plan.streamed_bytes, rel=0.25)
+    assert streaming(plain, residency.total_bytes) is not None
+    assert streaming(plain, residency.least_bytes - 1) is None
+    assert isinstance(residency, Residency)
+
+
+@pytest.mark.parametrize("cut", [(15, 15), (4, 26), (10, 12, 8)])
+def test_parts_of_a_cut_are_predicted_as_they_will_be(cut: tuple[int, ...], tmp_path: Path) -> None:
+    model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
+    found, source = figures(model), locate(str(model), None, None)
+    stretches, ends = Stretches(found.stage("denoise")), [0, *itertools.accumulate(cut)]
+    loads = [stretches.load(start, end) for start, end in itertools.pairwise(ends)]
+    trimmed = [load.weights - load.once + load.loose for load in loads]
+    loaded = load(source, "denoise", Devices(CPU, dict(enumerate(trimmed)), cut=cut), torch.float32)
+    residencies = list(loaded.residencies.values())
+    assert [residency.total_bytes for residency in residencies] == [load.weights for load in loads]
+    for one, residency in zip(loads, residencies, strict=True):
+        assert one.least == pytest.approx(residency.least_bytes, rel=0.2)  # blocks differ
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    DenoiseStage(loaded.another(), CPU).run(found.recipe, tuple(text.run(found.recipe, (), unheard).tensors), unheard)
+    assert [residency.plan and residency.plan.streamed_bytes for residency in residencies] == [0] * len(cut)
+
+
+def test_no_weights_are_needed_and_what_was_found_is_kept(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    bare = shutil.copytree(models["flux"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    whole, without = figures(models["flux"]), figures(bare)
+    assert without.stages == whole.stages
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cached(["a"], lambda: whole) == whole
+    assert cached(["a"], lambda: pytest.fail("it was not kept")) == whole
+    (kept,) = (tmp_path / "cache" / "triptych" / "figures").iterdir()
+    kept.write_text("spoilt")
+    assert cached(["a"], lambda: without) == without
+
+
+def test_a_model_that_is_not_there_is_an_error_for_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "workers.profile.measure"]
+    done = subprocess.run([*command, "nobody/nothing"], capture_output=True, text=True, env=tiny.environment())
+    assert done.returncode == 4
+    told = json.loads(done.stderr.strip().splitlines()[-1])
+    assert told["code"] == "model_missing"
+    assert "Traceback" not in done.stderr

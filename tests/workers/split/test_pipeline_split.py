@@ -1,0 +1,296 @@
+"""A denoiser cut over several GPUs, whose parts a CPU plays: bits as in one process, whatever is streamed."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import BadRequest, DoesNotFit
+from protocol.gpu_memory import Grant
+from protocol.job import JobRequest, Recipe
+from protocol.recipe import resolve
+from protocol.tensors import Tensor
+from tests import tiny
+from tests.tiny import needs_gpus
+from tests.workers.worst_stream import WorstLane
+from workers.models import loading
+from workers.models.description import describe
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.models.source import Source, read
+from workers.split.pipeline_split import Crowd
+from workers.stages.contract import Cancelled, Outcome, Saved
+from workers.stages.denoise import DenoiseStage, Play
+from workers.stages.text import TextStage
+from workers.weights import residency as residency_module
+from workers.weights.copy_stream import Lane, lane_for
+from workers.weights.gpu_lease import Share, settle
+from workers.weights.host_weights import PageLocks
+from workers.weights.residency import block_rows
+
+CPU = torch.device("cpu")
+Job = tuple[Recipe, tuple[Tensor, ...]]
+
+
+@pytest.fixture(autouse=True)
+def worst_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whatever is read before it has arrived, or after its place is taken, is NaN."""
+
+    def lane(device: torch.device, locks: PageLocks | None) -> Lane:
+        return WorstLane(device) if device.type == "cpu" else lane_for(device, locks)
+
+    monkeypatch.setattr(residency_module, "lane_for", lane)
+    yield
+    torch._dynamo.reset()
+
+
+def made(model: str, folder: Path) -> Source:
+    return read("x", tiny.save(getattr(tiny, model)(depth=4), folder), None)
+
+
+def jobs(source: Source, cfg: bool) -> list[Job]:
+    """Of different sizes, numbers of pictures and steps."""
+    text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
+    guided = {"cfg_scale": 2.0, "negative_prompt": "blurry"} if cfg else {}
+    found = []
+    for seed, (size, steps, count) in enumerate(((32, 2, 1), (48, 3, 1), (32, 4, 2), (32, 3, 1))):
+        request = JobRequest(
+            prompt=f"a red circle {seed}", width=size, height=size, steps=steps, seed=seed, num_images=count, **guided
+        )
+        recipe = resolve(request, describe(source), "float32", None)
+        found.append((recipe, tuple(text.run(recipe, (), lambda *_: None).tensors)))
+    return found
+
+
+def latents(outcome: Outcome) -> bytes:
+    return bytes(outcome.tensors[0].data)
+
+
+def alone(source: Source, work: Sequence[Job], device: torch.device = CPU) -> list[bytes]:
+    stage = DenoiseStage(load(source, "denoise", Devices(device), torch.float32), device)
+    return [latents(stage.run(*job, lambda *_: None)) for job in work]
+
+
+def part_bytes(source: Source, cut: tuple[int, ...]) -> list[int]:
+    loaded = load(source, "denoise", Devices(CPU, cut=cut), torch.float32)
+    return [residency.total_bytes for residency in loaded.residencies.values()]
+
+
+def stages(source: Source, cut: tuple[int, ...], shares: Sequence[float], count: int = 2) -> list[DenoiseStage]:
+    """For so many jobs at once, in a share of each part's weights."""
+    room = {i: int(size * share) for i, (size, share) in enumerate(zip(part_bytes(source, cut), shares, strict=True))}
+    loaded = load(source, "denoise", Devices(CPU, room, cut=cut), torch.float32)
+    return [DenoiseStage(loaded.another(), CPU) for _ in range(count)]
+
+
+def together(stages: Sequence[DenoiseStage], work: Sequence[Job]) -> list[bytes]:
+    """Every stage takes a job when it is free."""
+    found: dict[int, bytes] = {}
+    left = list(enumerate(work))
+
+    def run(stage: DenoiseStage) -> None:
+        while left:
+            index, job = left.pop(0)
+            found[index] = latents(stage.run(*job, lambda *_: None))
+
+    threads = [threading.Thread(target=run, args=(stage,)) for stage in stages]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[index] for index in range(len(work))]
+
+
+@pytest.mark.parametrize("cfg", [False, True])
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.9, 1.0), (0.8, 0.75)])
+@pytest.mark.parametrize(("model", "ahead"), [("flux", True), ("sd3", True), ("pixart", False)])
+def test_jobs_at_once_have_the_bits_of_one_alone(
+    model: str, ahead: bool, shares: tuple[float, float], cfg: bool, tmp_path: Path
+) -> None:
+    source = made(model, tmp_path)
+    work = jobs(source, cfg)
+    blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
+    several = stages(source, (blocks // 2, blocks - blocks // 2), shares, count=3)
+    assert together(several, work) == alone(source, work)
+    parts = several[0].parts
+    assert parts is not None
+    assert [residency.state for residency in parts.residencies] == ["in" if s == 1.0 else "streamed" for s in shares]
+    learned = ahead and min(shares) < 1.0
+    assert [residency.modulation is not None for residency in parts.residencies] == [learned, learned]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.75)])
+@pytest.mark.parametrize("model", ["flux", "sd3"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param(("cuda:0", "cuda:0"), marks=needs_gpus(1), id="cuda-one"),
+        pytest.param(("cuda:0", "cuda:1"), marks=needs_gpus(2), id="cuda-two"),
+    ],
+)
+def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
+    where: tuple[str, str], model: str, shares: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made(model, tmp_path)
+    work = [job for _ in range(4) for job in jobs(source, False)]
+    first, second = map(torch.device, where)
+    wanted = alone(source, work, first)
+    blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
+    cut = (blocks // 2, blocks - blocks // 2)
+    rooms = [int(size * share) for size, share in zip(part_bytes(source, cut), shares, strict=True)]
+    parts = list(zip((first, second), cut, rooms, strict=True))
+    monkeypatch.setattr(loading, "parts_of", lambda devices, stage: parts)
+    loaded = load(source, "denoise", Devices(first, dict(enumerate(rooms)), cut=cut), torch.float32)
+    several = [DenoiseStage(loaded.another(), first) for _ in range(3)]
+    assert together(several, work) == wanted
+    assert together(several, work[::-1]) == wanted[::-1]
+    assert loaded.parts is not None
+    assert {residency.device for residency in loaded.parts.residencies} == {first, second}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(("cpu", "cpu"), id="cpu"), pytest.param(("cuda:0", "cuda:1"), marks=needs_gpus(2), id="cuda")],
+)
+def test_leases_come_and_go_between_jobs_and_bits_stay(
+    where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    first, second = map(torch.device, where)
+    wanted = alone(source, work, first)
+    cut = (5, 7)
+    whole = part_bytes(source, cut)
+    monkeypatch.setattr(loading, "parts_of", lambda *_: [(first, 5, whole[0]), (second, 7, whole[1])])
+    loaded = load(source, "denoise", Devices(first, leased=True, cut=cut), torch.float32)
+    assert loaded.parts is not None
+    several = [DenoiseStage(loaded.another(), first) for _ in range(2)]
+    most = [whole[0], int(whole[1] * 0.9)]
+    residencies = loaded.parts.residencies
+    shares = [Share(r.device, (r,), 1 << 20, size) for r, size in zip(residencies, most, strict=True)]
+    assert [share.needs().weights for share in shares] == most
+    try:
+        for fraction in (0.8, 0.0, 1.0, 0.7, 0.8):
+            sizes = [int(size * fraction) for size in most]
+            grants = [Grant(bytes=size + (1 << 30 if size else 0), weights=size) for size in sizes]
+            leased = settle(shares, grants)
+            assert (leased.reason, leased.grants) == ("", tuple(grants))
+            if fraction:
+                assert together(several, work) == wanted
+                assert all(r.device_bytes <= size for r, size in zip(residencies, sizes, strict=True))
+            else:
+                assert [residency.state for residency in residencies] == ["out", "out"]
+        refused = settle(shares, [Grant(bytes=1 << 30, weights=most[0]), Grant(bytes=1 << 30, weights=100)])
+        assert "too few even to stream" in refused.reason
+        assert [residency.state for residency in residencies] == ["out", "out"]  # all or none
+        assert not any(grant.bytes for grant in refused.grants)
+    finally:
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+
+
+def test_a_job_that_breaks_off_while_weights_pass_leaves_the_others_right(tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    wanted = alone(source, work)
+    one, other = stages(source, (5, 7), (0.8, 0.8))
+    assert latents(one.run(*work[1], lambda *_: None)) == wanted[1]  # they have learned
+    inside, go = threading.Event(), threading.Event()
+
+    def stop(step: int, steps: int, saved: Saved | None = None) -> None:
+        inside.set()
+        go.wait(30)
+        raise Cancelled
+
+    def cancelled() -> None:
+        with pytest.raises(Cancelled):
+            one.run(*work[2], stop)
+
+    thread = threading.Thread(target=cancelled)
+    thread.start()
+    inside.wait(30)
+    broken = other.run(*work[3], lambda *_: None)
+    go.set()
+    thread.join()
+    assert latents(broken) == wanted[3]
+    assert together([one, other], work) == wanted
+
+
+def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    foresee = Play.foresee
+    monkeypatch.setattr(Play, "foresee", lambda *arguments: foresee(*arguments)[:-1])
+    several = stages(source, (6, 6), (0.8, 0.8))
+    assert together(several, work) == alone(source, work)
+    assert several[0].parts is not None
+    assert several[0].parts.residencies[0].modulation is not None
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.9)])
+def test_compiled_bits_are_those_of_a_compiled_model_on_one_device(shares: tuple[float, float], tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    first, _, _, last = jobs(source, False)  # of one shape: compiling takes long
+    work = [first, last, first]
+    whole = load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32)
+    whole.residencies["transformer"].compile(backend="aot_eager")
+    single = DenoiseStage(whole, CPU)
+    wanted = [latents(single.run(*job, lambda *_: None)) for job in work]
+    torch._dynamo.reset()
+    several = stages(source, (5, 7), shares)
+    assert several[0].parts is not None
+    for residency in several[0].parts.residencies:
+        residency.compile(backend="aot_eager")
+    assert together(several, work) == wanted
+
+
+def test_jobs_that_go_on_from_checkpoints_at_once_have_the_same_bits(tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    work = jobs(source, False)
+    wanted = alone(source, work)
+    one, other = stages(source, (6, 6), (0.8, 0.75))
+    one.checkpoint_seconds = other.checkpoint_seconds = 0
+    assert latents(one.run(*work[0], lambda *_: None)) == wanted[0]  # they have learned
+    resumed: list[Job] = []
+    for recipe, tensors in work[1:]:
+        kept: list[Saved] = []
+        one.run(recipe, tensors, lambda step, steps, saved=None: kept.append(saved) if saved else None)  # noqa: B023
+        resumed.append((recipe, (*tensors, *kept[-1].tensors)))
+    assert together([one, other], [*resumed, *resumed]) == wanted[1:] * 2
+
+
+def test_who_must_be_alone_is_alone() -> None:
+    crowd, inside, most = Crowd(), [0], {True: 0, False: 0}
+    lock, barrier = threading.Lock(), threading.Barrier(3)
+
+    def visit(alone: bool) -> None:
+        with crowd.joined(lambda: alone):
+            with lock:
+                inside[0] += 1
+            if not alone:
+                barrier.wait(30)  # three are in at once
+            most[alone] = max(most[alone], inside[0])
+            with lock:
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=visit, args=(index % 4 == 0,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == {True: 1, False: 3}
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    source = made("chroma", tmp_path)
+    rows = block_rows(load(source, "denoise", Devices(CPU), torch.float32).pipeline.transformer)
+    with pytest.raises(BadRequest, match="can't be cut"):
+        load(source, "denoise", Devices(CPU, cut=(5, len(rows) - 5)), torch.float32)
+
+
+def test_what_cannot_even_be_streamed_is_refused(tmp_path: Path) -> None:
+    source = made("flux", tmp_path)
+    with pytest.raises(DoesNotFit, match="part 2"):
+        stages(source, (6, 6), (1.0, 0.01))

@@ -1,0 +1,141 @@
+"""What a model takes, found in its configuration and in its pipeline's own code; no weights are read.
+
+The pipeline's checks hold the multiple of its sizes (`height % (self.vae_scale_factor * 2)`), its signature the
+defaults, its denoiser's configuration whether distilled guidance is an input.
+"""
+
+import ast
+import inspect
+import textwrap
+from functools import reduce
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from protocol.errors import ModelMissing, TriptychError
+from protocol.model import ModelDescription
+from workers.models.skeleton import build_skeleton, pipeline_class
+from workers.models.source import DEMO, Source
+from workers.stages.contract import cause_of
+
+LARGEST = 4  # times the default number of pixels
+
+
+def describe(source: Source) -> ModelDescription:
+    """Raises ModelMissing where the pipeline isn't one that makes pictures from prompts, or can't be built."""
+    pipeline_class(source)
+    try:
+        return describe_pipeline(source, build_skeleton(source))
+    except (TriptychError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever its classes make of its files; a library's panic is no Exception
+        raise ModelMissing(
+            f"{source.model!r} can't be built as a {source.pipeline}: {cause_of(error)}.",
+            "See what is wrong with it: triptych doctor --model.",
+        ) from error
+
+
+def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescription:
+    """By its configuration, its signature and its own code."""
+    defaults = source.settings().get("defaults", {})
+    width, height = default_size(pipeline)
+    width, height = int(defaults.get("width", width)), int(defaults.get("height", height))
+    parameters = call_parameters(pipeline)
+    true_cfg, distilled = guidance_arguments(pipeline)
+
+    def default(name: str | None) -> Any:
+        return defaults.get(name, parameters[name].default) if name else None
+
+    length = default("max_sequence_length") if "max_sequence_length" in parameters else None
+    return ModelDescription(
+        model=source.model,
+        revision=source.revision,
+        pipeline=source.pipeline,
+        size_multiple=size_multiple(pipeline),
+        width=width,
+        height=height,
+        max_pixels=width * height * LARGEST,
+        steps=int(default("num_inference_steps")),
+        guidance=_float(default(distilled)),
+        cfg_scale=_float(default(true_cfg)),
+        negative_prompt="negative_prompt" in parameters,
+        max_sequence_length=length,
+        max_sequence_limit=max(parameters["max_sequence_length"].default, length) if length else clip_length(pipeline),
+        demo=source.model == DEMO,
+    )
+
+
+def _float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def call_parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def guidance_arguments(pipeline: DiffusionPipeline) -> tuple[str | None, str | None]:
+    """Names of the arguments for true CFG and for distilled guidance; the two are never merged.
+
+    `guidance_scale` is distilled where the denoiser's configuration says that it embeds guidance, or where the
+    pipeline has a `true_cfg_scale` beside it; then it counts only if the denoiser embeds it.
+    """
+    parameters = call_parameters(pipeline)
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    embeds = getattr(denoiser.config, "guidance_embeds", None) if denoiser is not None else None
+    scale = "guidance_scale" if "guidance_scale" in parameters else None
+    if "true_cfg_scale" in parameters:
+        return "true_cfg_scale", scale if embeds else None
+    if embeds is not None:
+        return None, scale if embeds else None
+    return scale, None
+
+
+def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """(width, height) in pixels, as the pipeline's own `height or …` gives them."""
+    denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
+    sample = (
+        getattr(pipeline, "default_sample_size", None)
+        or getattr(getattr(denoiser, "config", None), "sample_size", None)
+        or 128
+    )
+    rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
+    scale = pipeline.vae_scale_factor
+    return int(columns * scale), int(rows * scale)
+
+
+def clip_length(pipeline: DiffusionPipeline) -> int:
+    lengths = [
+        t.model_max_length for name, t in pipeline.components.items() if name.startswith("tokenizer") and t is not None
+    ]
+    return int(min(max(lengths, default=77), 4096))
+
+
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """The number that `check_inputs` divides the height by; twice the VAE's factor where it doesn't."""
+    if check := getattr(type(pipeline), "check_inputs", None):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
+            match node:
+                case ast.BinOp(left=ast.Name(id="height"), op=ast.Mod(), right=divisor):
+                    value = _constant(divisor, pipeline)
+                    if value:
+                        return value
+    return int(pipeline.vae_scale_factor) * 2
+
+
+def _constant(node: ast.expr, pipeline: DiffusionPipeline) -> int | None:
+    """The value of a product of numbers and attributes of `self`."""
+    match node:
+        case ast.Constant(value=int(value)):
+            return value
+        case ast.Attribute():
+            path = ast.unparse(node).split(".")
+            found = (
+                reduce(lambda owner, name: getattr(owner, name, None), path[1:], pipeline)
+                if path[0] == "self"
+                else None
+            )
+            return int(found) if isinstance(found, int) else None
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            factors = _constant(left, pipeline), _constant(right, pipeline)
+            return factors[0] * factors[1] if factors[0] and factors[1] else None
+    return None

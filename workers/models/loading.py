@@ -1,0 +1,229 @@
+"""A stage's pipeline with its weights in place, each component where it fits.
+
+One GPU if a component fits on one; else its layers over all GPUs of the stage by accelerate's `device_map="auto"`
+under `max_memory`; else streamed through the first GPU. What can't even be streamed is refused.
+"""
+
+import contextlib
+import errno
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from protocol.errors import BadRequest, DoesNotFit, ModelMissing
+from protocol.stages import Stage
+from protocol.units import format_bytes
+from workers.models.devices import Devices, choose, parts_of
+from workers.models.layer_spread import spread_layers
+from workers.models.model_check import judge
+from workers.models.skeleton import (
+    component_class,
+    expected_components,
+    pipeline_class,
+    plain_settings,
+    quiet,
+    stub_vae,
+)
+from workers.models.source import Source, stages_of
+from workers.models.speedups import EXACT, Speed
+from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
+from workers.split.device_gates import twin_of
+from workers.split.pipeline_split import Parts
+from workers.stages.contract import cause_of
+from workers.weights.host_weights import lock_ahead
+from workers.weights.residency import Residency
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A stage's pipeline, where its modules are, (module, device), and the residency of those on a GPU of their own."""
+
+    pipeline: DiffusionPipeline
+    device_map: tuple[tuple[str, str], ...]
+    residencies: dict[str, Residency] = field(default_factory=dict)  # by component
+    parts: Parts | None = None  # of a denoiser that is cut, which several jobs go through at once
+
+    def another(self) -> "Loaded":
+        """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
+        parts = dict(self.pipeline.components)
+        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+        for name, part in parts.items():
+            if isinstance(part, torch.nn.Module) and stages_of(name) == ("denoise",):
+                parts[name] = twin_of(part)
+                if self.parts:
+                    self.parts.gates.around(parts[name])
+        settings = {name: value for name, value in self.pipeline.config.items() if name not in parts and name[0] != "_"}
+        pipeline = type(self.pipeline)(**parts, **settings)
+        pipeline.set_progress_bar_config(disable=True)
+        return Loaded(pipeline, self.device_map, self.residencies, self.parts)
+
+
+def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed = EXACT) -> Loaded:
+    """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
+    cls = pipeline_class(source)
+    wanted = source.components(stage)
+    components: dict[str, Any] = {}
+    spread: list[tuple[str, str]] = []
+    residencies: dict[str, Residency] = {}
+    parts: Parts | None = None
+    if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
+        lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
+    with quiet():
+        for name in sorted(expected_components(cls)):
+            if name in wanted and _has_weights(source, name) and devices.cut:
+                if parts:
+                    raise BadRequest(f"{source.model!r} has more than one denoiser to be cut.", "Leave --cut out.")
+                parts = load_parts(source, name, stage, devices, dtype, speed)
+                components[name] = parts.module
+                spread += [(f"{name}.{part}", where) for part, where in parts.map()]
+                residencies |= {residency.name: residency for residency in parts.residencies}
+            elif name in wanted and _has_weights(source, name):
+                components[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
+                spread += places
+                if residency:
+                    residencies[name] = residency
+            elif name in wanted:
+                components[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
+            elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
+                components[name] = stub_vae(source, name, dtype, devices.primary)
+            else:
+                components[name] = None
+        pipeline = cls(**components, **plain_settings(source, cls))
+        speed.in_place(pipeline, residencies)
+    pipeline.set_progress_bar_config(disable=True)
+    return Loaded(pipeline, tuple(spread), residencies, parts)
+
+
+def _has_weights(source: Source, name: str) -> bool:
+    """Models have a config.json; tokenizers and schedulers name theirs otherwise."""
+    return (source.folder / name / "config.json").exists()
+
+
+def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) -> torch.nn.Module:
+    """A component with all its weights, and no others; ModelMissing where they aren't those that its class wants."""
+    try:
+        files = files_of(source, name)
+        if files.variant and name not in _told:
+            _told.add(name)
+            log.info("%s has weights in the variant %s alone; that is used", name, files.variant)
+        module, report = cls.from_pretrained(
+            source.folder, subfolder=name, use_safetensors=True, variant=files.variant, output_loading_info=True,
+            **arguments,
+        )  # fmt: skip
+        judge(report, f"{name}/{files.paths[0].name}")
+    except Damaged as error:
+        raise missing(source.model, name, error) from error
+    except (OSError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
+        raise ModelMissing(
+            f"{source.model!r}, {name}: it can't be loaded: {cause_of(error)}.", "Download it again."
+        ) from error
+    loaded: torch.nn.Module = module.eval()
+    return loaded
+
+
+PASSING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EINTR, errno.EAGAIN)  # no fault of the files
+_told: set[str] = set()  # components whose variant was named
+
+
+def load_parts(source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed) -> Parts:
+    """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
+    module = load_module(source, name, component_class(source, name), {"dtype": dtype})
+    speed.after_loading(module)
+    return Parts(name, module, parts_of(devices, stage), devices.leased)
+
+
+def load_weights(
+    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed
+) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
+    """One component, where its parts went, and its residency if it is on one device."""
+    arguments: dict[str, Any] = {"dtype": dtype}
+    cls = component_class(source, name)
+    arguments |= speed.loading_arguments(cls)
+    together = speed.together(devices.primary)
+    if together:
+        cls = together.model_class(cls)
+
+    def from_host() -> torch.nn.Module:
+        module = load_module(source, name, cls, arguments)
+        speed.after_loading(module)
+        return module
+
+    first, workspace = devices.primary.index or 0, devices.workspace_of(stage)
+    if together:
+        module = from_host()
+        together.after_loading(module)
+        residency = Residency(name, module, devices.primary)
+        room_for_weights = devices.room[first] - workspace if devices.room else residency.total_bytes
+        if not devices.leased:
+            residency.swap_in(min(residency.total_bytes, room_for_weights))
+        return module, [(name, f"{devices.primary} ({speed.parallel})")], residency
+    if devices.leased:
+        module = from_host()
+        residency = Residency(name, module, devices.primary, whole=stage == "vae")
+        return module, [(name, str(devices.primary))], residency
+    if not devices.room:
+        module = from_host().to(devices.primary)
+        return module, [(name, str(devices.primary))], None
+    size = weight_bytes(source, name, dtype)
+    place = choose(size, devices.room, workspace)
+    if isinstance(place, dict):
+        module, spread = spread_layers(
+            source, name, devices, place, lambda more: load_module(source, name, cls, arguments | more)
+        )
+        speed.after_loading(module)
+        return module, spread, None
+    if isinstance(place, int) and place != first:
+        devices.room[place] -= size
+        module = from_host().to(f"cuda:{place}")
+        module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
+        return module, [(name, f"cuda:{place}")], None
+    if place is None and stage == "vae":  # small, and may be cast for a job: it is in or it isn't
+        raise DoesNotFit(
+            f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
+            f"{format_bytes(workspace)} to work with; {format_bytes(sum(devices.room.values()))} are free.",
+            f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
+        )
+    residency = Residency(name, from_host(), devices.primary)
+    residency.swap_in(min(residency.total_bytes, max(0, devices.room[first] - workspace)))
+    devices.room[first] -= residency.device_bytes
+    log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
+    where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
+    return residency.module, [(name, where)], residency
+
+
+def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+    """Bytes of a component's weights once loaded as `dtype`, from the headers of its files; ModelMissing."""
+    try:
+        tensors = headers_of(files_of(source, name))
+    except Damaged as error:
+        raise missing(source.model, name, error) from error
+    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors.values())
+
+
+def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) -> list[Path]:
+    """Safetensors files of components that need no cast to `dtype`."""
+    kind = next(kind for kind, known in DTYPES.items() if known == dtype)
+    found: list[Path] = []
+    for name in names:
+        with contextlib.suppress(Damaged):  # loading will tell
+            for path in files_of(source, name).paths:
+                if all(tensor.dtype == kind for tensor in header_of(path).values()):
+                    found.append(path)
+    return found
+
+
+def files_of(source: Source, name: str) -> WeightFiles:
+    """The safetensors files that loading a component reads; Damaged."""
+    return weight_files(source.folder / name, source.index[name][0])

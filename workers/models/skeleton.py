@@ -1,0 +1,165 @@
+"""A pipeline object without weights: real classes and configurations, parameters on the meta device.
+
+The stub VAE in it is how a stage boundary is found: the pipeline's own unpacking and denormalising code runs, and
+what it would have decoded comes out as an exception.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import safe_open
+
+from protocol.errors import ModelMissing
+from workers.models.source import Source, stages_of
+
+VIDEO = {"num_frames", "video_length", "frames", "video"}  # arguments of pipelines whose results are videos
+PICTURE = ("prompt", "height", "width", "num_inference_steps")  # arguments of pipelines from prompts to pictures
+
+
+class Decoding(Exception):
+    """Not an error: the moment at which a pipeline would decode. Carries `decode`'s arguments."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__("decode")
+        self.arguments, self.keywords = args, kwargs
+
+
+def component_class(source: Source, name: str) -> Any:
+    """The class that model_index.json names for a component, from diffusers or transformers and nowhere else."""
+    library, cls = source.index[name]
+    if library not in ("diffusers", "transformers"):
+        raise ModelMissing(
+            f"{source.model!r} wants {cls} from {library!r}.", "Only diffusers and transformers are used."
+        )
+    found = getattr(importlib.import_module(library), cls, None)
+    if found is None:
+        raise ModelMissing(f"{source.model!r} wants {library}.{cls}, which this {library} doesn't have.", "Update it.")
+    return found
+
+
+def pipeline_class(source: Source) -> type[DiffusionPipeline]:
+    """The class that model_index.json names, if it makes pictures from prompts; else ModelMissing."""
+    try:
+        found = getattr(diffusers, source.pipeline, None)
+    except (ImportError, RuntimeError) as error:  # of what it needs besides
+        raise ModelMissing(f"{source.model!r} is a {source.pipeline}, which can't be imported: {error}.") from error
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
+        raise ModelMissing(
+            f"{source.model!r} is a {source.pipeline!r}, which diffusers {diffusers.__version__} doesn't have.",
+            "Update diffusers, or choose another model.",
+        )
+    if why := refusal(found):
+        raise ModelMissing(
+            f"{source.model!r} is a {source.pipeline}, which {why}.",
+            "Triptych runs diffusers pipelines that make pictures from prompts.",
+        )
+    return found
+
+
+def refusal(cls: type[DiffusionPipeline]) -> str:
+    """Why a pipeline class can't be run as three stages from a prompt to pictures; empty if it can."""
+    parameters = inspect.signature(cls.__call__).parameters
+    needed = [
+        name
+        for name, parameter in parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in ("self", "prompt")
+    ]
+    if VIDEO & set(parameters):
+        return "makes videos; those are not supported yet"
+    if needed:
+        return f"can't start from a prompt alone: it needs {', '.join(needed)}"
+    if not hasattr(cls, "encode_prompt"):
+        return "has no encode_prompt, so that its text can't be encoded apart"
+    if lacking := [name for name in PICTURE if name not in parameters]:
+        return f"takes no {', '.join(lacking)}, so that it makes no pictures of a given size from prompts"
+    return ""
+
+
+def build_skeleton(source: Source) -> DiffusionPipeline:
+    """The pipeline with tokenizers and scheduler real, VAE and denoiser on meta, text encoders None."""
+    cls = pipeline_class(source)
+    parts: dict[str, Any] = {}
+    for name in expected_components(cls):
+        if name not in source.index:
+            parts[name] = None
+        elif stages_of(name) == ("vae",):
+            parts[name] = stub_vae(source, name, torch.float32, torch.device("cpu"))
+        elif stages_of(name) == ("denoise",):
+            parts[name] = on_meta(source, name)
+        elif name == "scheduler" or name.startswith("tokenizer"):
+            parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
+        else:
+            parts[name] = None
+    return cls(**parts, **plain_settings(source, cls))
+
+
+def expected_components(cls: type[DiffusionPipeline]) -> set[str]:
+    modules, _ = cls._get_signature_keys(cls)
+    return set(modules) - {"self"}
+
+
+def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """The constructor's plain settings that model_index.json holds, such as force_zeros_for_empty_prompt."""
+    raw = json.loads((source.folder / "model_index.json").read_text())
+    _, optional = cls._get_signature_keys(cls)
+    return {name: raw[name] for name in optional if name in raw and not isinstance(raw[name], list)}
+
+
+def on_meta(source: Source, name: str) -> ModelMixin:
+    cls = component_class(source, name)
+    with init_empty_weights():
+        return cls.from_config(cls.load_config(source.folder, subfolder=name))
+
+
+def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
+    """With its tied weights tied."""
+    cls = component_class(source, name)
+    with torch.device("meta"):
+        model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder, subfolder=name))
+    return model
+
+
+def stub_vae(source: Source, name: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
+    """The real VAE class with its real configuration and buffers, whose `decode` raises Decoding."""
+    cls = component_class(source, name)
+
+    def decode(self: ModelMixin, *args: Any, **kwargs: Any) -> None:
+        raise Decoding(args, kwargs)
+
+    stub: Any = type(cls.__name__, (cls,), {"decode": decode, "device": property(lambda self: device)})
+    with init_empty_weights(include_buffers=False):
+        vae: ModelMixin = stub.from_config(cls.load_config(source.folder, subfolder=name))
+    _load_buffers(vae, source, name)
+    return vae.to(dtype)
+
+
+def _load_buffers(vae: ModelMixin, source: Source, name: str) -> None:
+    wanted = dict(vae.named_buffers())
+    if not wanted:
+        return
+    for path in sorted((source.folder / name).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in wanted.keys() & set(file.keys()):
+                wanted[key].copy_(file.get_tensor(key))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Loading without the libraries' progress bars and advice."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    yield

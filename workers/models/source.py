@@ -1,0 +1,198 @@
+"""Where a model's files are, and which of them a stage needs.
+
+A model is a folder in the diffusers layout, a hub repo id, or `demo`, the one that ships with Triptych. Whatever it
+was, it becomes a local folder here, with only this stage's weights downloaded.
+"""
+
+import contextlib
+import hashlib
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ModelMissing
+from protocol.stages import Stage
+from workers.models.weight_files import Damaged, check_file, read_json
+
+DEMO = "demo"
+DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NAME = re.compile(r"\w+")  # of a component, and its folder
+VAES = ("vae", "vqvae", "movq")
+DENOISERS = ("transformer", "unet", "prior", "decoder")
+TEXT = ("text_encoder", "tokenizer", "text_processor", "processor")
+SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
+SAMPLE_BYTES = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`index` is model_index.json without its private entries: component name → (library, class)."""
+
+    model: str
+    folder: Path
+    revision: str
+    pipeline: str
+    index: dict[str, tuple[str, str]]
+    named: frozenset[str] = frozenset()  # components of the index, those that are null included
+
+    def components(self, stage: Stage) -> set[str]:
+        """The components with weights, tokenizers or settings that a stage loads."""
+        return {name for name in self.index if stage in stages_of(name)}
+
+    def settings(self) -> dict[str, Any]:
+        """What the model's own triptych.json says, such as defaults for its jobs; ModelMissing."""
+        path = self.folder / "triptych.json"
+        if not path.exists():
+            return {}
+        with explained(self.model, self.folder):
+            return read_json(path)
+
+
+def stages_of(component: str) -> tuple[Stage, ...]:
+    """Which stages need a component of a pipeline, by the names that diffusers uses throughout."""
+    if component.startswith(TEXT):
+        return ("text",)
+    if component.startswith(VAES):
+        return ("vae",)
+    if component.startswith(DENOISERS):
+        return ("denoise",)
+    if component == "scheduler":
+        return ("text", "denoise", "vae")
+    return ()
+
+
+def locate(model: str, revision: str | None, stage: Stage | None) -> Source:
+    """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
+    if model == DEMO:
+        return read(model, DEMO_FOLDER, None)
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return read(model, folder.resolve(), None)
+    if folder.is_file():
+        raise ModelMissing(
+            f"{model!r} is a single file.",
+            "Make a folder of it in the diffusers layout: StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(FOLDER)",
+        )
+    if not REPO_ID.fullmatch(model):
+        raise ModelMissing(
+            f"There is no model {model!r}.",
+            "Give a folder in the diffusers layout, a hub id such as black-forest-labs/FLUX.1-dev, or demo.",
+        )
+    snapshot = download(model, revision, stage)
+    return read(model, snapshot, snapshot.name)
+
+
+def read(model: str, folder: Path, revision: str | None) -> Source:
+    """The source in a local folder; a folder without a commit gets a fingerprint of its files. ModelMissing."""
+    path = folder / "model_index.json"
+    if not path.exists() and not path.is_symlink():
+        raise ModelMissing(
+            f"{model!r} is not a model in the diffusers layout: it has no model_index.json.", hint(folder)
+        )
+    with explained(model, folder):
+        raw = read_json(path)
+    pipeline = raw.get("_class_name")
+    entries = {name: value for name, value in raw.items() if not name.startswith("_") and isinstance(value, list)}
+    pairs = [value for value in entries.values() if value != [None, None]]
+    if not isinstance(pipeline, str) or not all(len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs):
+        raise ModelMissing(
+            f"{model!r} is not a model in the diffusers layout: its model_index.json names no pipeline and components.",
+            "Save one there with pipeline.save_pretrained(FOLDER), or download it again.",
+        )
+    index = {name: (str(value[0]), str(value[1])) for name, value in entries.items() if value != [None, None]}
+    if odd := [name for name in index if not NAME.fullmatch(name)]:
+        raise ModelMissing(f"{model!r} names a component {odd[0]!r}, which is no name of a folder.", "Rename it.")
+    with explained(model, folder):
+        return Source(model, folder, revision or fingerprint(folder), pipeline, index, frozenset(entries))
+
+
+def hint(folder: Path) -> str:
+    """What was meant, maybe, by a folder that is no model."""
+    nested = sorted(path.parent for path in folder.glob("*/model_index.json"))
+    if nested:
+        return f"A folder in it is: --model {nested[0]}"
+    if any(folder.glob("*.safetensors")):
+        return "It holds single files; the diffusers layout has a folder for each component and a model_index.json."
+    return "Save one there with pipeline.save_pretrained(FOLDER)."
+
+
+@contextlib.contextmanager
+def explained(model: str, folder: Path) -> Iterator[None]:
+    """A damaged file of a model's folder as an error for a person."""
+    try:
+        yield
+    except Damaged as error:
+        file = error.file.removeprefix(f"{folder.name}/")
+        raise ModelMissing(f"{model!r} can't be run. {file} {error.fault}.", error.remedy) from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Sixteen hex digits that change with any configuration, tensor name, shape or size, or sampled weight; Damaged."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".txt")):
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            check_file(path)  # which says what it is: waiting for what comes through a pipe would be for ever
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size}\n".encode())
+        with path.open("rb") as file:
+            if path.suffix != ".safetensors" or size < 16 * SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            (header,) = struct.unpack("<Q", file.read(8))
+            digest.update(file.read(min(header, size)))
+            for part in range(8):
+                file.seek(min(8 + header, size) + max(0, size - 8 - header - SAMPLE_BYTES) * part // 7)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def lacks(folder: Path) -> bool:
+    """There are no weights in it."""
+    return not any(folder.glob("*.safetensors"))
+
+
+def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
+    """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    small = ["model_index.json", "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
+    try:
+        base = Path(snapshot_download(repo, revision=revision, allow_patterns=small, ignore_patterns=[*SKIP]))
+        if stage is None:
+            return base
+        components = read(repo, base, base.name).components(stage)
+        weights = [f"{name}/*.safetensors" for name in components]
+        snapshot_download(repo, revision=base.name, allow_patterns=[*small, *weights], ignore_patterns=[*SKIP])
+        # A component that has variants alone, such as fp16, comes with those.
+        bare = [f"{n}/*.safetensors" for n in components if (base / n / "config.json").exists() and lacks(base / n)]
+        if bare:
+            snapshot_download(repo, revision=base.name, allow_patterns=bare)
+        return base
+    except GatedRepoError as error:
+        hint = f"Accept its licence at its page on the hub, then: hf auth login. Or use an ungated one, such as {DEMO}."
+        raise ModelMissing(f"{repo!r} is gated, and this account has no access.", hint) from error
+    except RevisionNotFoundError as error:
+        raise ModelMissing(f"{repo!r} has no revision {revision!r}.", "Leave --revision out for the newest.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelMissing(
+            f"The hub has no model {repo!r}, or it is private.", "Check the name, or: hf auth login."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelMissing(
+            f"{repo!r} is not in the Hugging Face cache and can't be downloaded.",
+            f"With a network: hf download {repo}. HF_HUB_OFFLINE must not be set for that.",
+        ) from error

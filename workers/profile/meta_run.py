@@ -1,0 +1,233 @@
+"""A job run on shapes alone: its pipeline's own code, with every model on the meta device, where nothing is computed.
+
+What comes out are bytes and floating-point operations, of each stage and of each block of the denoiser.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from protocol.job import Recipe
+from protocol.model_profile import BlockFigures, StageFigures
+from protocol.stages import Stage
+from workers.models.loading import Loaded
+from workers.models.skeleton import Decoding, build_skeleton, on_meta, text_encoder_on_meta
+from workers.models.source import Source, stages_of
+from workers.runtime.worker import DTYPES
+from workers.stages.checkpoint import Steps
+from workers.stages.contract import unheard
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.tensors import pack
+from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
+from workers.weights.loose_tensors import LooseTensors
+from workers.weights.modulation import SLOTS
+from workers.weights.residency import block_rows, streamable
+from workers.weights.streaming import Block, least_bytes, room
+
+META, HERE = torch.device("meta"), torch.device("cpu")
+
+
+@dataclass(slots=True)
+class Seen:
+    """What a stage's models were seen to do."""
+
+    runs: int = 0
+    flop: float = 0.0  # of all runs
+    largest: int = 0  # bytes, of what goes into a layer or comes out of it
+    by_module: dict[str, float] = field(default_factory=dict)  # FLOP of one run by name
+    few_rows: set[str] = field(default_factory=set)  # linear layers that got but a few rows
+
+
+@contextlib.contextmanager
+def on_shapes(seen: Seen, name: str, model: torch.nn.Module) -> Iterator[None]:
+    """A model that is called like one on the CPU."""
+    real = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with standing_in(model, real):
+            return watched(seen, name, model, model, *args, **kwargs)
+
+    with standing_in(model, forward):
+        yield
+
+
+def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a model on shapes, and note what it does; its result is zeros on the CPU.
+
+    Masks are left out: some models look whether they can be ignored, which shapes don't tell.
+    """
+    given, named = tree_map(on_meta_device, (args, {k: v for k, v in kwargs.items() if k != "attention_mask"}))
+    with (
+        looking(model, name, seen),
+        FlopCounterMode(display=False) as counter,
+    ):
+        result = run(*given, **named)
+    seen.runs += 1
+    seen.flop += counter.get_total_flops()
+    prefix = type(model).__name__
+    for module, counts in counter.get_flop_counts().items():
+        if module.startswith(f"{prefix}."):
+            seen.by_module[f"{name}{module.removeprefix(prefix)}"] = float(sum(counts.values()))
+    return tree_map(on_cpu, result)
+
+
+class Rehearsal:
+    def __init__(self, source: Source, recipe: Recipe) -> None:
+        self.source, self.recipe, self.dtype = source, recipe, DTYPES[recipe.dtype]
+        self.pipeline: Any = build_skeleton(source)
+        self._models: dict[Stage, list[tuple[str, torch.nn.Module]]] = {"text": [], "denoise": [], "vae": []}
+        for name in sorted(source.index):
+            (stage, *_), has_weights = stages_of(name) or ("",), (source.folder / name / "config.json").exists()
+            if stage in self._models and has_weights and not name.startswith("tokenizer"):
+                make = text_encoder_on_meta if stage == "text" else on_meta
+                model = make(source, name).to(device=META, dtype=self.dtype).eval()
+                self._models[stage].append((name, said_to_be_here(model)))
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    @torch.no_grad()
+    def stages(self) -> tuple[StageFigures, ...]:
+        """In the order in which a job goes through them."""
+        text, embeddings = self._text()
+        denoise, decoding = self._denoise(embeddings)
+        return text, denoise, self._vae(decoding)
+
+    def _text(self) -> tuple[StageFigures, dict[str, Any]]:
+        with self._on_shapes("text") as seen:
+            embeddings: dict[str, Any] = TextStage(Loaded(self.pipeline, ()), HERE).embeddings(self.recipe)
+        return self._figures("text", seen, 1), embeddings
+
+    def _denoise(self, embeddings: dict[str, Any]) -> tuple[StageFigures, Decoding]:
+        """The pipeline's own loop, of one step."""
+        stage = DenoiseStage(Loaded(self.pipeline, ()), HERE)
+        recipe = self.recipe.model_copy(update={"steps": 1})
+        arguments = stage.arguments(recipe, tuple(pack(embeddings)), Steps(unheard, 1))
+        with self._on_shapes("denoise") as seen:
+            decoding = stage.until_decoding(arguments)
+        passes = max(1, seen.runs)
+        seen.flop /= passes
+        return self._figures("denoise", seen, passes * self.recipe.steps), decoding
+
+    @contextlib.contextmanager
+    def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
+        """The pipeline runs on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
+        seen = Seen()
+        self.pipeline.register_modules(**dict(self._models[stage]))
+        with contextlib.ExitStack() as stack:
+            for name, model in self._models[stage]:
+                stack.enter_context(on_shapes(seen, name, model))
+            yield seen
+        self.pipeline.register_modules(**{name: None for name, _ in self._models[stage]})
+
+    def _vae(self, decoding: Decoding) -> StageFigures:
+        (name, vae), *_ = self._models["vae"]
+        decode: Any = vae.decode
+        args, kwargs = tree_map(on_meta_device, (decoding.arguments, decoding.keywords))
+        latents = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+        vae.to(latents.dtype)
+        seen = Seen()
+        watched(seen, name, vae, decode, *args, **kwargs)
+        vae.to(self.dtype)
+        return self._figures("vae", seen, 1)
+
+    def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageFigures:
+        models = self._models[stage]
+        sizes = {name: model_bytes(model) + LooseTensors(model).nbytes for name, model in models}
+        main = max(sizes, key=lambda name: sizes[name])
+        blocks, least = [], 0
+        for name, model in models:
+            rows = streamable(model, block_rows(model)) if stage != "vae" else []
+            whole = sizes[name]
+            least += least_bytes(rows, whole) if stage != "vae" else whole
+            if name == main and stage != "vae":
+                blocks = [block_figures(model, row, name, seen) for row in rows]
+        once = sum(block.once for block in blocks)
+        loose = max((largest_linear(dict(models)[main], seen.few_rows, main)), default=0) * SLOTS
+        if once < LEAST_SHARE * sizes[main]:  # not worth the trouble
+            blocks, loose = [block.model_copy(update={"once": 0}) for block in blocks], 0
+        return StageFigures(
+            stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
+            passes=passes, blocks=tuple(blocks), loose=loose,
+            heads=heads_of(dict(models)[main]),
+            after=sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks)),
+        )  # fmt: skip
+
+
+def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockFigures]) -> list[torch.nn.Module]:
+    _, after = around_blocks(model, [block.name for block in blocks])
+    return [model.get_submodule(name) for name in after]
+
+
+def heads_of(model: torch.nn.Module) -> int:
+    heads = getattr(getattr(model, "config", None), "num_attention_heads", None)
+    return heads if isinstance(heads, int) else 0
+
+
+def parameter_sizes(model: torch.nn.Module) -> dict[str, int]:
+    return {name: parameter.nbytes for name, parameter in model.named_parameters()}
+
+
+def model_bytes(model: torch.nn.Module) -> int:
+    """Bytes of weights on a device, with what must be set aside around each."""
+    return sum(map(room, parameter_sizes(model).values()))
+
+
+def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen) -> BlockFigures:
+    block = model.get_submodule(row.name)
+    prefix = f"{component}.{row.name}"
+    once = sum(model_bytes(layer) for name, layer in block.named_modules() if f"{prefix}.{name}" in seen.few_rows)
+    return BlockFigures(name=row.name, bytes=model_bytes(block), once=once, flop=seen.by_module.get(prefix, 0.0))
+
+
+def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:
+    """Bytes of those layers that are its."""
+    for name in (name for name in names if name.startswith(f"{component}.")):
+        yield model_bytes(model.get_submodule(name.removeprefix(f"{component}.")))
+
+
+@contextlib.contextmanager
+def looking(model: torch.nn.Module, component: str, seen: Seen) -> Iterator[None]:
+    """Note what goes through the model's layers, and which of those inside its blocks act on the timestep alone."""
+    rows = tuple(f"{row}." for row in block_rows(model))
+    hooks = []
+    for name, layer in model.named_modules():
+        if any(True for _ in layer.children()):
+            continue
+
+        def see(layer: torch.nn.Module, args: tuple[Any, ...], result: Any, name: str = name) -> None:
+            tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
+            seen.largest = max([seen.largest, *(tensor.nbytes for tensor in tensors)])
+            linear = isinstance(layer, torch.nn.Linear) and name.startswith(rows)
+            if linear and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:  # one a sample
+                seen.few_rows.add(f"{component}.{name}")
+
+        hooks.append(layer.register_forward_hook(see))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def said_to_be_here(model: torch.nn.Module) -> torch.nn.Module:
+    """The pipeline puts its latents where it finds its first model. The class keeps its name, by which it is known."""
+    cls = type(model)
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    model.__class__ = type(cls.__name__, (cls,), {**known, "device": property(lambda _: HERE)})
+    return model
+
+
+def on_meta_device(value: Any) -> Any:
+    return value.to(META) if isinstance(value, torch.Tensor) else value
+
+
+def on_cpu(value: Any) -> Any:
+    """Zeros for a tensor that has but a shape."""
+    if isinstance(value, torch.Tensor) and value.device == META:
+        return torch.zeros(value.shape, dtype=value.dtype)
+    return value

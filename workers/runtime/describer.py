@@ -1,0 +1,208 @@
+"""The process without weights: checks a model, says what it takes, and counts prompts' tokens for the orchestrator.
+
+    python -m workers.runtime.describer MODEL [--revision R]
+
+checks a model alone and prints JSON: its description, or all that is wrong with it. Nothing that a model's folder holds
+is read by the orchestrator itself: what a broken file does to a library ends this process, which comes back.
+"""
+
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import zmq
+
+from protocol import wire
+from protocol.errors import ModelMissing, TriptychError
+from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
+from protocol.messages.describer import TO_DESCRIBER, CountTokens, DescriberHello, TokenCounts
+from protocol.model import ModelDescription
+from protocol.recipe import CountTokens as Counter
+from protocol.sockets import dealer, new_identity, receive, send
+from protocol.stages import STAGES, Stage
+
+log = logging.getLogger(__name__)
+
+SHAPES = re.compile(  # how torch and Python say that values of a configuration don't go together
+    r"must match the size|shapes cannot be multiplied|invalid for input of size|expected input\b.* to have"
+    r"|must match except in dimension|shape mismatch|broadcastable|size of tensor"
+    r"|unsupported operand type"
+)
+SILENCE_SECONDS = 4.0  # without an answer, after which it says hello again
+BEAT_SECONDS = 0.5
+
+
+class Describer:
+    """Its conversation with the orchestrator. `count` gives the tokens of a text."""
+
+    def __init__(self, endpoint: str, hello: DescriberHello, count: Counter) -> None:
+        self._endpoint, self._hello, self._count = endpoint, hello, count
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._heard = 0.0  # monotonic seconds
+        self._stopping = False
+
+    def stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        """Until told to stop."""
+        self._connect()
+        while not self._stopping:
+            assert self._socket is not None
+            if self._socket.poll(int(BEAT_SECONDS * 1000)):
+                self._hear()
+            elif time.monotonic() - self._heard > SILENCE_SECONDS:
+                self._connect()
+            else:
+                self._say(Heartbeat(rss_bytes=0, gpu_bytes=0))
+        assert self._socket is not None
+        self._socket.close(linger=0)
+        self._context.term()
+
+    def _connect(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        self._socket = dealer(self._context, self._endpoint, new_identity())
+        self._heard = time.monotonic()
+        self._say(self._hello)
+
+    def _say(self, message: Message) -> None:
+        """A lost link is noticed by silence."""
+        assert self._socket is not None
+        if self._socket.poll(1000, zmq.POLLOUT):
+            send(self._socket, wire.encode(message))
+
+    def _hear(self) -> None:
+        assert self._socket is not None
+        try:
+            message = wire.decode(receive(self._socket), TO_DESCRIBER).message
+        except (zmq.Again, TriptychError) as error:
+            log.error("the orchestrator sent something else: %s", error)
+            return
+        self._heard = time.monotonic()
+        match message:
+            case CountTokens(request=request, texts=texts):
+                self._say(self.counts(request, texts))
+            case Error(code="not_found"):
+                self._connect()
+            case Welcome() | Beat() | Error():
+                pass
+
+    def counts(self, request: int, texts: Sequence[str]) -> TokenCounts:
+        try:
+            return TokenCounts(request=request, counts=tuple(map(self._count, texts)))
+        except Exception as error:
+            log.exception("tokens could not be counted")
+            return TokenCounts(request=request, reason=f"{type(error).__name__}: {error}"[:1000])
+
+
+def token_counter(source: Any) -> Counter:
+    """Counts as the pipeline's longest tokenizer does, special tokens included; ModelMissing."""
+    from workers.models.model_check import longest_tokenizer
+
+    tokenizer = longest_tokenizer(source)
+    if tokenizer is None:
+        return lambda text: 0
+    return lambda text: len(tokenizer(text, truncation=False, add_special_tokens=True).input_ids)
+
+
+def examine(model: str, revision: str | None, dtype: str, stages: Sequence[Stage] = ()) -> tuple[Any, ModelDescription]:
+    """A model's source and description, once it is found whole; ModelMissing. Downloads what `stages` need of it."""
+    from workers.models.description import describe
+    from workers.models.model_check import check
+    from workers.models.skeleton import quiet
+    from workers.models.source import locate
+
+    source = locate(model, revision, None)
+    for stage in stages:
+        locate(model, revision, stage)
+    with quiet():
+        check(source, stages or STAGES)
+        description = describe(source)
+        fits_together(source, dtype)
+    return source, description
+
+
+def fits_together(source: Any, dtype: str) -> None:
+    """Run the model on shapes alone; ModelMissing where its parts' shapes don't go together.
+
+    Models that can't be run so for another reason are taken: not all code works on the meta device.
+    """
+    from workers.profile.measure import NO_SIZE, figures_for
+
+    try:
+        figures_for(source, dtype, **NO_SIZE)
+    except TriptychError as error:
+        log.info("not run on shapes: %s", error)
+    except Exception as error:
+        if not SHAPES.search(str(error)):
+            log.info("not run on shapes: %s", error)
+            return
+        raise ModelMissing(
+            f"{source.model!r} can't be run: its configurations don't go together: {str(error).splitlines()[0]}.",
+            "Download it again.",
+        ) from error
+
+
+@click.command()
+@click.option("--connect", required=True)
+@click.option("--model", required=True)
+@click.option("--revision")
+@click.option("--dtype", required=True)
+@click.option("--stages", required=True, help="Those that have workers here: text,denoise,vae.")
+@click.option("--speedup", "speedups", multiple=True)
+def describe(
+    connect: str, model: str, revision: str | None, dtype: str, stages: str, speedups: tuple[str, ...]
+) -> None:
+    """The describer of a stack; the supervisor starts it."""
+    from protocol.process import end_with_parent, log_to_stderr
+
+    end_with_parent()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it has no use for a GPU
+    log_to_stderr("describer")
+    mine: list[Stage] = [stage for stage in STAGES if stage in stages.split(",")]
+    source, description = examine(model, revision, dtype, mine)
+    log.info("%s is whole: %s", model, description.pipeline)
+    hello = DescriberHello(pid=os.getpid(), dtype=dtype, speedups=speedups, model=description)
+    describer = Describer(connect, hello, token_counter(source))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, describer.stop)
+    describer.run()
+    logging.shutdown()
+    os._exit(0)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("model")
+@click.option("--revision")
+def main(model: str, revision: str | None) -> None:
+    from workers.models.description import describe
+    from workers.models.model_check import find_problems
+    from workers.models.skeleton import quiet
+    from workers.models.source import locate, read
+
+    try:
+        folder = Path(model).expanduser()
+        source = read(model, folder.resolve(), None) if folder.is_dir() else locate(model, revision, None)
+        with quiet():
+            problems = find_problems(source, STAGES)
+            found: dict[str, Any] = {"problems": [str(problem) for problem in problems]}
+            if not problems:
+                found["model"] = describe(source).model_dump()
+    except TriptychError as error:
+        found = {"problems": [str(error)]}
+    print(json.dumps(found))
+    sys.exit(4 if found["problems"] else 0)
+
+
+if __name__ == "__main__":
+    main()

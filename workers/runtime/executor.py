@@ -1,0 +1,219 @@
+"""The thread that loads and computes, so that the worker's own loop can go on talking."""
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from protocol.errors import TriptychError
+from protocol.job import Recipe
+from protocol.messages.common import Message
+from protocol.messages.worker import Lease, Leased, Progress, Ready, Result, Task, TaskFailed
+from protocol.tensors import Tensor
+from protocol.views import ComponentView
+from workers.runtime.cpu_lock import turn
+from workers.runtime.ranks import LeadStage, RankLost
+from workers.stages.contract import Cancelled, Outcome, Report, Saved, StageError, cause_of, release_memory
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.stages.vae import VaeStage
+from workers.weights.gpu_lease import AnyShare, settle
+
+log = logging.getLogger(__name__)
+
+StageRunner = TextStage | DenoiseStage | LeadStage | VaeStage
+Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
+Shares = Callable[[StageRunner], Sequence[AnyShare]]  # of each of its GPUs
+Event = tuple[Message, list[Tensor]]
+PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
+IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
+PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    outcome: Outcome
+    seconds: float
+    peak_bytes: int  # of GPU memory, all GPUs together; 0 on a CPU
+    workspace_bytes: int  # a job's on one GPU, of what was not weights
+    short: bool  # a library got less memory than it asked for, and may have computed in another way
+
+
+def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Measured:
+    """Run a stage once, with its time and its peak of GPU memory, which it shares where several jobs are at once."""
+    cuda = runner.device.type == "cuda"
+    if cuda:
+        for gpu in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(gpu)
+    refused = refusals() if cuda else 0
+    start = time.perf_counter()
+    outcome = runner.run(recipe, tensors, report)
+    seconds = time.perf_counter() - start
+    gpus = range(torch.cuda.device_count()) if cuda else range(0)
+    peaks = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
+    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    short = cuda and parts is None and refusals() > refused
+    workspace = workspace_of(runner, peaks) // (parts.company if parts else 1)
+    return Measured(outcome, seconds, sum(peaks.values()), workspace, short)
+
+
+def workspace_of(runner: StageRunner, peaks: Mapping[int, int]) -> int:
+    """The most that was in use of a GPU beside weights, by the most of all."""
+    weights = dict.fromkeys(peaks, 0)
+    for residency in runner.residencies:
+        if residency.device.index in weights:
+            weights[residency.device.index] += residency.device_bytes
+    return max((peak - weights[gpu] for gpu, peak in peaks.items()), default=0)
+
+
+def refusals() -> int:
+    """How often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
+    return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
+
+
+class Hands:
+    """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
+
+    def __init__(
+        self, load: Load, turns: Path | None, shares: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
+    ) -> None:
+        """`shares` are given where it works in leases; `warm` waits until the device is ready to compute."""
+        self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self.wake, self.bell = socket.socketpair()
+        self.wake.setblocking(False)
+        self.bell.setblocking(False)
+        self._load, self._turns, self._shares, self._warm = load, turns, shares, warm
+        self._orders: queue.SimpleQueue[tuple[Task | Lease, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._cancelled: set[tuple[str, int]] = set()
+        self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def give(self, order: Task | Lease, tensors: tuple[Tensor, ...]) -> None:
+        if isinstance(order, Task):
+            self._cancelled.discard((order.job, order.attempt))  # what was cancelled under this number is over
+        self._orders.put((order, tensors))
+
+    def cancel(self, job: str, attempt: int) -> None:
+        self._cancelled.add((job, attempt))
+
+    def fail(self, error: BaseException) -> None:
+        """End the worker, from any thread."""
+        self._emit(error)
+
+    def ring(self) -> None:
+        """Wake whoever listens."""
+        with contextlib.suppress(BlockingIOError):  # a full bell has rung already
+            self.bell.send(b"!")
+
+    def _emit(self, event: Event | BaseException) -> None:
+        self.events.put(event)
+        self.ring()
+
+    def _work(self) -> None:
+        """What ends this thread ends the worker."""
+        try:
+            self._serve()
+        except BaseException as error:
+            self._emit(error)
+
+    def _serve(self) -> None:
+        runner, device_map = self._load()
+        shares = self._shares(runner)
+        needs, contexts = tuple(share.needs() for share in shares), tuple(share.context_bytes() for share in shares)
+        kept = tuple(share.kept_bytes() for share in shares)
+        ready = Ready(
+            device_map=device_map, residency=views(runner), needs=needs, context_bytes=contexts, kept_bytes=kept
+        )  # fmt: skip
+        self._emit((ready, []))
+        while True:
+            order, tensors = self._orders.get()
+            if isinstance(order, Lease):
+                self._emit((changed(runner, shares, order), []))
+                continue
+            self._do(runner, order, tensors)
+            del order, tensors
+            contexts = tuple(share.context_bytes() for share in shares)
+            self._emit((Ready(residency=views(runner), context_bytes=contexts), []))
+
+    def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
+        key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
+        extra = {"job": task.job}
+        told = time.monotonic()
+
+        def report(step: int, steps: int, saved: Saved | None = None) -> None:
+            nonlocal told
+            if (task.job, task.attempt) in self._cancelled:
+                raise Cancelled
+            if saved or (0 < step < steps and time.monotonic() - told >= PROGRESS_SECONDS):
+                told = time.monotonic()
+                progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
+                self._emit((progress, saved.tensors if saved else []))
+
+        if isinstance(runner, VaeStage):
+            runner.may_tile = task.make_do
+        try:
+            self._warm()
+            with turn(self._turns):
+                done = run_measured(runner, task.recipe, tensors, report)
+            if done.short and not task.make_do:
+                raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
+        except RankLost:
+            raise
+        except Cancelled:
+            log.info("cancelled", extra=extra)
+            self._emit((TaskFailed(**key, reason="cancelled", retry=False, cancelled=True), []))
+        except Exception as error:
+            log.exception("%s failed", task.stage, extra=extra)
+            short, retry = isinstance(error, torch.OutOfMemoryError), not isinstance(error, PERMANENT)
+            if short:
+                release_memory()
+            elif retry and runner.device.type == "cuda":
+                torch.cuda.synchronize(runner.device)  # where a context is broken for good, this ends the worker
+            self._emit((TaskFailed(**key, reason=cause_of(error), retry=retry, out_of_memory=short), []))
+        else:
+            log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
+            result = Result(
+                **key, seconds=done.seconds, peak_bytes=done.peak_bytes, workspace_bytes=done.workspace_bytes,
+                warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),
+            )  # fmt: skip
+            self._emit((result, done.outcome.tensors))
+        self._cancelled.discard((task.job, task.attempt))
+
+
+def changed(runner: StageRunner, shares: Sequence[AnyShare], lease: Lease) -> Leased:
+    """After a lease, with no other job on its way."""
+    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    with parts.to_oneself() if parts else contextlib.nullcontext():
+        leased = settle(shares, lease.grants)
+    return leased.model_copy(update={"residency": views(runner)})
+
+
+def views(runner: StageRunner) -> tuple[ComponentView, ...]:
+    """Where a stage's weights are."""
+    return tuple(
+        ComponentView(
+            component=r.name, state=r.state, device_bytes=r.device_bytes, total_bytes=r.total_bytes,
+            swap_seconds=r.seconds,
+        )
+        for r in runner.residencies
+    )  # fmt: skip
+
+
+def resident_bytes() -> int:
+    """This process's memory, from the kernel; 0 where it can't be read."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

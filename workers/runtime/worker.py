@@ -1,0 +1,271 @@
+"""From a worker's settings to a stage that runs: find the model, describe it, load it onto its devices."""
+
+import functools
+import importlib.metadata
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from protocol.curve_keys import PeerKey
+from protocol.errors import BadRequest
+from protocol.messages.worker import WorkerHello
+from protocol.model import ModelDescription
+from protocol.stages import Stage
+from workers.models.description import describe
+from workers.models.devices import WORKSPACE, Devices
+from workers.models.loading import Loaded, load
+from workers.models.skeleton import quiet
+from workers.models.source import Source, locate
+from workers.models.speedups import Speed
+from workers.runtime.executor import Hands, StageRunner
+from workers.runtime.ranks import Group, LeadStage, follow, form
+from workers.runtime.session import WorkerLoop
+from workers.runtime.warmup import WarmUp
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.stages.vae import VaeStage
+from workers.weights.gpu_lease import AnyShare, Share
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 2.0  # that a worker beside another may take for its goodbye
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    stage: Stage
+    model: str
+    revision: str | None
+    device: str  # auto, cpu, mps, cuda, cuda:N
+    dtype: str  # auto or a name in DTYPES
+    max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
+    name: str
+    lease_gpus: tuple[int, ...] = ()  # it works in leases of these GPUs' memory
+    speedups: tuple[str, ...] = ()  # of its whole stack
+    checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
+    turns: Path | None = None  # lock file of those that compute on this CPU
+    cut: tuple[int, ...] = ()  # blocks of a denoiser on each of its GPUs
+    jobs: int = 1  # at once
+    workspace: int | None = None  # bytes to be left beside weights, of max_memory; None: an estimate
+
+
+def resolve_device(device: str) -> str:
+    """'auto' becomes the best that there is."""
+    if device != "auto":
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_kind(device: str) -> str:
+    """What equal bits depend on: a GPU's name, or the kind of device."""
+    kind = torch.device(device).type
+    if kind != "cuda":
+        return kind
+    import pynvml
+
+    try:  # torch would bring up a context to say it, before a worker may have forked its ranks
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(first_gpu()))
+    except (pynvml.NVMLError, ValueError):
+        return "cuda"
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def first_gpu() -> int:
+    """The driver's number of the first GPU that this process sees; ValueError where it has another name."""
+    return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
+
+
+def versions() -> str:
+    """Of the libraries that compute a picture."""
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """'auto' becomes what the device computes fast in."""
+    if dtype == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    if dtype not in DTYPES:
+        raise BadRequest(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
+    return dtype
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A worker that knows its model but has not loaded it. With a `group` it is one of several that work together."""
+
+    settings: WorkerSettings
+    source: Source
+    description: ModelDescription
+    device: str
+    dtype: str
+    group: Group | None = None
+
+    def load(self) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        """The stage with its weights in place, and where they are."""
+        (load,) = self.loaders()
+        return load()
+
+    def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
+        """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
+        if not self.settings.cut:
+            return [lambda: self._stage(*self.weights())]
+        once = Once(self.weights)
+
+        def lane(index: int) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+            loaded, device = once.get()
+            runner, places = self._stage(loaded.another(), device)
+            return runner, () if index else places  # they are told once
+
+        return [functools.partial(lane, index) for index in range(self.settings.jobs)]
+
+    def weights(self) -> tuple[Loaded, torch.device]:
+        settings, device, memory = self.settings, self.device, self.settings.max_memory
+        if self.group:
+            device = f"cuda:{self.group.rank}" if device == "cuda" else device
+            memory = memory[self.group.rank : self.group.rank + 1] if len(memory) > 1 else memory
+            self.group.join(torch.device(device))
+        devices = Devices.of(device, memory, bool(settings.lease_gpus), settings.cut, settings.workspace)
+        start = time.perf_counter()
+        speed = Speed.of(settings.stage, settings.speedups)
+        loaded = load(self.source, settings.stage, devices, DTYPES[self.dtype], speed)
+        log.info("loaded in %.2f s", time.perf_counter() - start)
+        return loaded, devices.primary
+
+    def shares(self, runner: StageRunner) -> list[AnyShare]:
+        """Of each GPU whose memory is leased to it."""
+        settings, workspace = self.settings, WORKSPACE[self.settings.stage]
+        if not settings.lease_gpus:
+            return []
+        if settings.workspace is not None:
+            workspace = min(workspace, settings.workspace // settings.jobs)  # as planned for larger pictures, maybe
+        amounts = [size - (settings.workspace or 0) for size in settings.max_memory]
+        if isinstance(runner, DenoiseStage) and runner.parts:
+            parts = zip(runner.residencies, amounts, strict=True)
+            return [Share(residency.device, (residency,), workspace, most) for residency, most in parts]
+        rank = self.group.rank if self.group else 0
+        own = Share(runner.device, runner.residencies, workspace, amounts[rank] if amounts else None)
+        return [own, *(runner.shares if isinstance(runner, LeadStage) else ())]
+
+    def _stage(self, loaded: Loaded, device: torch.device) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        return self._runner(loaded, device), loaded.device_map
+
+    def _runner(self, loaded: Loaded, device: torch.device) -> StageRunner:
+        match self.settings.stage:
+            case "text":
+                return TextStage(loaded, device)
+            case "denoise":
+                stage = self.denoise_stage(loaded, device)
+                return LeadStage(stage, self.group) if self.group else stage
+            case "vae":
+                return VaeStage(loaded, device)
+
+    def denoise_stage(self, loaded: Loaded, device: torch.device) -> DenoiseStage:
+        """Of several that work together the first one alone makes checkpoints."""
+        follows = self.group is not None and self.group.rank > 0
+        return DenoiseStage(loaded, device, None if follows else self.settings.checkpoint_seconds)
+
+
+Made = TypeVar("Made")
+
+
+class Once(Generic[Made]):
+    """What is made by the first of several threads that want it."""
+
+    def __init__(self, make: Callable[[], Made]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._made: Made | None = None
+
+    def get(self) -> Made:
+        with self._lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+
+def prepare(settings: WorkerSettings) -> Prepared:
+    """Find and describe the model; ModelMissing or BadRequest if that can't be."""
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device)
+    source = locate(settings.model, settings.revision, settings.stage)
+    with quiet():
+        return Prepared(settings, source, describe(source), device, dtype)
+
+
+def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
+    """Join a stack and work until told to stop; a remote one lets a `key` in."""
+    ranks = ranks_of(settings)
+    group = form(ranks, settings.name) if ranks > 1 else None
+    device = resolve_device(settings.device)
+    warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(settings.dtype, device)])
+    prepared = prepare(settings)
+    prepared.group = group
+    if group and group.rank:
+        follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.shares, group)
+    if group:
+        group.watch()
+    hello = WorkerHello(
+        name=settings.name,
+        stage=settings.stage,
+        pid=os.getpid(),
+        host=socket.gethostname(),
+        device=prepared.device,
+        device_kind=device_kind(prepared.device),
+        versions=versions(),
+        dtype=prepared.dtype,
+        model=prepared.description,
+        speedups=settings.speedups,
+        gpus=settings.lease_gpus,
+        parts=settings.jobs,
+    )
+    loops = []
+    for index, loader in enumerate(prepared.loaders()):
+        hands = Hands(
+            loader,
+            settings.turns if prepared.device == "cpu" else None,
+            (lambda _: ()) if index else prepared.shares,
+            warm_up.join,
+        )
+        told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}", "part": index})
+        loops.append(WorkerLoop(endpoint, key, told, hands))
+    run_together(loops)
+    logging.shutdown()
+    os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
+
+
+def ranks_of(settings: WorkerSettings) -> int:
+    """Processes that this worker is."""
+    _, _, size = Speed.of(settings.stage, settings.speedups).parallel.partition("-")
+    return int(size or 1)
+
+
+def run_together(loops: Sequence[WorkerLoop]) -> None:
+    """One process that is several workers: the first one hears signals, and they all end with any of them."""
+    first, *others = loops
+
+    def attend(loop: WorkerLoop) -> None:
+        try:
+            loop.run()
+        except BaseException as error:
+            first.fail(error)
+
+    threads = [threading.Thread(target=attend, args=(loop,), daemon=True) for loop in others]
+    for thread in threads:
+        thread.start()
+    first.heed_signals()
+    first.run()
+    for loop in others:
+        loop.stop("the others stop")
+    for thread in threads:
+        thread.join(STOP_SECONDS)

@@ -1,0 +1,200 @@
+"""Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.nn import Module
+
+from protocol.job import Recipe
+from protocol.tensors import CHECKPOINT, Tensor
+from workers.models.description import call_parameters, guidance_arguments
+from workers.models.loading import Loaded
+from workers.models.skeleton import Decoding
+from workers.models.source import stages_of
+from workers.stages.checkpoint import Checkpoint, Detour, Recorder, Steps, is_one, read
+from workers.stages.contract import Outcome, Report, StageError, unheard
+from workers.tensors import Value, pack, unpack
+from workers.weights.forward_trace import Call, Results, standing_in
+
+
+class DenoiseStage:
+    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = None) -> None:
+        """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
+        self.pipeline, self.device = loaded.pipeline, device
+        self.residencies = tuple(loaded.residencies.values())
+        self.checkpoint_seconds = checkpoint_seconds
+        self.parts = loaded.parts
+
+    def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
+        """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
+
+        With a checkpoint among the tensors it goes on from there.
+        """
+        saved = read(tensors, self.device) if is_one(tensors) else None
+        embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.weights(recipe, embeddings, begins=saved is None))
+                steps = stack.enter_context(self.course(recipe, report, saved))
+                steps.begin()
+                decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
+        finally:
+            reset_caches(self.pipeline)
+        return Outcome(pack(self.travelling(decoding)))
+
+    @contextlib.contextmanager
+    def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:
+        """Around a job: what it needs of the weights is on the device when it is needed."""
+        with contextlib.ExitStack() as stack:
+            if self.parts:
+                (twin,) = self.denoisers()
+                play = Play(self, twin, recipe, embeddings, begins)
+                stack.enter_context(self.parts.job(twin, play, shape_of(recipe)))
+            elif len(self.residencies) == 1:
+                (residency,) = self.residencies
+                stack.enter_context(residency.job(Play(self, residency.module, recipe, embeddings, begins)))
+            else:
+                for residency in self.residencies:
+                    stack.enter_context(residency.job(None))
+            yield
+
+    @contextlib.contextmanager
+    def course(self, recipe: Recipe, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
+        """The job's steps: recorded as they go, and from a checkpoint on if there is one."""
+        denoiser = self.denoiser()
+        if denoiser is None:
+            yield Steps(report, recipe.steps)
+            return
+        recorder = None
+        with contextlib.ExitStack() as stack:
+            if self.checkpoint_seconds is not None:
+                recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds)
+                hook = denoiser.register_forward_hook(recorder.see, with_kwargs=True)
+                stack.callback(hook.remove)
+            detour = Detour(saved, denoiser.forward) if saved else None
+            if detour:
+                stack.enter_context(standing_in(denoiser, detour))
+            yield Steps(report, recipe.steps, recorder, detour)
+
+    def denoiser(self) -> torch.nn.Module | None:
+        """The one whose work can be gone on with: not one of two, nor one whose step cache has a memory of its own."""
+        found = self.denoisers()
+        return None if len(found) != 1 or getattr(found[0], "is_cache_enabled", False) else found[0]
+
+    def denoisers(self) -> list[torch.nn.Module]:
+        """The models that run in each step; most pipelines have one."""
+        components = self.pipeline.components.items()
+        return [part for name, part in components if stages_of(name) == ("denoise",) and isinstance(part, Module)]
+
+    def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
+        try:
+            self.pipeline(**arguments)
+        except Decoding as decoding:
+            return decoding
+        raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
+
+    def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], steps: Steps) -> dict[str, Any]:
+        parameters = call_parameters(self.pipeline)
+        true_cfg, distilled = guidance_arguments(self.pipeline)
+        arguments: dict[str, Any] = {
+            **unpack(tensors, self.device),
+            "height": recipe.height,
+            "width": recipe.width,
+            "num_inference_steps": recipe.steps,
+            "generator": torch.Generator("cpu").manual_seed(recipe.seed),
+        }
+        if true_cfg and recipe.cfg_scale is not None:
+            arguments[true_cfg] = recipe.cfg_scale
+        if distilled and recipe.guidance is not None:
+            arguments[distilled] = recipe.guidance
+        if recipe.max_sequence_length is not None:
+            arguments["max_sequence_length"] = recipe.max_sequence_length
+        # Embeddings stand in for the prompts, which some pipelines' defaults would put beside them.
+        arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
+        if "use_resolution_binning" in parameters:
+            arguments["use_resolution_binning"] = False  # it would resize after decoding; the size asked for is made
+        if "callback_on_step_end" in parameters:
+            arguments["callback_on_step_end"] = steps.end
+        elif "callback" in parameters:
+            arguments["callback"] = steps.ended(self.pipeline.scheduler)
+        return arguments
+
+    def travelling(self, decoding: Decoding) -> dict[str, Value]:
+        """The tensors among decode's arguments; a generator or a flag has no part in decoding."""
+        named = {str(i): value for i, value in enumerate(decoding.arguments)} | decoding.keywords
+        found: dict[str, Value] = {f"decode:{n}": v for n, v in named.items() if isinstance(v, torch.Tensor)}
+        for value in found.values():
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
+        return found
+
+
+class Rehearsed(Exception):
+    """Not an error: the forwards that were wanted are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Play:
+    """A job told before it goes, by its own loop."""
+
+    stage: DenoiseStage
+    denoiser: torch.nn.Module
+    recipe: Recipe
+    tensors: tuple[Tensor, ...]
+    begins: bool  # at the first step
+
+    @property
+    def whole(self) -> bool:
+        """It can be watched from its first step on, and has a second."""
+        return self.begins and self.recipe.steps > 1
+
+    def foresee(self, results: Results) -> list[Call]:
+        """All forwards of the job, by its loop run dry: the denoiser gives zeros, so only the latents are wrong."""
+        calls: list[Call] = []
+
+        def record(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+            calls.append(Call(args, kwargs))
+            return results.zeros(calls[-1])
+
+        with standing_in(self.denoiser, record):
+            self._run()
+        return calls
+
+    def rehearse(self) -> None:
+        """The job's first two forwards, and no more."""
+        done = 0
+
+        def count(*_: object) -> None:
+            nonlocal done
+            done += 1
+            if done == 2:
+                raise Rehearsed
+
+        hook = self.denoiser.register_forward_hook(count)
+        try:
+            self._run()
+        except Rehearsed:
+            reset_caches(self.stage.pipeline)
+        finally:
+            hook.remove()
+
+    def _run(self) -> None:
+        steps = Steps(unheard, self.recipe.steps)
+        self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, steps))
+
+
+def shape_of(recipe: Recipe) -> tuple[object, ...]:
+    """What jobs have in common whose tensors have the same shapes."""
+    return recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length
+
+
+def reset_caches(pipeline: DiffusionPipeline) -> None:
+    """A loop that was left, at its decoding or before, leaves the denoiser's step caches full."""
+    for component in pipeline.components.values():
+        reset = getattr(component, "_reset_stateful_cache", None)
+        if reset is not None:
+            reset()

@@ -1,0 +1,150 @@
+"""One stage on its own, for debugging: no orchestrator, files in and out, and everything about the run printed."""
+
+import contextlib
+import pdb
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from protocol.client.png import save_png, to_images
+from protocol.errors import BadRequest
+from protocol.job import JobRequest, Recipe
+from protocol.recipe import resolve
+from protocol.speedups import canonical
+from protocol.stages import BEFORE, Stage
+from protocol.tensors import Tensor
+from protocol.units import format_bytes
+from workers.runtime.describer import token_counter
+from workers.runtime.executor import Measured, StageRunner, resident_bytes, run_measured
+from workers.runtime.worker import Prepared
+from workers.stages.contract import Saved
+from workers.standalone import stage_file
+
+BOUND_TO_TEXT = ("prompt", "negative_prompt", "num_images", "max_sequence_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Debugging:
+    repeat: int
+    profile: Path | None
+    pdb: bool
+
+
+def run_standalone(
+    prepared: Prepared, given: dict[str, object], input_path: Path | None, output: Path, debugging: Debugging
+) -> None:
+    """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given."""
+    stage = prepared.settings.stage
+    recipe, tensors = make_input(prepared, given) if stage == "text" else read_input(prepared, given, input_path)
+    runner, device_map = prepared.load()
+    for part, where in device_map:
+        say(f"{part or 'model'}: {where}")
+    show("in", tensors)
+    for turn in range(debugging.repeat):
+        with stop_at_errors(debugging.pdb), profiled(debugging.profile if turn == debugging.repeat - 1 else None):
+            measured = run_measured(runner, recipe, tensors, report_steps)
+        say(timing(stage, measured, runner, turn, debugging.repeat))
+    show("out", measured.outcome.tensors)
+    for line in write_output(stage, output, recipe, measured.outcome.tensors):
+        print(line)
+
+
+def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
+    """The first stage has a recipe and no tensors yet."""
+    counter = token_counter(prepared.source)
+    return resolve(
+        JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.settings.speedups
+    ), ()
+
+
+def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
+    """The file of the stage before; the options of this call override its recipe where they still can."""
+    stage = prepared.settings.stage
+    before = BEFORE[stage]
+    assert path is not None
+    recipe, tensors = stage_file.read(path, before)
+    if recipe.revision != prepared.source.revision:
+        raise BadRequest(f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}.", "Use the same --model.")
+    fixed = [name for name in given if stage == "vae" or name in BOUND_TO_TEXT]
+    if fixed:
+        raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
+    kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
+    request = JobRequest.model_validate({**kept, **given})
+    speedups = canonical({*recipe.speedups, *prepared.settings.speedups})
+    changed = resolve(request, prepared.description, recipe.dtype, None, speedups)
+    if changed.negative_prompt != recipe.negative_prompt:
+        raise BadRequest("--cfg-scale turns true CFG on or off; the embeddings are made for that.", "Give it to text.")
+    return changed, tensors
+
+
+def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:
+    if step:
+        print(f"\rstep {step}/{steps}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
+
+
+def timing(stage: Stage, measured: Measured, runner: StageRunner, turn: int, turns: int) -> str:
+    which = f" ({turn + 1} of {turns})" if turns > 1 else ""
+    peak = (
+        f"{format_bytes(measured.peak_bytes)} of GPU memory at peak"
+        if runner.device.type == "cuda"
+        else f"{format_bytes(resident_bytes())} of memory resident"
+    )
+    return f"{stage}{which}: {measured.seconds:.3f} s on {runner.device}, {peak}"
+
+
+def show(way: str, tensors: tuple[Tensor, ...] | list[Tensor]) -> None:
+    for t in tensors:
+        say(f"{way}: {t.name} {t.dtype} {list(t.shape)}, {format_bytes(t.nbytes)}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def write_output(stage: Stage, output: Path, recipe: Recipe, tensors: list[Tensor]) -> list[str]:
+    """Write the stage's outcome; the paths written."""
+    try:
+        if stage != "vae":
+            stage_file.write(output, stage, recipe, tensors)
+            return [str(output)]
+        images = to_images(tensors[0])
+        paths = [output if len(images) == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(images))]
+        for i, (image, path) in enumerate(zip(images, paths, strict=True)):
+            save_png(image, path, recipe, "standalone", i)
+        return [str(path) for path in paths]
+    except OSError as error:
+        raise BadRequest(
+            f"{str(output)!r} can't be written: {error.strerror or error}.", "Choose another -o."
+        ) from error
+
+
+@contextlib.contextmanager
+def stop_at_errors(wanted: bool) -> Iterator[None]:
+    """With --pdb, a debugger at the line that failed."""
+    try:
+        yield
+    except Exception:
+        if wanted:
+            traceback.print_exc()
+            pdb.post_mortem(sys.exc_info()[2])
+        raise
+
+
+@contextlib.contextmanager
+def profiled(path: Path | None) -> Iterator[None]:
+    """With --profile, a trace for chrome://tracing or Perfetto."""
+    if path is None:
+        yield
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+        yield
+    profile.export_chrome_trace(str(path))
+    say(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=12))
+    say(f"trace: {path}")

@@ -1,0 +1,252 @@
+"""A module's weights where loading left them: in the checkpoint's files, mapped, shared by all that map them.
+
+`from_pretrained` keeps a parameter in a private mapping of its file if nothing had to be cast or converted.
+Page-locking a private mapping would copy it, page by page, so the file is mapped a second time, shared and read-only:
+the same pages of the page cache, page-locked in place. They pass to a GPU at the speed of the link, and are never
+copied back.
+"""
+
+import bisect
+import contextlib
+import functools
+import itertools
+import logging
+import mmap
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from protocol.units import format_bytes
+from workers.weights.sharded import LocalPart
+
+log = logging.getLogger(__name__)
+
+REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
+PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
+
+
+@dataclass(frozen=True, slots=True)
+class HostWeights:
+    """Parameters in host memory by their names in the module; those that are shared come once."""
+
+    tensors: dict[str, torch.Tensor]
+    files: dict[str, torch.Tensor]  # by path, the mappings, flat uint8, that those lie in which are not private
+    private: frozenset[str]  # names of copies that this process holds for itself
+
+    @property
+    def private_bytes(self) -> int:
+        return sum(self.tensors[name].nbytes for name in self.private)
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Mapping:
+    """A part of a file in this process's memory."""
+
+    start: int  # addresses
+    end: int
+    offset: int  # of the start in the file
+    path: str
+    inode: int
+
+
+def host_weights(module: torch.nn.Module, name: str, mine: Callable[[str], bool] = lambda _: True) -> HostWeights:
+    """The weights of a module on the CPU, moved to shared mappings of their files where they lie in files.
+
+    Says once in the log how much of them is a private copy. Parameters whose names are not `mine` are left alone.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    private: set[str] = set()
+    files: dict[str, torch.Tensor] = {}
+    mappings = file_mappings()
+    own = {key: parameter for key, parameter in plain_parameters(module).items() if mine(key)}
+    for key, parameter in own.items():
+        tensor = tensors[key] = parameter.data
+        found = mapping_of(tensor, mappings)
+        file = shared(found.path, found.inode) if found else None
+        if found and file is not None and (found.offset - found.start) % tensor.element_size() == 0:
+            files[found.path] = file
+            start = found.offset + tensor.data_ptr() - found.start
+            part = file[start : start + tensor.nbytes]
+            tensors[key] = part.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+        elif tensor.nbytes:
+            private.add(key)
+    weights = HostWeights(tensors, files, frozenset(private))
+    if private:
+        log.info(
+            "%s of %s's weights are a private copy: a cast or conversion made it",
+            format_bytes(weights.private_bytes), name,
+        )  # fmt: skip
+    for key, parameter in own.items():
+        parameter.data = tensors[key]
+    return weights
+
+
+def plain_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | LocalPart]:
+    """Without those that are quantized, which are no single piece of memory."""
+    found: dict[str, torch.nn.Parameter | LocalPart] = {}
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            found[name] = LocalPart(parameter)
+        elif type(parameter.data) is torch.Tensor:
+            found[name] = parameter
+    return found
+
+
+def mapping_of(tensor: torch.Tensor, mappings: Sequence[Mapping]) -> Mapping | None:
+    """The one of sorted mappings that a tensor lies in."""
+    index = bisect.bisect_right(mappings, tensor.data_ptr(), key=lambda mapping: mapping.start) - 1
+    found = mappings[index] if index >= 0 and tensor.nbytes else None
+    return found if found and tensor.data_ptr() + tensor.nbytes <= found.end else None
+
+
+def file_mappings() -> list[Mapping]:
+    """Mapped safetensors files, sorted, neighbouring parts of one file joined; none where /proc doesn't tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[Mapping] = []
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        # A hub cache links its snapshots to blobs whose names have no suffix.
+        if len(fields) == 6 and (fields[5].endswith(".safetensors") or "/blobs/" in fields[5]):
+            start, end = (int(part, 16) for part in fields[0].split("-"))
+            part = Mapping(start, end, int(fields[2], 16), fields[5], int(fields[4]))
+            last = found[-1] if found else None
+            if last and (last.end, last.inode, last.offset + last.end - last.start) == (start, part.inode, part.offset):
+                part = Mapping(last.start, end, last.offset, last.path, last.inode)
+                found.pop()
+            found.append(part)
+    return found
+
+
+@functools.cache
+def shared(path: str, inode: int) -> torch.Tensor | None:
+    """A file, mapped shared and read-only for this process's life: a page-locked address is never another file's.
+
+    None if another file has taken its path.
+    """
+    try:
+        with open(path, "rb") as file, warnings.catch_warnings():
+            if os.fstat(file.fileno()).st_ino != inode:
+                return None
+            memory = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(memory, dtype=torch.uint8)
+    except OSError:
+        return None
+
+
+def lock(address: int, size: int) -> int:
+    """Page-lock a part of a shared mapping in place; the CUDA error, 0 for none."""
+    flags = REGISTER_READ_ONLY | (REGISTER_PORTABLE if torch.cuda.device_count() > 1 else 0)
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
+
+
+@functools.cache
+def locker() -> ThreadPoolExecutor:
+    """The driver locks for one thread at a time."""
+    return ThreadPoolExecutor(1, "page-lock")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Of a tensor's bytes, those that lie in one piece of locked memory, or in none."""
+
+    start: int
+    end: int
+    locked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of a file in memory, from an address up to another: it is locked, or refused, as a whole."""
+
+    start: int
+    end: int
+    locked: Future[bool]
+
+
+class LockedFile:
+    """A shared mapping that is being page-locked for this process's life, by one of its GPUs, in the background.
+
+    Pieces, so that the first can be on its way to the GPU while the last is still to be locked. What the driver
+    refuses, with a message in the log, passes through a buffer instead.
+    """
+
+    def __init__(self, path: str, address: int, size: int, device: torch.device) -> None:
+        self._path, self._device, self._refused = path, device, False
+        end = address + size
+        self.pieces = [
+            Piece(start, stop := min(end, start + PIECE_BYTES), locker().submit(self._lock, start, stop - start))
+            for start in range(address, end, PIECE_BYTES)
+        ]
+
+    def _lock(self, start: int, size: int) -> bool:
+        if self._refused:
+            return False
+        with torch.cuda.device(self._device):
+            code = lock(start, size)
+            if code:
+                self._refused = True
+                log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", self._path, code)
+                with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
+                    torch.zeros(1, device=self._device).add_(1)
+        return not code
+
+
+_locked: dict[int, LockedFile] = {}  # by address
+_locking = threading.Lock()
+
+
+def locked_file(path: str, address: int, size: int, device: torch.device) -> LockedFile:
+    """Once in a process, for all its GPUs."""
+    with _locking:
+        if address not in _locked:
+            _locked[address] = LockedFile(path, address, size, device)
+        return _locked[address]
+
+
+def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:
+    """Begin with files that are about to be loaded, as they are, where they will be recognised then."""
+    found = {
+        (path, inode): file
+        for path in map(os.path.realpath, paths)
+        if (file := shared(path, inode := os.stat(path).st_ino)) is not None
+    }
+    mappings = file_mappings()
+    for (path, inode), file in sorted(found.items(), key=lambda item: item[1].data_ptr()):
+        mapping = mapping_of(file, mappings)  # some file systems tell other numbers there
+        if mapping and (mapping.path, mapping.inode) == (path, inode):
+            locked_file(path, file.data_ptr(), file.nbytes, device)
+
+
+class PageLocks:
+    """Which of a module's weights are page-locked, or will be."""
+
+    def __init__(self, weights: HostWeights, device: torch.device) -> None:
+        """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
+        for name in weights.private:
+            weights.tensors[name] = weights.tensors[name].pin_memory()
+        self._pieces: list[Piece] = []
+        for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
+            self._pieces += locked_file(path, file.data_ptr(), file.nbytes, device).pieces
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
+        """A contiguous weight's bytes as they may be copied, each part once it has had its turn."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
+        mapped = False
+        for piece in itertools.takewhile(lambda piece: piece.start < end, self._pieces[index:]):
+            if piece.end > start:
+                mapped = True
+                yield Part(max(piece.start, start) - start, min(piece.end, end) - start, piece.locked.result())
+        if not mapped:  # a private one
+            yield Part(0, tensor.nbytes, True)

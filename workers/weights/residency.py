@@ -1,0 +1,343 @@
+"""Where a component's weights are: in (all on the device), streamed (a part, the rest passing through), or out.
+
+The device holds copies of what lies in host memory, so letting go of them copies nothing back. A result has the same
+bits in every residency: only where weights lie changes, never what is computed.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from protocol.errors import DoesNotFit
+from protocol.units import format_bytes
+from workers.tensors import flat_bytes
+from workers.weights.copy_stream import lane_for
+from workers.weights.forward_trace import Call, Results, Watch, place_of, uncompiled, vectors_of
+from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
+from workers.weights.loose_tensors import LooseTensors
+from workers.weights.modulation import Ahead, Modulation
+from workers.weights.sharded import LocalPart
+from workers.weights.streaming import (
+    Block,
+    Ring,
+    StreamPlan,
+    least_bytes,
+    memory_of_its_own,
+    plan_stream,
+    room,
+    view_of,
+)
+
+State = Literal["in", "streamed", "out"]
+
+
+class Play(Protocol):
+    """A job as it will go, told before it does."""
+
+    @property
+    def whole(self) -> bool:
+        """It begins with its first forward, and has a second."""
+
+    def foresee(self, results: Results) -> Sequence[Call]:
+        """The forwards that it will make, if each gives such results."""
+
+    def rehearse(self) -> None:
+        """Make its first two forwards, and stop."""
+
+
+class Residency:
+    """The weights of one component, or of a part of it, which was loaded into host memory, where they run."""
+
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        device: torch.device,
+        whole: bool = False,
+        elsewhere: Sequence[str] = (),
+    ) -> None:
+        """A component that is used `whole` is never streamed. Modules and weights that are `elsewhere` are not its."""
+        self.name, self.module, self.device = name, module, device
+        self._elsewhere = tuple(f"{name}." for name in elsewhere)  # prefixes
+        self.state: State = "out"
+        self.seconds = 0.0  # of the last swap
+        weights = host_weights(module, name, self.has)
+        locks = PageLocks(weights, device) if device.type == "cuda" else None
+        self._host = weights.tensors
+        self._parameters = {name: p for name, p in plain_parameters(module).items() if name in self._host}
+        self._quantized = quantized_parameters(module)
+        self._lane = lane_for(device, locks)
+        self.rows = [row for row in block_rows(module) if self.has(row)]
+        self.blocks = streamable(module, self.rows)
+        self._loose = LooseTensors(module, self.has)
+        # Bytes that are on the device whenever something is, and are never streamed.
+        self._fixed_bytes = self._loose.nbytes + sum(tensor_bytes(parameter) for _, _, parameter in self._quantized)
+        # What it takes to be in.
+        self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._fixed_bytes
+        self.least_bytes = self.total_bytes if whole else least_bytes(self.blocks, self.total_bytes)  # to be streamed
+        self._slab: torch.Tensor | None = None
+        self._ring: Ring | None = None
+        self.modulation: Modulation | None = None  # once a job has shown it
+        self._seen: Watch | None = None  # the first job, to learn from
+        self._results: Results | None = None  # of its forwards, as they were seen
+        self._learned = False
+        self.compiled = False
+        self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
+        self._budget = 0
+
+    def has(self, name: str) -> bool:
+        """Whether a parameter or a buffer is among its own."""
+        return not f"{name}.".startswith(self._elsewhere)
+
+    @property
+    def device_bytes(self) -> int:
+        """Of weights on the device now, the ring included."""
+        if self.state == "out":
+            return 0
+        ring = self._ring.memory.nbytes if self._ring else 0
+        buffer = self.modulation.buffer_bytes if self.modulation and self.state == "streamed" else 0
+        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer + self._fixed_bytes
+
+    def swap_in(self, budget: int) -> None:
+        """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
+        if self.state == "in" and self.total_bytes <= budget:
+            self._budget = budget
+            return
+        self.swap_out()
+        start = time.perf_counter()
+        self._budget = budget
+        self.plan = self._plan(budget) if self.total_bytes > budget else None
+        try:
+            self._bring_in()
+        except BaseException:
+            self._let_go()
+            raise
+        self.state = "streamed" if self.plan else "in"
+        self.seconds = time.perf_counter() - start
+
+    def _bring_in(self) -> None:
+        streamed: set[str] = set()
+        if self.modulation:
+            self.modulation.stay()
+        if self.plan:
+            streamed = {name for piece in self.plan.pieces for name in piece}
+            if self.modulation:
+                streamed |= self.modulation.weights
+                self.modulation.pass_through()
+        self._copy_in([name for name in self._host if name not in streamed])
+        self._loose.move_in(self.device)
+        for owner, leaf, parameter in self._quantized:
+            owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
+        if self.plan:
+            self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._lane)
+        self._lane.synchronize()
+
+    def _plan(self, budget: int) -> StreamPlan:
+        plan = self._plan_with(self.modulation, budget) if budget >= self.least_bytes or self.modulation else None
+        if plan is None:
+            raise DoesNotFit(
+                f"{self.name} has {format_bytes(self.total_bytes)} of weights, and {format_bytes(budget)} are too few "
+                "even to stream them through.",
+                "Give it more memory, more GPUs, or the CPU.",
+            )
+        return plan
+
+    def _plan_with(self, modulation: Modulation | None, budget: int) -> StreamPlan | None:
+        blocks, total = self.blocks, self.total_bytes
+        if modulation:
+            once = modulation.weights
+            blocks = [Block(b.name, {n: size for n, size in b.weights.items() if n not in once}) for b in blocks]
+            total += modulation.buffer_bytes - sum(room(self._host[name].nbytes) for name in once)
+        return plan_stream(blocks, total, budget)
+
+    def swap_out(self) -> None:
+        """Let go of the device's copies; the weights are those in host memory again."""
+        if self.state == "out":
+            return
+        start = time.perf_counter()
+        self._let_go()
+        self.state = "out"
+        self.seconds = time.perf_counter() - start
+
+    def _let_go(self) -> None:
+        self._lane.synchronize()
+        if self._ring:
+            self._ring.close()
+        for name, parameter in self._parameters.items():
+            parameter.data = self._host[name]
+        for owner, leaf, parameter in self._quantized:
+            owner._parameters[leaf] = parameter
+        self._loose.let_go(self.device)
+        self._ring = self._slab = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def start(self) -> None:
+        """Before a run: let the first blocks' weights be on their way."""
+        if self._ring:
+            self._ring.start()
+
+    def _blocks(self) -> list[torch.nn.Module]:
+        return [self.module.get_submodule(row) for row in self.rows]
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Compile what each block computes, from its next run on. Bits differ from uncompiled ones by rounding."""
+        compile_blocks(self.module, self.rows, backend)
+        self.compiled = True
+
+    @contextlib.contextmanager
+    def job(self, play: Play | None) -> Iterator[None]:
+        """Around a job. Without its `play`, or before one was watched, modulation weights are streamed like others."""
+        if self.state == "in" and not self.compiled:
+            play = None  # nothing to be gained
+        if play and self.compiled and not self._learned:
+            self._rehearse(play)
+        elif play and self._seen and not self._learned:
+            self._learn(self._seen)
+        self.start()
+        if play and self.modulation:
+            with self._run_ahead(play, self.modulation):
+                yield
+        elif play and play.whole and not self._learned:
+            with Watch(self.module, self.rows) as self._seen:
+                yield
+        else:
+            yield
+
+    @contextlib.contextmanager
+    def _run_ahead(self, play: Play, modulation: Modulation) -> Iterator[None]:
+        assert self._results is not None
+
+        def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
+            return vectors_of(self.module, self.rows, modulation.first, calls)
+
+        modulation.start()
+        ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
+        modulation.put()
+        hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(ahead))
+        try:
+            with ahead.along(self.module):
+                yield
+        finally:
+            hook.remove()
+            modulation.take_away()
+
+    def _rehearse(self, play: Play) -> None:
+        """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""
+        self.start()
+        with uncompiled(self._blocks()), Watch(self.module, self.rows) as watch:
+            play.rehearse()
+        self._learn(watch)
+
+    def _learn(self, watch: Watch) -> None:
+        """Let jobs run their modulation ahead from now on, and stream the less."""
+        self._seen = None
+        if watch.forwards < 2:
+            return  # too few steps to tell
+        self._learned, self._results = True, watch.results
+        if (modulation := self.modulation_of(watch.layers())) and (self.gains(modulation) or self.compiled):
+            self.adopt(modulation)
+
+    def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
+        """Of those layers that are its own, if they can be run ahead in what it has."""
+        sharded = {name for name, p in self._parameters.items() if isinstance(p, LocalPart)}
+        mine = [name for name in layers if self.has(name) and not sharded & {f"{name}.weight", f"{name}.bias"}]
+        if not mine:
+            return None
+        modulation = Modulation(self.module, self.rows, mine, self._host, self._lane)
+        fits = self.plan is None or self._plan_with(modulation, self._budget)
+        return modulation if fits else None
+
+    def gains(self, modulation: Modulation) -> bool:
+        """There is less to stream with it."""
+        after = self._plan_with(modulation, self._budget)
+        return self.plan is not None and after is not None and after.streamed_bytes < self.plan.streamed_bytes
+
+    def adopt(self, modulation: Modulation) -> None:
+        self.modulation = modulation
+        if self.plan:
+            self.swap_in(self._budget)
+
+    def _copy_in(self, names: Sequence[str]) -> None:
+        """One piece of device memory for all that stays, filled in large pieces: a file's neighbours stay such."""
+        size = sum(room(self._host[name].nbytes) for name in names)
+        self._slab = slab = memory_of_its_own(size, self.device)
+        offset = 0
+        spans: list[tuple[torch.Tensor, int, int]] = []  # (first source, bytes from it on, place in the slab)
+        after: tuple[int, int] | None = None  # where the last source and its place end
+        for name in sorted(names, key=lambda name: self._host[name].data_ptr()):
+            source = self._host[name]
+            place = self._parameters[name].data = view_of(slab, offset, source)
+            offset = place.data_ptr() - slab.data_ptr()
+            if after == (source.data_ptr(), offset) and same_storage(spans[-1][0], source):
+                first, length, start = spans.pop()
+                spans.append((first, length + source.nbytes, start))
+            else:
+                spans.append((source, source.nbytes, offset))
+            offset += source.nbytes
+            after = source.data_ptr() + source.nbytes, offset
+        copies = [(slab[start : start + length], flat_bytes(first, length)) for first, length, start in spans]
+        self._lane.wait(self._lane.copy(copies, self._lane.mark()))
+
+
+def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def block_rows(module: torch.nn.Module) -> list[str]:
+    """Names of the modules that run one after the other: the items of the outermost ModuleLists, in order."""
+    rows: list[str] = []
+    lists: list[str] = []
+    for name, part in module.named_modules():
+        if isinstance(part, torch.nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists.append(name)
+            rows += [f"{name}.{i}" for i, item in enumerate(part) if any(True for _ in item.parameters())]
+    return rows
+
+
+def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, backend: str = "inductor") -> None:
+    """Each block by itself, without what is hooked on around it: blocks of one kind share their code."""
+    for row in block_rows(module) if rows is None else rows:
+        block = module.get_submodule(row)
+        name = place_of(block)
+        setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, backend=backend))
+
+
+def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:
+    """(owner, name in it, parameter) of those that are no plain tensors: they move as they are, never streamed."""
+    return [
+        (owner, leaf, parameter)
+        for owner in module.modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None and not isinstance(parameter, DTensor) and type(parameter.data) is not torch.Tensor
+    ]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Of all tensors that it is made of."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
+        return tensor.nbytes
+    parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return sum(tensor_bytes(part) for name in parts if isinstance(part := getattr(tensor, name), torch.Tensor))
+
+
+def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:
+    """Blocks by the bytes of their own weights; those that others share stay on the device."""
+    users = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    plain = plain_parameters(module)
+    return [
+        Block(
+            row,
+            {
+                f"{row}.{name}": plain[f"{row}.{name}"].data.nbytes
+                for name, parameter in module.get_submodule(row).named_parameters()
+                if users[id(parameter)] == 1 and f"{row}.{name}" in plain
+            },
+        )
+        for row in rows
+    ]
