@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.planning.gpu_rates import GENERATIONS
+# Bytes a second over 16 lanes of each generation of PCIe, from page-locked memory; measured, see docs/benchmarks.md.
+PCIE_BYTES = {3: 13.2e9, 4: 26.5e9, 5: 55.5e9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ def _link(handle: Any) -> float:
         lanes = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
     except pynvml.NVMLError:
         return 0.0
-    return GENERATIONS.get(generation, 0.0) * int(lanes) / 16
+    return PCIE_BYTES.get(generation, 0.0) * int(lanes) / 16
 
 
 def used_bytes(index: int) -> int | None:

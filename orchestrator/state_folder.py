@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from protocol.client.endpoints import PUBLISHED, Endpoints
+from protocol.client.endpoints import CPU_LOCK, PUBLISHED, Endpoints
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
 OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
@@ -94,9 +94,9 @@ class StackFolder:
         return self.path / "logs"
 
     @property
-    def turns(self) -> Path:
+    def cpu_lock(self) -> Path:
         """Locked by the worker that computes on the CPU."""
-        return self.path / "cpu.lock"
+        return self.path / CPU_LOCK
 
     def log(self, process: str) -> Path:
         return self.logs / f"{process}.log"

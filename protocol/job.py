@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol.data import Data, Int64, Text
+from protocol.speedups import Tier
 from protocol.stages import STAGES, Stage
 
 JobState = Literal["queued", "text", "denoise", "vae", "done", "failed", "cancelled"]
 ENDED: frozenset[JobState] = frozenset(("done", "failed", "cancelled"))
 JOB_STATES: tuple[JobState, ...] = ("queued", *STAGES, "done", "failed", "cancelled")
-Tier = Literal["exact", "numeric", "approximate"]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 MAX_SEED = 2**63 - 1
 
@@ -50,6 +50,16 @@ class Recipe(Data):
     dtype: str
     tier: Tier = "exact"
     speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py
+
+    @property
+    def true_cfg(self) -> bool:
+        """Whether the denoiser runs twice a step, with the negative prompt, too."""
+        return uses_true_cfg(self.cfg_scale)
+
+
+def uses_true_cfg(cfg_scale: float | None) -> bool:
+    """Return whether a scale of classifier-free guidance has an effect; None is that of a model without."""
+    return cfg_scale is not None and cfg_scale > 1
 
 
 class StageRecord(Data):

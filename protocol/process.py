@@ -1,5 +1,6 @@
-"""What every process of a stack does at its start: say who it is in its log, and end when its supervisor ends."""
+"""The contract of a process with its supervisor: what it logs, that it ends with it, and how it tells why it ends."""
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -8,11 +9,18 @@ import struct
 import sys
 import threading
 import time
+import traceback
 
+from pydantic import ValidationError
+
+from protocol.data import Data
+from protocol.errors import TriptychError, from_wire
 from protocol.visible import visible
 
 LIFELINE = "TRIPTYCH_LIFELINE"  # a pipe's read end; the supervisor holds the other, and only death lets go of it
+REPORT = "TRIPTYCH_REPORT"  # a pipe's write end, for an ExitReport
 PR_SET_PDEATHSIG = 1
+MOST_REPORTED = 16_384  # bytes of a report
 PID = struct.Struct("!q")  # a process number, as the fork server tells it
 
 
@@ -90,3 +98,56 @@ def end_with_parent() -> None:
 def _watch(lifeline: int) -> None:
     os.read(lifeline, 1)  # nothing is ever written: this returns when the last holder of the other end is gone
     os._exit(1)
+
+
+class ExitReport(Data):
+    """Why a process ended by itself, written by it before it ends."""
+
+    code: str  # of an error in errors.py, or "crash"
+    message: str
+    hint: str = ""
+
+    @property
+    def line(self) -> str:
+        """For a person."""
+        return f"{self.message} {self.hint}".strip()
+
+    def error(self) -> TriptychError:
+        """The error that ended the process."""
+        return from_wire(self.code, self.message, self.hint)
+
+    @staticmethod
+    def read(data: bytes) -> "ExitReport | None":
+        """The report in what came through a pipe; None where there is none."""
+        try:
+            return ExitReport.model_validate_json(data) if data else None
+        except ValidationError:
+            return None
+
+
+def report_end(error: BaseException) -> int:
+    """Tell the log and the supervisor why this process ends; the exit code.
+
+    An error that a person can mend is one line; anything else has its traceback in the log.
+    """
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, TriptychError):
+        print(f"Error: {visible(str(error))}", file=sys.stderr, flush=True)
+        report, code = ExitReport(code=error.code, message=error.message, hint=error.hint), error.exit_code
+    else:
+        traceback.print_exception(error)
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        report, code = ExitReport(code="crash", message=text[:500]), 1
+    _send(report)
+    return code
+
+
+def _send(report: ExitReport) -> None:
+    descriptor = os.environ.get(REPORT)
+    if descriptor is None:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        os.write(int(descriptor), report.model_dump_json().encode()[:MOST_REPORTED])

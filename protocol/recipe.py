@@ -7,7 +7,7 @@ import secrets
 from collections.abc import Callable
 
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.job import MAX_SEED, JobRequest, Recipe
+from protocol.job import MAX_SEED, JobRequest, Recipe, uses_true_cfg
 from protocol.model import ModelDescription
 from protocol.speedups import tier_of
 
@@ -139,7 +139,7 @@ def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float 
     if request.cfg_scale is not None and model.cfg_scale is None:
         raise BadRequest(f"{model.pipeline} has no true classifier-free guidance.", "Leave --cfg-scale out.")
     cfg_scale = model.cfg_scale if request.cfg_scale is None else request.cfg_scale
-    true_cfg = cfg_scale is not None and cfg_scale > 1
+    true_cfg = uses_true_cfg(cfg_scale)
     if request.negative_prompt and not true_cfg:
         hint = "Leave it out." if model.cfg_scale is None else "Add --cfg-scale with a number above 1, or leave it out."
         raise BadRequest("A negative prompt has no effect without true classifier-free guidance.", hint)
@@ -149,13 +149,12 @@ def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float 
 
 def text_key(recipe: Recipe) -> str:
     """What the embeddings depend on, and nothing else: equal keys, equal embeddings."""
-    true_cfg = recipe.cfg_scale is not None and recipe.cfg_scale > 1
     parts = (
         recipe.revision,
         recipe.dtype,
         recipe.prompt,
-        recipe.negative_prompt if true_cfg else None,
-        true_cfg,
+        recipe.negative_prompt if recipe.true_cfg else None,
+        recipe.true_cfg,
         recipe.max_sequence_length,
         recipe.num_images,
         *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),

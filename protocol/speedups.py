@@ -6,10 +6,12 @@ of each job's recipe, and so of its record.
 
 import itertools
 from collections.abc import Iterable
+from typing import Literal
 
 from protocol.errors import BadRequest
-from protocol.job import Tier
 from protocol.stages import STAGES, Stage
+
+Tier = Literal["exact", "numeric", "approximate"]
 
 CACHES = ("first-block", "taylorseer", "pyramid-attention", "faster")
 QUANTIZATIONS = ("int8", "int8-dynamic", "fp8", "fp8-dynamic")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import zmq
 
-from orchestrator.config import OrchestratorSettings
+from orchestrator.settings import OrchestratorSettings, OrchestratorSpec
 from protocol import wire
 from protocol.client.client import Client
 from protocol.client.endpoints import PUBLISHED, Endpoints, published
@@ -161,20 +161,10 @@ class Orchestrator:
         settings = OrchestratorSettings.model_validate(
             {"queue_limit": 50, "embedding_cache": 1_000_000, "keep_pictures": 1_000_000, **self._settings}
         )
-        command = [
-            sys.executable,
-            "-m",
-            "orchestrator.cli",
-            "_orchestrate",
-            "--state",
-            str(self.folder),
-            "--clients",
-            self.endpoints.clients,
-            "--workers",
-            self.endpoints.workers,
-            "--settings",
-            settings.model_dump_json(),
-        ]
+        spec = OrchestratorSpec(
+            state=self.folder, clients=self.endpoints.clients, workers=self.endpoints.workers, settings=settings
+        )
+        command = [sys.executable, "-m", "orchestrator.server", spec.model_dump_json()]
         (self.folder / "stack.json").unlink(missing_ok=True)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stderr=log, env=self._environment)

@@ -6,11 +6,12 @@ from typing import Any, get_args
 
 import click
 
-from protocol.client.endpoints import default_folder, published
+from protocol.client.endpoints import CPU_LOCK, default_folder, published
 from protocol.errors import BadRequest
 from protocol.speedups import canonical, parse_speedup
 from protocol.stages import BEFORE, Stage
 from protocol.units import parse_bytes
+from protocol.worker_spec import WorkerSpec
 
 LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
 RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
@@ -56,9 +57,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Jobs at once, in a denoiser "
               "whose layers lie on several GPUs.")  # fmt: skip
 @click.option("--workspace", metavar="900MB", help="What to leave beside weights, of --max-memory.")
-@click.option("--lease-gpus", hidden=True, help="The GPUs whose memory the stack's orchestrator leases to it.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
-@click.option("--turns", type=click.Path(path_type=Path), hidden=True, help="Lock file of those that share the CPU.")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: STAGE.safetensors or out.png]"
@@ -87,26 +86,16 @@ def worker(stage: Stage, standalone: bool, gpus: str | None, **options: Any) -> 
     In a running stack, beside those that its supervisor keeps:
       triptych worker denoise
     """
-    from protocol.process import end_with_parent, log_to_stderr
+    from protocol.process import log_to_stderr
+    from workers.runtime.launch import hide_other_gpus
 
-    end_with_parent()
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that a look whether there is a GPU leaves it alone
-    if gpus is not None:
-        choose_gpus(gpus)
+    hide_other_gpus(tuple(numbers("--gpus", gpus)) if gpus is not None else None)
     name = options["name"] or f"{stage}-{os.getpid()}"
     log_to_stderr(name, level=30 if standalone else 20)
     if standalone:
         alone(stage, name, options)
     else:
         join(stage, name, options)
-
-
-def choose_gpus(gpus: str) -> None:
-    """Hide all other GPUs, before torch looks."""
-    if not all(part.strip().isdigit() for part in gpus.split(",")):
-        raise BadRequest(f"--gpus is {gpus!r}.", "Give their numbers, as in --gpus 0,1; nvidia-smi lists them.")
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpus.replace(" ", "")
 
 
 def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
@@ -124,10 +113,10 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
         recipe, _ = read(options["input_path"], BEFORE[stage])
         model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
-    settings = worker_settings(stage, name, {**options, "model": model, "dtype": dtype})
+    spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
     debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
-    run_standalone(prepare(settings), given, options["input_path"], output, debugging)
+    run_standalone(prepare(spec), given, options["input_path"], output, debugging)
 
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
@@ -146,10 +135,11 @@ def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
 
 
 def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
+    """Work in a running stack that did not start this worker."""
     from protocol.curve_keys import load
     from protocol.sockets import check_endpoint
 
-    endpoint, key = options["connect"], None
+    endpoint, key, cpu_lock = options["connect"], None, None
     if endpoint is None:
         where = options["state"] or default_folder()
         if where.is_file():
@@ -160,33 +150,30 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
                 )
             endpoint = key.endpoint
         else:
-            endpoint, options["turns"] = published(where).workers, where / "cpu.lock"
+            endpoint, cpu_lock = published(where).workers, str(where / CPU_LOCK)
     check_endpoint(endpoint, secured=key is not None)
     from workers.runtime.worker import serve
 
-    serve(worker_settings(stage, name, options), endpoint, key)
+    spec = worker_spec(stage, name, options)
+    serve(spec.model_copy(update={"endpoint": endpoint, "cpu_lock": cpu_lock}), key)
 
 
-def worker_settings(stage: Stage, name: str, options: dict[str, Any]) -> Any:
-    from workers.models.source import DEMO
-    from workers.runtime.worker import WorkerSettings
-
-    limit = options["max_memory"]
-    return WorkerSettings(
+def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:
+    """What the options come to; BadRequest."""
+    limit, workspace = options["max_memory"], options["workspace"]
+    return WorkerSpec(
         stage=stage,
-        model=options["model"] or DEMO,
+        name=name,
+        model=options["model"] or "demo",
         revision=options["revision"],
         device=options["device"],
         dtype=options["dtype"],
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),
-        name=name,
-        turns=options["turns"],
-        lease_gpus=tuple(numbers("--lease-gpus", options["lease_gpus"])),
         speedups=canonical(options["speedups"]),
         checkpoint_seconds=checkpoint_seconds(options["checkpoint"]),
         cut=tuple(numbers("--cut", options["cut"])),
         jobs=options["jobs"],
-        workspace=parse_bytes(options["workspace"]) if options["workspace"] else None,
+        workspace=parse_bytes(workspace) if workspace else None,
     )
 
 

@@ -34,8 +34,6 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
     "completion": ("orchestrator.cli.completion", "completion", "Print the shell completion script."),
-    "_describe": ("workers.runtime.describer", "describe", ""),
-    "_orchestrate": ("orchestrator.cli.up", "orchestrate", ""),
 }
 
 EPILOG = """\b
@@ -48,7 +46,7 @@ Every option can be set as TRIPTYCH_COMMAND_OPTION; TRIPTYCH_STATE names the sta
 
 class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in COMMANDS if not name.startswith("_")]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:

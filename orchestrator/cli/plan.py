@@ -10,9 +10,8 @@ import click
 
 from orchestrator.cli.options import json_option, parse_size, state_folder, state_option
 from orchestrator.cli.plan_words import HEADER, as_data, rows, summary
+from orchestrator.cli.stack_options import stack_config, stack_options
 from orchestrator.cli.table import print_table
-from orchestrator.cli.up import stack_config, stack_options
-from orchestrator.config import StackConfig
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.planning.calibration import Experience, experience_in
 from orchestrator.planning.gpu_budgets import check_budgets
@@ -20,8 +19,9 @@ from orchestrator.planning.hardware import imagined, this_machine, with_link
 from orchestrator.planning.model_profile import find_figures
 from orchestrator.planning.placement import stand_ins
 from orchestrator.planning.planner import choose
+from orchestrator.planning.stack_plan import stack_dtype
+from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
-from orchestrator.supervisor.supervisor import stack_dtype
 from protocol.errors import BadRequest
 from protocol.units import format_bytes, parse_bytes
 

@@ -24,8 +24,9 @@ from orchestrator.cli.options import (
     timeout_option,
 )
 from orchestrator.cli.output import Names
+from orchestrator.cli.stack_options import stack_config, stack_options
 from orchestrator.cli.submit import make, names_for_requests, output_option
-from orchestrator.cli.up import stack_config, stack_options, wait_for_stack, waiting_is_told
+from orchestrator.cli.up import wait_for_stack, waiting_is_told
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.supervisor import Supervisor
 from protocol.client.client import Client

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.config import OrchestratorSettings
 from orchestrator.dispatch.admission import Reception
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import Roster
@@ -24,6 +23,7 @@ from orchestrator.dispatch.subscriptions import Watchers
 from orchestrator.job import LiveJob
 from orchestrator.memory.ledger import Account, Ledger
 from orchestrator.scheduling.scheduler import Assign, Lend
+from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.artifacts import Kind
 from orchestrator.storage.job_store import Store
 from protocol.errors import Conflict
@@ -54,7 +54,7 @@ class Engine:
         self, store: Store, outbox: Outbox, settings: OrchestratorSettings, accounts: Mapping[int, Account], disk: Path
     ) -> None:
         self.store, self.outbox, self.settings = store, outbox, settings
-        self.fleet, self.watchers, self.pace = Fleet(), Watchers(), Pace(settings.step_seconds)
+        self.fleet, self.watchers, self.pace = Fleet(), Watchers(), Pace(settings.step_timeout)
         intake, ledger = Intake(settings, store, disk), Ledger(accounts, store.workspaces())
         self.roster = Roster(store, intake)
         self.lending = Lending(ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store)

@@ -9,7 +9,7 @@ from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.standstill import Busy, Place, Standstill
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.ledger import Holding, Ledger
-from orchestrator.planning.calibration import pace_key
+from orchestrator.memory.task_keys import pace_key
 from orchestrator.scheduling.scheduler import (
     NOTHING,
     Assign,

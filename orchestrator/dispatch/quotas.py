@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.config import OrchestratorSettings
 from orchestrator.job import LiveJob
+from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import QueueFull
 from protocol.job import JobRequest

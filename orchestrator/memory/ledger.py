@@ -12,19 +12,20 @@ from dataclasses import dataclass, field
 
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
+from orchestrator.memory.margins import (
+    FIRST_HEADROOM,
+    FIXED_PART,
+    HEADROOM,
+    MARGIN,
+    MORE,
+    ROUNDING,
+    UNSEEN,
+    WORTH_TELLING,
+)
+from orchestrator.memory.task_keys import MEGAPIXEL, pixels_at_once, place_key, workspace_key
 from protocol.gpu_memory import Grant, Needs
 from protocol.job import Recipe
 from protocol.stages import Stage
-
-FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
-HEADROOM = 32_000_000  # afterwards
-MARGIN = 1.1  # of a workspace that was seen, for what the allocator can't fill
-ROUNDING = 300_000_000  # bytes, of its blocks; with less, a denoiser at 1024 × 1024 was seen to run out
-UNSEEN = 1.25  # of a workspace taken from another size
-FIXED_PART = 0.25  # of it, whatever the size
-MORE = 1.5  # of one that was too small
-WORTH_TELLING = 1 << 20  # bytes that a worker keeps more than before, for that to count as growing
-MEGAPIXEL = 1024 * 1024
 
 
 def no_driver() -> None:
@@ -167,14 +168,14 @@ class Ledger:
         seen = self.learned.get(workspace_key(stage, model, recipe))
         if seen is not None:
             return int(seen * MARGIN) + ROUNDING
-        size = _size(stage, recipe)
+        size = pixels_at_once(stage, recipe)
         if others := self._sizes(stage, model):
             pixels, bytes_ = max(others)
             return int(bytes_ * max(FIXED_PART, size / pixels) * UNSEEN) + ROUNDING
         return int(needs.workspace * max(0.25, size / MEGAPIXEL))
 
     def _sizes(self, stage: Stage, model: ModelKey) -> Collection[tuple[int, int]]:
-        return self._seen.get(_prefix(stage, model), {}).values()
+        return self._seen.get(place_key(stage, model), {}).values()
 
     def _note(self, key: str, size: int) -> None:
         *place, _, pixels = json.loads(key)
@@ -214,23 +215,5 @@ class Ledger:
 
     def certain(self, stage: Stage, model: ModelKey, recipe: Recipe) -> int:
         """Bytes of workspace that a task takes for certain: as much as one of its size or smaller took."""
-        size = _size(stage, recipe)
+        size = pixels_at_once(stage, recipe)
         return max((bytes_ for pixels, bytes_ in self._sizes(stage, model) if pixels <= size), default=0)
-
-
-def _size(stage: Stage, recipe: Recipe) -> int:
-    """Pixels that a stage works on at once."""
-    if stage == "text":
-        return MEGAPIXEL
-    passes = 2 if stage == "denoise" and recipe.cfg_scale is not None and recipe.cfg_scale > 1 else 1
-    return recipe.width * recipe.height * recipe.num_images * passes
-
-
-def _prefix(stage: Stage, model: ModelKey) -> str:
-    return json.dumps([stage, model.revision, model.dtype, model.speedups])
-
-
-def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
-    """Under which it is kept what a task of this size takes beside its stage's weights."""
-    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
-    return f"{_prefix(stage, model)[:-1]}, {json.dumps(size)}, {_size(stage, recipe)}]"

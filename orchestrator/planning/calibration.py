@@ -1,14 +1,13 @@
 """What a stack has seen of its model: workspace in bytes, and seconds a pass on each kind of GPU."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from orchestrator.config import StackConfig
 from orchestrator.job import ModelKey
-from orchestrator.memory.ledger import workspace_key
+from orchestrator.memory.task_keys import pace_key, workspace_key
 from orchestrator.planning.hardware import Machine
 from orchestrator.planning.prediction import Terms
+from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.storage.database import peek
 from protocol.errors import TriptychError
@@ -41,13 +40,6 @@ class Experience:
         keys = {stage: workspace_key(stage, ModelKey.of_recipe(recipe), recipe) for stage in STAGES}
         seen = {stage: self.workspaces[key] for stage, key in keys.items() if key in self.workspaces}
         return Terms(config.compile, config.patience, seen)
-
-
-def pace_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
-    """Under which the seconds of a step are kept; a text encoder's don't depend on the picture."""
-    size = (recipe.width, recipe.height, recipe.num_images) if stage != "text" else ()
-    guided = recipe.cfg_scale is not None and recipe.cfg_scale > 1
-    return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, guided, gpu])
 
 
 def experience_in(folder: StackFolder) -> Experience:

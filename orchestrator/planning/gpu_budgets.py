@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from orchestrator.config import AccountSettings, StackConfig
 from orchestrator.gpu_driver import Gpu
-from orchestrator.memory.ledger import FIRST_HEADROOM
+from orchestrator.memory.margins import FIRST_HEADROOM
 from orchestrator.planning.hardware import Machine
 from orchestrator.planning.placement import Post, stand_ins
 from orchestrator.planning.prediction import context_bytes
+from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.units import format_bytes
 

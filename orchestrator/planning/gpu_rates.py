@@ -7,12 +7,12 @@ share of it that a denoiser is expected to reach; what a stack has measured take
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from orchestrator.gpu_driver import PCIE_BYTES
 from protocol.stages import Stage
 
 # Of a GPU's rate for dense products: what diffusers reaches in each stage. Large GPUs wait more for small kernels.
 SHARES: Mapping[Stage, float] = {"text": 0.3, "denoise": 0.6, "vae": 0.15}
 COMPILED = 1.2  # times as fast as uncompiled: a cautious guess
-GENERATIONS = {3: 13.2e9, 4: 26.5e9, 5: 55.5e9}  # bytes a second over 16 lanes of PCIe, from page-locked memory
 SMALL_CONTEXT, LARGE_CONTEXT = 500_000_000, 940_000_000  # bytes of a CUDA context with its libraries
 
 
@@ -52,7 +52,7 @@ def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool 
 
 NVLINK = 200e9  # bytes/s that collectives reach, cautiously
 H200 = Rate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
-GEN3, GEN4, GEN5 = GENERATIONS[3], GENERATIONS[4], GENERATIONS[5]
+GEN3, GEN4, GEN5 = PCIE_BYTES[3], PCIE_BYTES[4], PCIE_BYTES[5]
 BY_NAME: Mapping[str, Rate] = {  # the longest name that is a part of the driver's wins
     "H200": H200,
     "H100": H200,

@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 
-from orchestrator.config import StackConfig
+from orchestrator.settings import StackConfig
 from protocol.errors import TriptychError, from_wire
 from protocol.model_profile import ModelFigures
 

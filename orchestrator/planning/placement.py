@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, combinations, product
 from typing import Literal
 
-from orchestrator.config import Placement, StackConfig, StageConfig
+from orchestrator.settings import Placement, StackConfig, StageConfig
 from protocol.stages import STAGES, Stage
 
 # leases: of one GPU. own: a fixed part of one. host: no GPU that a stack knows. The others: one model on several GPUs.

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.config import StackConfig
 from orchestrator.planning.hardware import Card, Machine
 from orchestrator.planning.placement import FEW_CARDS, SEVERAL, Kind, Post, candidates, seats, stand_ins
 from orchestrator.planning.prediction import Prediction, Terms, predict
+from orchestrator.settings import StackConfig
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.model_profile import ModelFigures
 from protocol.stages import STAGES, Stage

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.memory.lease_sizes import Level, Need, levels
-from orchestrator.memory.ledger import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
+from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
 from orchestrator.planning.hardware import Card, Machine
 from orchestrator.planning.pipeline_cut import Part, Seat, best_cut, parts_of
 from orchestrator.planning.placement import IN_FLIGHT, Post, with_memory

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.config import AccountSettings, StackConfig
 from orchestrator.gpu_driver import Gpu
 from orchestrator.planning.calibration import Experience
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
@@ -13,6 +12,7 @@ from orchestrator.planning.hardware import this_machine
 from orchestrator.planning.model_profile import NoFigures, find_figures
 from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.planning.planner import Plan, check, choose
+from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest
 from protocol.speedups import canonical
 from protocol.stages import STAGES, Stage
@@ -21,9 +21,10 @@ DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd")  # of GP
 
 
 @dataclass(frozen=True, slots=True)
-class Arrangement:
+class StackPlan:
     """`plan` is None where no GPU is used, or where `unplanned` says why there is none."""
 
+    dtype: str  # of all stages
     posts: tuple[Post, ...]
     accounts: dict[int, AccountSettings]  # what is lent of which GPU
     speedups: tuple[str, ...]  # all that may change a picture's bits
@@ -41,8 +42,9 @@ class Arrangement:
         return another((*self.posts, *self.spare), stage, index)
 
 
-def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Experience) -> Arrangement:
+def plan_stack(config: StackConfig, gpus: Sequence[Gpu], experience: Experience) -> StackPlan:
     """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    dtype = stack_dtype(config, bool(gpus))
     check_devices(config, gpus)
     check_budgets(config, gpus)
     machine = this_machine(gpus, config.gpus, stand_ins(config))
@@ -60,7 +62,7 @@ def arrange(config: StackConfig, dtype: str, gpus: Sequence[Gpu], experience: Ex
             posts = plan.posts
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
-    return Arrangement(posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
+    return StackPlan(dtype, posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
 
 
 def check_devices(config: StackConfig, gpus: Sequence[Gpu]) -> None:
@@ -83,3 +85,13 @@ def peopled(config: StackConfig) -> StackConfig:
     """With a worker for stages that have none."""
     stages = {s: v.model_copy(update={"workers": v.workers or None}) for s, v in config.stages.items()}
     return config.model_copy(update={"stages": stages})
+
+
+def stack_dtype(config: StackConfig, gpus: bool) -> str:
+    """Choose one dtype for all stages, since what passes between them carries it: bfloat16 if any computes on a GPU."""
+    if config.dtype != "auto":
+        return config.dtype
+    devices = [config.stage(stage).device for stage in STAGES]
+    on_gpu = any(d.startswith("cuda") or (d == "auto" and gpus) for d in devices)
+    on_mps = any(d == "mps" or (d == "auto" and sys.platform == "darwin") for d in devices)
+    return "bfloat16" if on_gpu or on_mps else "float32"

@@ -18,7 +18,6 @@ from types import FrameType
 import zmq
 
 from orchestrator.access import Gate, KeyFolder
-from orchestrator.config import OrchestratorSettings
 from orchestrator.dispatch.describer_link import Describing
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import Worker
@@ -27,6 +26,7 @@ from orchestrator.memory.ledger import Account
 from orchestrator.removal import Ground
 from orchestrator.server.client_requests import MOST_FORGOTTEN, Desk, Peer, error_message
 from orchestrator.server.sockets import Doors
+from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
 from orchestrator.storage.job_store import Store
 from protocol import wire

@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal, Protocol
 
 import psutil
 
-from protocol.process import LIFELINE
+from protocol.process import LIFELINE, MOST_REPORTED, REPORT, ExitReport
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
@@ -44,7 +44,8 @@ class Process(Protocol):
 class Child:
     name: str
     stage: Stage | None
-    arguments: Sequence[str]  # of this Python
+    arguments: Sequence[str]  # of this Python, before the spec
+    spec: str  # JSON of what it is to be; empty for the fork server
     log: Path
     lifeline: int  # the read end that the process gets
     environment: dict[str, str] = field(default_factory=dict)
@@ -63,28 +64,35 @@ class Child:
     verdict: str = ""  # why it is being killed
     stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None
+    report: ExitReport | None = None  # of the last end, where the process wrote one
     descriptors: tuple[int, ...] = ()  # that it gets besides
     prepare: Callable[[], None] | None = None  # called before it is started anew
+    _report_end: int | None = None  # the pipe's read end for the present process's report
 
-    def start(self, spawn: Callable[["Child"], Process | None] | None = None) -> None:
-        """Start it anew, or by `spawn` if that gives a process."""
+    def start(self, spawn: Callable[["Child", int], Process | None] | None = None) -> None:
+        """Start it anew, or by `spawn` if that gives a process; it gets the write end of a pipe for its exit report."""
         self.rotate_log()
-        self.process = (spawn(self) if spawn else None) or self._popen()
+        self._report_end, report = os.pipe()
+        os.set_blocking(self._report_end, False)
+        try:
+            self.process = (spawn(self, report) if spawn else None) or self._popen(report)
+        finally:
+            os.close(report)
         self.state, self.started, self.proven = "running", time.monotonic(), False
 
-    def _popen(self) -> subprocess.Popen[bytes]:
+    def _popen(self, report: int) -> subprocess.Popen[bytes]:
         if self.prepare:
             self.prepare()
         with self.open_log() as log:
             return subprocess.Popen(
-                [sys.executable, *self.arguments],
+                [sys.executable, *self.arguments, *([self.spec] if self.spec else [])],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=(self.lifeline, *self.descriptors),
+                pass_fds=(self.lifeline, report, *self.descriptors),
                 start_new_session=True,
                 umask=0o077,
-                env={**os.environ, **self.environment, LIFELINE: str(self.lifeline)},
+                env={**os.environ, **self.environment, LIFELINE: str(self.lifeline), REPORT: str(report)},
             )
 
     def terminate(self) -> None:
@@ -118,7 +126,9 @@ class Child:
             return None
         pid, asked = self.process.pid, self.state == "stopping"
         self.process, self.exit_code, before = None, code, self.reason
-        self.reason = "restarted on request" if asked else self.verdict or exit_reason(code, self.log)
+        self.report = self._read_report()
+        told = self.report.line if self.report else exit_reason(code, self.log)
+        self.reason = "restarted on request" if asked else self.verdict or told
         self.verdict, self.stopped = "", 0.0
         if not asked:
             healthy = self.proven or time.monotonic() - self.started > HEALTHY_SECONDS
@@ -129,6 +139,18 @@ class Child:
         self.state = "waiting"
         self.start_at = time.monotonic() + (0.0 if asked else self.backoff())
         return pid
+
+    def _read_report(self) -> ExitReport | None:
+        """What the process has written before it ended; None if it wrote nothing."""
+        end, self._report_end = self._report_end, None
+        if end is None:
+            return None
+        try:
+            return ExitReport.read(os.read(end, MOST_REPORTED))
+        except BlockingIOError:  # a process that it has forked holds the other end
+            return None
+        finally:
+            os.close(end)
 
     def _is_hopeless(self, code: int, before: str) -> bool:
         """Whether another start would end as this one, and the one `before`."""
@@ -166,7 +188,7 @@ class Child:
 
 
 def exit_reason(code: int, log: Path) -> str:
-    """Why a process ended, with the last line of its log where it failed by itself."""
+    """Why a process ended that left no report, with the last line of its log where it failed by itself."""
     if code < 0:
         return f"killed by signal {-code}"
     if code == 0:

@@ -71,7 +71,7 @@ class ForkServer:
     kind = socket.SOCK_SEQPACKET
 
     def __init__(self, log: Path, lifeline: int) -> None:
-        self.child = Child(self.name, None, [], log, lifeline)
+        self.child = Child(self.name, None, [], "", log, lifeline)
         self.child.prepare = self._connect
         self.ready = False
         self.link: socket.socket | None = None
@@ -119,7 +119,7 @@ class ForkServer:
             return
         near, far = socket.socketpair(socket.AF_UNIX, self.kind)
         try:
-            socket.send_fds(self.link, [msgpack.packb([[], {}])], [far.fileno()])
+            socket.send_fds(self.link, [msgpack.packb([b"", {}])], [far.fileno()])
             self.link.settimeout(ANSWER_SECONDS)
             self._twin = Forked(PID.unpack(self.link.recv(PID.size))[0]), near
         except (OSError, struct.error):
@@ -136,14 +136,14 @@ class ForkServer:
         (process, self.link), self._twin = self._twin, None
         return process
 
-    def spawn(self, child: Child) -> Process | None:
-        """A worker's process; None if the server is gone."""
+    def spawn(self, child: Child, report: int) -> Process | None:
+        """A worker's process, which gets the write end `report`; None if the server is gone."""
         if not self.ready or self.link is None:
             return None
-        request = msgpack.packb([list(child.arguments[2:]), child.environment])
+        request = msgpack.packb([child.spec.encode(), child.environment])
         try:
             with child.open_log() as log:
-                socket.send_fds(self.link, [request], [log.fileno(), child.lifeline])
+                socket.send_fds(self.link, [request], [log.fileno(), child.lifeline, report])
             return self._started(self.link)
         except (OSError, struct.error):
             self._give_up()

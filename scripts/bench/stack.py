@@ -27,7 +27,7 @@ import msgpack
 import psutil
 import zmq
 
-from orchestrator.config import OrchestratorSettings
+from orchestrator.settings import OrchestratorSettings, OrchestratorSpec
 from protocol import wire
 from protocol.client.client import Client
 from protocol.job import JobRequest
@@ -193,9 +193,11 @@ def work(endpoint: str, each: int) -> None:
 
 def start_orchestrator(folder: str) -> subprocess.Popen[bytes]:
     (Path(folder) / "stack.json").unlink(missing_ok=True)
-    settings = OrchestratorSettings(queue_limit=1_000_000).model_dump_json()
-    command = [*TRIPTYCH, "_orchestrate", "--state", folder, "--settings", settings]
-    command += ["--clients", f"ipc://{folder}/c", "--workers", f"ipc://{folder}/w"]
+    settings = OrchestratorSettings(queue_limit=1_000_000)
+    spec = OrchestratorSpec(
+        state=Path(folder), clients=f"ipc://{folder}/c", workers=f"ipc://{folder}/w", settings=settings
+    )
+    command = [sys.executable, "-m", "orchestrator.server", spec.model_dump_json()]
     with (Path(folder) / "log").open("ab") as log:
         process = subprocess.Popen(command, stderr=log)
     while not (Path(folder) / "stack.json").exists():

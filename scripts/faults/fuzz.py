@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.config import OrchestratorSettings
 from orchestrator.server.loop import Server
+from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
 from protocol import wire
 from protocol.errors import ProtocolError, VersionMismatch

@@ -17,10 +17,10 @@ from typing import Any
 
 import click
 
-from orchestrator.config import StackConfig
 from orchestrator.planning.hardware import Machine, imagined, with_link
 from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.prediction import Terms
+from orchestrator.settings import StackConfig
 from protocol.model_profile import ModelFigures
 from scripts.simulate.world import Arrival, Tally, World, each_job_by_itself, first_come_first_served
 

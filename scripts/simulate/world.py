@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
-from orchestrator.memory.ledger import HEADROOM
+from orchestrator.memory.margins import HEADROOM
 from orchestrator.planning.hardware import Card, Machine
 from orchestrator.planning.planner import Plan
 from orchestrator.planning.prediction import Book, Terms

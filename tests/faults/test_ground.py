@@ -137,7 +137,7 @@ def test_logs_are_put_aside_while_their_process_goes_on_writing(
     go_on = tmp_path / "go-on"
     code = f"import os; print('x' * 2000, flush=True)\nwhile not os.path.exists({str(go_on)!r}): pass\nprint('after')"
     reading, _ = pipe = os.pipe()
-    talker = child.Child("talker", None, ("-c", code), tmp_path / "talker.log", reading)
+    talker = child.Child("talker", None, ("-c", code), "", tmp_path / "talker.log", reading)
     try:
         talker.start()
         assert talker.process

@@ -138,7 +138,7 @@ def test_a_job_that_fails_its_worker_three_times_at_the_same_point_is_set_aside(
 
 
 def test_a_worker_that_comes_no_further_loses_its_task(state: Path) -> None:
-    with orchestrator(state, step_seconds=0.5) as running:
+    with orchestrator(state, step_timeout=0.5) as running:
         (job,) = encoded(running, client := running.client())
         stuck = running.worker("denoise").ready()
         task = stuck.take()

@@ -73,7 +73,7 @@ def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: P
         before = stack.client.workers()
         assert {psutil.Process(worker.pid).ppid() for worker in before.workers} == {stack.process.pid}
         server = next(p.pid for p in before.processes if p.name == "forkserver")
-        assert "forkserver" in " ".join(psutil.Process(pid_of(before, "denoise-1")).cmdline())
+        assert "fork_server" in " ".join(psutil.Process(pid_of(before, "denoise-1")).cmdline())
         killed = time.time()
         for pid in (server, pid_of(before, "denoise-1")):
             assert pid is not None

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 
 from protocol.errors import ModelMissing, TriptychError
 from protocol.model import ModelDescription
+from workers.errors import cause_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
-from workers.stages.contract import cause_of
 
 LARGEST = 4  # times the default number of pixels
 

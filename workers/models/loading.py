@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from protocol.errors import BadRequest, DoesNotFit, ModelMissing
 from protocol.stages import Stage
 from protocol.units import format_bytes
+from workers.errors import cause_of
 from workers.models.devices import Devices, choose, parts_of
 from workers.models.layer_spread import spread_layers
 from workers.models.model_check import judge
@@ -37,7 +38,6 @@ from workers.models.speedups import EXACT, Speed
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import Parts
-from workers.stages.contract import cause_of
 from workers.weights.host_weights import lock_ahead
 from workers.weights.residency import Residency
 

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from protocol.errors import ModelMissing, TriptychError
 from protocol.stages import STAGES, Stage
+from workers.errors import cause_of
 from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet
 from workers.models.source import Source, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
-from workers.stages.contract import cause_of
 
 UNSET_LENGTH = 10**12  # transformers' way of saying that a tokenizer knows no longest prompt
 FEW_POSITIONS = 1024  # an encoder with so many at most has a table of them, which a longer prompt leaves

@@ -18,12 +18,11 @@ from protocol.stages import Stage
 from workers.models.loading import Loaded
 from workers.models.skeleton import Decoding, build_skeleton, on_meta, text_encoder_on_meta
 from workers.models.source import Source, stages_of
-from workers.runtime.worker import DTYPES
 from workers.stages.checkpoint import Steps
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.tensors import pack
+from workers.tensors import DTYPES, pack
 from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.modulation import SLOTS

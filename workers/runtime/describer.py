@@ -28,6 +28,7 @@ from protocol.model import ModelDescription
 from protocol.recipe import CountTokens as Counter
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.stages import STAGES, Stage
+from protocol.worker_spec import DescriberSpec
 
 log = logging.getLogger(__name__)
 
@@ -153,27 +154,12 @@ def fits_together(source: Any, dtype: str) -> None:
         ) from error
 
 
-@click.command()
-@click.option("--connect", required=True)
-@click.option("--model", required=True)
-@click.option("--revision")
-@click.option("--dtype", required=True)
-@click.option("--stages", required=True, help="Those that have workers here: text,denoise,vae.")
-@click.option("--speedup", "speedups", multiple=True)
-def describe(
-    connect: str, model: str, revision: str | None, dtype: str, stages: str, speedups: tuple[str, ...]
-) -> None:
-    """The describer of a stack; the supervisor starts it."""
-    from protocol.process import end_with_parent, log_to_stderr
-
-    end_with_parent()
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it has no use for a GPU
-    log_to_stderr("describer")
-    mine: list[Stage] = [stage for stage in STAGES if stage in stages.split(",")]
-    source, description = examine(model, revision, dtype, mine)
-    log.info("%s is whole: %s", model, description.pipeline)
-    hello = DescriberHello(pid=os.getpid(), dtype=dtype, speedups=speedups, model=description)
-    describer = Describer(connect, hello, token_counter(source))
+def serve(spec: DescriberSpec) -> None:
+    """Be the describer of a stack, until told to stop; ModelMissing where the model is not whole."""
+    source, description = examine(spec.model, spec.revision, spec.dtype, spec.stages)
+    log.info("%s is whole: %s", spec.model, description.pipeline)
+    hello = DescriberHello(pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
+    describer = Describer(spec.endpoint, hello, token_counter(source))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, describer.stop)
     describer.run()

@@ -20,9 +20,10 @@ from protocol.messages.common import Message
 from protocol.messages.worker import Lease, Leased, Progress, Ready, Result, Task, TaskFailed
 from protocol.tensors import Tensor
 from protocol.views import ComponentView
+from workers.errors import Cancelled, StageError, cause_of, release_memory
 from workers.runtime.cpu_lock import turn
 from workers.runtime.ranks import LeadStage, RankLost
-from workers.stages.contract import Cancelled, Outcome, Report, Saved, StageError, cause_of, release_memory
+from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage

@@ -2,12 +2,12 @@
 
     python -m workers.runtime.fork_server FD [--spare]
 
-The supervisor asks through the socket FD, one datagram a worker: msgpack of its arguments and environment, and the
-descriptors of its log and its lifeline. The answer is the worker's process number. A worker is forked twice, so that it
-becomes the supervisor's own child (which is its subreaper). It never touches CUDA here, so each worker may choose its
-GPUs; and it makes no threads, so a fork leaves none behind. Asked for a twin (no arguments, the descriptor of another
-socket), it forks one that can do all that it can itself, and shares its memory: it takes over when this one is gone. A
-spare process doesn't fork: it becomes the first worker that it is asked for.
+The supervisor asks through the socket FD, one datagram a worker: msgpack of its spec as JSON and its environment, and
+the descriptors of its log, its lifeline and the pipe for its exit report. The answer is the worker's process number. A
+worker is forked twice, so that it becomes the supervisor's own child (which is its subreaper). It never touches CUDA
+here, so each worker may choose its GPUs; and it makes no threads, so a fork leaves none behind. Asked for a twin (no
+spec, the descriptor of another socket), it forks one that can do all that it can itself, and shares its memory: it
+takes over when this one is gone. A spare process doesn't fork: it becomes the first worker that it is asked for.
 """
 
 import ctypes
@@ -27,18 +27,17 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 import msgpack
 
-from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG
+from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG, REPORT
+from protocol.worker_spec import PROCESS_SPEC
 
 EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
     "diffusers.pipelines.flux.pipeline_flux",
     "transformers.models.clip.modeling_clip",
     "transformers.models.t5.modeling_t5",
-    "orchestrator.cli",
-    "workers.command",
     "workers.models.description",
     "workers.runtime.describer",
     "workers.models.model_check",
-    "workers.standalone.standalone",
+    "workers.runtime.launch",
     "workers.runtime.worker",
 )
 STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
@@ -61,15 +60,15 @@ def serve(link: socket.socket, spare: bool = False) -> None:
     """Until the supervisor is gone."""
     link.send(PID.pack(os.getpid()))
     while True:
-        request, descriptors, _, _ = socket.recv_fds(link, MAX_REQUEST, 2)
+        request, descriptors, _, _ = socket.recv_fds(link, MAX_REQUEST, 3)
         if not request:
             return
-        arguments, environment = msgpack.unpackb(request)
+        spec, environment = msgpack.unpackb(request)
         if spare:
             link.close()
-            become_worker(arguments, environment, *descriptors)
-        if arguments:
-            pid = fork_twice(link, functools.partial(become_worker, arguments, environment, *descriptors))
+            become_worker(spec, environment, *descriptors)
+        if spec:
+            pid = fork_twice(link, functools.partial(become_worker, spec, environment, *descriptors))
         else:
             pid = fork_twice(link, functools.partial(become_twin, *descriptors))
         for descriptor in descriptors:
@@ -122,28 +121,22 @@ def become_twin(link: int) -> NoReturn:
         os._exit(0)
 
 
-def become_worker(arguments: list[str], environment: dict[str, str], log: int, lifeline: int) -> NoReturn:
-    """Run `triptych ARGUMENTS` as if it had been started by itself."""
+def become_worker(spec: bytes, environment: dict[str, str], log: int, lifeline: int, report: int) -> NoReturn:
+    """Be the process that a spec (JSON) describes, as if it had been started by itself."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
-    os.environ[LIFELINE] = str(lifeline)
-    sys.argv = ["triptych", *arguments]
+    os.environ[LIFELINE], os.environ[REPORT] = str(lifeline), str(report)
     code = 1
     try:
-        from orchestrator.cli import main as triptych
+        from workers.runtime.launch import run
 
-        triptych()
-        code = 0
-    except SystemExit as done:
-        code = done.code if isinstance(done.code, int) else int(done.code is not None)
+        code = run(PROCESS_SPEC.validate_json(spec))
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
 

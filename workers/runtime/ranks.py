@@ -29,7 +29,8 @@ from protocol.messages.common import Message
 from protocol.messages.worker import Lease, Leased, Ready, Task
 from protocol.process import PR_SET_PDEATHSIG, log_to_stderr
 from protocol.tensors import Tensor
-from workers.stages.contract import Cancelled, Outcome, Report, Saved, StageError
+from workers.errors import Cancelled, StageError
+from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.weights.gpu_lease import NOTHING, AnyShare, settle
 

@@ -1,4 +1,4 @@
-"""From a worker's settings to a stage that runs: find the model, describe it, load it onto its devices."""
+"""From a worker's spec to a stage that runs: find the model, describe it, load it onto its devices."""
 
 import functools
 import importlib.metadata
@@ -18,7 +18,7 @@ from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
-from protocol.stages import Stage
+from protocol.worker_spec import WorkerSpec
 from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import Loaded, load
@@ -32,30 +32,13 @@ from workers.runtime.warmup import WarmUp
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
+from workers.tensors import DTYPES
 from workers.weights.gpu_lease import AnyShare, Share
 
 log = logging.getLogger(__name__)
 
 STOP_SECONDS = 2.0  # that a worker beside another may take for its goodbye
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    stage: Stage
-    model: str
-    revision: str | None
-    device: str  # auto, cpu, mps, cuda, cuda:N
-    dtype: str  # auto or a name in DTYPES
-    max_memory: tuple[int, ...]  # bytes of each GPU: one for all, one each, or () for all that is free
-    name: str
-    lease_gpus: tuple[int, ...] = ()  # it works in leases of these GPUs' memory
-    speedups: tuple[str, ...] = ()  # of its whole stack
-    checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
-    turns: Path | None = None  # lock file of those that compute on this CPU
-    cut: tuple[int, ...] = ()  # blocks of a denoiser on each of its GPUs
-    jobs: int = 1  # at once
-    workspace: int | None = None  # bytes to be left beside weights, of max_memory; None: an estimate
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def resolve_device(device: str) -> str:
@@ -96,8 +79,8 @@ def resolve_dtype(dtype: str, device: str) -> str:
     """'auto' becomes what the device computes fast in."""
     if dtype == "auto":
         return "float32" if device == "cpu" else "bfloat16"
-    if dtype not in DTYPES:
-        raise BadRequest(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(DTYPES)}.")
+    if dtype not in COMPUTE_DTYPES:
+        raise BadRequest(f"There is no dtype {dtype!r}.", f"Choose one of {', '.join(COMPUTE_DTYPES)}.")
     return dtype
 
 
@@ -105,7 +88,7 @@ def resolve_dtype(dtype: str, device: str) -> str:
 class Prepared:
     """A worker that knows its model but has not loaded it. With a `group` it is one of several that work together."""
 
-    settings: WorkerSettings
+    spec: WorkerSpec
     source: Source
     description: ModelDescription
     device: str
@@ -119,7 +102,7 @@ class Prepared:
 
     def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
         """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
-        if not self.settings.cut:
+        if not self.spec.cut:
             return [lambda: self._stage(*self.weights())]
         once = Once(self.weights)
 
@@ -128,29 +111,29 @@ class Prepared:
             runner, places = self._stage(loaded.another(), device)
             return runner, () if index else places  # they are told once
 
-        return [functools.partial(lane, index) for index in range(self.settings.jobs)]
+        return [functools.partial(lane, index) for index in range(self.spec.jobs)]
 
     def weights(self) -> tuple[Loaded, torch.device]:
-        settings, device, memory = self.settings, self.device, self.settings.max_memory
+        spec, device, memory = self.spec, self.device, self.spec.max_memory
         if self.group:
             device = f"cuda:{self.group.rank}" if device == "cuda" else device
             memory = memory[self.group.rank : self.group.rank + 1] if len(memory) > 1 else memory
             self.group.join(torch.device(device))
-        devices = Devices.of(device, memory, bool(settings.lease_gpus), settings.cut, settings.workspace)
+        devices = Devices.of(device, memory, bool(spec.leased_gpus), spec.cut, spec.workspace)
         start = time.perf_counter()
-        speed = Speed.of(settings.stage, settings.speedups)
-        loaded = load(self.source, settings.stage, devices, DTYPES[self.dtype], speed)
+        speed = Speed.of(spec.stage, spec.speedups)
+        loaded = load(self.source, spec.stage, devices, DTYPES[self.dtype], speed)
         log.info("loaded in %.2f s", time.perf_counter() - start)
         return loaded, devices.primary
 
     def shares(self, runner: StageRunner) -> list[AnyShare]:
         """Of each GPU whose memory is leased to it."""
-        settings, workspace = self.settings, WORKSPACE[self.settings.stage]
-        if not settings.lease_gpus:
+        spec, workspace = self.spec, WORKSPACE[self.spec.stage]
+        if not spec.leased_gpus:
             return []
-        if settings.workspace is not None:
-            workspace = min(workspace, settings.workspace // settings.jobs)  # as planned for larger pictures, maybe
-        amounts = [size - (settings.workspace or 0) for size in settings.max_memory]
+        if spec.workspace is not None:
+            workspace = min(workspace, spec.workspace // spec.jobs)  # as planned for larger pictures, maybe
+        amounts = [size - (spec.workspace or 0) for size in spec.max_memory]
         if isinstance(runner, DenoiseStage) and runner.parts:
             parts = zip(runner.residencies, amounts, strict=True)
             return [Share(residency.device, (residency,), workspace, most) for residency, most in parts]
@@ -162,7 +145,7 @@ class Prepared:
         return self._runner(loaded, device), loaded.device_map
 
     def _runner(self, loaded: Loaded, device: torch.device) -> StageRunner:
-        match self.settings.stage:
+        match self.spec.stage:
             case "text":
                 return TextStage(loaded, device)
             case "denoise":
@@ -174,7 +157,7 @@ class Prepared:
     def denoise_stage(self, loaded: Loaded, device: torch.device) -> DenoiseStage:
         """Of several that work together the first one alone makes checkpoints."""
         follows = self.group is not None and self.group.rank > 0
-        return DenoiseStage(loaded, device, None if follows else self.settings.checkpoint_seconds)
+        return DenoiseStage(loaded, device, None if follows else self.spec.checkpoint_seconds)
 
 
 Made = TypeVar("Made")
@@ -194,30 +177,30 @@ class Once(Generic[Made]):
             return self._made
 
 
-def prepare(settings: WorkerSettings) -> Prepared:
+def prepare(spec: WorkerSpec) -> Prepared:
     """Find and describe the model; ModelMissing or BadRequest if that can't be."""
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype(settings.dtype, device)
-    source = locate(settings.model, settings.revision, settings.stage)
+    device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
+    source = locate(spec.model, spec.revision, spec.stage)
     with quiet():
-        return Prepared(settings, source, describe(source), device, dtype)
+        return Prepared(spec, source, describe(source), device, dtype)
 
 
-def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -> None:
+def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
-    ranks = ranks_of(settings)
-    group = form(ranks, settings.name) if ranks > 1 else None
-    device = resolve_device(settings.device)
-    warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(settings.dtype, device)])
-    prepared = prepare(settings)
+    ranks = ranks_of(spec)
+    group = form(ranks, spec.name) if ranks > 1 else None
+    device = resolve_device(spec.device)
+    warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(spec.dtype, device)])
+    prepared = prepare(spec)
     prepared.group = group
     if group and group.rank:
         follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.shares, group)
     if group:
         group.watch()
     hello = WorkerHello(
-        name=settings.name,
-        stage=settings.stage,
+        name=spec.name,
+        stage=spec.stage,
         pid=os.getpid(),
         host=socket.gethostname(),
         device=prepared.device,
@@ -225,28 +208,29 @@ def serve(settings: WorkerSettings, endpoint: str, key: PeerKey | None = None) -
         versions=versions(),
         dtype=prepared.dtype,
         model=prepared.description,
-        speedups=settings.speedups,
-        gpus=settings.lease_gpus,
-        parts=settings.jobs,
+        speedups=spec.speedups,
+        gpus=spec.leased_gpus,
+        parts=spec.jobs,
     )
+    cpu_lock = Path(spec.cpu_lock) if spec.cpu_lock and prepared.device == "cpu" else None
     loops = []
     for index, loader in enumerate(prepared.loaders()):
         hands = Hands(
             loader,
-            settings.turns if prepared.device == "cpu" else None,
+            cpu_lock,
             (lambda _: ()) if index else prepared.shares,
             warm_up.join,
         )
-        told = hello if not index else hello.model_copy(update={"name": f"{settings.name}.{index + 1}", "part": index})
-        loops.append(WorkerLoop(endpoint, key, told, hands))
+        told = hello if not index else hello.model_copy(update={"name": f"{spec.name}.{index + 1}", "part": index})
+        loops.append(WorkerLoop(spec.endpoint, key, told, hands))
     run_together(loops)
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
 
 
-def ranks_of(settings: WorkerSettings) -> int:
+def ranks_of(spec: WorkerSpec) -> int:
     """Processes that this worker is."""
-    _, _, size = Speed.of(settings.stage, settings.speedups).parallel.partition("-")
+    _, _, size = Speed.of(spec.stage, spec.speedups).parallel.partition("-")
     return int(size or 1)
 
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 from protocol.tensors import Tensor
 
 
@@ -28,34 +26,7 @@ def unheard(step: int, steps: int, saved: Saved | None = None) -> None:
     """A report that nobody wants."""
 
 
-def release_memory() -> None:
-    """After running out of memory: what the failed try left is free for the next one."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-class Cancelled(Exception):
-    """Somebody no longer wants the task."""
-
-
-class StageError(Exception):
-    """A stage can't do its task, and trying again would give the same."""
-
-
 @dataclass(frozen=True, slots=True)
 class Outcome:
     tensors: list[Tensor]
     warnings: tuple[str, ...] = ()
-
-
-def cause_of(error: BaseException) -> str:
-    """One line that names what went wrong, down to the first cause."""
-    parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
-    while error.__cause__ is not None:
-        error = error.__cause__
-        parts.append(f"because of {type(error).__name__}: {error}".splitlines()[0])
-    if isinstance(error, torch.OutOfMemoryError):
-        parts.append(
-            "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
-        )
-    return "; ".join(parts)[:2000]

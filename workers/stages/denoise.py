@@ -11,12 +11,13 @@ from torch.nn import Module
 
 from protocol.job import Recipe
 from protocol.tensors import CHECKPOINT, Tensor
+from workers.errors import StageError
 from workers.models.description import call_parameters, guidance_arguments
 from workers.models.loading import Loaded
 from workers.models.skeleton import Decoding
 from workers.models.source import stages_of
 from workers.stages.checkpoint import Checkpoint, Detour, Recorder, Steps, is_one, read
-from workers.stages.contract import Outcome, Report, StageError, unheard
+from workers.stages.contract import Outcome, Report, unheard
 from workers.tensors import Value, pack, unpack
 from workers.weights.forward_trace import Call, Results, standing_in
 

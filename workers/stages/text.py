@@ -14,9 +14,10 @@ import torch
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
+from workers.errors import StageError
 from workers.models.description import call_parameters
 from workers.models.loading import Loaded
-from workers.stages.contract import Outcome, Report, StageError
+from workers.stages.contract import Outcome, Report
 from workers.tensors import Value, pack
 
 
@@ -35,7 +36,7 @@ class TextStage:
             return Outcome(pack(self.embeddings(recipe)))
 
     def embeddings(self, recipe: Recipe) -> dict[str, Value]:
-        true_cfg = recipe.cfg_scale is not None and recipe.cfg_scale > 1
+        true_cfg = recipe.true_cfg
         found = self.encode(recipe, recipe.prompt, recipe.negative_prompt, true_cfg)
         apart = true_cfg and not any(name.startswith("negative_") for name in found)
         # Pipelines with a `true_cfg_scale` make the second pass only where a negative prompt was given, be it empty.

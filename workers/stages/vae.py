@@ -6,8 +6,9 @@ import torch
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
+from workers.errors import StageError, release_memory
 from workers.models.loading import Loaded
-from workers.stages.contract import Outcome, Report, StageError, release_memory
+from workers.stages.contract import Outcome, Report
 from workers.tensors import to_wire, unpack
 
 log = logging.getLogger(__name__)

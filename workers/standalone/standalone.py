@@ -38,7 +38,7 @@ def run_standalone(
     prepared: Prepared, given: dict[str, object], input_path: Path | None, output: Path, debugging: Debugging
 ) -> None:
     """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given."""
-    stage = prepared.settings.stage
+    stage = prepared.spec.stage
     recipe, tensors = make_input(prepared, given) if stage == "text" else read_input(prepared, given, input_path)
     runner, device_map = prepared.load()
     for part, where in device_map:
@@ -57,13 +57,13 @@ def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tu
     """The first stage has a recipe and no tensors yet."""
     counter = token_counter(prepared.source)
     return resolve(
-        JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.settings.speedups
+        JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.spec.speedups
     ), ()
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
     """The file of the stage before; the options of this call override its recipe where they still can."""
-    stage = prepared.settings.stage
+    stage = prepared.spec.stage
     before = BEFORE[stage]
     assert path is not None
     recipe, tensors = stage_file.read(path, before)
@@ -74,7 +74,7 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) 
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
     request = JobRequest.model_validate({**kept, **given})
-    speedups = canonical({*recipe.speedups, *prepared.settings.speedups})
+    speedups = canonical({*recipe.speedups, *prepared.spec.speedups})
     changed = resolve(request, prepared.description, recipe.dtype, None, speedups)
     if changed.negative_prompt != recipe.negative_prompt:
         raise BadRequest("--cfg-scale turns true CFG on or off; the embeddings are made for that.", "Give it to text.")

@@ -17,7 +17,7 @@ from protocol.errors import DoesNotFit
 from protocol.gpu_memory import Grant, Needs
 from protocol.messages.worker import Leased
 from protocol.units import format_bytes
-from workers.stages.contract import cause_of
+from workers.errors import cause_of
 from workers.weights.residency import Residency
 
 log = logging.getLogger(__name__)

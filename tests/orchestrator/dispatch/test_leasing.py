@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.memory.ledger import FIRST_HEADROOM, HEADROOM
+from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.scheduler import NOTHING
 from protocol.errors import DoesNotFit, JobFailed
 from protocol.gpu_memory import Needs

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import OrchestratorSettings
 from orchestrator.dispatch import retry_delays as delays
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import Worker
@@ -19,8 +18,10 @@ from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.standstill import TICK_SECONDS, Standstill, quiet_ticks
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import Need
-from orchestrator.memory.ledger import FIRST_HEADROOM, Account
+from orchestrator.memory.ledger import Account
+from orchestrator.memory.margins import FIRST_HEADROOM
 from orchestrator.scheduling.scheduler import Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
+from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
 from protocol.gpu_memory import Grant, Needs

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need, levels
-from orchestrator.memory.ledger import FIRST_HEADROOM, HEADROOM, Account, Holding, Ledger
+from orchestrator.memory.ledger import Account, Holding, Ledger
+from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.scheduler import (
     NOTHING,
     Assign,

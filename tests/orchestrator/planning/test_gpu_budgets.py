@@ -2,15 +2,15 @@
 
 import pytest
 
-from orchestrator.config import AccountSettings, StackConfig
 from orchestrator.gpu_driver import Gpu, visible_gpus
-from orchestrator.memory.ledger import FIRST_HEADROOM
+from orchestrator.memory.margins import FIRST_HEADROOM
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
 from orchestrator.planning.gpu_rates import UNKNOWN
 from orchestrator.planning.hardware import this_machine
 from orchestrator.planning.placement import stand_ins
 from orchestrator.planning.planner import check
 from orchestrator.planning.stack_plan import first
+from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest, DoesNotFit
 
 GB = 10**9

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.config import StackConfig
 from orchestrator.gpu_driver import Gpu
 from orchestrator.job import ModelKey
-from orchestrator.memory.ledger import workspace_key
-from orchestrator.planning.calibration import Experience, pace_key
+from orchestrator.memory.task_keys import pace_key, workspace_key
+from orchestrator.planning.calibration import Experience
 from orchestrator.planning.gpu_rates import H200, STAND_IN, UNKNOWN, rate_of
 from orchestrator.planning.hardware import Card, Machine, imagined, this_machine, with_link
 from orchestrator.planning.pipeline_cut import Seat, best_cut, parts_of
@@ -20,6 +19,7 @@ from orchestrator.planning.placement import Post, another, candidates, speedups_
 from orchestrator.planning.planner import Plan, check, choose, kind_of, look
 from orchestrator.planning.prediction import Terms, predict
 from orchestrator.planning.streaming_cost import load_of, pass_seconds, streaming
+from orchestrator.settings import StackConfig
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.model_profile import BlockFigures, ModelFigures, StageFigures
 from tests.chance import examples

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.config import StackConfig
 from orchestrator.planning.hardware import Machine, imagined
 from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.prediction import Terms
+from orchestrator.settings import StackConfig
 from protocol.model_profile import ModelFigures
 from scripts.simulate.run import FLUX, arrivals, report, simulate
 from scripts.simulate.world import Arrival, World

@@ -10,14 +10,16 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
+from protocol.worker_spec import WorkerSpec
 from tests import tiny
+from workers.errors import Cancelled
 from workers.models.devices import Devices, parts_of
 from workers.models.loading import load
 from workers.models.source import locate
-from workers.runtime.worker import WorkerSettings, prepare
+from workers.runtime.worker import prepare
 from workers.split.device_gates import Gates
 from workers.split.pipeline_split import places_of
-from workers.stages.contract import Cancelled, Outcome, Saved
+from workers.stages.contract import Outcome, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.weights.residency import block_rows
@@ -30,8 +32,8 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tiny.flux(depth=3), tmp_path_factory.mktemp("deep"))
 
 
-def settings(model: Path, **values: object) -> WorkerSettings:
-    return WorkerSettings(
+def settings(model: Path, **values: object) -> WorkerSpec:
+    return WorkerSpec(
         stage="denoise", model=str(model), revision=None, device="cpu", dtype="float32", max_memory=(), name="d",
         **values,
     )  # fmt: skip

@@ -15,13 +15,14 @@ from protocol.tensors import Tensor
 from tests import tiny
 from tests.tiny import needs_gpus
 from tests.workers.worst_stream import WorstLane
+from workers.errors import Cancelled
 from workers.models import loading
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.split.pipeline_split import Crowd
-from workers.stages.contract import Cancelled, Outcome, Saved
+from workers.stages.contract import Outcome, Saved
 from workers.stages.denoise import DenoiseStage, Play
 from workers.stages.text import TextStage
 from workers.weights import residency as residency_module

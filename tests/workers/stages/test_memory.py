@@ -9,11 +9,11 @@ import torch
 from protocol.job import JobRequest
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
+from workers.errors import cause_of
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import read
-from workers.stages.contract import cause_of
 from workers.stages.vae import IN_TILES, VaeStage
 from workers.tensors import from_wire, pack
 

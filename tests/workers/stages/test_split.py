@@ -11,11 +11,12 @@ from diffusers import DiffusionPipeline
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from tests import tiny
+from workers.errors import Cancelled, StageError
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.stages.contract import Cancelled, Saved, StageError, unheard
+from workers.stages.contract import Saved, unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage, returned_names
 from workers.stages.vae import VaeStage

@@ -1,0 +1,99 @@
+"""The options that describe a stack, made of the fields of its settings; and the configuration that they give."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import click
+from pydantic.fields import FieldInfo
+
+from orchestrator.config import load_config, parse_stage_values
+from orchestrator.gpu_driver import list_gpus
+from orchestrator.settings import Flag, JobSettings, Settings, StackConfig, StageConfig
+from protocol.errors import BadRequest
+from protocol.stages import STAGES, Stage
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def stack_options(command: Command) -> Command:
+    """Add an option for each setting that has a flag, and `--config`."""
+    options = [click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")]
+    of_jobs = JobSettings.model_fields
+    options += [stack_option(field, flag) for name, field, flag in flags_of(StackConfig) if name not in of_jobs]
+    options += [stage_option(field, flag) for _, field, flag in flags_of(StageConfig)]
+    options += [stack_option(field, flag) for _, field, flag in flags_of(JobSettings)]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def flags_of(settings: type[Settings]) -> Iterator[tuple[str, FieldInfo, Flag]]:
+    """The settings that have a flag: name, field and flag."""
+    for name, field in settings.model_fields.items():
+        for extra in field.metadata:
+            if isinstance(extra, Flag):
+                yield name, field, extra
+
+
+def stack_option(field: FieldInfo, flag: Flag) -> Callable[[Any], Any]:
+    names = [flag.short, flag.option] if flag.short else [flag.option]
+    if field.annotation is bool:
+        if field.default:
+            names = [f"{flag.option}/--no-{flag.option.removeprefix('--')}"]
+        return click.option(*names, parameter(flag), is_flag=True, default=None, help=field.description)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    kind = click.Choice(choices) if choices else None
+    several = flag.option == "--budget"
+    metavar = None if choices else flag.metavar
+    return click.option(
+        *names, parameter(flag), type=kind or str, multiple=several, metavar=metavar, help=help_of(field, flag)
+    )
+
+
+def stage_option(field: FieldInfo, flag: Flag) -> Callable[[Any], Any]:
+    return click.option(
+        flag.option, parameter(flag), multiple=True, metavar=flag.metavar, help=help_of(field, flag)
+    )  # fmt: skip
+
+
+def parameter(flag: Flag) -> str:
+    """The name of a flag's value among a command's arguments."""
+    return flag.option.removeprefix("--").replace("-", "_")
+
+
+def help_of(field: FieldInfo, flag: Flag) -> str:
+    default = flag.default or field.default
+    shown = f"{default:g}" if isinstance(default, float) else default
+    return f"{field.description} [default: {shown}]"
+
+
+def stack_config(options: dict[str, Any]) -> StackConfig:
+    """The configuration of flags and file; BadRequest."""
+    given: dict[str, Any] = {}
+    for name, _, flag in flags_of(StackConfig):
+        value = options.get(parameter(flag))
+        if value is not None and value != ():
+            given[name] = parse_budgets(value) if name == "gpus" else value
+    stages: dict[Stage, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for name, _, flag in flags_of(StageConfig):
+        for stage, text in parse_stage_values(flag.option, options[parameter(flag)], every_stage=flag.bare).items():
+            stages[stage][name] = text
+    config = load_config(options["config"], given, {stage: values for stage, values in stages.items() if values})
+    config.speedups()  # raises where they can't be
+    return config
+
+
+def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
+    """'0=16GB' is one GPU's; a bare '16GB' is that of all that there are."""
+    found: dict[int, str] = {}
+    gpus = list_gpus()
+    for value in values:
+        index, equals, amount = value.rpartition("=")
+        if equals and not index.isdigit():
+            raise BadRequest(f"--budget {value!r} is not right.", "Write --budget GPU=AMOUNT, as in --budget 0=16GB.")
+        if not equals and not gpus:
+            raise BadRequest("There is no GPU here to have a budget.", "With --device cpu:0, write --budget 0=14MB.")
+        indices = [int(index)] if equals else [gpu.index for gpu in gpus if gpu.index not in found]
+        found |= dict.fromkeys(indices, amount)
+    return found

@@ -1,0 +1,33 @@
+"""Under which keys it is kept what a task takes: its workspace in bytes, and the seconds of its steps."""
+
+import json
+
+from orchestrator.job import ModelKey
+from protocol.job import Recipe
+from protocol.stages import Stage
+
+MEGAPIXEL = 1024 * 1024
+
+
+def pixels_at_once(stage: Stage, recipe: Recipe) -> int:
+    """Pixels that a stage works on at once."""
+    if stage == "text":
+        return MEGAPIXEL
+    passes = 2 if stage == "denoise" and recipe.true_cfg else 1
+    return recipe.width * recipe.height * recipe.num_images * passes
+
+
+def place_key(stage: Stage, model: ModelKey) -> str:
+    return json.dumps([stage, model.revision, model.dtype, model.speedups])
+
+
+def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
+    """Under which it is kept what a task of this size takes beside its stage's weights."""
+    size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
+    return f"{place_key(stage, model)[:-1]}, {json.dumps(size)}, {pixels_at_once(stage, recipe)}]"
+
+
+def pace_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
+    """Under which the seconds of a step are kept; a text encoder's don't depend on the picture."""
+    size = (recipe.width, recipe.height, recipe.num_images) if stage != "text" else ()
+    return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, recipe.true_cfg, gpu])

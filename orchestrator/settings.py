@@ -1,0 +1,279 @@
+"""A stack's settings: each with its type, default, meaning and flag, once. Flags and docs are generated from here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.functional_validators import BeforeValidator
+
+from protocol.curve_keys import Role
+from protocol.speedups import canonical
+from protocol.stages import STAGES, Stage
+from protocol.units import parse_bytes, parse_seconds
+
+
+def _bytes(value: object) -> object:
+    return parse_bytes(value) if isinstance(value, str) else value
+
+
+def _amounts(value: object) -> object:
+    """'15GB,12GB', '16GB', or a list of such."""
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+def _budget(value: object) -> object:
+    return None if value == "all" else _bytes(value)
+
+
+def _seconds(value: object) -> object:
+    return None if value == "forever" else value
+
+
+def _duration(value: object) -> object:
+    value = _seconds(value)
+    return parse_seconds(value) if isinstance(value, str) else value
+
+
+def _or_off(value: object) -> object:
+    return None if value == "off" else value
+
+
+def _numbers(value: object) -> object:
+    return tuple(value.split(",")) if isinstance(value, str) else value
+
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Duration = Annotated[NotNegative | None, BeforeValidator(_duration)]  # seconds; None: for ever
+SecondsOrOff = Annotated[NotNegative | None, BeforeValidator(_or_off)]
+Seconds = Annotated[NotNegative | None, BeforeValidator(_seconds)]  # None: for ever
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=0)]
+Budget = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_budget)]  # bytes; None: all that is free
+Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
+Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers), Field(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|mps|cuda(:\d+)?|cpu(:\d+(,\d+)*)?)$")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Placement = Literal["auto", "replicas", "split", "tensor", "context"]
+Optimize = Literal["throughput", "latency"]
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """How a setting is given on the command line; `default` is what its help says where that isn't the field's own."""
+
+    option: str
+    metavar: str = ""
+    default: str = ""
+    short: str = ""
+    bare: bool = False  # of a stage's setting: a value without STAGE= is meant for all three
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StageConfig(Settings):
+    """How one stage is run."""
+
+    workers: Annotated[
+        Annotated[int, Field(ge=0, le=1024)] | None,
+        Field(description="Workers of a stage."),
+        Flag("--workers", "STAGE=N", "as the placement says"),
+    ] = None
+    device: Annotated[
+        Device,
+        Field(description="cpu, cuda, mps or auto; cpu:0,1 is a CPU that plays GPUs 0 and 1, which have budgets."),
+        Flag("--device", "[STAGE=]DEVICE", bare=True),
+    ] = "auto"
+    gpus: Annotated[
+        Numbers | None,
+        Field(description="The GPUs that all stages or one may use."),
+        Flag("--gpus", "[STAGE=]0,1", "those that the plan chooses", bare=True),
+    ] = None
+    max_memory: Annotated[
+        Amounts,
+        Field(description="The most to use of each GPU: one amount for all, or one each."),
+        Flag("--max-memory", "[STAGE=]16GB[,…]", "as the plan says", bare=True),
+    ] = ()
+    quantize: Annotated[
+        str,
+        Field(description="torchao's int8, int8-dynamic, fp8, fp8-dynamic of text or denoise. Tier: approximate."),
+        Flag("--quantize", "STAGE=KIND", "no"),
+    ] = ""
+    keep_alive: Annotated[
+        Seconds,
+        Field(description="Let go of its GPU's memory after so long without work."),
+        Flag("--keep-alive", "[STAGE=]SECONDS", "forever", bare=True),
+    ] = None
+
+
+class JobSettings(Settings):
+    """What the orchestrator goes by as it takes, keeps and ends jobs."""
+
+    queue_limit: Annotated[
+        Positive, Field(description="Unfinished jobs that are taken."), Flag("--queue-limit", "N")
+    ] = 10_000
+    queue_bytes: Annotated[
+        Bytes, Field(description="Bytes on disk that unfinished jobs may hold."), Flag("--queue-bytes", "SIZE", "20GB")
+    ] = 20_000_000_000
+    disk_floor: Annotated[
+        Bytes,
+        Field(description="Take no jobs where the disk has less left than this."),
+        Flag("--disk-floor", "SIZE", "1GB"),
+    ] = 1_000_000_000
+    keep_jobs: Annotated[
+        Duration, Field(description="How long to remember ended jobs."), Flag("--keep-jobs", "30d|forever", "30d")
+    ] = 30 * 86400.0
+    keep_pictures: Annotated[
+        Bytes,
+        Field(description="Bytes on disk for finished pictures; the oldest go first."),
+        Flag("--keep-pictures", "SIZE", "4GB"),
+    ] = 4_000_000_000
+    embedding_cache: Annotated[
+        Bytes,
+        Field(description="Bytes on disk for the embeddings of prompts, for when they come again."),
+        Flag("--embedding-cache", "SIZE", "1GB"),
+    ] = 1_000_000_000
+    keep: Annotated[
+        bool,
+        Field(description="Keep jobs and pictures on disk; without, nothing outlives the orchestrator."),
+        Flag("--keep"),
+    ] = True
+    patience: Annotated[
+        float,
+        Field(gt=0, description="Seconds that a task waits for workers of its GPU whose turn it is."),
+        Flag("--patience", "SECONDS"),
+    ] = 30.0
+    step_timeout: Annotated[
+        float,
+        Field(gt=0, description="After so many seconds at one step a worker counts as hung."),
+        Flag("--step-timeout", "SECONDS", "600, or less once known"),
+    ] = 600.0
+    client_jobs: Annotated[
+        Positive, Field(description="Unfinished jobs of one client's key."), Flag("--client-jobs", "N")
+    ] = 1000
+    client_rate: Annotated[
+        float,
+        Field(gt=0, description="Jobs a second of one client's key, a minute's worth at once."),
+        Flag("--client-rate", "N"),
+    ] = 10.0
+    listen: Annotated[
+        str | None,
+        Field(description="For clients elsewhere; needs keys unless HOST is 127.0.0.1."),
+        Flag("--listen", "tcp://HOST:PORT", "private"),
+    ] = None
+    listen_workers: Annotated[
+        str | None,
+        Field(description="The same for workers on other hosts."),
+        Flag("--listen-workers", "tcp://HOST:PORT", "private"),
+    ] = None
+
+    def remote(self) -> list[tuple[Role, str]]:
+        """TCP endpoints by who may come to them."""
+        wanted: list[tuple[Role, str | None]] = [("client", self.listen), ("worker", self.listen_workers)]
+        return [(role, endpoint) for role, endpoint in wanted if endpoint]
+
+
+class StackConfig(JobSettings):
+    """All that a person may say of a stack."""
+
+    model: Annotated[
+        str, Field(description="A folder, a hub id, or demo (draws shapes)."), Flag("--model", "MODEL", short="-m")
+    ] = "demo"
+    revision: Annotated[
+        str | None,
+        Field(description="Branch, tag or commit of a hub model."),
+        Flag("--revision", "REVISION", "the newest"),
+    ] = None
+    dtype: Annotated[
+        Dtype, Field(description="Of all stages."), Flag("--dtype", default="bfloat16 on GPUs, float32 on the CPU")
+    ] = "auto"
+    placement: Annotated[
+        Placement,
+        Field(
+            description="Of the denoiser: replicas (one a GPU), split (its layers over all GPUs), tensor or context "
+            "(all GPUs at one job; tier: numeric)."
+        ),
+        Flag("--placement", default="auto, by the plan"),
+    ] = "auto"
+    optimize: Annotated[Optimize, Field(description="What auto is to choose for."), Flag("--optimize")] = "throughput"
+    gpus: Annotated[
+        dict[int, Budget],
+        Field(description="The most that the stack may use of a GPU, contexts included."),
+        Flag("--budget", "[GPU=]16GB", "all that is free"),
+    ] = Field(default_factory=dict)
+    compile: Annotated[bool, Field(description="Compile the denoiser's blocks. Tier: numeric."), Flag("--compile")] = (
+        False
+    )
+    attention: Annotated[
+        str,
+        Field(description="diffusers' attention backend: _native_cudnn, flash … Tier: numeric, of sage approximate."),
+        Flag("--attention", "BACKEND", "diffusers' own"),
+    ] = ""
+    fuse_qkv: Annotated[
+        bool, Field(description="Query, key, value in one product. Tier: numeric."), Flag("--fuse-qkv")
+    ] = False
+    cache: Annotated[
+        str,
+        Field(description="diffusers' step cache: first-block[:0.05], taylorseer … Tier: approximate."),
+        Flag("--cache", "KIND", "none"),
+    ] = ""
+    checkpoint: Annotated[
+        SecondsOrOff,
+        Field(description="Seconds between two checkpoints of a denoising job at least; 0: every step."),
+        Flag("--checkpoint", "SECONDS|off"),
+    ] = 0.1
+    width: Annotated[
+        Positive | None,
+        Field(description="Width of the pictures that the stack is planned for, in pixels."),
+        Flag("--plan-width", "PIXELS", "the model's own"),
+    ] = None
+    height: Annotated[
+        Positive | None, Field(description="Their height."), Flag("--plan-height", "PIXELS", "the model's own")
+    ] = None
+    steps: Annotated[
+        Positive | None, Field(description="Their denoising steps."), Flag("--plan-steps", "N", "the model's own")
+    ] = None
+    stages: dict[Stage, StageConfig] = Field(default_factory=dict)
+
+    def speedups(self) -> tuple[str, ...]:
+        """Return all that may change a picture's bits, as speedups.py writes it; BadRequest."""
+        denoiser = {
+            "compile": self.compile, "fuse-qkv": self.fuse_qkv,
+            f"attention={self.attention}": self.attention, f"cache={self.cache}": self.cache,
+        }  # fmt: skip
+        found = [f"denoise:{text}" for text, wanted in denoiser.items() if wanted]
+        found += [f"{name}:quantize={kind}" for name in STAGES if (kind := self.stage(name).quantize)]
+        return canonical(found)
+
+    def stage(self, stage: Stage) -> StageConfig:
+        return self.stages.get(stage, StageConfig())
+
+
+class AccountSettings(Settings):
+    """A GPU whose memory is leased to workers."""
+
+    budget: Annotated[int, Field(gt=0)]  # bytes, for those that work in leases
+    foreign: int = 0  # bytes in use before the stack came
+    kept: int = 0  # bytes beside the budget, that other workers of the stack keep for themselves
+    name: str = ""  # as its driver calls it
+    driver: bool = True  # whether a driver counts what is in use
+
+
+class OrchestratorSettings(JobSettings):
+    """The settings of jobs, and what the supervisor has planned."""
+
+    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages whose memory is planned
+    keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
+    gpus: dict[int, AccountSettings] = Field(default_factory=dict)  # of this host, by the driver's numbers
+    describer: bool = False  # a process without weights looks at the model and at prompts before jobs are taken
+
+
+class OrchestratorSpec(Settings):
+    """All that the orchestrator's process is started with."""
+
+    state: Path
+    clients: str  # endpoint
+    workers: str  # endpoint
+    settings: OrchestratorSettings

@@ -1,0 +1,60 @@
+"""What a process of `workers/` does from its first moment on, given its spec. Torch is imported only by the work."""
+
+import os
+import signal
+import sys
+
+from protocol.errors import BadRequest
+from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
+
+
+def run(spec: WorkerSpec | DescriberSpec) -> int:
+    """Be the process that a spec describes; the exit code, once it has ended by itself."""
+    end_with_parent()
+    try:
+        match spec:
+            case WorkerSpec():
+                work(spec)
+            case DescriberSpec():
+                describe(spec)
+    except BaseException as error:
+        return report_end(error)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def work(spec: WorkerSpec) -> None:
+    """Join a stack and work until told to stop."""
+    hide_other_gpus(spec.visible_gpus)
+    log_to_stderr(spec.name)
+    from workers.runtime.worker import serve
+
+    serve(spec)
+
+
+def describe(spec: DescriberSpec) -> None:
+    """Check the model, and answer the orchestrator until told to stop."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it has no use for a GPU
+    log_to_stderr("describer")
+    from workers.runtime.describer import serve
+
+    serve(spec)
+
+
+def hide_other_gpus(visible: tuple[int, ...] | None) -> None:
+    """Hide all GPUs but these, by the driver's numbers, before torch looks; None hides none."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that a look whether there is a GPU leaves it alone
+    if visible is not None:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, visible))
+
+
+def main() -> None:
+    """`python -m workers.runtime SPEC`, SPEC being JSON."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if len(sys.argv) != 2:
+        sys.exit(report_end(BadRequest("A process is started with its spec as JSON.")))
+    sys.exit(run(PROCESS_SPEC.validate_json(sys.argv[1])))
