@@ -108,7 +108,7 @@ class KeyFolder:
         return status.st_mtime_ns, status.st_ino
 
 
-class Gate:
+class AllowedKeys:
     """The list as the orchestrator knows it."""
 
     def __init__(self, folder: KeyFolder) -> None:

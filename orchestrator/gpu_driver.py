@@ -12,7 +12,7 @@ PCIE_BYTES = {3: 13.2e9, 4: 26.5e9, 5: 55.5e9}
 
 
 @dataclass(frozen=True, slots=True)
-class Gpu:
+class GpuInfo:
     index: int
     name: str
     total_bytes: int
@@ -21,7 +21,7 @@ class Gpu:
     link: float = 0.0  # bytes a second from page-locked memory, at most; 0 where the driver doesn't tell
 
 
-def list_gpus() -> list[Gpu]:
+def list_gpus() -> list[GpuInfo]:
     """Return NVIDIA GPUs in the driver's order, as far as CUDA_VISIBLE_DEVICES lets them be seen.
 
     Empty where there are none or no driver.
@@ -35,14 +35,14 @@ def list_gpus() -> list[Gpu]:
     with contextlib.ExitStack() as stack:
         stack.callback(pynvml.nvmlShutdown)
         driver = _text(pynvml.nvmlSystemGetDriverVersion())
-        gpus: list[Gpu] = []
+        gpus: list[GpuInfo] = []
         handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         uuids = [_text(pynvml.nvmlDeviceGetUUID(handle)) for handle in handles]
         for index in visible_gpus(os.environ.get("CUDA_VISIBLE_DEVICES"), uuids):
             handle = handles[index]
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             name = _text(pynvml.nvmlDeviceGetName(handle))
-            gpus.append(Gpu(index, name, memory.total, memory.free, driver, _link(handle)))
+            gpus.append(GpuInfo(index, name, memory.total, memory.free, driver, _link(handle)))
         return gpus
 
 

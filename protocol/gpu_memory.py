@@ -1,13 +1,23 @@
-"""GPU memory: what a stage needs of it, and what is leased to a worker."""
+"""GPUs and their memory: what a stage needs of it, and what is leased to a worker."""
 
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from protocol.data import Data
 
 
-class Needs(Data):
+class GpuId(NamedTuple):
+    """A GPU of one of the hosts: the host's name, and the number that its driver gives it."""
+
+    host: str
+    number: int
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+
+class WeightNeed(Data):
     """What a stage takes of a GPU, in bytes."""
 
     weights: Annotated[int, Field(ge=0)]  # all of them
@@ -15,8 +25,8 @@ class Needs(Data):
     workspace: Annotated[int, Field(ge=0)]  # beside them, for a picture of 1024 × 1024; an estimate that errs high
 
 
-class Grant(Data):
+class Lease(Data):
     """What a worker may use of one GPU beside its context, in bytes."""
 
     bytes: Annotated[int, Field(ge=0)]
-    weights: Annotated[int, Field(ge=0)]  # of them, at most, for weights
+    weight_bytes: Annotated[int, Field(ge=0)]  # of them, at most, for weights

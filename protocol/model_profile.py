@@ -13,7 +13,7 @@ Bytes = Annotated[int, Field(ge=0)]
 Flop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class BlockFigures(Data):
+class BlockProfile(Data):
     """One of a row of modules that run one after the other."""
 
     name: str
@@ -22,7 +22,7 @@ class BlockFigures(Data):
     flop: Flop  # of one run
 
 
-class StageFigures(Data):
+class StageProfile(Data):
     """What a stage takes for one job, in the model's dtype."""
 
     stage: Stage
@@ -31,7 +31,7 @@ class StageFigures(Data):
     largest: Bytes  # of its intermediate results
     flop: Flop  # of one pass; through the denoiser a step has one, or two with true CFG
     passes: Annotated[int, Field(ge=1)]  # a job
-    blocks: tuple[BlockFigures, ...]  # of its largest component, in the order in which they run
+    blocks: tuple[BlockProfile, ...]  # of its largest component, in the order in which they run
     loose: Bytes  # of its buffer for what is run once a job
     after: Bytes  # of weights of its parts that come after the blocks
     heads: Annotated[int, Field(ge=0)]  # of its attention, 0 where that isn't told
@@ -46,12 +46,12 @@ class StageFigures(Data):
         return sum(block.once for block in self.blocks)
 
 
-class ModelFigures(Data):
+class ModelProfile(Data):
     """`recipe` is the job that they are of."""
 
     model: ModelDescription
     recipe: Recipe
-    stages: tuple[StageFigures, ...]
+    stages: tuple[StageProfile, ...]
 
-    def stage(self, stage: Stage) -> StageFigures:
+    def stage(self, stage: Stage) -> StageProfile:
         return next(figures for figures in self.stages if figures.stage == stage)

@@ -21,9 +21,9 @@ from protocol import wire
 from protocol.client.client import Client
 from protocol.client.endpoints import PUBLISHED, Endpoints, published
 from protocol.curve_keys import PeerKey
-from protocol.gpu_memory import Needs
+from protocol.gpu_memory import WeightNeed
 from protocol.messages.common import Error, Heartbeat, Message, Welcome
-from protocol.messages.worker import TO_WORKER, Lease, Leased, Progress, Ready, Result, Task, TaskFailed, WorkerHello
+from protocol.messages.worker import TO_WORKER, Leased, Progress, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
 from protocol.model import ModelDescription
 from protocol.sockets import dealer, new_identity, receive
 from protocol.stages import Stage
@@ -102,14 +102,14 @@ class FakeWorker:
             if isinstance(envelope.message, kind):
                 return envelope.message
 
-    def ready(self, *needs: Needs, **fields: Any) -> "FakeWorker":
+    def ready(self, *needs: WeightNeed, **fields: Any) -> "FakeWorker":
         self.say(Ready(needs=needs, **fields))
         return self
 
-    def obey(self) -> Lease:
+    def obey(self) -> SetLease:
         """Do what the next lease says."""
-        lease = self.hear(Lease)
-        self.say(Leased(grants=lease.grants))
+        lease = self.hear(SetLease)
+        self.say(Leased(leases=lease.leases))
         return lease
 
     def take(self) -> Task:

@@ -13,10 +13,10 @@ from orchestrator.cli.plan_words import HEADER, as_data, rows, summary
 from orchestrator.cli.stack_options import stack_config, stack_options
 from orchestrator.cli.table import print_table
 from orchestrator.gpu_driver import list_gpus
-from orchestrator.planning.calibration import Experience, experience_in
+from orchestrator.planning.calibration import Measurements, measurements_in
 from orchestrator.planning.gpu_budgets import check_budgets
-from orchestrator.planning.hardware import imagined, this_machine, with_link
-from orchestrator.planning.model_profile import find_figures
+from orchestrator.planning.hardware import imagined, this_hardware, with_link
+from orchestrator.planning.model_profile import find_profile
 from orchestrator.planning.placement import stand_ins
 from orchestrator.planning.planner import choose
 from orchestrator.planning.stack_plan import stack_dtype
@@ -58,28 +58,28 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         ]
     config = with_size(stack_config(options), options["size"], options["steps"])
     gpus = list_gpus()
-    machine = this_machine(gpus, config.gpus, stand_ins(config))
+    hardware = this_hardware(gpus, config.gpus, stand_ins(config))
     if thought:
-        machine = replace(machine, cards=imagined(thought[0], config.gpus))
+        hardware = replace(hardware, cards=imagined(thought[0], config.gpus))
     else:
         check_budgets(config, gpus)
     if ram is not None:
-        machine = replace(machine, ram=parse_bytes(ram))
+        hardware = replace(hardware, ram=parse_bytes(ram))
     if link is not None:
-        machine = with_link(machine, link)
-    figures = find_figures(config, stack_dtype(config, bool(machine.cards)))
-    experience = Experience() if thought else experience_in(StackFolder(state_folder(state)))
-    known = experience.of(machine, figures, config.speedups())
-    found = choose(config, figures, known, experience.terms(config, figures))
+        hardware = with_link(hardware, link)
+    profile = find_profile(config, stack_dtype(config, bool(hardware.cards)))
+    measurements = Measurements() if thought else measurements_in(StackFolder(state_folder(state)))
+    known = measurements.of(hardware, profile, config.speedups())
+    found = choose(config, profile, known, measurements.terms(config, profile))
     if as_json:
-        print(json.dumps(as_data(found, figures, machine)))
+        print(json.dumps(as_data(found, profile, hardware)))
         return
-    recipe = figures.recipe
-    print(f"{figures.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")
-    for card in machine.cards:
+    recipe = profile.recipe
+    print(f"{profile.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")
+    for card in hardware.cards:
         link_speed = f"{format_bytes(int(card.rate.link))}/s"
         print(f"GPU {card.index}: {card.name}, {format_bytes(card.budget)}, {link_speed} from memory")
-    if not machine.cards:
+    if not hardware.cards:
         print("There is no GPU here. To plan for others: --gpus 16GB,16GB")
     print_table(HEADER, rows(found), wide=1)
     print(summary(found))

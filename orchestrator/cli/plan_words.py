@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from orchestrator.planning.hardware import Machine
+from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.planner import Plan
-from orchestrator.planning.throughput import Share, Work
-from protocol.model_profile import ModelFigures
+from orchestrator.planning.throughput import GpuUse, PlannedWorker
+from protocol.model_profile import ModelProfile
 from protocol.units import format_bytes
 
 HEADER = ("stage", "where", "weights", "workspace", "context", "residency", "streams", "a step", "a picture")
@@ -25,7 +25,7 @@ def rows(plan: Plan) -> list[Sequence[str]]:
     """A line for each worker on each of its GPUs."""
     found: list[Sequence[str]] = []
     for work in plan.prediction.work:
-        for index, share in enumerate(work.shares or (Share(-1, 0, 0, 0),)):
+        for index, share in enumerate(work.shares or (GpuUse(-1, 0, 0, 0),)):
             first = index == 0
             place = where(work) if share.gpu < 0 else f"GPU {share.gpu}"
             sizes = (share.weights, share.workspace, share.context)
@@ -38,22 +38,22 @@ def rows(plan: Plan) -> list[Sequence[str]]:
     return found
 
 
-def streamed(work: Work) -> str:
+def streamed(work: PlannedWorker) -> str:
     """What passes through, each time the model runs; text encoders and VAE have no steps."""
     return format_bytes(int(work.streamed)) + (" a step" if work.post.stage == "denoise" else "")
 
 
-def where(work: Work) -> str:
+def where(work: PlannedWorker) -> str:
     if not work.post.gpus:
         return "the CPU" if work.post.device in ("cpu", "auto") else work.post.device
     return f"GPU {'+'.join(map(str, work.post.gpus))}{kind(work)}"
 
 
-def kind(work: Work) -> str:
+def kind(work: PlannedWorker) -> str:
     return f" ({work.post.kind})" if work.post.kind in ("split", "tensor", "context") else ""
 
 
-def residency(work: Work) -> str:
+def residency(work: PlannedWorker) -> str:
     return {"in": "all in", "streamed": "streamed", "turns": "takes turns", "host": "in memory"}[work.residency]
 
 
@@ -71,12 +71,12 @@ def summary(plan: Plan) -> str:
     )
 
 
-def as_data(plan: Plan, figures: ModelFigures, machine: Machine) -> dict[str, Any]:
+def as_data(plan: Plan, profile: ModelProfile, hardware: Hardware) -> dict[str, Any]:
     """Bytes and seconds."""
-    p, recipe = plan.prediction, figures.recipe
+    p, recipe = plan.prediction, profile.recipe
     return {
-        "model": figures.model.model,
-        "pipeline": figures.model.pipeline,
+        "model": profile.model.model,
+        "pipeline": profile.model.pipeline,
         "picture": {
             "width": recipe.width, "height": recipe.height, "steps": recipe.steps, "dtype": recipe.dtype,
         },
@@ -101,7 +101,7 @@ def as_data(plan: Plan, figures: ModelFigures, machine: Machine) -> dict[str, An
                 "gpu": card.index, "name": card.name, "budget": card.budget, "used": p.used(card.index),
                 "link_bytes_a_second": int(card.rate.link),
             }
-            for card in machine.cards
+            for card in hardware.cards
         ],
         "placements": [{"placement": name, "picture_seconds": o.picture_seconds, "latency_seconds": o.latency}
                    for name, o in plan.others],

@@ -5,9 +5,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from orchestrator.dispatch.job_queue import Roster
-from orchestrator.dispatch.leasing import Lending
-from orchestrator.dispatch.quotas import Intake
+from orchestrator.dispatch.job_queue import JobQueue
+from orchestrator.dispatch.leasing import Leasing
+from orchestrator.dispatch.quotas import Quotas
 from orchestrator.job import LiveJob
 from orchestrator.storage.job_store import Store
 from protocol.errors import Conflict, NotFound, TriptychError
@@ -43,9 +43,9 @@ class Tokens:
         self._counts.clear()
 
 
-class Reception:
-    def __init__(self, store: Store, roster: Roster, intake: Intake, lending: Lending) -> None:
-        self._store, self._roster, self._intake, self._lending = store, roster, intake, lending
+class Admission:
+    def __init__(self, store: Store, job_queue: JobQueue, quotas: Quotas, leasing: Leasing) -> None:
+        self._store, self._job_queue, self._quotas, self._leasing = store, job_queue, quotas, leasing
         self.model: ModelDescription | None = None  # of this run
         self.dtype = ""
         self.speedups: tuple[str, ...] = ()
@@ -71,8 +71,8 @@ class Reception:
         `owner` is the name of the client's key; empty for this machine's own user.
         """
         named, fresh, recipes = self._settle(requests, owner)
-        self._intake.check(fresh, owner)
-        self._intake.spend(len(fresh), owner)
+        self._quotas.check(fresh, owner)
+        self._quotas.spend(len(fresh), owner)
         new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
         made = iter(new)
         return [known or next(made) for known in named], new
@@ -80,7 +80,7 @@ class Reception:
     def judge(self, requests: tuple[JobRequest, ...], owner: str, earlier: int) -> None:
         """Raise what `admit` would, if so many `earlier` ones had come before them."""
         _, fresh, _ = self._settle(requests, owner)
-        self._intake.check(fresh, owner, earlier)
+        self._quotas.check(fresh, owner, earlier)
 
     def _settle(
         self, requests: tuple[JobRequest, ...], owner: str
@@ -99,14 +99,14 @@ class Reception:
                 continue
             try:
                 recipes.append(resolve(request, self.model, self.dtype, self.tokens.count, self.speedups))
-                self._lending.refuse_what_never_fits(recipes[-1], self.model)
+                self._leasing.refuse_what_never_fits(recipes[-1], self.model)
             except TriptychError as error:
                 error.item = item
                 raise
         return named, fresh, recipes
 
     def _known(self, request: JobRequest, owner: str) -> LiveJob | None:
-        job = self._roster.find(request.id) if request.id else None
+        job = self._job_queue.find(request.id) if request.id else None
         if job and (job.request != request.model_dump_json() or job.owner != owner):
             raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
         return job

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.dispatch.admission import Reception
+from orchestrator.dispatch.admission import Admission
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
@@ -28,11 +28,11 @@ class Question:
 
 
 @dataclass(slots=True)
-class Describing:
+class DescriberLink:
     """`expected`: the stack has a describer, and takes no job that it has not looked at."""
 
     outbox: Outbox
-    reception: Reception
+    admission: Admission
     expected: bool
     pid: int = 0  # of the describer that is here; 0: none is
     _identity: bytes = b""
@@ -44,7 +44,7 @@ class Describing:
     def hello(self, identity: bytes, hello: DescriberHello) -> None:
         """A describer has found the model to be whole; what its predecessor left open is asked again."""
         self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
-        self.reception.learn_model(hello)
+        self.admission.learn_model(hello)
         if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
             oldest.ended += 1
         for number, question in list(self._open.items()):
@@ -76,9 +76,9 @@ class Describing:
 
     def ready_for(self, requests: Sequence[JobRequest]) -> bool:
         """Whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
-        if self.reception.model is None:
+        if self.admission.model is None:
             return False
-        if not self.expected or not (texts := tuple(self.reception.uncounted(requests))):
+        if not self.expected or not (texts := tuple(self.admission.uncounted(requests))):
             return True
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
@@ -102,4 +102,4 @@ class Describing:
         if counts.reason or len(counts.counts) != len(question.texts):
             self._failed[question.texts] = counts.reason or "it counted others"
         else:
-            self.reception.tokens.learn(question.texts, counts.counts)
+            self.admission.tokens.learn(question.texts, counts.counts)

@@ -11,22 +11,23 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from orchestrator.dispatch.admission import Reception
+from orchestrator.dispatch.admission import Admission
 from orchestrator.dispatch.fleet import Fleet, Worker
-from orchestrator.dispatch.job_queue import Roster
-from orchestrator.dispatch.leasing import Lending
+from orchestrator.dispatch.job_queue import JobQueue
+from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
-from orchestrator.dispatch.quotas import Intake
+from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.standstill import Place
-from orchestrator.dispatch.step_deadlines import Pace
-from orchestrator.dispatch.subscriptions import Watchers
+from orchestrator.dispatch.step_deadlines import StepDeadlines
+from orchestrator.dispatch.subscriptions import Subscriptions
 from orchestrator.job import LiveJob
 from orchestrator.memory.ledger import Account, Ledger
-from orchestrator.scheduling.scheduler import Assign, Lend
+from orchestrator.scheduling.scheduler import Assign, ChangeLease
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.artifacts import Kind
 from orchestrator.storage.job_store import Store
 from protocol.errors import Conflict
+from protocol.gpu_memory import GpuId
 from protocol.job import JobRequest, JobState, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
@@ -51,54 +52,59 @@ def key_of(task: TaskKey) -> tuple[str, str, int]:
 
 class Engine:
     def __init__(
-        self, store: Store, outbox: Outbox, settings: OrchestratorSettings, accounts: Mapping[int, Account], disk: Path
+        self,
+        store: Store,
+        outbox: Outbox,
+        settings: OrchestratorSettings,
+        accounts: Mapping[GpuId, Account],
+        disk: Path,
     ) -> None:
         self.store, self.outbox, self.settings = store, outbox, settings
-        self.fleet, self.watchers, self.pace = Fleet(), Watchers(), Pace(settings.step_timeout)
-        intake, ledger = Intake(settings, store, disk), Ledger(accounts, store.workspaces())
-        self.roster = Roster(store, intake)
-        self.lending = Lending(ledger, self.fleet, self.roster.queues, settings.patience, settings.keep_alive, store)
-        self.reception = Reception(store, self.roster, intake, self.lending)
+        self.fleet, self.subscriptions, self.pace = Fleet(), Subscriptions(), StepDeadlines(settings.step_timeout)
+        quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
+        self.job_queue = JobQueue(store, quotas)
+        self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
+        self.admission = Admission(store, self.job_queue, quotas, self.leasing)
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
             job.attempts += LOST_NUMBERS  # so that a task of before is told from one of now
             self._adopt(job)
-        self._hold_until = time.monotonic() + HOLD_SECONDS if self.roster.jobs else 0.0
+        self._hold_until = time.monotonic() + HOLD_SECONDS if self.job_queue.jobs else 0.0
 
     # -- workers come and go --------------------------------------------------------------------
 
     def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker's hands are free, unless it says what is in them; if it drops a task without a word, that failed."""
-        if worker.task and ready.in_hand is None:
+        if worker.task and ready.current_task is None:
             self._fail(worker, worker.task, f"{worker.hello.name} dropped it", retry=True)
         worker.device_map = ready.device_map or worker.device_map
         worker.residency = ready.residency or worker.residency
         worker.context_bytes = ready.context_bytes or worker.context_bytes
-        self.lending.ready(worker, ready)
-        self.lending.moved()
-        if reason := self.lending.hopeless(worker):
-            keeping = self.lending.keeping(worker.hello.stage, worker.model)
+        self.leasing.ready(worker, ready)
+        self.leasing.moved()
+        if reason := self.leasing.hopeless(worker):
+            keeping = self.leasing.keeping(worker.hello.stage, worker.model)
             if not self._start_anew(keeping, f"room for {worker.hello.name}"):
                 self._give_up(worker, reason)
-        if ready.in_hand is None:
+        if ready.current_task is None:
             self.fleet.ready(worker)
         else:
-            self._claimed(worker, *ready.in_hand)
+            self._claimed(worker, *ready.current_task)
 
     def _claimed(self, worker: Worker, job_id: str, stage: Stage, attempt: int) -> None:
         """A worker that has come back has a task in hand: it goes on, unless somebody else has begun it."""
-        job = self.roster.jobs.get(job_id)
+        job = self.job_queue.jobs.get(job_id)
         task = TaskKey(job=job_id, stage=stage, attempt=attempt)
         if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage):
             self.fleet.give(worker, task, None)
             self.outbox.to_worker(worker.identity, CancelTask(job=job_id, stage=stage, attempt=attempt))
             return
         log.info("%s goes on with it", worker.hello.name, extra={"job": job_id})
-        self.roster.take_out(job)
-        self.roster.move(job, lambda: job.claimed_by(worker.id, attempt))
-        self.fleet.give(worker, task, Pace.key(stage, job.recipe))
+        self.job_queue.take_out(job)
+        self.job_queue.move(job, lambda: job.claimed_by(worker.id, attempt))
+        self.fleet.give(worker, task, StepDeadlines.key(stage, job.recipe))
         self.store.note(job)
         self.announce(job)
 
@@ -108,8 +114,8 @@ class Engine:
         What it holds of a GPU counts until its process is known to be gone.
         """
         self.fleet.remove(worker)
-        self.lending.left(worker)
-        self.lending.moved()
+        self.leasing.left(worker)
+        self.leasing.moved()
         if worker.task:
             self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
@@ -119,13 +125,13 @@ class Engine:
             self.dismiss_worker(worker)
         else:
             self.lose_worker(worker, "died")
-        self.lending.buried(worker.hello.host, worker.hello.pid)
+        self.leasing.buried(worker.hello.host, worker.hello.pid)
 
     def dismiss_worker(self, worker: Worker) -> None:
         """A worker leaves in good order; what it had in hand waits again, and nobody is to blame."""
         self.fleet.remove(worker)
-        self.lending.left(worker)
-        self.lending.moved()
+        self.leasing.left(worker)
+        self.leasing.moved()
         job = self._current(worker, worker.task) if worker.task else None
         if job:
             self._wait_again(job)
@@ -142,14 +148,14 @@ class Engine:
 
         `owner` is the name of the client's key; empty for this machine's own user.
         """
-        jobs, new = self.reception.admit(requests, owner)
+        jobs, new = self.admission.admit(requests, owner)
         for job in new:
-            self.roster.count(job.state, +1)
+            self.job_queue.count(job.state, +1)
             self._adopt(job)
         return jobs
 
     def _adopt(self, job: LiveJob) -> None:
-        self.roster.add(job)
+        self.job_queue.add(job)
         if job.stage == "text" and self.store.artifacts.has("text", job.text_key):
             self._skip_text(job)
 
@@ -157,30 +163,30 @@ class Engine:
 
     def assign(self) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
-        self.roster.end_delays()
+        self.job_queue.end_delays()
         if time.monotonic() < self._hold_until:
             return
-        actions = self.lending.decide(self.roster.jobs, self.drained)
-        if self.lending.standing:
-            self._end_standstill(self.lending.standing)
+        actions = self.leasing.decide(self.job_queue.jobs, self.drained)
+        if self.leasing.standing:
+            self._end_standstill(self.leasing.standing)
             return  # which has changed what there is to decide
         for action in actions:
             worker = self.fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
-                    self._hand_out(self.roster.jobs[action.job], worker)
-                case Lend():
-                    self.outbox.to_worker(worker.identity, self.lending.lend(worker, action))
+                    self._hand_out(self.job_queue.jobs[action.job], worker)
+                case ChangeLease():
+                    self.outbox.to_worker(worker.identity, self.leasing.lend(worker, action))
 
     def _end_standstill(self, places: Sequence[Place]) -> None:
         """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
-        self.lending.moved()
-        firsts = [(place, job) for place in places for job in self.roster.queues.first(*place, 1)]
-        if any(self._start_anew(self.lending.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
+        self.leasing.moved()
+        firsts = [(place, job) for place in places for job in self.job_queue.queues.first(*place, 1)]
+        if any(self._start_anew(self.leasing.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
         for (stage, model), job_id in firsts:
-            self.roster.take_out(job := self.roster.jobs[job_id])
-            self._blame(job, f"{self.lending.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+            self.job_queue.take_out(job := self.job_queue.jobs[job_id])
+            self._blame(job, f"{self.leasing.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
 
     def _start_anew(self, workers: Iterable[Worker], why: str) -> bool:
         """Have processes replaced that keep memory which they should have given back; no job is to blame.
@@ -197,7 +203,7 @@ class Engine:
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
         times = [self._hold_until] if time.monotonic() < self._hold_until else []
-        if (due := self.roster.next_due()) is not None:
+        if (due := self.job_queue.next_due()) is not None:
             times.append(due)
         return min(times, default=None)
 
@@ -207,14 +213,15 @@ class Engine:
             log.warning("an artifact of the stage before %s is gone; going back", job.stage, extra={"job": job.id})
             self._go_back(job)
             return
-        self.roster.take_out(job)
-        self.roster.move(job, lambda: job.hand_to(worker.id))
-        self.lending.moved()
+        self.job_queue.take_out(job)
+        self.job_queue.move(job, lambda: job.hand_to(worker.id))
+        self.leasing.moved()
         task = Task(
-            job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe, make_do=not self.lending.more(worker)
+            job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe,
+            allow_tiling=not self.leasing.more(worker),
         )  # fmt: skip
         self.store.note(job)
-        self.fleet.give(worker, task, Pace.key(job.stage, job.recipe))
+        self.fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
         self.outbox.to_worker(worker.identity, task, tensors)
         self.announce(job)
 
@@ -249,10 +256,10 @@ class Engine:
 
     def _go_back(self, job: LiveJob) -> None:
         """Run the stage again whose artifact was lost; equal recipes give equal bits, so nothing is lost with it."""
-        self.roster.take_out(job)
+        self.job_queue.take_out(job)
         job.stage = "denoise" if job.stage == "vae" else "text"
         self.store.update(job)
-        self.roster.queues.add(job)
+        self.job_queue.queues.add(job)
 
     # -- what workers say -----------------------------------------------------------------------
 
@@ -277,8 +284,8 @@ class Engine:
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
-        self.lending.learn(worker, job.recipe, result.workspace_bytes)
-        self.lending.learn_pace(worker, job.recipe, result.seconds)
+        self.leasing.learn(worker, job.recipe, result.workspace_bytes)
+        self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
@@ -305,11 +312,11 @@ class Engine:
             self._wait_again(job)  # what we cancelled is no longer this worker's; so it was somebody else's mistake
         elif not (job and failure.out_of_memory):
             self._fail(worker, failure, reason, failure.retry)
-        elif self._may_be_short(job) and self.lending.shortage(worker, job.recipe):
+        elif self._may_be_short(job) and self.leasing.shortage(worker, job.recipe):
             log.warning("%s had too little memory; it gets more", failure.stage, extra={"job": job.id})
             self._wait_again(job)
         else:
-            self._fail(worker, failure, reason, failure.retry and not self.lending.held(worker))
+            self._fail(worker, failure, reason, failure.retry and not self.leasing.held(worker))
 
     @staticmethod
     def _may_be_short(job: LiveJob) -> bool:
@@ -319,13 +326,13 @@ class Engine:
 
     def leased(self, worker: Worker, leased: Leased) -> None:
         """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
-        if not self.lending.leased(worker, leased):
+        if not self.leasing.leased(worker, leased):
             self.lose_worker(worker, "answered a lease with another")
             return
-        self._start_anew([w for w in self.lending.leaking() if w is worker], f"leaks {worker.id}")
+        self._start_anew([w for w in self.leasing.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
-            for job_id in self.roster.queues.first(worker.hello.stage, worker.model, 1):
-                self.roster.take_out(job := self.roster.jobs[job_id])
+            for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
+                self.job_queue.take_out(job := self.job_queue.jobs[job_id])
                 self._blame(job, f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 
@@ -335,32 +342,32 @@ class Engine:
         stage = worker.hello.stage
         alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, worker.model)]
         if all((w.hello.host, w.hello.pid) == (worker.hello.host, worker.hello.pid) for w in alike):
-            for job_id in self.roster.queues.first(stage, worker.model, self.roster.queues.depth[stage]):
-                self.roster.take_out(job := self.roster.jobs[job_id])
+            for job_id in self.job_queue.queues.first(stage, worker.model, self.job_queue.queues.depth[stage]):
+                self.job_queue.take_out(job := self.job_queue.jobs[job_id])
                 self._blame(job, reason, retry=False)
 
     def _current(self, worker: Worker, task: TaskKey) -> LiveJob | None:
         """The job that a worker's message is about, if it has it in hand and the message is of its present attempt."""
-        job = self.roster.jobs.get(task.job)
+        job = self.job_queue.jobs.get(task.job)
         return job if job and job.worker == worker.id and (job.id, job.stage, job.attempt) == key_of(task) else None
 
     def _pass_on(self, job: LiveJob, record: StageRecord) -> None:
-        self.roster.move(job, lambda: job.finish_stage(record))
+        self.job_queue.move(job, lambda: job.finish_stage(record))
         self.store.update(job)
-        self.roster.queues.add(job)
+        self.job_queue.queues.add(job)
         self.announce(job)
 
     def _skip_text(self, job: LiveJob) -> None:
         """The prompt's embeddings are known: no text worker is needed."""
-        self.roster.take_out(job)
+        self.job_queue.take_out(job)
         self.store.artifacts.touch("text", job.text_key)
         job.cached = True
         self._pass_on(job, StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True))
 
     def _keep_embeddings(self, job: LiveJob, tensors: tuple[Tensor, ...]) -> None:
         self.store.artifacts.put("text", job.text_key, tensors)
-        self.store.artifacts.shrink("text", self.settings.embedding_cache, spare=self.roster.texts())
-        for other in self.roster.of_text(job.text_key):
+        self.store.artifacts.shrink("text", self.settings.embedding_cache, spare=self.job_queue.texts())
+        for other in self.job_queue.of_text(job.text_key):
             if other is not job and other.stage == "text" and other.worker is None:
                 self._skip_text(other)
 
@@ -393,7 +400,7 @@ class Engine:
     def _wait_again(self, job: LiveJob) -> None:
         job.hand_back()
         self.store.update(job)
-        self.roster.wait(job)
+        self.job_queue.wait(job)
         self.announce(job)
 
     # -- ending ---------------------------------------------------------------------------------
@@ -404,53 +411,53 @@ class Engine:
             task = CancelTask(job=job.id, stage=job.stage, attempt=job.attempt)
             self.outbox.to_worker(bytes.fromhex(job.worker), task)
         else:
-            self.roster.take_out(job)
+            self.job_queue.take_out(job)
         self._end(job, "cancelled")
 
     def retry(self, job: LiveJob) -> LiveJob:
         """Queue a failed or cancelled job again, from its last finished stage."""
         if job.state not in ("failed", "cancelled"):
             raise Conflict(f"Job {job.id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
-        self.roster.count(job.state, -1)
+        self.job_queue.count(job.state, -1)
         self._revive(job)
         return job
 
     def make_again(self, job: LiveJob) -> None:
         """A finished job whose pictures can't be read any more runs again; its recipe gives the same bits."""
-        self.roster.count(job.state, -1)
+        self.job_queue.count(job.state, -1)
         job.stage, job.pictures, job.records = "text", 0, ()
         self._revive(job)
 
     def _revive(self, job: LiveJob) -> None:
         job.state, job.finished, job.failures, job.saved_at_failure = "queued", None, 0, -1
-        self.roster.count(job.state, +1)
+        self.job_queue.count(job.state, +1)
         self._adopt(job)
         self.store.update(job)
 
     def forget_old(self, before: float, limit: int) -> list[LiveJob]:
         """Remove jobs that ended before a moment (seconds since the epoch), the oldest `limit` of them."""
-        gone = [job for job in self.store.ended_before(before, limit) if job.id not in self.roster.jobs]
+        gone = [job for job in self.store.ended_before(before, limit) if job.id not in self.job_queue.jobs]
         for job in gone:
             self.store.forget(job)
-            self.roster.count(job.state, -1)
+            self.job_queue.count(job.state, -1)
         return gone
 
     def _end(self, job: LiveJob, state: JobState) -> None:
-        self.roster.move(job, lambda: job.end(state, time.time()))
+        self.job_queue.move(job, lambda: job.end(state, time.time()))
         self._drop_checkpoint(job)
         if state != "failed":
             self.store.artifacts.drop("latents", job.id)
         self.store.update(job)
-        self.roster.remove(job)
-        self.lending.moved()
+        self.job_queue.remove(job)
+        self.leasing.moved()
         log.info("%s", state, extra={"job": job.id})
         self.announce(job)
-        self.watchers.forget_job(job.id)
+        self.subscriptions.forget_job(job.id)
 
     # -- telling --------------------------------------------------------------------------------
 
     def announce(self, job: LiveJob) -> None:
-        for client in self.watchers.of(job.id):
+        for client in self.subscriptions.of(job.id):
             self.outbox.to_client(client, self.event(job))
 
     def event(self, job: LiveJob) -> JobEvent:
@@ -462,6 +469,6 @@ class Engine:
             step=job.step,
             steps=job.recipe.steps,
             cached=job.cached,
-            ahead=0 if running or job.ended else self.roster.queues.ahead_of(job),
+            ahead=0 if running or job.ended else self.job_queue.queues.ahead_of(job),
             reason=job.reasons[-1] if job.state == "failed" and job.reasons else "",
         )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from orchestrator.job import ModelKey
 from orchestrator.scheduling.scheduler import IdleWorker
+from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
 from protocol.messages.worker import WorkerHello
 from protocol.stages import Stage
@@ -49,6 +50,11 @@ class Worker:
     def proven(self) -> bool:
         """It works: it has done a task, or has been ready for a while."""
         return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
+
+    @property
+    def gpus(self) -> tuple[GpuId, ...]:
+        """Those whose memory is leased to its process, if they are this stack's."""
+        return tuple(GpuId(self.hello.host, number) for number in self.hello.gpus)
 
     @property
     def model(self) -> ModelKey:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Container
 
-from orchestrator.dispatch.quotas import Intake
-from orchestrator.dispatch.retry_delays import Delays
+from orchestrator.dispatch.quotas import Quotas
+from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.job import LiveJob
 from orchestrator.storage.job_store import Store
@@ -11,13 +11,13 @@ from protocol.errors import NotFound
 from protocol.job import JobState
 
 
-class Roster:
-    def __init__(self, store: Store, intake: Intake) -> None:
-        self._store, self._intake = store, intake
+class JobQueue:
+    def __init__(self, store: Store, quotas: Quotas) -> None:
+        self._store, self._quotas = store, quotas
         self.jobs: dict[str, LiveJob] = {}
         self.queues = StageQueues()
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
-        self._delays = Delays()
+        self._delays = RetryDelays()
         self._by_text: dict[str, set[str]] = {}
 
     def find(self, job_id: str) -> LiveJob | None:
@@ -42,14 +42,14 @@ class Roster:
     def add(self, job: LiveJob) -> None:
         """A job begins, or is there again after a restart: it waits at its stage."""
         self.jobs[job.id] = job
-        self._intake.add(job)
+        self._quotas.add(job)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
         self.queues.add(job)
 
     def remove(self, job: LiveJob) -> None:
         """One that waits nowhere has ended."""
         del self.jobs[job.id]
-        self._intake.add(job, -1)
+        self._quotas.add(job, -1)
         same_text = self._by_text[job.text_key]
         same_text.discard(job.id)
         if not same_text:

@@ -9,23 +9,24 @@ from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.standstill import Busy, Place, Standstill
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.ledger import Holding, Ledger
-from orchestrator.memory.task_keys import pace_key
+from orchestrator.memory.task_keys import step_key
 from orchestrator.scheduling.scheduler import (
     NOTHING,
     Assign,
-    Holder,
+    ChangeLease,
+    GpuDemand,
+    GpuSpace,
     IdleWorker,
-    Lend,
-    Room,
-    Seat,
+    LeasedWorker,
     Snapshot,
     WaitingTask,
     decide,
 )
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
+from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
-from protocol.messages.worker import Lease, Leased, Ready, WorkerHello
+from protocol.messages.worker import Leased, Ready, SetLease, WorkerHello
 from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
@@ -34,7 +35,7 @@ MOST_GROWN = 3  # times that what a worker keeps may grow before it is started a
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
 
-class Lending:
+class Leasing:
     """`keep_alive` is in seconds by stage, none for ever; `store` keeps what is learned."""
 
     def __init__(
@@ -48,7 +49,7 @@ class Lending:
     ) -> None:
         self.ledger, self._fleet, self._queues = ledger, fleet, queues
         self._patience, self._keep_alive = patience, keep_alive
-        self._remember, self._remember_pace = store.remember_workspace, store.remember_pace
+        self._remember, self._remember_step_seconds = store.remember_workspace, store.remember_step_seconds
         self._paces: dict[str, float] = {}  # seconds a step
         self._standstill = Standstill()
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
@@ -57,18 +58,18 @@ class Lending:
 
     def ready(self, worker: Worker, ready: Ready) -> None:
         """A worker that works in leases has joined, with what it holds; or has done a task."""
-        gpus, jobs = worker.hello.gpus, worker.hello.parts
+        gpus, jobs = worker.gpus, worker.hello.parts
         if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
             contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
-            grants = ready.grants if len(ready.grants) == len(gpus) else (NOTHING,) * len(gpus)
+            leases = ready.leases if len(ready.leases) == len(gpus) else (NOTHING,) * len(gpus)
             kept = ready.kept_bytes if len(ready.kept_bytes) == len(gpus) else (0,) * len(gpus)
-            rows = zip(gpus, ready.needs, contexts, grants, kept, strict=True)
+            rows = zip(gpus, ready.needs, contexts, leases, kept, strict=True)
             holdings = [
-                Holding(gpu, needs, context, lease=grant.bytes, share=grant.weights, kept=left, jobs=jobs)
-                for gpu, needs, context, grant, left in rows
+                Holding(gpu, needs, context, lease=lease.bytes, weight_bytes=lease.weight_bytes, kept=left, jobs=jobs)
+                for gpu, needs, context, lease, left in rows
             ]
             self.ledger.join(worker.id, holdings)
-            worker.lease_bytes = tuple(grant.bytes for grant in grants)
+            worker.lease_bytes = tuple(lease.bytes for lease in leases)
         else:
             self.ledger.has_worked(worker.id, ready.context_bytes)
 
@@ -93,7 +94,7 @@ class Lending:
 
     # -- what next ------------------------------------------------------------------------------
 
-    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | Lend]:
+    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | ChangeLease]:
         """The scheduler's decision; drivers are asked only where memory is to be lent.
 
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
@@ -104,7 +105,7 @@ class Lending:
             return []
         snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
-        if any(isinstance(action, Lend) and action.bytes for action in actions):
+        if any(isinstance(action, ChangeLease) and action.bytes for action in actions):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
         if any(snapshot.waiting.values()):
@@ -116,10 +117,10 @@ class Lending:
         holders = self._holders(self._concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
-        gpus = {gpu for holder in holders for gpu in holder.seats}
-        rooms = {gpu: Room(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
+        gpus = {gpu for holder in holders for gpu in holder.demands}
+        spaces = {gpu: GpuSpace(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
         by_id = {holder.id: holder for holder in holders}
-        return Snapshot(waiting, idle, self._queues.depth, by_id, rooms, self._patience)
+        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience)
 
     def _busy(self) -> Busy:
         """Return the workers that work, and those whose leases are being changed, now."""
@@ -164,7 +165,7 @@ class Lending:
             told.append(self._account_of(gpu, names))
         return "it can't have the GPU memory that it needs. " + "; ".join(told)
 
-    def _account_of(self, gpu: int, names: Mapping[str, str]) -> str:
+    def _account_of(self, gpu: GpuId, names: Mapping[str, str]) -> str:
         """A GPU's budget, by who has what of it."""
         account, rows = self.ledger.accounts[gpu], self.ledger.holdings.items()
         here = [
@@ -180,18 +181,18 @@ class Lending:
             told += f", and {format_bytes(others)} are in use by other programs, by its driver's count"
         return told
 
-    def _concerned(self, holders: Container[str]) -> set[int]:
+    def _concerned(self, holders: Container[str]) -> set[GpuId]:
         """GPUs of these, and of all that lie on one of theirs and on others."""
         everybody = [{holding.gpu for holding in holdings} for holdings in self.ledger.holdings.values()]
         gpus = {h.gpu for worker, holdings in self.ledger.holdings.items() if worker in holders for h in holdings}
-        spread = [seats for seats in everybody if len(seats) > 1]
-        while more := [seats for seats in spread if seats & gpus and not seats <= gpus]:
+        spread = [demands for demands in everybody if len(demands) > 1]
+        while more := [demands for demands in spread if demands & gpus and not demands <= gpus]:
             gpus |= set().union(*more)
         return gpus
 
-    def _holders(self, gpus: Container[int]) -> list[Holder]:
+    def _holders(self, gpus: Container[GpuId]) -> list[LeasedWorker]:
         now = time.monotonic()
-        found: list[Holder] = []
+        found: list[LeasedWorker] = []
         for worker in self._fleet:
             holdings = self.ledger.holdings.get(worker.id)
             if holdings is None or holdings[0].gpu not in gpus:
@@ -199,9 +200,9 @@ class Lending:
             stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
             resting = None if keep is None else self._fleet.resting_since(worker)
             found.append(
-                Holder(
+                LeasedWorker(
                     id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
-                    seats={holding.gpu: self._seat(worker, holding) for holding in holdings},
+                    demands={holding.gpu: self._demand(worker, holding) for holding in holdings},
                     held=now - max(holding.since for holding in holdings),
                     lasting=keep is None and worker.refused is None, refused=worker.refused,
                     expired=keep is not None and resting is not None and now - resting >= keep,
@@ -210,12 +211,12 @@ class Lending:
             )  # fmt: skip
         return found
 
-    def _seat(self, worker: Worker, holding: Holding) -> Seat:
+    def _demand(self, worker: Worker, holding: Holding) -> GpuDemand:
         need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
-        return Seat(need, holding.booked, holding.booked if holding.asked else holding.share)
+        return GpuDemand(need, holding.booked, holding.booked if holding.asked else holding.weight_bytes)
 
     def _first(
-        self, stage: Stage, model: ModelKey, count: int, holders: Iterable[Holder], jobs: Mapping[str, LiveJob]
+        self, stage: Stage, model: ModelKey, count: int, holders: Iterable[LeasedWorker], jobs: Mapping[str, LiveJob]
     ) -> Sequence[WaitingTask]:
         now = time.monotonic()
         roomiest = self._roomiest(stage, model, holders)
@@ -224,12 +225,12 @@ class Lending:
             for job in self._queues.first(stage, model, count)
         ]
 
-    def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[Holder]) -> Holder | None:
+    def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[LeasedWorker]) -> LeasedWorker | None:
         """Of those that do a stage's tasks, the one with the most room beside its weights."""
         able = [holder for holder in holders if (holder.stage, holder.model) == (stage, model)]
         return max(able, key=lambda holder: holder.most or 0, default=None)
 
-    def _workspace(self, recipe: Recipe, roomiest: Holder | None) -> int:
+    def _workspace(self, recipe: Recipe, roomiest: LeasedWorker | None) -> int:
         """At most what can be had at all: a VAE makes do with it, and a denoiser shows whether it is enough."""
         if roomiest is None:
             return 0
@@ -239,24 +240,24 @@ class Lending:
 
     # -- leases ---------------------------------------------------------------------------------
 
-    def lend(self, worker: Worker, lend: Lend) -> Lease:
+    def lend(self, worker: Worker, lend: ChangeLease) -> SetLease:
         """Book it; the message to be sent."""
-        self.ledger.lend(worker.id, lend.grants)
+        self.ledger.lend(worker.id, lend.leases)
         self._fleet.swap(worker)
-        return Lease(grants=lend.grants)
+        return SetLease(leases=lend.leases)
 
     def leased(self, worker: Worker, leased: Leased) -> bool:
         """A worker has done what its lease said; False if that is not what it was told."""
         holdings = self.ledger.holdings.get(worker.id, ())
         asked = tuple(holding.asked or NOTHING for holding in holdings)
         nothing = (NOTHING,) * len(holdings)
-        if not holdings or leased.grants not in (asked, nothing) or len(leased.kept_bytes) not in (0, len(holdings)):
+        if not holdings or leased.leases not in (asked, nothing) or len(leased.kept_bytes) not in (0, len(holdings)):
             return False
         if leased.reason:
-            size = sum(grant.bytes for grant in asked)
+            size = sum(lease.bytes for lease in asked)
             worker.refused = min(size, worker.refused or size)
-        self.ledger.settled(worker.id, leased.grants, leased.kept_bytes)
-        worker.lease_bytes = tuple(grant.bytes for grant in leased.grants)
+        self.ledger.settled(worker.id, leased.leases, leased.kept_bytes)
+        worker.lease_bytes = tuple(lease.bytes for lease in leased.leases)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         return True
 
@@ -283,15 +284,15 @@ class Lending:
             if key:
                 self._remember(key, workspace)
 
-    def learn_pace(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
+    def learn_step_seconds(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
         """What a task has taken; the first one of a process counts for nothing."""
-        account = self.ledger.accounts.get(worker.hello.gpus[0]) if len(worker.hello.gpus) == 1 else None
+        account = self.ledger.accounts.get(worker.gpus[0]) if len(worker.gpus) == 1 else None
         if account and worker.done > 1 and seconds > 0:
             steps = recipe.steps if worker.hello.stage == "denoise" else 1
-            key = pace_key(worker.hello.stage, recipe, account.name)
+            key = step_key(worker.hello.stage, recipe, account.name)
             if seconds / steps < SHORTER * self._paces.get(key, math.inf):
                 self._paces[key] = seconds / steps
-                self._remember_pace(key, seconds / steps)
+                self._remember_step_seconds(key, seconds / steps)
 
     def shortage(self, worker: Worker, recipe: Recipe) -> bool:
         """A task has found too little; whether another try will find more."""

@@ -25,7 +25,7 @@ class Allowance:
     since: float  # monotonic seconds
 
 
-class Intake:
+class Quotas:
     """Counts the unfinished jobs, all together and by owner."""
 
     def __init__(self, settings: OrchestratorSettings, store: Store, disk: Path) -> None:

@@ -6,7 +6,7 @@ import time
 BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)  # after the first failure of a stage, the second …
 
 
-class Delays:
+class RetryDelays:
     def __init__(self) -> None:
         self._due: dict[str, float] = {}  # by job, monotonic seconds
         self._heap: list[tuple[float, str]] = []

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.job import ModelKey
-from orchestrator.scheduling.scheduler import Assign, Holder, Lend, Room, Snapshot, decide, room_ahead
+from orchestrator.scheduling.scheduler import Assign, ChangeLease, GpuSpace, LeasedWorker, Snapshot, decide, slots_ahead
 from protocol.stages import Stage
 
 Place = tuple[Stage, ModelKey]
@@ -46,7 +46,7 @@ class Standstill:
         """Something came nearer to its end, or somebody came or went."""
         self._met.clear()
 
-    def look(self, snapshot: Snapshot, actions: Sequence[Assign | Lend], busy: Busy) -> list[Place]:
+    def look(self, snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy) -> list[Place]:
         """The places that stand still, having met the same state too often."""
         tick = int(self.clock() / TICK_SECONDS)
         found: list[Place] = []
@@ -64,30 +64,30 @@ class Standstill:
 
 
 def waiting_in_vain(
-    snapshot: Snapshot, actions: Sequence[Assign | Lend], busy: Busy
-) -> Iterator[tuple[Place, list[Holder]]]:
+    snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy
+) -> Iterator[tuple[Place, list[LeasedWorker]]]:
     """Places whose tasks wait while nobody works on their GPUs, each with all who hold memory there."""
     assigned = {action.job for action in actions if isinstance(action, Assign)}
     for place, tasks in snapshot.waiting.items():
         mine = [holder for holder in snapshot.holders.values() if (holder.stage, holder.model) == place]
         taken = assigned & {task.job for task in tasks}
-        if not tasks or not mine or taken or place in busy.places or not room_ahead(place[0], snapshot.depth):
+        if not tasks or not mine or taken or place in busy.places or not slots_ahead(place[0], snapshot.depth):
             continue
-        gpus = {gpu for holder in mine for gpu in holder.seats}
-        while more := {g for h in snapshot.holders.values() if gpus & {*h.seats} for g in h.seats} - gpus:
+        gpus = {gpu for holder in mine for gpu in holder.demands}
+        while more := {g for h in snapshot.holders.values() if gpus & {*h.demands} for g in h.demands} - gpus:
             gpus |= more
-        there = [holder for holder in snapshot.holders.values() if gpus & {*holder.seats}]
+        there = [holder for holder in snapshot.holders.values() if gpus & {*holder.demands}]
         if not {holder.id for holder in there} & {*busy.working}:
             yield place, there
 
 
-def state_of(snapshot: Snapshot, place: Place, there: Sequence[Holder]) -> Hashable:
+def state_of(snapshot: Snapshot, place: Place, there: Sequence[LeasedWorker]) -> Hashable:
     """All that decides what can be done for a place, but for the time that passes."""
-    seats = tuple((h.id, tuple((gpu, seat.lease, seat.share) for gpu, seat in h.seats.items())) for h in there)
-    gpus = {gpu for holder in there for gpu in holder.seats}
-    rooms = tuple((gpu, snapshot.gpus[gpu]) for gpu in sorted(gpus) if gpu in snapshot.gpus)
+    demands = tuple((h.id, tuple((gpu, d.lease, d.weight_bytes) for gpu, d in h.demands.items())) for h in there)
+    gpus = {gpu for holder in there for gpu in holder.demands}
+    spaces = tuple((gpu, snapshot.gpus[gpu]) for gpu in sorted(gpus) if gpu in snapshot.gpus)
     first = snapshot.waiting[place][0]
-    return first.job, first.workspace, seats, rooms
+    return first.job, first.workspace, demands, spaces
 
 
 def quiet_ticks(snapshot: Snapshot, ids: Collection[str]) -> int:
@@ -98,9 +98,9 @@ def quiet_ticks(snapshot: Snapshot, ids: Collection[str]) -> int:
     holders = {id: replace(holder, held=float("inf")) for id, holder in snapshot.holders.items()}
     leased = dict.fromkeys(snapshot.gpus, 0)
     for holder in holders.values():
-        for gpu, seat in holder.seats.items():
-            leased[gpu] += seat.lease
-    rooms = {gpu: Room(room.available, room.available - leased[gpu]) for gpu, room in snapshot.gpus.items()}
-    best = replace(snapshot, waiting=waiting, holders=holders, gpus=rooms)
+        for gpu, demand in holder.demands.items():
+            leased[gpu] += demand.lease
+    spaces = {gpu: GpuSpace(room.available, room.available - leased[gpu]) for gpu, room in snapshot.gpus.items()}
+    best = replace(snapshot, waiting=waiting, holders=holders, gpus=spaces)
     quiet = max(QUIET_TICKS, int(snapshot.patience / TICK_SECONDS) + GRACE_TICKS)
     return quiet if any(action.worker in ids for action in decide(best)) else HOPELESS_TICKS

@@ -13,7 +13,7 @@ LEAST_SECONDS = 60.0
 Key = tuple[Stage, ModelKey, int]  # pixels of all pictures of a job
 
 
-class Pace:
+class StepDeadlines:
     def __init__(self, unknown: float) -> None:
         """`unknown`: seconds that a step may take of which nothing is known, or the first task of a process."""
         self._unknown = unknown

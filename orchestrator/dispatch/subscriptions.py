@@ -3,7 +3,7 @@
 from collections import defaultdict
 
 
-class Watchers:
+class Subscriptions:
     """Forgets a job when it ends and a client when it can't be reached."""
 
     def __init__(self) -> None:

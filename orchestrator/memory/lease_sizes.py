@@ -31,17 +31,17 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """What a worker may have: `beside`, whoever else works; and at most, in its `turn`, 0 if it can't fit."""
+class LeaseSize:
+    """Bytes that a worker may have: `shared`, whoever else works; and at most, `exclusive`; 0 if it can't fit."""
 
-    beside: int
-    turn: int
+    shared: int
+    exclusive: int
 
 
-def levels(available: int, needs: Mapping[str, Need]) -> dict[str, Level]:
-    """For each worker of a GPU with `available` bytes; all `beside` fit it together, and any one's turn with them."""
+def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSize]:
+    """For each worker of a GPU with `available` bytes; all `shared` fit it together, and any one's turn with them."""
     if sum(need.whole for need in needs.values()) <= available:
-        return {name: Level(need.whole, need.whole) for name, need in needs.items()}
+        return {name: LeaseSize(need.whole, need.whole) for name, need in needs.items()}
     spread = {name: need for name, need in needs.items() if need.spread}
     others = {name: need for name, need in needs.items() if not need.spread}
     left = max(0, available - sum(need.small for need in needs.values()))
@@ -50,23 +50,23 @@ def levels(available: int, needs: Mapping[str, Need]) -> dict[str, Level]:
         taken[name] = min(need.whole, need.small + left)
         left -= taken[name] - need.small
     if spread and len(needs) > 1 and sum(taken.values()) <= available:
-        rest = levels(available - sum(taken.values()), others)
-        alone = {n: min(need.whole, available) for n, need in others.items() if not rest[n].turn}
-        turns = {n: Level(0, size) for n, size in alone.items() if others[n].small <= available}
-        return rest | turns | {name: Level(size, size) for name, size in taken.items()}
+        rest = lease_sizes(available - sum(taken.values()), others)
+        alone = {n: min(need.whole, available) for n, need in others.items() if not rest[n].exclusive}
+        turns = {n: LeaseSize(0, size) for n, size in alone.items() if others[n].small <= available}
+        return rest | turns | {name: LeaseSize(size, size) for name, size in taken.items()}
     largest = max(needs, key=lambda name: (needs[name].weights, name))
     main = needs[largest]
     left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))
-    beside = dict.fromkeys(needs, 0)
+    shared = dict.fromkeys(needs, 0)
     for name, need in sorted(needs.items(), key=lambda item: (item[1].small, item[0])):
         if name != largest and need.small <= left:
-            beside[name] = need.small
+            shared[name] = need.small
             left -= need.small
-    found: dict[str, Level] = {}
+    found: dict[str, LeaseSize] = {}
     for name, need in needs.items():
-        turn = min(need.whole, available - sum(size for other, size in beside.items() if other != name))
+        turn = min(need.whole, available - sum(size for other, size in shared.items() if other != name))
         if turn < need.small:
             turn = available if need.small <= available else 0  # alone, then
             turn = min(turn, need.whole)
-        found[name] = Level(beside[name], turn)
+        found[name] = LeaseSize(shared[name], turn)
     return found

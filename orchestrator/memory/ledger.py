@@ -23,7 +23,7 @@ from orchestrator.memory.margins import (
     WORTH_TELLING,
 )
 from orchestrator.memory.task_keys import MEGAPIXEL, pixels_at_once, place_key, workspace_key
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import Recipe
 from protocol.stages import Stage
 
@@ -47,13 +47,13 @@ class Account:
 class Holding:
     """What a worker has of a GPU."""
 
-    gpu: int
-    needs: Needs
+    gpu: GpuId
+    needs: WeightNeed
     context: int
     worked: bool = False  # its context has grown as far as it will
     lease: int = 0
-    share: int = 0  # of it for weights
-    asked: Grant | None = None  # a lease on the way
+    weight_bytes: int = 0  # of it for weights
+    asked: Lease | None = None  # a lease on the way
     kept: int = 0  # bytes beside context and lease that it holds whatever it gives back, as last measured
     grown: int = 0  # how often what it keeps has grown since it joined
     jobs: int = 1  # at once, each with a workspace of its own
@@ -71,7 +71,7 @@ class Holding:
     @property
     def room(self) -> int:
         """Bytes of its lease beside the weights, for each of its jobs."""
-        return (self.lease - self.share) // self.jobs
+        return (self.lease - self.weight_bytes) // self.jobs
 
     @property
     def overhead(self) -> int:
@@ -83,11 +83,11 @@ class Holding:
 
 @dataclass(slots=True)
 class Ledger:
-    accounts: Mapping[int, Account] = field(default_factory=dict)  # by the GPU's number
+    accounts: Mapping[GpuId, Account] = field(default_factory=dict)  # by the GPU's number
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
-    _uncounted: dict[int, int] = field(default_factory=dict)  # by GPU, see `as_measured`
+    _uncounted: dict[GpuId, int] = field(default_factory=dict)  # by GPU, see `as_measured`
 
     def __post_init__(self) -> None:
         for key, size in self.learned.items():
@@ -104,22 +104,22 @@ class Ledger:
         if holdings := self.holdings.pop(worker, None):
             self.holdings[ghost] = holdings
 
-    def available(self, gpu: int) -> int:
+    def available(self, gpu: GpuId) -> int:
         """Bytes for leases: the budget without contexts and what is kept beside them."""
         return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu)) - self.uncounted(gpu)
 
-    def free(self, gpu: int) -> int:
+    def free(self, gpu: GpuId) -> int:
         """Bytes in no lease. Negative where contexts have grown."""
         held = sum(h.overhead + h.booked for h in self._on(gpu))
         return self.accounts[gpu].budget - held - self._uncounted.get(gpu, 0)
 
-    def uncounted(self, gpu: int) -> int:
+    def uncounted(self, gpu: GpuId) -> int:
         """Bytes in use by the driver's count that the book can't explain; 0 but within `as_measured`."""
         changing = any(h.asked for h in self._on(gpu))  # which may explain it
         return 0 if changing else self._uncounted.get(gpu, 0)
 
     @contextlib.contextmanager
-    def as_measured(self, gpus: Iterable[int]) -> Iterator[None]:
+    def as_measured(self, gpus: Iterable[GpuId]) -> Iterator[None]:
         """Ask the drivers; within this, bytes that the book has free and a driver has not are nobody's to have."""
         self._uncounted = {gpu: max(0, self.free(gpu) - found) for gpu in gpus if (found := self._found_free(gpu)) >= 0}
         try:
@@ -127,7 +127,7 @@ class Ledger:
         finally:
             self._uncounted = {}
 
-    def _found_free(self, gpu: int) -> int:
+    def _found_free(self, gpu: GpuId) -> int:
         """Bytes of the budget that the driver finds free; -1 where it tells nothing."""
         account = self.accounts[gpu]
         if (used := account.used()) is None:
@@ -135,21 +135,21 @@ class Ledger:
         pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
         return max(0, account.budget + account.kept - (used - account.foreign) - pending)
 
-    def _on(self, gpu: int) -> list[Holding]:
+    def _on(self, gpu: GpuId) -> list[Holding]:
         return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
 
-    def lend(self, worker: str, grants: Sequence[Grant]) -> None:
+    def lend(self, worker: str, leases: Sequence[Lease]) -> None:
         """Book a lease that is about to be told, of each of a worker's GPUs."""
-        for holding, grant in zip(self.holdings[worker], grants, strict=True):
-            if grant.bytes > holding.booked + max(0, self.free(holding.gpu)):
-                raise AssertionError(f"a lease of {grant.bytes} bytes would pass the budget of GPU {holding.gpu}")
-            holding.asked = grant
+        for holding, lease in zip(self.holdings[worker], leases, strict=True):
+            if lease.bytes > holding.booked + max(0, self.free(holding.gpu)):
+                raise AssertionError(f"a lease of {lease.bytes} bytes would pass the budget of GPU {holding.gpu}")
+            holding.asked = lease
 
-    def settled(self, worker: str, grants: Sequence[Grant], kept: Sequence[int]) -> None:
-        """A worker has what `grants` say, and holds `kept` beside it; no `kept` is nothing."""
+    def settled(self, worker: str, leases: Sequence[Lease], kept: Sequence[int]) -> None:
+        """A worker has what `leases` say, and holds `kept` beside it; no `kept` is nothing."""
         holdings = self.holdings[worker]
-        for holding, grant, left in zip(holdings, grants, kept or [0] * len(holdings), strict=True):
-            holding.lease, holding.share, holding.asked = grant.bytes, grant.weights, None
+        for holding, lease, left in zip(holdings, leases, kept or [0] * len(holdings), strict=True):
+            holding.lease, holding.weight_bytes, holding.asked = lease.bytes, lease.weight_bytes, None
             holding.keeps(left)
             holding.since = time.monotonic()
 
@@ -161,7 +161,7 @@ class Ledger:
 
     # -- workspace ------------------------------------------------------------------------------
 
-    def workspace(self, stage: Stage, model: ModelKey, recipe: Recipe, needs: Needs) -> int:
+    def workspace(self, stage: Stage, model: ModelKey, recipe: Recipe, needs: WeightNeed) -> int:
         """Bytes of a GPU that a task takes beside its stage's weights: as seen, or else an estimate that errs high."""
         if not needs.workspace:
             return 0

@@ -27,7 +27,7 @@ def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
     return f"{place_key(stage, model)[:-1]}, {json.dumps(size)}, {pixels_at_once(stage, recipe)}]"
 
 
-def pace_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
+def step_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
     """Under which the seconds of a step are kept; a text encoder's don't depend on the picture."""
     size = (recipe.width, recipe.height, recipe.num_images) if stage != "text" else ()
     return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, recipe.true_cfg, gpu])

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from orchestrator.gpu_driver import Gpu
+from orchestrator.gpu_driver import GpuInfo
 from orchestrator.memory.margins import FIRST_HEADROOM
-from orchestrator.planning.hardware import Machine
+from orchestrator.planning.hardware import Hardware
 from orchestrator.planning.placement import Post, stand_ins
 from orchestrator.planning.prediction import context_bytes
 from orchestrator.settings import AccountSettings, StackConfig
@@ -12,7 +12,7 @@ from protocol.errors import BadRequest, DoesNotFit
 from protocol.units import format_bytes
 
 
-def check_budgets(config: StackConfig, gpus: Sequence[Gpu]) -> None:
+def check_budgets(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
     """BadRequest or DoesNotFit where a budget makes no sense."""
     by_index = {gpu.index: gpu for gpu in gpus}
     playing = stand_ins(config)
@@ -32,11 +32,11 @@ def check_budgets(config: StackConfig, gpus: Sequence[Gpu]) -> None:
             )
 
 
-def accounts(posts: Sequence[Post], machine: Machine, gpus: Sequence[Gpu]) -> dict[int, AccountSettings]:
+def accounts(posts: Sequence[Post], hardware: Hardware, gpus: Sequence[GpuInfo]) -> dict[int, AccountSettings]:
     """By GPU, those on which workers work in leases; DoesNotFit where others leave nothing of one."""
     foreign = {gpu.index: gpu.total_bytes - gpu.free_bytes for gpu in gpus}
     found: dict[int, AccountSettings] = {}
-    for card in machine.cards:
+    for card in hardware.cards:
         here = [post for post in posts if card.index in post.gpus]
         keeping = [post for post in here if post.kept]
         grows = FIRST_HEADROOM if card.rate.context else 0

@@ -17,7 +17,7 @@ SMALL_CONTEXT, LARGE_CONTEXT = 500_000_000, 940_000_000  # bytes of a CUDA conte
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class GpuRate:
     """FLOP/s of each stage in bf16, of a compiled denoiser, bytes/s from page-locked memory, bytes of a context."""
 
     text: float
@@ -44,16 +44,16 @@ class Rate:
                 return self.vae
 
 
-def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool = True, peer: float = 0.0) -> Rate:
+def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool = True, peer: float = 0.0) -> GpuRate:
     rate = tera * 1e12
     denoise = rate * SHARES["denoise"]
-    return Rate(rate * SHARES["text"], denoise, rate * SHARES["vae"], denoise * COMPILED, link, context, known, peer)
+    return GpuRate(rate * SHARES["text"], denoise, rate * SHARES["vae"], denoise * COMPILED, link, context, known, peer)
 
 
 NVLINK = 200e9  # bytes/s that collectives reach, cautiously
-H200 = Rate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
+H200 = GpuRate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
 GEN3, GEN4, GEN5 = PCIE_BYTES[3], PCIE_BYTES[4], PCIE_BYTES[5]
-BY_NAME: Mapping[str, Rate] = {  # the longest name that is a part of the driver's wins
+BY_NAME: Mapping[str, GpuRate] = {  # the longest name that is a part of the driver's wins
     "H200": H200,
     "H100": H200,
     "A100": _vendor(312, GEN4, LARGE_CONTEXT, peer=NVLINK),
@@ -80,10 +80,10 @@ BY_NAME: Mapping[str, Rate] = {  # the longest name that is a part of the driver
 }
 UNKNOWN = _vendor(98, GEN4, known=False)  # as an RTX 4080, a common card of 16 GB
 CPU_CORE = 0.08e12  # FLOP/s of a core in bf16: T5-XXL on 32 cores was measured
-STAND_IN = Rate(1e11, 1e11, 1e11, 1e11, 10e9, 0, known=False)  # a CPU that plays a GPU
+STAND_IN = GpuRate(1e11, 1e11, 1e11, 1e11, 10e9, 0, known=False)  # a CPU that plays a GPU
 
 
-def rate_of(name: str) -> Rate:
+def rate_of(name: str) -> GpuRate:
     """By the driver's name for a GPU, such as 'NVIDIA GeForce RTX 4080 SUPER'."""
     plain = name.replace(" ", "").lower()
     fitting = [known for known in BY_NAME if known.replace(" ", "").lower() in plain]

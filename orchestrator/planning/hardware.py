@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from orchestrator.gpu_driver import Gpu
-from orchestrator.planning.gpu_rates import CPU_CORE, STAND_IN, Rate, rate_of
+from orchestrator.gpu_driver import GpuInfo
+from orchestrator.planning.gpu_rates import CPU_CORE, STAND_IN, GpuRate, rate_of
 from protocol.errors import BadRequest
 from protocol.stages import Stage
 from protocol.units import parse_bytes
@@ -22,7 +22,7 @@ class Card:
     index: int
     name: str
     budget: int
-    rate: Rate
+    rate: GpuRate
     measured: Mapping[Stage, float] = field(default_factory=dict)  # FLOP/s, where a stack has measured it
 
     @property
@@ -36,7 +36,7 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Hardware:
     cards: tuple[Card, ...]
     ram: int  # bytes
     cores: int = 1
@@ -49,15 +49,15 @@ class Machine:
         return self.cores * CPU_CORE
 
 
-def this_machine(gpus: Sequence[Gpu], budgets: Mapping[int, int | None], stand_ins: Sequence[int]) -> Machine:
+def this_hardware(gpus: Sequence[GpuInfo], budgets: Mapping[int, int | None], stand_ins: Sequence[int]) -> Hardware:
     """As the driver tells of it; `budgets` in bytes by GPU, none for all that is free; a CPU may stand in for some."""
     cards = [_card(gpu, budgets.get(gpu.index)) for gpu in gpus if gpu.index not in stand_ins]
     cards += [Card(index, "CPU that stands in for a GPU", budgets.get(index) or 0, STAND_IN) for index in stand_ins]
     ram, cores = host()
-    return Machine(tuple(sorted(cards, key=lambda card: card.index)), ram, cores)
+    return Hardware(tuple(sorted(cards, key=lambda card: card.index)), ram, cores)
 
 
-def _card(gpu: Gpu, budget: int | None) -> Card:
+def _card(gpu: GpuInfo, budget: int | None) -> Card:
     rate = rate_of(gpu.name)
     return Card(gpu.index, gpu.name, budget or gpu.free_bytes, replace(rate, link=gpu.link) if gpu.link else rate)
 
@@ -70,15 +70,15 @@ def imagined(gpus: str, budgets: Mapping[int, int | None] = MappingProxyType({})
     return tuple(replace(card, budget=min(card.budget, budgets.get(card.index) or card.budget)) for card in cards)
 
 
-def with_link(machine: Machine, link: str) -> Machine:
+def with_link(hardware: Hardware, link: str) -> Hardware:
     """The same with '25GB/s' to each GPU; BadRequest."""
     amount = link[:-2].strip()
     well = link.endswith("/s") and re.fullmatch(r"\d+(\.\d+)?\s*[kKMGT]?i?B", amount)
     rate = float(parse_bytes(amount)) if well else 0.0
     if not rate:
         raise BadRequest(f"--link is {link!r}.", "Write it as 25GB/s.")
-    cards = [replace(card, rate=replace(card.rate, link=rate)) for card in machine.cards]
-    return replace(machine, cards=tuple(cards))
+    cards = [replace(card, rate=replace(card.rate, link=rate)) for card in hardware.cards]
+    return replace(hardware, cards=tuple(cards))
 
 
 def _imagined_card(index: int, text: str) -> Card:

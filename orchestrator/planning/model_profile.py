@@ -7,16 +7,16 @@ import sys
 
 from orchestrator.settings import StackConfig
 from protocol.errors import TriptychError, from_wire
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 
 log = logging.getLogger(__name__)
 
 
-class NoFigures(TriptychError):
+class NoProfile(TriptychError):
     """A model that doesn't run on shapes alone: nothing can be planned for it."""
 
 
-def find_figures(config: StackConfig, dtype: str) -> ModelFigures:
+def find_profile(config: StackConfig, dtype: str) -> ModelProfile:
     """Of the pictures that a configuration is planned for; seconds for a model that was never asked for before.
 
     Raises:
@@ -31,11 +31,11 @@ def find_figures(config: StackConfig, dtype: str) -> ModelFigures:
         [sys.executable, "-m", "workers.profile.measure", *arguments], capture_output=True, check=False
     )
     if done.returncode == 0:
-        return ModelFigures.model_validate_json(done.stdout)
+        return ModelProfile.model_validate_json(done.stdout)
     last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
     try:
         told = json.loads(last[0])
         error = from_wire(told["code"], told["message"], told["hint"])
     except (ValueError, KeyError, TypeError):
-        raise NoFigures(f"{config.model!r} can't be planned for: {last[0][:500]}") from None
+        raise NoProfile(f"{config.model!r} can't be planned for: {last[0][:500]}") from None
     raise error

@@ -52,7 +52,7 @@ Posts = tuple[Post, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Seats:
+class StageGpus:
     """The GPUs that a stage may use, and as what kind of device."""
 
     device: str
@@ -70,16 +70,16 @@ def _stands_in(stage: StageConfig) -> tuple[int, ...]:
     return tuple(map(int, numbers.split(","))) if kind == "cpu" and numbers else ()
 
 
-def seats(stage: StageConfig, cards: Sequence[int]) -> Seats:
+def stage_gpus(stage: StageConfig, cards: Sequence[int]) -> StageGpus:
     """`cards` are the driver's GPUs."""
     kind, _, numbers = stage.device.partition(":")
     if kind == "cpu" and numbers:
-        return Seats("cpu", _stands_in(stage), True)
+        return StageGpus("cpu", _stands_in(stage), True)
     if kind == "cuda" and numbers:
-        return Seats("cuda", (int(numbers),), True)
+        return StageGpus("cuda", (int(numbers),), True)
     if kind == "cuda" or (kind == "auto" and cards):
-        return Seats("cuda", stage.gpus if stage.gpus is not None else tuple(cards), stage.gpus is not None)
-    return Seats(kind, (), True)
+        return StageGpus("cuda", stage.gpus if stage.gpus is not None else tuple(cards), stage.gpus is not None)
+    return StageGpus(kind, (), True)
 
 
 def candidates(
@@ -98,7 +98,7 @@ def stage_choices(
     config: StackConfig, stage: Stage, cards: Sequence[int], several: Sequence[Kind], count: int
 ) -> list[Posts]:
     settings = config.stage(stage)
-    where = seats(settings, cards)
+    where = stage_gpus(settings, cards)
     workers = settings.workers
     if workers == 0:
         return [()]
@@ -120,7 +120,9 @@ def stage_choices(
     ]
 
 
-def denoise_choices(placement: Placement, where: Seats, workers: int | None, several: Sequence[Kind]) -> list[Posts]:
+def denoise_choices(
+    placement: Placement, where: StageGpus, workers: int | None, several: Sequence[Kind]
+) -> list[Posts]:
     gpus, found = where.gpus, []
     if placement in ("auto", "replicas"):
         for chosen in [gpus] if where.chosen or len(gpus) > FEW_CARDS else subsets(gpus):
@@ -131,7 +133,7 @@ def denoise_choices(placement: Placement, where: Seats, workers: int | None, sev
     return found
 
 
-def leased(stage: Stage, where: Seats, gpus: Sequence[int]) -> Posts:
+def leased(stage: Stage, where: StageGpus, gpus: Sequence[int]) -> Posts:
     return tuple(Post(stage, "leases", where.device, (gpu,)) for gpu in gpus)
 
 

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from orchestrator.planning.hardware import Card, Machine
-from orchestrator.planning.placement import FEW_CARDS, SEVERAL, Kind, Post, candidates, seats, stand_ins
+from orchestrator.planning.hardware import Card, Hardware
+from orchestrator.planning.placement import FEW_CARDS, SEVERAL, Kind, Post, candidates, stage_gpus, stand_ins
 from orchestrator.planning.prediction import Prediction, Terms, predict
 from orchestrator.settings import StackConfig
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
 
@@ -34,22 +34,22 @@ class Plan:
         return tuple(work.post for work in self.prediction.work)
 
 
-def choose(config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms) -> Plan:
+def choose(config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms) -> Plan:
     """The best placement by the configuration's measure; DoesNotFit or BadRequest where there is none."""
-    check(config, machine)
-    found, refusals = look(config, figures, machine, terms)
+    check(config, hardware)
+    found, refusals = look(config, profile, hardware, terms)
     if not found:
-        raise _nothing_fits(config, figures, machine, terms, refusals)
+        raise _nothing_fits(config, profile, hardware, terms, refusals)
     best = min(found, key=lambda prediction: _score(prediction, config.optimize))
-    kinds, notes = best_of_kinds(config, found), _notes(config, figures, machine, best, terms.compiled)
-    return Plan(best, _why(config, kinds), notes, _better(config, figures, machine, terms, best), kinds)
+    kinds, notes = best_of_kinds(config, found), _notes(config, profile, hardware, best, terms.compiled)
+    return Plan(best, _why(config, kinds), notes, _better(config, profile, hardware, terms, best), kinds)
 
 
-def check(config: StackConfig, machine: Machine) -> None:
+def check(config: StackConfig, hardware: Hardware) -> None:
     """That all the GPUs are there that the configuration names, and can do what it wants of them; BadRequest."""
-    there = {card.index for card in machine.cards}
+    there = {card.index for card in hardware.cards}
     for stage in STAGES:
-        where = seats(config.stage(stage), tuple(there))
+        where = stage_gpus(config.stage(stage), tuple(there))
         chosen = config.stage(stage).gpus or ()
         if where.device != "cpu" and (missing := [gpu for gpu in chosen if gpu not in there]):
             raise BadRequest(f"{stage} is to use GPU {missing[0]}.", f"GPUs here: {sorted(there) or 'none'}.")
@@ -63,7 +63,7 @@ def check(config: StackConfig, machine: Machine) -> None:
                 f"--max-memory of {stage} has {amounts} amounts for {len(where.gpus)} GPU(s).",
                 "Give one, or one for each.",
             )
-    if config.placement in SEVERAL and len(seats(config.stage("denoise"), sorted(there)).gpus) < 2:
+    if config.placement in SEVERAL and len(stage_gpus(config.stage("denoise"), sorted(there)).gpus) < 2:
         raise BadRequest(
             f"--placement {config.placement} takes several GPUs for the denoiser.",
             f"GPUs here: {sorted(there) or 'none'}.",
@@ -77,33 +77,33 @@ def check(config: StackConfig, machine: Machine) -> None:
 
 
 def look(
-    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
+    config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms
 ) -> tuple[list[Prediction], list[DoesNotFit]]:
     """All placements that fit, and why others don't; with text encoders on the CPU only where none fits else."""
-    found, refusals = _look(config, figures, machine, terms)
+    found, refusals = _look(config, profile, hardware, terms)
     text = config.stage("text")
-    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and machine.cards:
+    if not found and text.device == "auto" and text.gpus is None and not text.max_memory and hardware.cards:
         there = {**config.stages, "text": text.model_copy(update={"device": "cpu"})}
-        found, _ = _look(config.model_copy(update={"stages": there}), figures, machine, terms)
+        found, _ = _look(config.model_copy(update={"stages": there}), profile, hardware, terms)
     return found, refusals
 
 
 def _look(
-    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms
+    config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms
 ) -> tuple[list[Prediction], list[DoesNotFit]]:
     found: list[Prediction] = []
     refusals: list[DoesNotFit] = []
-    for posts in candidates(config, cards_of(config, machine), several(config), counts(figures, machine)):
+    for posts in candidates(config, cards_of(config, hardware), several(config), counts(profile, hardware)):
         try:
-            found.append(predict(figures, machine, posts, terms))
+            found.append(predict(profile, hardware, posts, terms))
         except DoesNotFit as error:
             refusals.append(error)
     return found, refusals
 
 
-def cards_of(config: StackConfig, machine: Machine) -> list[int]:
+def cards_of(config: StackConfig, hardware: Hardware) -> list[int]:
     """The driver's GPUs; a CPU that stands in for one is used by who asks for it."""
-    return [card.index for card in machine.cards if card.index not in stand_ins(config)]
+    return [card.index for card in hardware.cards if card.index not in stand_ins(config)]
 
 
 def several(config: StackConfig) -> list[Kind]:
@@ -113,16 +113,16 @@ def several(config: StackConfig) -> list[Kind]:
     return ["split", "tensor", "context"] if config.compile else ["split"]
 
 
-def counts(figures: ModelFigures, machine: Machine) -> dict[Stage, int]:
+def counts(profile: ModelProfile, hardware: Hardware) -> dict[Stage, int]:
     """Workers beside one denoiser a GPU, so that none of them waits for long."""
-    if len(machine.cards) <= FEW_CARDS:
+    if len(hardware.cards) <= FEW_CARDS:
         return {}
-    card = min(machine.cards, key=lambda card: card.rate.denoise)
-    seconds = {s.stage: s.flop * s.passes / card.flops(s.stage) for s in figures.stages}
-    seconds["text"] = max(seconds["text"], figures.stage("text").weights / card.rate.link)  # if it is streamed
+    card = min(hardware.cards, key=lambda card: card.rate.denoise)
+    seconds = {s.stage: s.flop * s.passes / card.flops(s.stage) for s in profile.stages}
+    seconds["text"] = max(seconds["text"], profile.stage("text").weights / card.rate.link)  # if it is streamed
     found: dict[Stage, int] = {}
     for stage in ("text", "vae"):
-        found[stage] = max(1, math.ceil(len(machine.cards) * seconds[stage] / seconds["denoise"] / LEAST_USE))
+        found[stage] = max(1, math.ceil(len(hardware.cards) * seconds[stage] / seconds["denoise"] / LEAST_USE))
     return found
 
 
@@ -159,26 +159,26 @@ def _why(config: StackConfig, kinds: Sequence[tuple[str, Prediction]]) -> str:
 
 
 def _notes(
-    config: StackConfig, figures: ModelFigures, machine: Machine, best: Prediction, compiled: bool
+    config: StackConfig, profile: ModelProfile, hardware: Hardware, best: Prediction, compiled: bool
 ) -> tuple[str, ...]:
     notes: list[str] = []
-    weights = sum(stage.weights for stage in figures.stages)
-    if weights > machine.ram and any(work.residency in ("streamed", "turns", "host") for work in best.work):
+    weights = sum(stage.weights for stage in profile.stages)
+    if weights > hardware.ram and any(work.residency in ("streamed", "turns", "host") for work in best.work):
         notes.append(
-            f"the model's {format_bytes(weights)} do not stay in {format_bytes(machine.ram)} of memory: "
+            f"the model's {format_bytes(weights)} do not stay in {format_bytes(hardware.ram)} of memory: "
             "what is streamed or swapped comes from the disk, which no figure here counts"
         )
     uncounted = [f"{stage} is to be quantized" for stage in STAGES if config.stage(stage).quantize]
     uncounted += ["a step cache"] if config.cache else []
-    if best.work and figures.recipe.dtype == "float32" and any(not card.stands_in for card in machine.cards):
+    if best.work and profile.recipe.dtype == "float32" and any(not card.stands_in for card in hardware.cards):
         uncounted.append("what float32 costs in time")
     notes += [f"not counted in any figure: {what}" for what in uncounted]
     used = {gpu for work in best.work for gpu in work.post.gpus}
     if used and any(not work.post.gpus and work.post.stage == "text" for work in best.work):
         notes.append("text encoders work on the CPU, and leave the GPUs to the others")
-    if unknown := sorted({card.name for card in machine.cards if card.index in used and not card.rate.known}):
+    if unknown := sorted({card.name for card in hardware.cards if card.index in used and not card.rate.known}):
         notes.append(f"the speed of {', '.join(unknown)} is a guess; a stack that has run knows better")
-    if idle := [card.index for card in machine.cards if card.index not in used]:
+    if idle := [card.index for card in hardware.cards if card.index not in used]:
         notes.append(f"GPU {', '.join(map(str, idle))} would not help, and is left alone")
     if any(work.post.kind == "tensor" for work in best.work) and not compiled:
         notes.append("tensor parallel takes many times as long uncompiled: add --compile")
@@ -188,28 +188,28 @@ def _notes(
 
 
 def _better(
-    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms, best: Prediction
+    config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms, best: Prediction
 ) -> tuple[str, ...]:
     """What would change it, by planning for it."""
-    if not machine.cards or len(machine.cards) > 8 or any(card.stands_in for card in machine.cards):
+    if not hardware.cards or len(hardware.cards) > 8 or any(card.stands_in for card in hardware.cards):
         return ()
-    first = machine.cards[0]
-    more = [replace(card, budget=card.budget + 8_000_000_000) for card in machine.cards]
-    twice = [replace(card, rate=replace(card.rate, link=card.rate.link * 2)) for card in machine.cards]
+    first = hardware.cards[0]
+    more = [replace(card, budget=card.budget + 8_000_000_000) for card in hardware.cards]
+    twice = [replace(card, rate=replace(card.rate, link=card.rate.link * 2)) for card in hardware.cards]
     compiled = config.model_copy(update={"compile": True})
     changes = [
-        ("8 GB more on each GPU", config, replace(machine, cards=tuple(more)), terms),
-        ("links twice as fast", config, replace(machine, cards=tuple(twice)), terms),
+        ("8 GB more on each GPU", config, replace(hardware, cards=tuple(more)), terms),
+        ("links twice as fast", config, replace(hardware, cards=tuple(twice)), terms),
     ]
     if not _says_which(config):
-        another = replace(first, index=max(card.index for card in machine.cards) + 1)
-        cards = (*machine.cards, another)
-        changes.append((f"another GPU like {first.index}", config, replace(machine, cards=cards), terms))
+        another = replace(first, index=max(card.index for card in hardware.cards) + 1)
+        cards = (*hardware.cards, another)
+        changes.append((f"another GPU like {first.index}", config, replace(hardware, cards=cards), terms))
     if not terms.compiled:
-        changes.append(("--compile (numeric)", compiled, machine, replace(terms, compiled=True)))
+        changes.append(("--compile (numeric)", compiled, hardware, replace(terms, compiled=True)))
     said: list[str] = []
     for what, under, other, then_terms in changes:
-        found, _ = look(under, figures, other, then_terms)
+        found, _ = look(under, profile, other, then_terms)
         if found:
             then = min(found, key=lambda p: _score(p, config.optimize))
             now, after = (
@@ -229,15 +229,15 @@ def _says_which(config: StackConfig) -> bool:
 
 
 def _nothing_fits(
-    config: StackConfig, figures: ModelFigures, machine: Machine, terms: Terms, refusals: Sequence[DoesNotFit]
+    config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms, refusals: Sequence[DoesNotFit]
 ) -> DoesNotFit:
     """The first reason, and the smallest GPUs on which something fits."""
     if not refusals:
         return DoesNotFit("There is nothing to place: every stage has 0 workers.", "Leave --workers out.")
 
     def fits(size: int) -> bool:
-        cards: list[Card] = [replace(card, budget=size) for card in machine.cards]
-        return bool(look(config, figures, replace(machine, cards=tuple(cards)), terms)[0])
+        cards: list[Card] = [replace(card, budget=size) for card in hardware.cards]
+        return bool(look(config, profile, replace(hardware, cards=tuple(cards)), terms)[0])
 
     low, high = 0, 1_000_000_000_000
     if not fits(high):

@@ -6,15 +6,15 @@ Pure arithmetic on a model's figures and the GPUs' rates, by the rules that leas
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.memory.lease_sizes import Level, Need, levels
+from orchestrator.memory.lease_sizes import LeaseSize, Need, lease_sizes
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
-from orchestrator.planning.hardware import Card, Machine
-from orchestrator.planning.pipeline_cut import Part, Seat, best_cut, parts_of
+from orchestrator.planning.hardware import Card, Hardware
+from orchestrator.planning.pipeline_cut import Part, SplitGpu, best_cut, parts_of
 from orchestrator.planning.placement import IN_FLIGHT, Post, with_memory
 from orchestrator.planning.streaming_cost import job_seconds, load_of, pass_seconds, streaming
-from orchestrator.planning.throughput import Residency, Share, Work, latency, steady_state
+from orchestrator.planning.throughput import GpuUse, PlannedWorker, Residency, latency, steady_state
 from protocol.errors import DoesNotFit
-from protocol.model_profile import ModelFigures, StageFigures
+from protocol.model_profile import ModelProfile, StageProfile
 from protocol.stages import Stage
 from protocol.units import format_bytes
 
@@ -37,7 +37,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    work: tuple[Work, ...]
+    work: tuple[PlannedWorker, ...]
     job_seconds: float  # between two jobs, with enough of them in the queue
     latency: float  # seconds of one job, prompt not cached, all warm
     pictures: int  # a job
@@ -50,7 +50,7 @@ class Prediction:
     def pictures_an_hour(self) -> float:
         return 3600 / self.picture_seconds
 
-    def of(self, stage: Stage) -> list[Work]:
+    def of(self, stage: Stage) -> list[PlannedWorker]:
         return [work for work in self.work if work.post.stage == stage]
 
     def used(self, gpu: int) -> int:
@@ -62,22 +62,22 @@ class Prediction:
         return stay + largest + sum(share.context for share in turning)
 
 
-def predict(figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> Prediction:
+def predict(profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> Prediction:
     """DoesNotFit, with what would, where a worker can never do anything."""
-    book = Book(figures, machine, posts, terms)
+    book = Book(profile, hardware, posts, terms)
     settled = [book.settle(post) for post in posts]
     work = [book.work(number, post) for number, post in enumerate(settled)]
-    return Prediction(tuple(work), steady_state(work, terms.patience), latency(work), figures.recipe.num_images)
+    return Prediction(tuple(work), steady_state(work, terms.patience), latency(work), profile.recipe.num_images)
 
 
 class Book:
     """Who has how much of each GPU."""
 
-    def __init__(self, figures: ModelFigures, machine: Machine, posts: Sequence[Post], terms: Terms) -> None:
-        self.figures, self.machine, self.terms = figures, machine, terms
+    def __init__(self, profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> None:
+        self.profile, self.hardware, self.terms = profile, hardware, terms
         self.posts = list(posts)
-        self._standing = {card.index: 0 for card in machine.cards}
-        self._levels: dict[int, dict[str, Level]] = {}
+        self._standing = {card.index: 0 for card in hardware.cards}
+        self._levels: dict[int, dict[str, LeaseSize]] = {}
 
     # -- what each needs ------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Book:
         """Bytes that a lease has for it, as the ledger counts."""
         if card.stands_in:
             return 0
-        seen = self.terms.workspaces.get(stage) or int(self.figures.stage(stage).largest * WORKSPACE)
+        seen = self.terms.workspaces.get(stage) or int(self.profile.stage(stage).largest * WORKSPACE)
         return int(seen * MARGIN) + ROUNDING
 
     def own_workspace(self, post: Post, card: Card) -> int:
@@ -96,8 +96,8 @@ class Book:
         return context_bytes(post, card) + HEADROOM if card.rate.context else 0
 
     def need(self, post: Post, card: Card) -> Need:
-        figures = self.figures.stage(post.stage)
-        return Need(figures.weights, figures.least, self.workspace(post.stage, card))
+        profile = self.profile.stage(post.stage)
+        return Need(profile.weights, profile.least, self.workspace(post.stage, card))
 
     def left(self, card: Card, but: Post | None = None) -> int:
         """Bytes beside all contexts and what workers keep for themselves; `but` one, which is to get its part."""
@@ -118,7 +118,7 @@ class Book:
 
     def settle(self, post: Post) -> Post:
         """With the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
-        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        cards = [self.hardware.card(gpu) for gpu in post.gpus]
         if post.kind in ("leases", "host", "own"):
             return post
         if post.memory:
@@ -128,34 +128,34 @@ class Book:
         free = [self.free_beside_leases(card, post) for card in cards]
         settled = self._with_memory(post, cards, free)
         for card, room, wanted in zip(cards, free, settled.memory, strict=True):
-            least = self.figures.stage(post.stage).least + post.workspace if post.kind == "context" else wanted
+            least = self.profile.stage(post.stage).least + post.workspace if post.kind == "context" else wanted
             if least > room:
                 raise too_large(post, card, least, room)
             self._standing[card.index] += wanted
         return settled
 
     def _with_memory(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
-        figures = self.figures.stage(post.stage)
+        profile = self.profile.stage(post.stage)
         if post.kind == "tensor":  # what is run once a job passes through
-            shared = sum(block.bytes - block.once for block in figures.blocks)
-            alike = figures.weights - figures.once - shared  # what each GPU has whole
-            size = figures.loose + alike + int(shared / len(cards) * UNEVEN)
+            shared = sum(block.bytes - block.once for block in profile.blocks)
+            alike = profile.weights - profile.once - shared  # what each GPU has whole
+            size = profile.loose + alike + int(shared / len(cards) * UNEVEN)
             spaces = [self.own_workspace(post, card) for card in cards]
             return with_memory(post, [size + space for space in spaces], workspace=max(spaces))
         if post.kind == "split" and self._has_rows(post):
             return self._cut(post, cards, free)
-        if post.kind == "split" and sum(free) < figures.weights + sum(self.workspace(post.stage, c) for c in cards):
+        if post.kind == "split" and sum(free) < profile.weights + sum(self.workspace(post.stage, c) for c in cards):
             raise self._uncut(post, free)
         spaces = [self.own_workspace(post, card) for card in cards]
-        most = [figures.weights + space for space in spaces]
+        most = [profile.weights + space for space in spaces]
         return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
 
     def _check_shares(self, post: Post) -> None:
         """DoesNotFit where heads, or with context parallel tokens, can't be shared out evenly."""
-        figures, recipe, ranks = self.figures.stage(post.stage), self.figures.recipe, len(post.gpus)
-        multiple = self.figures.model.size_multiple
+        profile, recipe, ranks = self.profile.stage(post.stage), self.profile.recipe, len(post.gpus)
+        multiple = self.profile.model.size_multiple
         tokens = (recipe.width // multiple) * (recipe.height // multiple) if post.kind == "context" else 0
-        for what, count in (("heads of attention", figures.heads), ("places of a picture", tokens)):
+        for what, count in (("heads of attention", profile.heads), ("places of a picture", tokens)):
             if count % ranks:
                 raise DoesNotFit(
                     f"{count} {what} can't be shared out evenly among {ranks} GPUs.",
@@ -164,37 +164,37 @@ class Book:
 
     def _has_rows(self, post: Post) -> bool:
         """It is one denoiser, whose blocks are simply one after the other."""
-        figures = self.figures.stage(post.stage)
-        names = [block.name for block in figures.blocks]
-        alone = post.stage == "denoise" and len(figures.components) == 1
+        profile = self.profile.stage(post.stage)
+        names = [block.name for block in profile.blocks]
+        alone = post.stage == "denoise" and len(profile.components) == 1
         return alone and bool(names) and all(name.count(".") == 1 for name in names)
 
     def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
         """By time, with the memory that its parts take of what is free; as it is where accelerate will cut it."""
         if not self._has_rows(post):
             return post
-        figures = self.figures.stage(post.stage)
-        seats = self._seats(post, cards, free)
-        parts = best_cut(figures, seats)
+        profile = self.profile.stage(post.stage)
+        split_gpus = self._split_gpus(post, cards, free)
+        parts = best_cut(profile, split_gpus)
         if parts is None:
-            raise self._uncut(post, [seat.room for seat in seats])
+            raise self._uncut(post, [split_gpu.room for split_gpu in split_gpus])
         space = max(self._spaces(post, cards))
-        memory = post.memory or [taken(part, seat) + space for part, seat in zip(parts, seats, strict=True)]
+        memory = post.memory or [taken(*pair) + space for pair in zip(parts, split_gpus, strict=True)]
         return with_memory(post, memory, [part.blocks for part in parts], space)
 
     def _spaces(self, post: Post, cards: Sequence[Card]) -> list[int]:
         """Bytes for the jobs that are in flight."""
         return [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
 
-    def _seats(self, post: Post, cards: Sequence[Card], memory: Sequence[int]) -> list[Seat]:
+    def _split_gpus(self, post: Post, cards: Sequence[Card], memory: Sequence[int]) -> list[SplitGpu]:
         space, compiled = max(self._spaces(post, cards)), self.terms.compiled
         return [
-            Seat(max(0, size - space), card.flops(post.stage, compiled), card.rate.link)
+            SplitGpu(max(0, size - space), card.flops(post.stage, compiled), card.rate.link)
             for size, card in zip(memory, cards, strict=True)
         ]
 
     def _uncut(self, post: Post, room: Sequence[int]) -> DoesNotFit:
-        size, there = self.figures.stage(post.stage).weights, ", ".join(format_bytes(max(0, size)) for size in room)
+        size, there = self.profile.stage(post.stage).weights, ", ".join(format_bytes(max(0, size)) for size in room)
         return DoesNotFit(
             f"The layers of {post.stage}, {format_bytes(size)}, can't even be streamed through {there} of GPUs "
             f"{', '.join(map(str, post.gpus))}.",
@@ -203,105 +203,108 @@ class Book:
 
     # -- how they will do -----------------------------------------------------------------------
 
-    def work(self, number: int, post: Post) -> Work:
+    def work(self, number: int, post: Post) -> PlannedWorker:
         """How a settled post will do; `number` is its place among all."""
-        figures = self.figures.stage(post.stage)
-        cards = [self.machine.card(gpu) for gpu in post.gpus]
+        profile = self.profile.stage(post.stage)
+        cards = [self.hardware.card(gpu) for gpu in post.gpus]
         match post.kind:
             case "host":
-                a_pass = figures.flop / self.machine.cpu_flops
-                return Work(post, (), "host", 0.0, a_pass, a_pass * figures.passes)
+                a_pass = profile.flop / self.hardware.cpu_flops
+                return PlannedWorker(post, (), "host", 0.0, a_pass, a_pass * profile.passes)
             case "leases":
-                return self._in_leases(str(number), post, figures, cards[0])
+                return self._in_leases(str(number), post, profile, cards[0])
             case "split":
-                return self._split(post, figures, cards)
+                return self._split(post, profile, cards)
         shares, passes, most = [], [], 0.0
         for card, memory in zip(cards, post.memory, strict=True):
-            share, streamed, a_pass = self._alone(post, figures, card, memory, len(cards))
+            share, streamed, a_pass = self._alone(post, profile, card, memory, len(cards))
             shares.append(share)
             passes.append(a_pass)
             most = max(most, streamed)
-        seconds = max(passes) * figures.passes
-        return Work(post, tuple(shares), "streamed" if most else "in", most, max(passes), seconds)
+        seconds = max(passes) * profile.passes
+        return PlannedWorker(post, tuple(shares), "streamed" if most else "in", most, max(passes), seconds)
 
     def _alone(
-        self, post: Post, figures: StageFigures, card: Card, memory: int, parts: int
-    ) -> tuple[Share, float, float]:
+        self, post: Post, profile: StageProfile, card: Card, memory: int, parts: int
+    ) -> tuple[GpuUse, float, float]:
         """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
         workspace = self.own_workspace(post, card)
-        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
-        exchanged = len(figures.blocks) * figures.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
+        compute = profile.flop / card.flops(post.stage, self.terms.compiled)
+        exchanged = len(profile.blocks) * profile.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
         if post.kind == "tensor":
             factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
             return self._share(post, card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
-        found = streaming(load_of(figures), memory - workspace)
+        found = streaming(load_of(profile), memory - workspace)
         if found is None:
-            raise too_large(post, card, figures.least + workspace, memory)
+            raise too_large(post, card, profile.least + workspace, memory)
         if post.kind == "context":
             compute = compute / parts + exchanged
         seconds = pass_seconds(compute, found.a_pass, card.rate.link)
-        return self._share(post, card, min(figures.weights, memory - workspace), workspace), found.a_pass, seconds
+        return self._share(post, card, min(profile.weights, memory - workspace), workspace), found.a_pass, seconds
 
-    def _split(self, post: Post, figures: StageFigures, cards: Sequence[Card]) -> Work:
+    def _split(self, post: Post, profile: StageProfile, cards: Sequence[Card]) -> PlannedWorker:
         spaces = [self.own_workspace(post, card) for card in cards]
         rows = zip(cards, post.memory, spaces, strict=True)
         shares = tuple(self._share(post, card, size - space, space) for card, size, space in rows)
         if post.cut:
-            parts = parts_of(figures, post.cut, self._seats(post, cards, post.memory)) or []
+            parts = parts_of(profile, post.cut, self._split_gpus(post, cards, post.memory)) or []
             busy = [part.seconds * SPLIT_SHARE for part in parts]
             streamed = max(part.streaming.a_pass for part in parts)
             residency: Residency = "in" if all(part.streaming.nothing for part in parts) else "streamed"
-            return Work(post, shares, residency, streamed, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
+            a_pass = sum(busy) / profile.passes
+            return PlannedWorker(post, shares, residency, streamed, a_pass, sum(busy), busy=tuple(busy))
         first, busy = 0, []
         for size, card in zip(post.memory, cards, strict=True):  # as accelerate will cut it: by bytes
-            count = len(figures.blocks) * size // max(1, sum(post.memory))
-            flop = sum(block.flop for block in figures.blocks[first : first + count])
-            busy.append(flop / card.flops(post.stage, self.terms.compiled) * figures.passes * SPLIT_SHARE)
+            count = len(profile.blocks) * size // max(1, sum(post.memory))
+            flop = sum(block.flop for block in profile.blocks[first : first + count])
+            busy.append(flop / card.flops(post.stage, self.terms.compiled) * profile.passes * SPLIT_SHARE)
             first += count
-        return Work(post, shares, "in", 0.0, sum(busy) / figures.passes, sum(busy), busy=tuple(busy))
+        return PlannedWorker(post, shares, "in", 0.0, sum(busy) / profile.passes, sum(busy), busy=tuple(busy))
 
-    def _in_leases(self, name: str, post: Post, figures: StageFigures, card: Card) -> Work:
+    def _in_leases(self, name: str, post: Post, profile: StageProfile, card: Card) -> PlannedWorker:
         found = self._levels_on(card)
-        level = found[name]
+        lease_size = found[name]
         need = self.need(post, card)
-        if not level.turn:
+        if not lease_size.exclusive:
             raise too_large(post, card, need.small, max(0, self.left(card)))
         others = [other for key, other in found.items() if key != name]
         largest = max(found, key=lambda key: (self.need(self.posts[int(key)], card).weights, key))
-        crowded = any(other != largest and not found[other].beside for other in found if found[other].turn != 0)
-        stays = level.beside > 0 or (
-            name == largest and not crowded and level.turn + sum(other.beside for other in others) <= self.left(card)
+        crowded = any(other != largest and not found[other].shared for other in found if found[other].exclusive != 0)
+        stays = lease_size.shared > 0 or (
+            name == largest
+            and not crowded
+            and lease_size.exclusive + sum(other.shared for other in others) <= self.left(card)
         )
-        size = level.beside if level.beside and name != largest else level.turn
+        size = lease_size.shared if lease_size.shared and name != largest else lease_size.exclusive
         weights = min(need.weights, size - need.workspace)
-        how = streaming(load_of(figures), weights)
+        how = streaming(load_of(profile), weights)
         if how is None:
             raise too_large(post, card, need.small, size)
-        compute = figures.flop / card.flops(post.stage, self.terms.compiled)
-        a_pass, seconds = job_seconds(compute, figures.passes, how, card.rate.link)
+        compute = profile.flop / card.flops(post.stage, self.terms.compiled)
+        a_pass, seconds = job_seconds(compute, profile.passes, how, card.rate.link)
         residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
         share = self._share(post, card, weights, need.workspace)
         swap = 0.0 if stays else weights / card.rate.link
-        return Work(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
+        return PlannedWorker(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
 
-    def _levels_on(self, card: Card) -> dict[str, Level]:
+    def _levels_on(self, card: Card) -> dict[str, LeaseSize]:
         if card.index not in self._levels:
             needs = {
                 str(index): self.need(post, card)
                 for index, post in enumerate(self.posts)
                 if post.kind == "leases" and card.index in post.gpus
             }
-            self._levels[card.index] = levels(self.left(card), needs)
+            self._levels[card.index] = lease_sizes(self.left(card), needs)
         return self._levels[card.index]
 
-    def _share(self, post: Post, card: Card, weights: int, workspace: int) -> Share:
-        return Share(card.index, max(0, weights), workspace, self.context(post, card))
+    def _share(self, post: Post, card: Card, weights: int, workspace: int) -> GpuUse:
+        return GpuUse(card.index, max(0, weights), workspace, self.context(post, card))
 
 
-def taken(part: Part, seat: Seat) -> int:
+def taken(part: Part, split_gpu: SplitGpu) -> int:
     """Bytes that a part's weights take of its GPU."""
     load = part.load
-    return min(seat.room, load.weights if part.streaming.nothing else load.weights - load.once + load.loose)
+    return min(split_gpu.room, load.weights if part.streaming.nothing else load.weights - load.once + load.loose)
 
 
 def context_bytes(post: Post, card: Card) -> int:

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orchestrator.gpu_driver import Gpu
-from orchestrator.planning.calibration import Experience
+from orchestrator.gpu_driver import GpuInfo
+from orchestrator.planning.calibration import Measurements
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
-from orchestrator.planning.hardware import this_machine
-from orchestrator.planning.model_profile import NoFigures, find_figures
+from orchestrator.planning.hardware import this_hardware
+from orchestrator.planning.model_profile import NoProfile, find_profile
 from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.planning.planner import Plan, check, choose
 from orchestrator.settings import AccountSettings, StackConfig
@@ -42,30 +42,30 @@ class StackPlan:
         return another((*self.posts, *self.spare), stage, index)
 
 
-def plan_stack(config: StackConfig, gpus: Sequence[Gpu], experience: Experience) -> StackPlan:
+def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> StackPlan:
     """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
     dtype = stack_dtype(config, bool(gpus))
     check_devices(config, gpus)
     check_budgets(config, gpus)
-    machine = this_machine(gpus, config.gpus, stand_ins(config))
-    check(config, machine)
+    hardware = this_hardware(gpus, config.gpus, stand_ins(config))
+    check(config, hardware)
     plan, unplanned = None, ""
     posts = first(config, gpus)
     if any(post.gpus for post in posts):
         try:
-            figures = find_figures(config, dtype)
-        except NoFigures as error:
+            profile = find_profile(config, dtype)
+        except NoProfile as error:
             unplanned = error.message
         else:
-            known = experience.of(machine, figures, config.speedups())
-            plan = choose(config, figures, known, experience.terms(config, figures))
+            known = measurements.of(hardware, profile, config.speedups())
+            plan = choose(config, profile, known, measurements.terms(config, profile))
             posts = plan.posts
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
-    return StackPlan(dtype, posts, accounts((*posts, *spare), machine, gpus), speedups, plan, unplanned, spare)
+    return StackPlan(dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, spare)
 
 
-def check_devices(config: StackConfig, gpus: Sequence[Gpu]) -> None:
+def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
     """BadRequest where a stage is to use a kind of device that isn't here."""
     for stage in STAGES:
         device = config.stage(stage).device.partition(":")[0]
@@ -75,7 +75,7 @@ def check_devices(config: StackConfig, gpus: Sequence[Gpu]) -> None:
             raise BadRequest(f"{stage} is to use mps, which only macOS has.", "Use --device auto, cpu or cuda.")
 
 
-def first(config: StackConfig, gpus: Sequence[Gpu]) -> tuple[Post, ...]:
+def first(config: StackConfig, gpus: Sequence[GpuInfo]) -> tuple[Post, ...]:
     """The placement to go without a plan: a denoiser in leases of each GPU."""
     several: list[Kind] = [kind for kind in SEVERAL if kind == config.placement]
     return next(candidates(config, [gpu.index for gpu in gpus], several, {}))

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from protocol.model_profile import StageFigures
+from protocol.model_profile import StageProfile
 
 RING_SLOTS = (8, 4, 3, 2, 1)  # pieces that are on their way or in use at once
 LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
@@ -39,10 +39,10 @@ class Load:
     blocks: int
 
 
-def load_of(figures: StageFigures) -> Load:
+def load_of(profile: StageProfile) -> Load:
     """All of a stage's."""
-    most = sum(block.bytes - block.once for block in figures.blocks)
-    return Load(figures.weights, figures.least, figures.once, figures.loose, most, len(figures.blocks))
+    most = sum(block.bytes - block.once for block in profile.blocks)
+    return Load(profile.weights, profile.least, profile.once, profile.loose, most, len(profile.blocks))
 
 
 def streaming(load: Load, budget: int) -> Streaming | None:

@@ -13,7 +13,7 @@ SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measu
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class GpuUse:
     """What a worker has of one GPU, in bytes."""
 
     gpu: int
@@ -27,11 +27,11 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PlannedWorker:
     """A worker and how it will do."""
 
     post: Post
-    shares: tuple[Share, ...]
+    shares: tuple[GpuUse, ...]
     residency: Residency
     streamed: float  # bytes a pass, to each of its GPUs
     pass_seconds: float
@@ -44,7 +44,7 @@ class Work:
         return self.busy[self.post.gpus.index(gpu)] if self.busy else self.seconds
 
 
-def latency(work: Sequence[Work]) -> float:
+def latency(work: Sequence[PlannedWorker]) -> float:
     """Seconds of one job in a stack that waits for it: the quickest worker of each stage, its turn included."""
     total = OVERHEAD_SECONDS
     for stage in STAGES:
@@ -53,7 +53,7 @@ def latency(work: Sequence[Work]) -> float:
     return total
 
 
-def steady_state(work: Sequence[Work], patience: float) -> float:
+def steady_state(work: Sequence[PlannedWorker], patience: float) -> float:
     """Seconds between two jobs with many in the queue, each GPU as busy as the others let it be."""
     load: dict[int, float] = {}  # seconds a job by GPU, of the stages beside the denoiser
     limits: list[float] = []  # jobs a second of what has no GPU
@@ -94,7 +94,7 @@ def steady_state(work: Sequence[Work], patience: float) -> float:
     return 1 / low if low else float("inf")
 
 
-def turn_seconds(one: Work, work: Sequence[Work], patience: float) -> float:
+def turn_seconds(one: PlannedWorker, work: Sequence[PlannedWorker], patience: float) -> float:
     """Of swapping, for each job: those that take turns do as many jobs a turn as come together in `patience`."""
     if not one.swap_seconds:
         return 0.0

@@ -16,15 +16,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.job import ModelKey
-from orchestrator.memory.lease_sizes import Level, Need, levels
-from protocol.gpu_memory import Grant
+from orchestrator.memory.lease_sizes import LeaseSize, Need, lease_sizes
+from protocol.gpu_memory import GpuId, Lease
 from protocol.stages import STAGES, Stage
 
 # How far a stage may run ahead of the next, in jobs waiting there: finished embeddings (4 MB each for FLUX.1) must
 # not pile up on disk while the denoiser works through them.
 AHEAD: dict[Stage, int] = {"text": 64, "denoise": 256}
 WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
-NOTHING = Grant(bytes=0, weights=0)
+NOTHING = Lease(bytes=0, weight_bytes=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,22 @@ class IdleWorker:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class GpuDemand:
     """What a worker takes and has of a GPU."""
 
     need: Need  # its workspace being that of the largest task that it has done, for all its jobs at once
     lease: int = 0  # bytes; while one is being changed, the larger of both
-    share: int = 0  # of it for weights
+    weight_bytes: int = 0  # of it for weights
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class LeasedWorker:
     """A worker that works in leases, idle or not."""
 
     id: str
     stage: Stage
     model: ModelKey
-    seats: Mapping[int, Seat]  # by GPU
+    demands: Mapping[GpuId, GpuDemand]  # by GPU
     jobs: int = 1  # at once: it is so many workers
     held: float = 0.0  # seconds since it has that lease
     expired: bool = False  # it has been idle for longer than its weights are to be kept
@@ -74,22 +74,22 @@ class Holder:
 
     @property
     def lease(self) -> int:
-        return sum(seat.lease for seat in self.seats.values())
+        return sum(demand.lease for demand in self.demands.values())
 
     @property
     def weights(self) -> int:
-        return sum(seat.need.weights for seat in self.seats.values())
+        return sum(demand.need.weights for demand in self.demands.values())
 
     def covers(self, task: WaitingTask) -> bool:
         space = task.workspace * self.jobs
-        return all(seat.lease > 0 and space <= seat.lease - seat.share for seat in self.seats.values())
+        return all(demand.lease > 0 and space <= demand.lease - demand.weight_bytes for demand in self.demands.values())
 
     def can_ever(self, task: WaitingTask) -> bool:
         return self.most is None or task.workspace <= self.most
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class GpuSpace:
     """Bytes of a GPU's budget beside all contexts, and those of them in no lease."""
 
     available: int
@@ -103,8 +103,8 @@ class Snapshot:
     waiting: Mapping[tuple[Stage, ModelKey], Sequence[WaitingTask]]
     idle: Sequence[IdleWorker]
     depth: Mapping[Stage, int]
-    holders: Mapping[str, Holder] = field(default_factory=dict)  # by id
-    gpus: Mapping[int, Room] = field(default_factory=dict)
+    holders: Mapping[str, LeasedWorker] = field(default_factory=dict)  # by id
+    gpus: Mapping[GpuId, GpuSpace] = field(default_factory=dict)
     patience: float = 30.0  # seconds
 
 
@@ -116,41 +116,41 @@ class Assign:
 
 
 @dataclass(frozen=True, slots=True)
-class Lend:
+class ChangeLease:
     """What a worker may use from now on of each of its GPUs."""
 
     worker: str
-    grants: tuple[Grant, ...]
+    leases: tuple[Lease, ...]
 
     @property
     def bytes(self) -> int:
         """0 where it is to give back everything."""
-        return sum(grant.bytes for grant in self.grants)
+        return sum(lease.bytes for lease in self.leases)
 
     @property
-    def weights(self) -> int:
-        return sum(grant.weights for grant in self.grants)
+    def weight_bytes(self) -> int:
+        return sum(lease.weight_bytes for lease in self.leases)
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
     """An idle worker whose lease doesn't cover the first task that waits for it."""
 
-    holder: Holder
+    holder: LeasedWorker
     task: WaitingTask
 
-    def need(self, gpu: int) -> Need:
-        return replace(self.holder.seats[gpu].need, workspace=self.task.workspace * self.holder.jobs)
+    def need(self, gpu: GpuId) -> Need:
+        return replace(self.holder.demands[gpu].need, workspace=self.task.workspace * self.holder.jobs)
 
 
-def decide(snapshot: Snapshot) -> list[Assign | Lend]:
+def decide(snapshot: Snapshot) -> list[Assign | ChangeLease]:
     """Give each idle worker the first task that fits it, late stages first, none twice; and swap where that helps."""
     assigned: list[Assign] = []
     wants: list[Want] = []
     working: set[str] = set()  # holders with a task now or in their queue
     busiest: set[str] = set()  # with several
     for stage in reversed(STAGES):
-        room = room_ahead(stage, snapshot.depth)
+        room = slots_ahead(stage, snapshot.depth)
         places = {(w.stage, w.model) for w in snapshot.idle} | {(h.stage, h.model) for h in snapshot.holders.values()}
         for place in sorted(places, key=str):
             if place[0] != stage:
@@ -172,39 +172,39 @@ def decide(snapshot: Snapshot) -> list[Assign | Lend]:
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     hands = Counter(held_by.values())
     resting = {id for id, count in hands.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
-    lent: list[Lend] = []
+    lent: list[ChangeLease] = []
     yielding: set[str] = set()
-    for gpus, holders in together(snapshot):
-        rooms, ids = {gpu: snapshot.gpus[gpu] for gpu in gpus}, {holder.id for holder in holders}
+    for gpus, holders in gpu_groups(snapshot):
+        spaces, ids = {gpu: snapshot.gpus[gpu] for gpu in gpus}, {holder.id for holder in holders}
         here = [want for want in wants if want.holder.id in ids]
-        turns = Turns(rooms, holders, here, resting, working, busiest, snapshot.patience)
-        turns.play()
-        lent += turns.lent
-        yielding |= turns.yielding
+        swaps = Swaps(spaces, holders, here, resting, working, busiest, snapshot.patience)
+        swaps.plan()
+        lent += swaps.lent
+        yielding |= swaps.yielding
     return [*(action for action in assigned if held_by[action.worker] not in yielding), *lent]
 
 
-def together(snapshot: Snapshot) -> Iterator[tuple[set[int], list[Holder]]]:
+def gpu_groups(snapshot: Snapshot) -> Iterator[tuple[set[GpuId], list[LeasedWorker]]]:
     """GPUs that must be looked at as one, since somebody lies on several of them; and who is there."""
     groups = {gpu: {gpu} for gpu in snapshot.gpus}
     for holder in snapshot.holders.values():
-        if len(holder.seats) == 1:
+        if len(holder.demands) == 1:
             continue
-        first, *others = (groups[gpu] for gpu in holder.seats)
+        first, *others = (groups[gpu] for gpu in holder.demands)
         for other in others:
             if other is not first:
                 first |= other
                 groups |= dict.fromkeys(other, first)
-    there: dict[int, list[Holder]] = {id(group): [] for group in groups.values()}
+    there: dict[int, list[LeasedWorker]] = {id(group): [] for group in groups.values()}
     for holder in snapshot.holders.values():
-        there[id(groups[next(iter(holder.seats))])].append(holder)
+        there[id(groups[next(iter(holder.demands))])].append(holder)
     for gpu, group in groups.items():
         if gpu == next(iter(group)):
             yield group, there[id(group)]
 
 
 def pair(
-    idle: Sequence[IdleWorker], tasks: Sequence[WaitingTask], holders: Mapping[str, Holder]
+    idle: Sequence[IdleWorker], tasks: Sequence[WaitingTask], holders: Mapping[str, LeasedWorker]
 ) -> tuple[list[Assign], list[WaitingTask]]:
     """Tasks in their order to workers in theirs, and the tasks left over. A lease must cover its worker's task.
 
@@ -221,7 +221,7 @@ def pair(
     return given, left
 
 
-def match(holders: Sequence[Holder], tasks: Sequence[WaitingTask], gpus: Mapping[int, Room]) -> list[Want]:
+def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: Mapping[GpuId, GpuSpace]) -> list[Want]:
     """Workers that must come in for tasks, each where that displaces least."""
     wants: list[Want] = []
     free = list(holders)
@@ -235,16 +235,16 @@ def match(holders: Sequence[Holder], tasks: Sequence[WaitingTask], gpus: Mapping
     return wants
 
 
-def displaced(holder: Holder, task: WaitingTask, gpus: Mapping[int, Room]) -> int:
+def displaced(holder: LeasedWorker, task: WaitingTask, gpus: Mapping[GpuId, GpuSpace]) -> int:
     """Bytes that others would have to give for all that a worker could use, in whole tenths of its weights."""
     missing = 0
-    for gpu, seat in holder.seats.items():
-        space = gpus[gpu].free + seat.lease if gpu in gpus else 0
-        missing += max(0, seat.need.weights + task.workspace * holder.jobs - space)
+    for gpu, demand in holder.demands.items():
+        space = gpus[gpu].free + demand.lease if gpu in gpus else 0
+        missing += max(0, demand.need.weights + task.workspace * holder.jobs - space)
     return missing * 10 // max(1, holder.weights)
 
 
-def room_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:
+def slots_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:
     """How many more tasks of a stage may start before too many results wait at the next."""
     if stage == "vae":
         return 1 << 30
@@ -252,13 +252,13 @@ def room_ahead(stage: Stage, depth: Mapping[Stage, int]) -> int:
     return max(0, AHEAD[stage] - depth.get(following, 0))
 
 
-class Turns:
+class Swaps:
     """The swaps on GPUs that belong together: what is `lent`, and who is `yielding`, so that he gets no more tasks."""
 
     def __init__(
         self,
-        rooms: Mapping[int, Room],
-        holders: Sequence[Holder],
+        spaces: Mapping[GpuId, GpuSpace],
+        holders: Sequence[LeasedWorker],
         wants: Sequence[Want],
         idle: Collection[str],
         working: Collection[str],
@@ -267,21 +267,21 @@ class Turns:
     ) -> None:
         self.holders, self.idle, self.patience = holders, idle, patience
         self.working, self.busiest = working, busiest
-        self.free = {gpu: room.free for gpu, room in rooms.items()}
-        self.available = {gpu: room.available for gpu, room in rooms.items()}
+        self.free = {gpu: room.free for gpu, room in spaces.items()}
+        self.available = {gpu: room.available for gpu, room in spaces.items()}
         self.wants = sorted(wants, key=self._urgency)
-        self.needs: dict[int, dict[str, Need]] = {gpu: {} for gpu in rooms}
+        self.needs: dict[GpuId, dict[str, Need]] = {gpu: {} for gpu in spaces}
         for holder in holders:
-            for gpu, seat in holder.seats.items():
-                self.needs[gpu][holder.id] = seat.need
+            for gpu, demand in holder.demands.items():
+                self.needs[gpu][holder.id] = demand.need
         for want in wants:
-            for gpu in want.holder.seats:
+            for gpu in want.holder.demands:
                 self.needs[gpu][want.holder.id] = want.need(gpu)
-        self.levels = {gpu: levels(room.available, self.needs[gpu]) for gpu, room in rooms.items()}
-        self.lent: list[Lend] = []
+        self.lease_sizes = {gpu: lease_sizes(room.available, self.needs[gpu]) for gpu, room in spaces.items()}
+        self.lent: list[ChangeLease] = []
         self.yielding: set[str] = set()
 
-    def play(self) -> None:
+    def plan(self) -> None:
         for want in self.wants:
             if not self._grant(want):
                 self._make_room(want)
@@ -293,20 +293,20 @@ class Turns:
             self._widen()
             self._settle_down()
         for gpu in [gpu for gpu, free in self.free.items() if free < 0]:  # contexts have grown
-            there = [holder for holder in self._idle_holders() if gpu in holder.seats]
+            there = [holder for holder in self._idle_holders() if gpu in holder.demands]
             if there and not any(self._lies_on(lend.worker, gpu) for lend in self.lent):
-                self._take_back(max(there, key=lambda holder: holder.seats[gpu].lease))
+                self._take_back(max(there, key=lambda holder: holder.demands[gpu].lease))
 
     def _widen(self) -> None:
         """More room for those that have streamed more than they would have to, before their next task."""
         for holder in self._idle_holders():
-            sizes = {gpu: self._level(holder, gpu).turn for gpu in holder.seats}
-            shares = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.seats.items()}
-            more = sum(shares[gpu] - seat.share for gpu, seat in holder.seats.items())
+            sizes = {gpu: self._size(holder, gpu).exclusive for gpu in holder.demands}
+            weights = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.demands.items()}
+            more = sum(weights[gpu] - demand.weight_bytes for gpu, demand in holder.demands.items())
             worth = more >= WORTH_A_SWAP * holder.weights
             untried = holder.refused is None or sum(sizes.values()) < holder.refused
             if holder.id in self.busiest and worth and untried and self._fits(holder, sizes):
-                self._lend(holder, sizes, shares)
+                self._lend(holder, sizes, weights)
                 self.yielding.add(holder.id)
 
     def _settle_down(self) -> None:
@@ -314,14 +314,14 @@ class Turns:
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
-            if waits and all(self._for_good(holder, gpu) for gpu in holder.seats):
-                sizes = {gpu: self._level(holder, gpu).beside for gpu in holder.seats}
+            if waits and all(self._for_good(holder, gpu) for gpu in holder.demands):
+                sizes = {gpu: self._size(holder, gpu).shared for gpu in holder.demands}
                 if self._fits(holder, sizes):
-                    self._lend(holder, sizes, {gpu: seat.need.weights for gpu, seat in holder.seats.items()})
+                    self._lend(holder, sizes, {gpu: demand.need.weights for gpu, demand in holder.demands.items()})
 
-    def _for_good(self, holder: Holder, gpu: int) -> bool:
-        size = self._level(holder, gpu).beside
-        turns = [level.turn for other, level in self.levels[gpu].items() if other != holder.id]
+    def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
+        size = self._size(holder, gpu).shared
+        turns = [lease_size.exclusive for other, lease_size in self.lease_sizes[gpu].items() if other != holder.id]
         return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
@@ -335,10 +335,10 @@ class Turns:
     def _grant(self, want: Want) -> bool:
         """Lend as much as there is for it; at most its turn, at least what it may have beside others."""
         holder, sizes = want.holder, {}
-        for gpu, seat in holder.seats.items():
-            level = self._level(holder, gpu)
-            for size in (level.turn, level.beside):
-                if size and size - seat.lease <= self.free[gpu]:
+        for gpu, demand in holder.demands.items():
+            lease_size = self._size(holder, gpu)
+            for size in (lease_size.exclusive, lease_size.shared):
+                if size and size - demand.lease <= self.free[gpu]:
                     sizes[gpu] = size
                     break
             else:
@@ -347,78 +347,80 @@ class Turns:
             self.yielding.add(holder.id)  # until its other hands are free
             return False
         space = want.task.workspace * holder.jobs
-        shares = {gpu: min(seat.need.weights, sizes[gpu] - space) for gpu, seat in holder.seats.items()}
-        self._lend(holder, sizes, shares)
+        weights = {gpu: min(demand.need.weights, sizes[gpu] - space) for gpu, demand in holder.demands.items()}
+        self._lend(holder, sizes, weights)
         return True
 
     def _make_room(self, want: Want) -> None:
         """Take back what others don't need now; for an overdue task what they need, too, once their hands are free."""
-        missing: dict[int, int] = {}
-        for gpu, seat in want.holder.seats.items():
-            level = self._level(want.holder, gpu)
-            if not level.turn:
+        missing: dict[GpuId, int] = {}
+        for gpu, demand in want.holder.demands.items():
+            lease_size = self._size(want.holder, gpu)
+            if not lease_size.exclusive:
                 return
-            missing[gpu] = (level.beside or level.turn) - seat.lease - self.free[gpu]
+            missing[gpu] = (lease_size.shared or lease_size.exclusive) - demand.lease - self.free[gpu]
         givers = {gpu: self._givers(want, gpu, size) for gpu, size in missing.items() if size > 0}
         if not all(givers.values()):
             return
         gone: set[str] = set()
         for gpu, there in givers.items():
-            for holder in sorted(there, key=lambda h: (h.id in self.working, -h.seats[gpu].lease, h.id)):
+            for holder in sorted(there, key=lambda h: (h.id in self.working, -h.demands[gpu].lease, h.id)):
                 if missing[gpu] <= 0:
                     break
                 if holder.id in gone:
                     continue
                 gone.add(holder.id)
-                for other, seat in holder.seats.items():
-                    missing[other] = missing.get(other, 0) - seat.lease
+                for other, demand in holder.demands.items():
+                    missing[other] = missing.get(other, 0) - demand.lease
                 if holder.id in self.idle:
                     self._take_back(holder)
                 else:
                     self.yielding.add(holder.id)
 
-    def _givers(self, want: Want, gpu: int, missing: int) -> list[Holder]:
+    def _givers(self, want: Want, gpu: GpuId, missing: int) -> list[LeasedWorker]:
         """Whose leases of a GPU are enough together; none where none are."""
-        level = self._level(want.holder, gpu)
-        others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.seats]
+        lease_size = self._size(want.holder, gpu)
+        others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.demands]
         resting = [h for h in others if h.id not in self.working]
-        above = [h for h in others if h.seats[gpu].lease > self._level(h, gpu).beside]
+        above = [h for h in others if h.demands[gpu].lease > self._size(h, gpu).shared]
         both = [h for h in above if h in resting]
         tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
         above_tired = [h for h in above if h in tired]
         choices = [both, resting, above_tired, tired]
-        beside = sum(level.beside for other, level in self.levels[gpu].items() if other != want.holder.id)
-        enough = sum(holder.seats[gpu].lease for holder in above) >= missing
-        if (level.beside or level.turn) + beside <= self.available[gpu] and enough:
+        shared = sum(
+            lease_size.shared for other, lease_size in self.lease_sizes[gpu].items() if other != want.holder.id
+        )
+        enough = sum(holder.demands[gpu].lease for holder in above) >= missing
+        if (lease_size.shared or lease_size.exclusive) + shared <= self.available[gpu] and enough:
             choices = [both, above_tired]  # there is room beside those that stay, once the others are done
         for givers in choices:
-            if sum(holder.seats[gpu].lease for holder in givers) >= missing:
+            if sum(holder.demands[gpu].lease for holder in givers) >= missing:
                 return givers
         return []
 
-    def _level(self, holder: Holder, gpu: int) -> Level:
-        return self.levels[gpu][holder.id]
+    def _size(self, holder: LeasedWorker, gpu: GpuId) -> LeaseSize:
+        return self.lease_sizes[gpu][holder.id]
 
-    def _lies_on(self, worker: str, gpu: int) -> bool:
-        return any(holder.id == worker and gpu in holder.seats for holder in self.holders)
+    def _lies_on(self, worker: str, gpu: GpuId) -> bool:
+        return any(holder.id == worker and gpu in holder.demands for holder in self.holders)
 
-    def _in_lease(self) -> list[Holder]:
+    def _in_lease(self) -> list[LeasedWorker]:
         moved = {lend.worker for lend in self.lent}
         return [holder for holder in self.holders if holder.id not in moved and holder.lease]
 
-    def _idle_holders(self) -> list[Holder]:
+    def _idle_holders(self) -> list[LeasedWorker]:
         return [holder for holder in self._in_lease() if holder.id in self.idle]
 
-    def _fits(self, holder: Holder, sizes: Mapping[int, int]) -> bool:
-        return all(size and size - holder.seats[gpu].lease <= self.free[gpu] for gpu, size in sizes.items())
+    def _fits(self, holder: LeasedWorker, sizes: Mapping[GpuId, int]) -> bool:
+        return all(size and size - holder.demands[gpu].lease <= self.free[gpu] for gpu, size in sizes.items())
 
-    def _lend(self, holder: Holder, sizes: Mapping[int, int], shares: Mapping[int, int]) -> None:
+    def _lend(self, holder: LeasedWorker, sizes: Mapping[GpuId, int], weights: Mapping[GpuId, int]) -> None:
         for gpu, size in sizes.items():
-            self.free[gpu] -= max(0, size - holder.seats[gpu].lease)
-        grants = tuple(Grant(bytes=sizes[gpu], weights=shares[gpu]) for gpu in holder.seats)
-        self.lent.append(Lend(holder.id, grants))
+            self.free[gpu] -= max(0, size - holder.demands[gpu].lease)
+        leases = tuple(Lease(bytes=sizes[gpu], weight_bytes=weights[gpu]) for gpu in holder.demands)
+        self.lent.append(ChangeLease(holder.id, leases))
 
-    def _take_back(self, holder: Holder) -> None:
+    def _take_back(self, holder: LeasedWorker) -> None:
         """The memory is free only once the worker has given it back."""
-        self.lent.append(Lend(holder.id, (NOTHING,) * len(holder.seats)))
+        self.lent.append(ChangeLease(holder.id, (NOTHING,) * len(holder.demands)))
         self.yielding.add(holder.id)

@@ -7,10 +7,11 @@ import sys
 
 from orchestrator.gpu_driver import used_bytes
 from orchestrator.memory.ledger import Account, no_driver
-from orchestrator.server.loop import Server
+from orchestrator.server.loop import HOST, Server
 from orchestrator.settings import AccountSettings, OrchestratorSpec
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import Endpoints
+from protocol.gpu_memory import GpuId
 from protocol.process import end_with_parent, log_to_stderr, report_end
 
 
@@ -21,7 +22,7 @@ def orchestrate(spec: OrchestratorSpec) -> None:
     if spec.clients.startswith(f"ipc://{folder.path.resolve() / 'sockets'}"):
         folder.socket_folder()  # somebody may have removed it
     with folder.lock("orchestrator"):
-        accounts = {index: account(index, gpu) for index, gpu in spec.settings.gpus.items()}
+        accounts = {GpuId(HOST, index): account(index, gpu) for index, gpu in spec.settings.gpus.items()}
         server = Server(folder, Endpoints(spec.clients, spec.workers), spec.settings, accounts)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-from orchestrator.dispatch.describer_link import Describing
+from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
 from orchestrator.version import VERSION
@@ -64,8 +64,8 @@ def error_message(error: TriptychError, request: int = 0) -> Error:
 
 
 class Desk:
-    def __init__(self, engine: Engine, describing: Describing) -> None:
-        self.engine, self._describing = engine, describing
+    def __init__(self, engine: Engine, describer_link: DescriberLink) -> None:
+        self.engine, self._describer_link = engine, describer_link
         self.supervisor: bytes | None = None  # identity at the workers' socket
         self.processes: tuple[ProcessView, ...] = ()
         self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question, until they can be judged
@@ -109,7 +109,7 @@ class Desk:
                 owner = None if peer.local else peer.owner
                 newest = engine.store.newest(states, limit, owner, before)
                 found = (self._own(peer, i) for i in ids) if ids else newest
-                live = (engine.roster.jobs.get(job.id, job) for job in found)
+                live = (engine.job_queue.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
             case FetchPictures(job=job_id):
                 self._pictures(client, number, self._own(peer, job_id))
@@ -117,7 +117,7 @@ class Desk:
                 for job in [self._own(peer, job_id) for job_id in ids]:
                     if not job.ended:
                         engine.cancel(job)
-                self._reply(client, Jobs(request=number, jobs=tuple(engine.roster.known(i).view() for i in ids)))
+                self._reply(client, Jobs(request=number, jobs=tuple(engine.job_queue.known(i).view() for i in ids)))
             case Retry(jobs=ids):
                 jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
@@ -151,25 +151,25 @@ class Desk:
 
     def _own(self, peer: Peer, job_id: str) -> LiveJob:
         """A job that the peer may see; to others it is as if there were none."""
-        job = self.engine.roster.find(job_id)
+        job = self.engine.job_queue.find(job_id)
         if job is None or not (peer.local or job.owner == peer.owner):
             raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
         return job
 
     def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
         """Whose job a worker has in hand is nobody else's business."""
-        job = self.engine.roster.jobs.get(view.job) if view.job else None
+        job = self.engine.job_queue.jobs.get(view.job) if view.job else None
         return view if peer.local or (job and job.owner == peer.owner) else view.model_copy(update={"job": None})
 
     def _submit(self, peer: Peer, submit: Submit) -> None:
         client = peer.identity
-        if not self._describing.ready_for(submit.jobs):
+        if not self._describer_link.ready_for(submit.jobs):
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
             self._parked[peer, submit.request] = submit
             return
         if submit.judge:
-            self.engine.reception.judge(submit.jobs, peer.owner, submit.earlier)
+            self.engine.admission.judge(submit.jobs, peer.owner, submit.earlier)
             self._reply(client, Done(request=submit.request))
             return
         jobs = self.engine.accept(submit.jobs, peer.owner)
@@ -181,7 +181,7 @@ class Desk:
 
     def _watch(self, client: bytes, ids: list[str]) -> None:
         for job_id in ids:
-            self.engine.watchers.add(client, job_id)
+            self.engine.subscriptions.add(client, job_id)
 
     def _pictures(self, client: bytes, number: int, job: LiveJob) -> None:
         job_id = job.id
@@ -213,10 +213,10 @@ class Desk:
 
     def _stack(self, number: int) -> Stack:
         engine = self.engine
-        counts = tuple((state, count) for state, count in engine.roster.counts.items() if count)
+        counts = tuple((state, count) for state, count in engine.job_queue.counts.items() if count)
         return Stack(
-            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.reception.model,
-            counts=counts, speedups=engine.reception.speedups, queue_limit=engine.settings.queue_limit,
+            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.admission.model,
+            counts=counts, speedups=engine.admission.speedups, queue_limit=engine.settings.queue_limit,
         )  # fmt: skip
 
     def start_anew(self, names: list[str]) -> None:

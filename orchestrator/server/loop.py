@@ -17,21 +17,22 @@ from types import FrameType
 
 import zmq
 
-from orchestrator.access import Gate, KeyFolder
-from orchestrator.dispatch.describer_link import Describing
+from orchestrator.access import AllowedKeys, KeyFolder
+from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import Worker
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
 from orchestrator.removal import Ground
 from orchestrator.server.client_requests import MOST_FORGOTTEN, Desk, Peer, error_message
-from orchestrator.server.sockets import Doors
+from orchestrator.server.sockets import Sockets
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
 from orchestrator.storage.job_store import Store
 from protocol import wire
 from protocol.client.endpoints import PUBLISHED, Endpoints
 from protocol.errors import StateUnusable, TriptychError
+from protocol.gpu_memory import GpuId
 from protocol.messages.client import FROM_CLIENT
 from protocol.messages.common import Beat, Error, Heartbeat, Welcome
 from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, TokenCounts
@@ -63,17 +64,17 @@ class Server:
         folder: StackFolder,
         endpoints: Endpoints,
         settings: OrchestratorSettings,
-        accounts: Mapping[int, Account],
+        accounts: Mapping[GpuId, Account],
     ) -> None:
         self.folder = folder
         self.outbox = Outbox()
         self.settings = settings
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts)
-        self.describing = Describing(self.outbox, self.engine.reception, settings.describer)
-        self.desk = Desk(self.engine, self.describing)
+        self.describer_link = DescriberLink(self.outbox, self.engine.admission, settings.describer)
+        self.desk = Desk(self.engine, self.describer_link)
         keys = KeyFolder(folder.keys)
-        self._doors = Doors(endpoints, settings.remote(), keys.server() if keys.exists else None, Gate(keys))
+        self._doors = Sockets(endpoints, settings.remote(), keys.server() if keys.exists else None, AllowedKeys(keys))
         self._stopping = False
         self._kept_house = self._backed_up = self._looked_down = 0.0  # monotonic seconds
         local = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(self._doors.local)]
@@ -110,7 +111,7 @@ class Server:
     def _shut_out(self) -> None:
         """Those whose keys were revoked get nothing more, and their word counts for nothing."""
         for peer in self._doors.shut_out():
-            self.engine.watchers.forget_client(peer)
+            self.engine.subscriptions.forget_client(peer)
             if worker := self.engine.fleet.workers.get(peer):
                 log.warning("the key of %s was revoked", worker.hello.name)
                 self.engine.lose_worker(worker, "lost its key")
@@ -135,7 +136,7 @@ class Server:
     def _unreachable(self, letter: Letter) -> None:
         """A client that is gone or doesn't read asks again if it cares; a worker that is gone loses its task."""
         if not letter.to_worker:
-            self.engine.watchers.forget_client(letter.identity)
+            self.engine.subscriptions.forget_client(letter.identity)
         elif worker := self.engine.fleet.workers.get(letter.identity):
             log.warning("%s can't be reached", worker.hello.name)
             self.engine.lose_worker(worker, "could not be reached")
@@ -146,7 +147,7 @@ class Server:
         """Who says nothing, or says that all is well and comes no further, is ended by force."""
         for worker in self.engine.fleet.silent():
             self._give_up(worker, "fell silent")
-        if pid := self.describing.silent():
+        if pid := self.describer_link.silent():
             self.desk.kill(pid, "fell silent")
         for worker, seconds in self.engine.pace.overdue(self.engine.fleet):
             self._give_up(worker, f"came no further for {seconds:.0f} s")
@@ -231,20 +232,20 @@ class Server:
             case SupervisorHello():
                 self.desk.supervisor = identity
                 proven = [w.hello.pid for w in engine.fleet if w.hello.host == HOST and w.proven]
-                proven += [self.describing.pid] if self.describing.pid else []
+                proven += [self.describer_link.pid] if self.describer_link.pid else []
                 self.outbox.to_worker(identity, Beat(proven=tuple(proven)))
                 return
             case DescriberHello() as hello:
-                self.describing.hello(identity, hello)
+                self.describer_link.hello(identity, hello)
                 log.info("%s is whole: %s", hello.model.model, hello.model.pipeline)
                 self.outbox.to_worker(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
                 self.desk.unpark()
                 return
-            case TokenCounts() as counts if self.describing.is_here(identity):
-                self.describing.counted(counts)
+            case TokenCounts() as counts if self.describer_link.is_here(identity):
+                self.describer_link.counted(counts)
                 self.desk.unpark()
                 return
-            case Heartbeat() if self.describing.is_here(identity):
+            case Heartbeat() if self.describer_link.is_here(identity):
                 self.outbox.to_worker(identity, Beat())
                 return
             case Processes(processes=processes, exited_pids=pids, stopped_pids=stopped) if (
@@ -279,12 +280,12 @@ class Server:
             self.outbox.to_worker(identity, Error(code="conflict", message="This worker has said hello already."))
             return
         if not self.settings.describer:
-            self.engine.reception.learn_model(hello)
+            self.engine.admission.learn_model(hello)
         for old in self.engine.fleet.of_process(hello.host, hello.pid):
             if old.hello.part != hello.part:
                 continue
             self.engine.dismiss_worker(old)  # which has lost its link, and says next what it has in hand
-        self.engine.lending.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
+        self.engine.leasing.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
         worker = self.engine.fleet.hello(identity, hello)
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
         self.outbox.to_worker(worker.identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
@@ -295,8 +296,8 @@ class Server:
         for pid in pids:
             for worker in self.engine.fleet.of_process(HOST, pid):
                 self.engine.bury(worker, blameless=pid in stopped)
-            self.engine.lending.buried(HOST, pid)
-            self.describing.gone(pid)
+            self.engine.leasing.buried(HOST, pid)
+            self.describer_link.gone(pid)
 
     def _close(self) -> None:
         self.folder.withdraw()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import zmq
 from zmq.utils import z85
 
-from orchestrator.access import Gate
+from orchestrator.access import AllowedKeys
 from protocol.client.endpoints import Endpoints
 from protocol.curve_keys import KeyPair, Role
 from protocol.sockets import receive_from, router, send
@@ -29,7 +29,7 @@ Handler = Callable[[bytes, str, list[Buffer]], None]  # (peer, its key's name or
 
 
 @dataclass(slots=True)
-class Door:
+class BoundSocket:
     socket: "zmq.Socket[bytes]"
     role: Role
     guarded: bool  # by CURVE and the list of keys
@@ -51,8 +51,10 @@ class Bucket:
         return True
 
 
-class Doors:
-    def __init__(self, local: Endpoints, remote: Sequence[tuple[Role, str]], key: KeyPair | None, gate: Gate) -> None:
+class Sockets:
+    def __init__(
+        self, local: Endpoints, remote: Sequence[tuple[Role, str]], key: KeyPair | None, gate: AllowedKeys
+    ) -> None:
         """`remote` are TCP endpoints; with a `key` they want CURVE, without it they must be on the loopback address."""
         self._gate = gate
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -60,13 +62,13 @@ class Doors:
         self._zap.setsockopt(zmq.LINGER, 0)
         self._zap.bind(ZAP)
         self._doors = [
-            Door(router(self._context, local.clients, largest=LARGEST_QUESTION), "client", guarded=False),
-            Door(router(self._context, local.workers), "worker", guarded=False),
+            BoundSocket(router(self._context, local.clients, largest=LARGEST_QUESTION), "client", guarded=False),
+            BoundSocket(router(self._context, local.workers), "worker", guarded=False),
         ]
         for role, endpoint in remote:
             largest = LARGEST_QUESTION if role == "client" else None
             door = router(self._context, endpoint, secret=key.secret if key else None, domain=role, largest=largest)
-            self._doors.append(Door(door, role, guarded=key is not None))
+            self._doors.append(BoundSocket(door, role, guarded=key is not None))
         names = [door.socket.getsockopt_string(zmq.LAST_ENDPOINT) for door in self._doors]
         self.local = Endpoints(names[0], names[1])
         self.remote = [(door.role, name) for door, name in zip(self._doors[2:], names[2:], strict=True)]
@@ -87,7 +89,7 @@ class Doors:
                 if door.role == role:
                     self._drain(number, door, handle)
 
-    def _drain(self, number: int, door: Door, handle: Handler) -> None:
+    def _drain(self, number: int, door: BoundSocket, handle: Handler) -> None:
         for _ in range(BATCH):
             try:
                 user, (identity, *frames) = receive_from(door.socket)

@@ -166,7 +166,7 @@ class Store:
     def remember_workspace(self, key: str, size: int) -> None:
         self._db.write("INSERT OR REPLACE INTO workspaces VALUES(?,?)", (key, size))
 
-    def remember_pace(self, key: str, seconds: float) -> None:
+    def remember_step_seconds(self, key: str, seconds: float) -> None:
         """The shortest that a stage's step took; see `experience`."""
         self._db.write(
             "INSERT INTO paces VALUES(?,?) ON CONFLICT(key) DO UPDATE SET seconds=min(seconds, excluded.seconds)",

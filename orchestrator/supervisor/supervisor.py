@@ -18,7 +18,7 @@ from typing import TextIO
 import zmq
 
 from orchestrator.gpu_driver import list_gpus
-from orchestrator.planning.calibration import experience_in
+from orchestrator.planning.calibration import measurements_in
 from orchestrator.planning.stack_plan import plan_stack
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
@@ -45,7 +45,7 @@ class Supervisor:
         """Plan the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
         raise_file_limit()
-        self.plan = plan_stack(config, list_gpus(), experience_in(folder))
+        self.plan = plan_stack(config, list_gpus(), measurements_in(folder))
         self._lifeline, self._life = os.pipe()
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)

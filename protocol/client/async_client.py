@@ -21,7 +21,7 @@ from protocol.client.exchange import (
     PATIENCE_SECONDS,
     REPEATABLE,
     RESEND_SECONDS,
-    Conversation,
+    Exchange,
     chunks,
     located,
     raise_unless_done,
@@ -64,7 +64,7 @@ class AsyncClient:
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
         self._where, self._key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
-        self._conversation = Conversation()
+        self._conversation = Exchange()
         self._answers: dict[int, asyncio.Future[Envelope]] = {}
         self._answered = False
         self._listeners: set[asyncio.Queue[JobEvent]] = set()

@@ -22,7 +22,7 @@ from protocol.client.exchange import (
     PATIENCE_SECONDS,
     REPEATABLE,
     RESEND_SECONDS,
-    Conversation,
+    Exchange,
     chunks,
     located,
     raise_unless_done,
@@ -77,7 +77,7 @@ class Client:
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
         self._where, self._key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
         self._timeout = timeout
-        self._conversation = Conversation()
+        self._conversation = Exchange()
         self._answered = False
         self._events: deque[JobEvent] = deque()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

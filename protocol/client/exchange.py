@@ -38,7 +38,7 @@ PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is 
 REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale, Drain)
 
 
-class Conversation:
+class Exchange:
     """Pairs questions with answers by number."""
 
     def __init__(self) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from protocol.data import Data
-from protocol.gpu_memory import Grant
+from protocol.gpu_memory import Lease
 from protocol.job import JobId
 from protocol.stages import Stage
 
@@ -15,7 +15,7 @@ Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Counts = Annotated[tuple[Count, ...], Field(max_length=64)]  # one for each GPU
-Grants = Annotated[tuple[Grant, ...], Field(max_length=64)]
+Leases = Annotated[tuple[Lease, ...], Field(max_length=64)]
 JobIds = Annotated[tuple[JobId, ...], Field(max_length=MAX_JOBS)]
 
 

@@ -4,15 +4,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.gpu_memory import Needs
+from protocol.gpu_memory import WeightNeed
 from protocol.job import JobId, Recipe
 from protocol.messages.common import (
     Beat,
     Count,
     Counts,
     Error,
-    Grants,
     Heartbeat,
+    Leases,
     Line,
     Message,
     Name,
@@ -46,17 +46,17 @@ class WorkerHello(Message):
 class Ready(Message):
     """The model is loaded and the hands are free: exactly one task, or a lease, may come.
 
-    With `in_hand` they are not: a worker that has come back still works at that task, or has its result.
+    With `current_task` they are not: a worker that has come back still works at that task, or has its result.
     """
 
     kind = "ready"
     device_map: tuple[tuple[str, str], ...] = ()
     residency: tuple[ComponentView, ...] = ()
-    needs: Annotated[tuple[Needs, ...], Field(max_length=64)] = ()  # of each of its GPUs, where it works in leases
+    needs: Annotated[tuple[WeightNeed, ...], Field(max_length=64)] = ()  # of each of its GPUs, where it works in leases
     context_bytes: Counts = ()  # of its CUDA contexts with their libraries
     kept_bytes: Counts = ()  # that it holds beside contexts and leases, whatever it gives back
-    grants: Grants = ()  # that it holds
-    in_hand: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
+    leases: Leases = ()  # that it holds
+    current_task: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
 
 
 class Leased(Message):
@@ -66,7 +66,7 @@ class Leased(Message):
     """
 
     kind = "leased"
-    grants: Grants
+    leases: Leases
     kept_bytes: Counts = ()
     context_bytes: Counts = ()
     residency: tuple[ComponentView, ...] = ()
@@ -111,14 +111,14 @@ class Task(TaskKey):
 
     kind = "task"
     recipe: Recipe
-    make_do: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
+    allow_tiling: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
 
 
-class Lease(Message):
+class SetLease(Message):
     """From now on a worker may use so much of its GPUs; of nothing, it gives all back. It comes only to free hands."""
 
     kind = "lease"
-    grants: Grants  # one for each GPU, all of them of something or all of nothing
+    leases: Leases  # one for each GPU, all of them of something or all of nothing
 
 
 class CancelTask(TaskKey):
@@ -141,4 +141,4 @@ FROM_WORKER: tuple[type[Message], ...] = (
     TaskFailed,
     WorkerGoodbye,
 )
-TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, Lease, CancelTask, Committed, Beat, Error)
+TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, SetLease, CancelTask, Committed, Beat, Error)

@@ -246,7 +246,7 @@ class Artist:
 # -- training ---------------------------------------------------------------------------------------
 
 
-class Pace:
+class StepDeadlines:
     """Learning rate over a budget of minutes: a short warm-up, then a cosine to zero."""
 
     def __init__(self, minutes: float, rate: float, steps: int | None) -> None:
@@ -268,7 +268,7 @@ def train_vae(device: str, minutes: float, batch: int, steps: int | None, seed: 
     vae = build_vae().to(device).to(memory_format=torch.channels_last)
     artist, kind = Artist(device, seed), torch.device(device).type
     optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=0.0, betas=(0.9, 0.99), fused=True)
-    pace, step = Pace(minutes, 2e-3, steps), 0
+    pace, step = StepDeadlines(minutes, 2e-3, steps), 0
     while pace.set(optimizer, step):
         height, width = VAE_SIZES[step % len(VAE_SIZES)]
         count = max(2, batch * 128 * 128 // (height * width))
@@ -409,7 +409,7 @@ def train_reading(
     of_clip, of_t5 = whole.to(device), Reader(t5.config.d_model, Reader.SCENE + Reader.THING).to(device)
     modules = [clip.to(device).train(), t5.to(device).train(), of_clip, of_t5]
     optimizer = flow_optimizer([p for module in modules for p in module.parameters()])
-    pace, step = Pace(minutes, 1.5e-3, steps), 0
+    pace, step = StepDeadlines(minutes, 1.5e-3, steps), 0
     while pace.set(optimizer, step):
         index = torch.randint(len(pool.clip), (batch,), generator=generator, device=device)
         with torch.autocast(kind, torch.bfloat16):
@@ -493,7 +493,7 @@ def train_flow(
     generator, rng = torch.Generator(device).manual_seed(seed), random.Random(seed)
     parameters = list(transformer.to(device).train().parameters())
     average, optimizer = Average(parameters), flow_optimizer(parameters)
-    pace, step, seen = Pace(minutes, 1.2e-3, steps), 0, 0
+    pace, step, seen = StepDeadlines(minutes, 1.2e-3, steps), 0, 0
     while pace.set(optimizer, step):
         bucket = BUCKETS[step] if step < len(BUCKETS) else BUCKETS[0]  # each once at first: what fails, fails soon
         if step >= len(BUCKETS) and pace.share(step) > SIZES_FROM:

@@ -20,7 +20,7 @@ from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
 from protocol import wire
 from protocol.errors import ProtocolError, VersionMismatch
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.client import Cancel, FetchPictures, GetJobs, Retry, Submit, Watch
 from protocol.messages.common import Message
@@ -143,8 +143,8 @@ def seeds() -> list[bytes]:
         said(0, TaskFailed(job=job, stage="text", attempt=1, reason="no", retry=True)), said(0, Ready()),
         said(4, Cancel(request=2, jobs=(job,))), said(4, Retry(request=3, jobs=(job,))), said(4, GetJobs(request=4)),
         hello(1, "denoise", 0),
-        said(1, Ready(needs=(Needs(weights=9, least=1, workspace=1),), in_hand=(job, "denoise", 1))),
-        said(1, Leased(grants=(Grant(bytes=5, weights=3),))),
+        said(1, Ready(needs=(WeightNeed(weights=9, least=1, workspace=1),), current_task=(job, "denoise", 1))),
+        said(1, Leased(leases=(Lease(bytes=5, weight_bytes=3),))),
     ]  # fmt: skip
     return [pack(whole), pack(failing), *(pack([part]) for part in (*whole, *failing))]
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import click
 
-from orchestrator.planning.hardware import Machine, imagined, with_link
+from orchestrator.planning.hardware import Hardware, imagined, with_link
 from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.prediction import Terms
 from orchestrator.settings import StackConfig
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 from scripts.simulate.world import Arrival, Tally, World, each_job_by_itself, first_come_first_served
 
 FLUX = Path(__file__).with_name("flux_dev.json")
@@ -66,18 +66,18 @@ def report(policy: str, tally: Tally, gpus: int, took: float, **more: Any) -> di
     }  # fmt: skip
 
 
-def at(values: Sequence[float], share: float) -> float:
-    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
+def at(values: Sequence[float], weight_bytes: float) -> float:
+    return values[min(len(values) - 1, int(weight_bytes * len(values)))] if values else 0.0
 
 
 def simulate(
-    plan: Plan, figures: ModelFigures, machine: Machine, terms: Terms, jobs: Sequence[Arrival]
+    plan: Plan, profile: ModelProfile, hardware: Hardware, terms: Terms, jobs: Sequence[Arrival]
 ) -> dict[str, tuple[Tally, float]]:
     """By policy, with the seconds that it took to simulate."""
     runs = {
-        "triptych": lambda: World(plan, figures, machine, terms).run(jobs),
-        "first come first served": lambda: first_come_first_served(figures, machine, terms, jobs),
-        "each job by itself": lambda: each_job_by_itself(figures, machine, terms, jobs),
+        "triptych": lambda: World(plan, profile, hardware, terms).run(jobs),
+        "first come first served": lambda: first_come_first_served(profile, hardware, terms, jobs),
+        "each job by itself": lambda: each_job_by_itself(profile, hardware, terms, jobs),
     }
     found: dict[str, tuple[Tally, float]] = {}
     for policy, run in runs.items():
@@ -92,7 +92,7 @@ def plot(path: Path, found: dict[str, tuple[Tally, float]], jobs: Sequence[Arriv
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, (rates, waits, shares) = pyplot.subplots(3, 1, figsize=(9, 11), layout="constrained")
+    figure, (rates, waits, weights) = pyplot.subplots(3, 1, figsize=(9, 11), layout="constrained")
     hours = max(1, math.ceil(max((end for tally, _ in found.values() for _, end in tally.times), default=0) / 3600))
     bins = [3600 * h / 4 for h in range(4 * hours + 1)]
     rates.hist([job.at for job in jobs], bins=bins, histtype="stepfilled", alpha=0.3, label="arrivals")
@@ -106,10 +106,10 @@ def plot(path: Path, found: dict[str, tuple[Tally, float]], jobs: Sequence[Arriv
     spans = [max((end for _, end in tally.times), default=1.0) for tally, _ in found.values()]
     busy = [tally.busy / span for (tally, _), span in zip(found.values(), spans, strict=True)]
     swapping = [tally.swapping / span for (tally, _), span in zip(found.values(), spans, strict=True)]
-    shares.barh(names, busy, label="computing")
-    shares.barh(names, swapping, left=busy, label="swapping")
-    shares.set(xlabel="GPUs in use on average")
-    for axes in (rates, waits, shares):
+    weights.barh(names, busy, label="computing")
+    weights.barh(names, swapping, left=busy, label="swapping")
+    weights.set(xlabel="GPUs in use on average")
+    for axes in (rates, waits, weights):
         axes.legend()
     figure.savefig(path)
 
@@ -133,21 +133,21 @@ def plot(path: Path, found: dict[str, tuple[Tally, float]], jobs: Sequence[Arriv
 @click.option("--seed", default=0, show_default=True)
 @click.option("--plot", "picture", type=click.Path(path_type=Path), help="an SVG, PNG or PDF to draw")
 def main(
-    gpus: int, card: str, link: str | None, figures: Path, trace: str, load: float, hours: float, known: float,
+    gpus: int, card: str, link: str | None, profile: Path, trace: str, load: float, hours: float, known: float,
     compiled: bool, patience: float, seed: int, picture: Path | None,
 ) -> None:  # fmt: skip
-    model = ModelFigures.model_validate_json(figures.read_bytes())
-    machine = Machine(imagined(",".join([card] * gpus)), ram=1 << 60)
-    machine = with_link(machine, link) if link else machine
+    model = ModelProfile.model_validate_json(profile.read_bytes())
+    hardware = Hardware(imagined(",".join([card] * gpus)), ram=1 << 60)
+    hardware = with_link(hardware, link) if link else hardware
     config = StackConfig(placement="replicas", compile=compiled, patience=patience)
     terms = Terms(compiled, patience)
-    plan = choose(config, model, machine, terms)
+    plan = choose(config, model, hardware, terms)
     rate = load / plan.prediction.job_seconds
     jobs = arrivals(trace, rate, hours * 3600, known, seed)
     planned = plan.prediction.pictures_an_hour
     asked = {"gpus": gpus, "card": card, "trace": trace, "load": load, "seed": seed, "jobs": len(jobs)}
     print(json.dumps({**asked, "plan": plan.why, "planned_pictures_an_hour": planned}), flush=True)
-    found = simulate(plan, model, machine, terms, jobs)
+    found = simulate(plan, model, hardware, terms, jobs)
     for policy, (tally, took) in found.items():
         print(json.dumps(report(policy, tally, gpus, took)), flush=True)
     if picture:

@@ -14,27 +14,30 @@ from dataclasses import dataclass, field, replace
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
 from orchestrator.memory.margins import HEADROOM
-from orchestrator.planning.hardware import Card, Machine
+from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.planner import Plan
 from orchestrator.planning.prediction import Book, Terms
 from orchestrator.planning.streaming_cost import job_seconds, load_of, streaming
 from orchestrator.scheduling.scheduler import (
     Assign,
-    Holder,
+    ChangeLease,
+    GpuDemand,
+    GpuSpace,
     IdleWorker,
-    Lend,
-    Room,
-    Seat,
+    LeasedWorker,
     Snapshot,
     WaitingTask,
     decide,
 )
-from protocol.model_profile import ModelFigures, StageFigures
+from protocol.gpu_memory import GpuId
+from protocol.model_profile import ModelProfile, StageProfile
 from protocol.stages import STAGES, Stage
 
 MODEL = ModelKey("m", "bfloat16")
 GIVING_BACK = 0.02  # seconds
 LATE_FIRST: tuple[Stage, ...] = ("vae", "denoise", "text")
+
+HOST = "simulated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,47 +57,47 @@ class Tally:
     swapping: float = 0.0  # GPU seconds
 
 
-def task_seconds(figures: StageFigures, card: Card, weights: int, compiled: bool) -> float:
+def task_seconds(profile: StageProfile, card: Card, weights: int, compiled: bool) -> float:
     """With so many bytes for weights."""
-    how = streaming(load_of(figures), weights)
+    how = streaming(load_of(profile), weights)
     assert how is not None
-    return job_seconds(figures.flop / card.flops(figures.stage, compiled), figures.passes, how, card.rate.link)[1]
+    return job_seconds(profile.flop / card.flops(profile.stage, compiled), profile.passes, how, card.rate.link)[1]
 
 
 @dataclass(slots=True)
 class Worker:
     id: str
     stage: Stage
-    gpu: int
+    gpu: GpuId
     need: Need
-    holder: Holder
+    holder: LeasedWorker
     job: int | None = None
     since: float = 0.0  # when its lease began
     idle: bool = True
 
     @property
-    def seat(self) -> Seat:
-        return self.holder.seats[self.gpu]
+    def demand(self) -> GpuDemand:
+        return self.holder.demands[self.gpu]
 
 
 class World:
     """The plan's workers at work; every one of them in leases."""
 
-    def __init__(self, plan: Plan, figures: ModelFigures, machine: Machine, terms: Terms) -> None:
-        self.figures, self.terms = figures, terms
-        self.cards = {card.index: card for card in machine.cards}
-        book = Book(figures, machine, plan.posts, terms)
+    def __init__(self, plan: Plan, profile: ModelProfile, hardware: Hardware, terms: Terms) -> None:
+        self.profile, self.terms = profile, terms
+        self.cards = {GpuId(HOST, card.index): card for card in hardware.cards}
+        book = Book(profile, hardware, plan.posts, terms)
         self.workers: dict[str, Worker] = {}
-        self.on: dict[int, list[Worker]] = {}
-        self.available = {card.index: book.left(card) for card in machine.cards}
+        self.on: dict[GpuId, list[Worker]] = {}
+        self.available = {GpuId(HOST, card.index): book.left(card) for card in hardware.cards}
         for number, post in enumerate(plan.posts):
             if post.kind != "leases":
                 raise ValueError(f"{post.stage} is {post.kind}; only workers in leases are simulated")
-            (gpu,) = post.gpus
+            gpu = GpuId(HOST, *post.gpus)
             need = book.need(post, self.cards[gpu])
             name = f"{post.stage}-{number}"
             most = self.available[gpu] - need.least
-            holder = Holder(name, post.stage, MODEL, {gpu: Seat(need)}, lasting=True, most=most)
+            holder = LeasedWorker(name, post.stage, MODEL, {gpu: GpuDemand(need)}, lasting=True, most=most)
             worker = self.workers[name] = Worker(name, post.stage, gpu, need, holder)
             self.on.setdefault(gpu, []).append(worker)
         self.free = dict(self.available)
@@ -104,7 +107,7 @@ class World:
         self.queues: dict[Stage, deque[tuple[int, float]]] = {stage: deque() for stage in STAGES}  # (job, since)
         self.tally = Tally()
         self.now = 0.0
-        self._events: list[tuple[float, int, Worker | None, Lend | None]] = []
+        self._events: list[tuple[float, int, Worker | None, ChangeLease | None]] = []
         self._order = itertools.count()
         self._arrivals: Sequence[Arrival] = ()
         self._seconds = functools.cache(self._task_seconds)
@@ -126,7 +129,7 @@ class World:
                 self._settle(self._worth_asking())
                 continue
             self.now = due
-            touched: set[int] = set()
+            touched: set[GpuId] = set()
             while self._events and self._events[0][0] == due:
                 _, _, worker, lend = heapq.heappop(self._events)
                 if worker is not None:
@@ -147,31 +150,31 @@ class World:
         else:
             self.queues[STAGES[STAGES.index(worker.stage) + 1]].append((job, self.now))
 
-    def _leased(self, worker: Worker, lend: Lend) -> None:
-        self.free[worker.gpu] += max(0, worker.seat.lease - lend.bytes)
+    def _leased(self, worker: Worker, lend: ChangeLease) -> None:
+        self.free[worker.gpu] += max(0, worker.demand.lease - lend.bytes)
         worker.since = self.now
-        self._hold(worker, lend.bytes, lend.weights)
+        self._hold(worker, lend.bytes, lend.weight_bytes)
         self._rest(worker)
 
     def _rest(self, worker: Worker) -> None:
         worker.idle = True
         self.idle[worker.stage][worker.id] = worker
 
-    def _hold(self, worker: Worker, size: int, share: int) -> None:
-        worker.holder = replace(worker.holder, seats={worker.gpu: Seat(worker.need, size, share)})
+    def _hold(self, worker: Worker, size: int, weight_bytes: int) -> None:
+        worker.holder = replace(worker.holder, demands={worker.gpu: GpuDemand(worker.need, size, weight_bytes)})
 
     # -- what next ------------------------------------------------------------------------------
 
-    def _worth_asking(self) -> set[int]:
+    def _worth_asking(self) -> set[GpuId]:
         """GPUs whose workers could do what waits: those that need no swap first, all others only if they must."""
-        found: set[int] = set()
+        found: set[GpuId] = set()
         for stage in LATE_FIRST:
             missing = len(self.queues[stage])
             if not missing:
                 continue
-            others: list[int] = []
+            others: list[GpuId] = []
             for worker in self.idle[stage].values():
-                if worker.seat.lease - worker.seat.share >= worker.need.workspace and worker.seat.lease:
+                if worker.demand.lease - worker.demand.weight_bytes >= worker.need.workspace and worker.demand.lease:
                     found.add(worker.gpu)
                     missing -= 1
                     if not missing:
@@ -182,7 +185,7 @@ class World:
                 found.update(others)
         return found
 
-    def _settle(self, gpus: "set[int] | dict[int, list[Worker]]") -> None:
+    def _settle(self, gpus: "set[GpuId] | dict[GpuId, list[Worker]]") -> None:
         if not gpus:
             return
         here = [worker for gpu in gpus for worker in self.on.get(gpu, ())]
@@ -200,8 +203,8 @@ class World:
         }
         depth = {stage: len(queue) for stage, queue in self.queues.items()}
         holders = {w.id: self._as_of_now(w) for w in here}
-        rooms = {gpu: Room(self.available[gpu], self.free[gpu]) for gpu in gpus}
-        for action in decide(Snapshot(waiting, idle, depth, holders, rooms, self.terms.patience)):
+        spaces = {gpu: GpuSpace(self.available[gpu], self.free[gpu]) for gpu in gpus}
+        for action in decide(Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience)):
             if isinstance(action, Assign):
                 self._assign(action)
             else:
@@ -210,7 +213,7 @@ class World:
     def _workspace(self, stage: Stage) -> int:
         return next(worker.need.workspace for worker in self.workers.values() if worker.stage == stage)
 
-    def _as_of_now(self, worker: Worker) -> Holder:
+    def _as_of_now(self, worker: Worker) -> LeasedWorker:
         return replace(worker.holder, held=self.now - worker.since)
 
     def _assign(self, action: Assign) -> None:
@@ -220,48 +223,48 @@ class World:
         del queue[at]
         self._occupy(worker)
         worker.job = job
-        seconds = self._seconds(worker.gpu, worker.stage, worker.seat.share)
+        seconds = self._seconds(worker.gpu, worker.stage, worker.demand.weight_bytes)
         self.tally.busy += seconds
         if worker.stage == "denoise":
             self.tally.waits.append(self.now - self._arrivals[job].at)
         heapq.heappush(self._events, (self.now + seconds, next(self._order), worker, None))
 
-    def _lend(self, lend: Lend) -> None:
+    def _lend(self, lend: ChangeLease) -> None:
         worker = self.workers[lend.worker]
         self._occupy(worker)
         seconds = GIVING_BACK
         if lend.bytes:
-            more = max(0, lend.bytes - worker.seat.lease)
+            more = max(0, lend.bytes - worker.demand.lease)
             self.free[worker.gpu] -= more
             assert self.free[worker.gpu] >= 0, "the budget is passed"
-            seconds = lend.weights / self.cards[worker.gpu].rate.link
+            seconds = lend.weight_bytes / self.cards[worker.gpu].rate.link
             self.tally.swaps += 1
             self.tally.swapping += seconds
-            self._hold(worker, max(lend.bytes, worker.seat.lease), worker.seat.share)
+            self._hold(worker, max(lend.bytes, worker.demand.lease), worker.demand.weight_bytes)
         heapq.heappush(self._events, (self.now + seconds, next(self._order), worker, lend))
 
     def _occupy(self, worker: Worker) -> None:
         worker.idle = False
         del self.idle[worker.stage][worker.id]
 
-    def _task_seconds(self, gpu: int, stage: Stage, share: int) -> float:
-        return task_seconds(self.figures.stage(stage), self.cards[gpu], share, self.terms.compiled)
+    def _task_seconds(self, gpu: GpuId, stage: Stage, weight_bytes: int) -> float:
+        return task_seconds(self.profile.stage(stage), self.cards[gpu], weight_bytes, self.terms.compiled)
 
 
 # -- how others do it -----------------------------------------------------------------------------
 
 
-def swap_and_run(figures: ModelFigures, card: Card, stage: Stage, workspace: int, terms: Terms) -> tuple[float, float]:
+def swap_and_run(profile: ModelProfile, card: Card, stage: Stage, workspace: int, terms: Terms) -> tuple[float, float]:
     """Seconds to bring a stage in alone on a card, beside the contexts of all three, and of its task then."""
-    mine = figures.stage(stage)
+    mine = profile.stage(stage)
     weights = min(mine.weights, card.budget - len(STAGES) * (card.rate.context + HEADROOM) - workspace)
     return weights / card.rate.link, task_seconds(mine, card, weights, terms.compiled)
 
 
-def each_job_by_itself(figures: ModelFigures, machine: Machine, terms: Terms, arrivals: Sequence[Arrival]) -> Tally:
+def each_job_by_itself(profile: ModelProfile, hardware: Hardware, terms: Terms, arrivals: Sequence[Arrival]) -> Tally:
     """Each GPU does one whole job after the other, and swaps every stage in for it."""
-    tally, costs = Tally(), _costs(figures, machine, terms)
-    free = [(0.0, card.index) for card in machine.cards]
+    tally, costs = Tally(), _costs(profile, hardware, terms)
+    free = [(0.0, card.index) for card in hardware.cards]
     for arrival in arrivals:
         start, gpu = heapq.heappop(free)
         at = max(start, arrival.at)
@@ -278,10 +281,10 @@ def each_job_by_itself(figures: ModelFigures, machine: Machine, terms: Terms, ar
 
 
 def first_come_first_served(
-    figures: ModelFigures, machine: Machine, terms: Terms, arrivals: Sequence[Arrival]
+    profile: ModelProfile, hardware: Hardware, terms: Terms, arrivals: Sequence[Arrival]
 ) -> Tally:
     """Each GPU does whatever task has waited longest, and swaps its stage in unless it is there."""
-    tally, costs = Tally(), _costs(figures, machine, terms)
+    tally, costs = Tally(), _costs(profile, hardware, terms)
     inside: dict[int, Stage | None] = dict.fromkeys(costs)
     idle = deque(costs)
     waiting: deque[tuple[int, Stage]] = deque()
@@ -319,9 +322,9 @@ def first_come_first_served(
     return tally
 
 
-def _costs(figures: ModelFigures, machine: Machine, terms: Terms) -> dict[int, dict[Stage, tuple[float, float]]]:
-    book = Book(figures, machine, (), terms)
+def _costs(profile: ModelProfile, hardware: Hardware, terms: Terms) -> dict[int, dict[Stage, tuple[float, float]]]:
+    book = Book(profile, hardware, (), terms)
     return {
-        card.index: {stage: swap_and_run(figures, card, stage, book.workspace(stage, card), terms) for stage in STAGES}
-        for card in machine.cards
+        card.index: {stage: swap_and_run(profile, card, stage, book.workspace(stage, card), terms) for stage in STAGES}
+        for card in hardware.cards
     }

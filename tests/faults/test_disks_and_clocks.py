@@ -54,7 +54,7 @@ def test_a_full_disk_loses_nothing_that_was_accepted(small_disk: Path) -> None:
         assert "Traceback" not in log
         ballast.unlink()
         running.start()
-        back = running.worker("denoise", pid=7).ready(in_hand=(job.id, "denoise", task.attempt))
+        back = running.worker("denoise", pid=7).ready(current_task=(job.id, "denoise", task.attempt))
         back.say(result, big)  # the worker has held on to it
         back.hear(Committed)
         vae = running.worker("vae").ready()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from orchestrator.access import Gate, KeyFolder
+from orchestrator.access import AllowedKeys, KeyFolder
 from protocol.client.client import Client
 from protocol.curve_keys import KeyPair, PeerKey, Role, load, save
 from protocol.errors import BadRequest, Conflict, Forbidden, NoStack, NotFound, QueueFull, StateUnusable
@@ -185,7 +185,7 @@ def test_the_list_of_keys(tmp_path: Path) -> None:
     assert (folder.exists, folder.entries()) == (False, [])
     assert folder.server() == KeyFolder(tmp_path / "keys").server()
     folder.add("alice", "client", public)
-    gate = Gate(folder)
+    gate = AllowedKeys(folder)
     assert gate.entry(public, "client") is not None
     assert gate.entry(public, "worker") is None
     for name, other in (("alice", KeyPair.new().public), ("bob", public)):

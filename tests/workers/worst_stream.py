@@ -2,10 +2,10 @@
 
 import torch
 
-from workers.weights.copy_stream import Copies, HostLane, Mark
+from workers.weights.copy_stream import Copies, HostCopyStream, Mark
 
 
-class WorstLane(HostLane):
+class WorstCopyStream(HostCopyStream):
     """Bytes are gone as soon as a copy over them is ordered, and there only once it is waited for."""
 
     def __init__(self, device: torch.device) -> None:

@@ -34,10 +34,10 @@ from workers.models.skeleton import (
     stub_vae,
 )
 from workers.models.source import Source, stages_of
-from workers.models.speedups import EXACT, Speed
+from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
 from workers.split.device_gates import twin_of
-from workers.split.pipeline_split import Parts
+from workers.split.pipeline_split import PipelineSplit
 from workers.weights.host_weights import lock_ahead
 from workers.weights.residency import Residency
 
@@ -51,7 +51,7 @@ class Loaded:
     pipeline: DiffusionPipeline
     device_map: tuple[tuple[str, str], ...]
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
-    parts: Parts | None = None  # of a denoiser that is cut, which several jobs go through at once
+    split: PipelineSplit | None = None  # of a denoiser that is cut, which several jobs go through at once
 
     def another(self) -> "Loaded":
         """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
@@ -60,33 +60,33 @@ class Loaded:
         for name, part in parts.items():
             if isinstance(part, torch.nn.Module) and stages_of(name) == ("denoise",):
                 parts[name] = twin_of(part)
-                if self.parts:
-                    self.parts.gates.around(parts[name])
+                if self.split:
+                    self.split.gates.around(parts[name])
         settings = {name: value for name, value in self.pipeline.config.items() if name not in parts and name[0] != "_"}
         pipeline = type(self.pipeline)(**parts, **settings)
         pipeline.set_progress_bar_config(disable=True)
-        return Loaded(pipeline, self.device_map, self.residencies, self.parts)
+        return Loaded(pipeline, self.device_map, self.residencies, self.split)
 
 
-def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed = EXACT) -> Loaded:
+def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups = EXACT) -> Loaded:
     """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
     cls = pipeline_class(source)
     wanted = source.components(stage)
     components: dict[str, Any] = {}
     spread: list[tuple[str, str]] = []
     residencies: dict[str, Residency] = {}
-    parts: Parts | None = None
+    split: PipelineSplit | None = None
     if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
         lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
         for name in sorted(expected_components(cls)):
             if name in wanted and _has_weights(source, name) and devices.cut:
-                if parts:
+                if split:
                     raise BadRequest(f"{source.model!r} has more than one denoiser to be cut.", "Leave --cut out.")
-                parts = load_parts(source, name, stage, devices, dtype, speed)
-                components[name] = parts.module
-                spread += [(f"{name}.{part}", where) for part, where in parts.map()]
-                residencies |= {residency.name: residency for residency in parts.residencies}
+                split = load_split(source, name, stage, devices, dtype, speed)
+                components[name] = split.module
+                spread += [(f"{name}.{part}", where) for part, where in split.map()]
+                residencies |= {residency.name: residency for residency in split.residencies}
             elif name in wanted and _has_weights(source, name):
                 components[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
                 spread += places
@@ -101,7 +101,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
         pipeline = cls(**components, **plain_settings(source, cls))
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread), residencies, parts)
+    return Loaded(pipeline, tuple(spread), residencies, split)
 
 
 def _has_weights(source: Source, name: str) -> bool:
@@ -137,15 +137,17 @@ PASSING = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EINTR, err
 _told: set[str] = set()  # components whose variant was named
 
 
-def load_parts(source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed) -> Parts:
+def load_split(
+    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups
+) -> PipelineSplit:
     """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
     module = load_module(source, name, component_class(source, name), {"dtype": dtype})
     speed.after_loading(module)
-    return Parts(name, module, parts_of(devices, stage), devices.leased)
+    return PipelineSplit(name, module, parts_of(devices, stage), devices.leased)
 
 
 def load_weights(
-    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: Speed
+    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups
 ) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
     """One component, where its parts went, and its residency if it is on one device."""
     arguments: dict[str, Any] = {"dtype": dtype}

@@ -31,7 +31,7 @@ FUSED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class StageSpeedups:
     """What one stage's models are to be."""
 
     compiled: bool = False
@@ -42,9 +42,9 @@ class Speed:
     parallel: str = ""  # tensor-2 …
 
     @staticmethod
-    def of(stage: Stage, speedups: tuple[str, ...]) -> "Speed":
+    def of(stage: Stage, speedups: tuple[str, ...]) -> "StageSpeedups":
         named = {name: value for where, name, value in map(parse_speedup, speedups) if where == stage}
-        return Speed(
+        return StageSpeedups(
             "compile" in named, named.get("attention", ""), named.get("cache", ""), "fuse-qkv" in named,
             named.get("quantize", ""), named.get("parallel", ""),
         )  # fmt: skip
@@ -96,7 +96,7 @@ class Speed:
                     enable_cache(pipeline, module, self.cache)
 
 
-EXACT = Speed()
+EXACT = StageSpeedups()
 
 
 def quantization(kind: str) -> Any:

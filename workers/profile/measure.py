@@ -2,7 +2,7 @@
 
     python -m workers.profile.measure MODEL [--dtype bfloat16] [--width 1024] [--height 1024] [--steps 28] …
 
-prints a `ModelFigures` as JSON. Of a hub model only the small files are needed. What was found is kept in the user's
+prints a `ModelProfile` as JSON. Of a hub model only the small files are needed. What was found is kept in the user's
 cache folder, so that asking again takes no time; nothing slow is imported before that is clear.
 """
 
@@ -19,7 +19,7 @@ import click
 
 from protocol.errors import TriptychError
 from protocol.job import JobRequest
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 from workers.models.source import Source, locate
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ PROMPT = "a large red circle at the top left"
 VERSIONS = ("triptych", "torch", "diffusers", "transformers")
 
 
-def cached(key: list[Any], make: Callable[[], ModelFigures]) -> ModelFigures:
+def cached(key: list[Any], make: Callable[[], ModelProfile]) -> ModelProfile:
     """What was found before by the same versions for the same files, or what `make` finds now."""
     from platformdirs import user_cache_path
 
@@ -39,7 +39,7 @@ def cached(key: list[Any], make: Callable[[], ModelFigures]) -> ModelFigures:
     digest = hashlib.sha256(json.dumps([key, versions, code()]).encode()).hexdigest()[:24]
     path = user_cache_path("triptych") / "figures" / f"{digest}.json"
     try:
-        return ModelFigures.model_validate_json(path.read_bytes())
+        return ModelProfile.model_validate_json(path.read_bytes())
     except (OSError, ValueError):
         found = make()
     try:
@@ -56,25 +56,25 @@ def code() -> str:
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
-def figures_of(source: Source, dtype: str, request: JobRequest) -> ModelFigures:
+def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
     """What a job takes by a model in a dtype; BadRequest or DoesNotFit where the model doesn't take it."""
     from protocol.recipe import resolve
     from workers.models.description import describe
     from workers.models.skeleton import quiet
-    from workers.profile.meta_run import Rehearsal
+    from workers.profile.meta_run import MetaRun
 
     with quiet():
         description = describe(source)
         recipe = resolve(request, description, dtype, None)
-        stages = Rehearsal(source, recipe).stages()
-    return ModelFigures(model=description, recipe=recipe, stages=stages)
+        stages = MetaRun(source, recipe).stages()
+    return ModelProfile(model=description, recipe=recipe, stages=stages)
 
 
-def figures_for(source: Source, dtype: str, **wanted: Any) -> ModelFigures:
-    """As `figures_of`, found once for each model, dtype and size by the same versions."""
+def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
+    """As `profile_of`, found once for each model, dtype and size by the same versions."""
     request = JobRequest(prompt=PROMPT, seed=1, **wanted)
     key = [str(source.folder), source.revision, dtype, sorted(wanted.items())]
-    return cached(key, lambda: figures_of(source, dtype, request))
+    return cached(key, lambda: profile_of(source, dtype, request))
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -88,7 +88,7 @@ def figures_for(source: Source, dtype: str, **wanted: Any) -> ModelFigures:
 @click.option("--cfg-scale", type=float)
 def main(model: str, revision: str | None, dtype: str, **wanted: Any) -> None:
     try:
-        print(figures_for(locate(model, revision, None), dtype, **wanted).model_dump_json())
+        print(profile_for(locate(model, revision, None), dtype, **wanted).model_dump_json())
     except TriptychError as error:
         print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint}), file=sys.stderr)
         sys.exit(error.exit_code)

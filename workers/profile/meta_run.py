@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.job import Recipe
-from protocol.model_profile import BlockFigures, StageFigures
+from protocol.model_profile import BlockProfile, StageProfile
 from protocol.stages import Stage
 from workers.models.loading import Loaded
 from workers.models.skeleton import Decoding, build_skeleton, on_meta, text_encoder_on_meta
@@ -76,7 +76,7 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
     return tree_map(on_cpu, result)
 
 
-class Rehearsal:
+class MetaRun:
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe, self.dtype = source, recipe, DTYPES[recipe.dtype]
         self.pipeline: Any = build_skeleton(source)
@@ -90,18 +90,18 @@ class Rehearsal:
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
-    def stages(self) -> tuple[StageFigures, ...]:
+    def stages(self) -> tuple[StageProfile, ...]:
         """In the order in which a job goes through them."""
         text, embeddings = self._text()
         denoise, decoding = self._denoise(embeddings)
         return text, denoise, self._vae(decoding)
 
-    def _text(self) -> tuple[StageFigures, dict[str, Any]]:
+    def _text(self) -> tuple[StageProfile, dict[str, Any]]:
         with self._on_shapes("text") as seen:
             embeddings: dict[str, Any] = TextStage(Loaded(self.pipeline, ()), HERE).embeddings(self.recipe)
         return self._figures("text", seen, 1), embeddings
 
-    def _denoise(self, embeddings: dict[str, Any]) -> tuple[StageFigures, Decoding]:
+    def _denoise(self, embeddings: dict[str, Any]) -> tuple[StageProfile, Decoding]:
         """The pipeline's own loop, of one step."""
         stage = DenoiseStage(Loaded(self.pipeline, ()), HERE)
         recipe = self.recipe.model_copy(update={"steps": 1})
@@ -123,7 +123,7 @@ class Rehearsal:
             yield seen
         self.pipeline.register_modules(**{name: None for name, _ in self._models[stage]})
 
-    def _vae(self, decoding: Decoding) -> StageFigures:
+    def _vae(self, decoding: Decoding) -> StageProfile:
         (name, vae), *_ = self._models["vae"]
         decode: Any = vae.decode
         args, kwargs = tree_map(on_meta_device, (decoding.arguments, decoding.keywords))
@@ -134,7 +134,7 @@ class Rehearsal:
         vae.to(self.dtype)
         return self._figures("vae", seen, 1)
 
-    def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageFigures:
+    def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageProfile:
         models = self._models[stage]
         sizes = {name: model_bytes(model) + LooseTensors(model).nbytes for name, model in models}
         main = max(sizes, key=lambda name: sizes[name])
@@ -149,7 +149,7 @@ class Rehearsal:
         loose = max((largest_linear(dict(models)[main], seen.few_rows, main)), default=0) * SLOTS
         if once < LEAST_SHARE * sizes[main]:  # not worth the trouble
             blocks, loose = [block.model_copy(update={"once": 0}) for block in blocks], 0
-        return StageFigures(
+        return StageProfile(
             stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
             passes=passes, blocks=tuple(blocks), loose=loose,
             heads=heads_of(dict(models)[main]),
@@ -157,7 +157,7 @@ class Rehearsal:
         )  # fmt: skip
 
 
-def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockFigures]) -> list[torch.nn.Module]:
+def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockProfile]) -> list[torch.nn.Module]:
     _, after = around_blocks(model, [block.name for block in blocks])
     return [model.get_submodule(name) for name in after]
 
@@ -176,11 +176,11 @@ def model_bytes(model: torch.nn.Module) -> int:
     return sum(map(room, parameter_sizes(model).values()))
 
 
-def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen) -> BlockFigures:
+def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen) -> BlockProfile:
     block = model.get_submodule(row.name)
     prefix = f"{component}.{row.name}"
     once = sum(model_bytes(layer) for name, layer in block.named_modules() if f"{prefix}.{name}" in seen.few_rows)
-    return BlockFigures(name=row.name, bytes=model_bytes(block), once=once, flop=seen.by_module.get(prefix, 0.0))
+    return BlockProfile(name=row.name, bytes=model_bytes(block), once=once, flop=seen.by_module.get(prefix, 0.0))
 
 
 def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:

@@ -138,10 +138,10 @@ def fits_together(source: Any, dtype: str) -> None:
 
     Models that can't be run so for another reason are taken: not all code works on the meta device.
     """
-    from workers.profile.measure import NO_SIZE, figures_for
+    from workers.profile.measure import NO_SIZE, profile_for
 
     try:
-        figures_for(source, dtype, **NO_SIZE)
+        profile_for(source, dtype, **NO_SIZE)
     except TriptychError as error:
         log.info("not run on shapes: %s", error)
     except Exception as error:

@@ -17,7 +17,7 @@ import torch
 from protocol.errors import TriptychError
 from protocol.job import Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import Lease, Leased, Progress, Ready, Result, Task, TaskFailed
+from protocol.messages.worker import Leased, Progress, Ready, Result, SetLease, Task, TaskFailed
 from protocol.tensors import Tensor
 from protocol.views import ComponentView
 from workers.errors import Cancelled, StageError, cause_of, release_memory
@@ -27,13 +27,13 @@ from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
-from workers.weights.gpu_lease import AnyShare, settle
+from workers.weights.gpu_lease import AnyGpuLease, apply_leases
 
 log = logging.getLogger(__name__)
 
 StageRunner = TextStage | DenoiseStage | LeadStage | VaeStage
 Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
-Shares = Callable[[StageRunner], Sequence[AnyShare]]  # of each of its GPUs
+Shares = Callable[[StageRunner], Sequence[AnyGpuLease]]  # of each of its GPUs
 Event = tuple[Message, list[Tensor]]
 PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
 IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
@@ -61,7 +61,7 @@ def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...
     seconds = time.perf_counter() - start
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
     peaks = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
-    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    parts = runner.split if isinstance(runner, DenoiseStage) else None
     short = cuda and parts is None and refusals() > refused
     workspace = workspace_of(runner, peaks) // (parts.company if parts else 1)
     return Measured(outcome, seconds, sum(peaks.values()), workspace, short)
@@ -81,26 +81,26 @@ def refusals() -> int:
     return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
 
 
-class Hands:
+class Executor:
     """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
 
     def __init__(
-        self, load: Load, turns: Path | None, shares: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
+        self, load: Load, turns: Path | None, gpu_leases: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
     ) -> None:
-        """`shares` are given where it works in leases; `warm` waits until the device is ready to compute."""
+        """`gpu_leases` are given where it works in leases; `warm` waits until the device is ready to compute."""
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._shares, self._warm = load, turns, shares, warm
-        self._orders: queue.SimpleQueue[tuple[Task | Lease, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._load, self._turns, self._gpu_leases, self._warm = load, turns, gpu_leases, warm
+        self._orders: queue.SimpleQueue[tuple[Task | SetLease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
 
     def start(self) -> None:
         self._thread.start()
 
-    def give(self, order: Task | Lease, tensors: tuple[Tensor, ...]) -> None:
+    def give(self, order: Task | SetLease, tensors: tuple[Tensor, ...]) -> None:
         if isinstance(order, Task):
             self._cancelled.discard((order.job, order.attempt))  # what was cancelled under this number is over
         self._orders.put((order, tensors))
@@ -130,21 +130,21 @@ class Hands:
 
     def _serve(self) -> None:
         runner, device_map = self._load()
-        shares = self._shares(runner)
-        needs, contexts = tuple(share.needs() for share in shares), tuple(share.context_bytes() for share in shares)
-        kept = tuple(share.kept_bytes() for share in shares)
+        gpu_leases = self._gpu_leases(runner)
+        needs, contexts = tuple(held.needs() for held in gpu_leases), tuple(held.context_bytes() for held in gpu_leases)
+        kept = tuple(gpu_lease.kept_bytes() for gpu_lease in gpu_leases)
         ready = Ready(
             device_map=device_map, residency=views(runner), needs=needs, context_bytes=contexts, kept_bytes=kept
         )  # fmt: skip
         self._emit((ready, []))
         while True:
             order, tensors = self._orders.get()
-            if isinstance(order, Lease):
-                self._emit((changed(runner, shares, order), []))
+            if isinstance(order, SetLease):
+                self._emit((changed(runner, gpu_leases, order), []))
                 continue
             self._do(runner, order, tensors)
             del order, tensors
-            contexts = tuple(share.context_bytes() for share in shares)
+            contexts = tuple(gpu_lease.context_bytes() for gpu_lease in gpu_leases)
             self._emit((Ready(residency=views(runner), context_bytes=contexts), []))
 
     def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
@@ -162,12 +162,12 @@ class Hands:
                 self._emit((progress, saved.tensors if saved else []))
 
         if isinstance(runner, VaeStage):
-            runner.may_tile = task.make_do
+            runner.may_tile = task.allow_tiling
         try:
             self._warm()
             with turn(self._turns):
                 done = run_measured(runner, task.recipe, tensors, report)
-            if done.short and not task.make_do:
+            if done.short and not task.allow_tiling:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
         except RankLost:
             raise
@@ -192,11 +192,11 @@ class Hands:
         self._cancelled.discard((task.job, task.attempt))
 
 
-def changed(runner: StageRunner, shares: Sequence[AnyShare], lease: Lease) -> Leased:
+def changed(runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], lease: SetLease) -> Leased:
     """After a lease, with no other job on its way."""
-    parts = runner.parts if isinstance(runner, DenoiseStage) else None
+    parts = runner.split if isinstance(runner, DenoiseStage) else None
     with parts.to_oneself() if parts else contextlib.nullcontext():
-        leased = settle(shares, lease.grants)
+        leased = apply_leases(gpu_leases, lease.leases)
     return leased.model_copy(update={"residency": views(runner)})
 
 

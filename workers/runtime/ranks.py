@@ -23,16 +23,16 @@ from torch._C._distributed_c10d import FileStore
 
 from protocol import wire
 from protocol.errors import BadRequest, DoesNotFit, TriptychError
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import Lease, Leased, Ready, Task
+from protocol.messages.worker import Leased, Ready, SetLease, Task
 from protocol.process import PR_SET_PDEATHSIG, log_to_stderr
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
 from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
-from workers.weights.gpu_lease import NOTHING, AnyShare, settle
+from workers.weights.gpu_lease import NOTHING, AnyGpuLease, apply_leases
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def form(size: int, name: str) -> Group:
 
 
 def follow(
-    load: Callable[[], DenoiseStage], shares_of: Callable[[DenoiseStage], Sequence[AnyShare]], group: Group
+    load: Callable[[], DenoiseStage], shares_of: Callable[[DenoiseStage], Sequence[AnyGpuLease]], group: Group
 ) -> NoReturn:
     """Do what the first rank does, until it is gone."""
     code = 1
@@ -124,18 +124,18 @@ def follow(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         (link,) = group.links
         stage = load()
-        shares = shares_of(stage)
-        contexts = tuple(share.context_bytes() for share in shares)
+        gpu_leases = shares_of(stage)
+        contexts = tuple(gpu_lease.context_bytes() for gpu_lease in gpu_leases)
         link.sendall(READY)
-        tell(link, Ready(needs=tuple(share.needs() for share in shares), context_bytes=contexts))
+        tell(link, Ready(needs=tuple(gpu_lease.needs() for gpu_lease in gpu_leases), context_bytes=contexts))
         while (frames := receive(link)) is not None:
-            envelope = wire.decode(frames, (Task, Lease))
+            envelope = wire.decode(frames, (Task, SetLease))
             match envelope.message:
                 case Task(recipe=recipe):
                     take_part(stage, recipe, envelope.tensors, link)
-                    tell(link, Ready(context_bytes=tuple(share.context_bytes() for share in shares)))
-                case Lease(grants=grants):
-                    tell(link, settle(shares, grants))
+                    tell(link, Ready(context_bytes=tuple(gpu_lease.context_bytes() for gpu_lease in gpu_leases)))
+                case SetLease(leases=leases):
+                    tell(link, apply_leases(gpu_leases, leases))
         code = 0
     except TriptychError as error:
         print(f"Error: {error}", file=sys.stderr)
@@ -218,18 +218,18 @@ def exactly(link: socket.socket, size: int) -> bytearray:
 # -- the first ----------------------------------------------------------------------------------
 
 
-class FollowersShare:
+class FollowerLease:
     """What another rank takes of its GPU, asked for through its link."""
 
     def __init__(self, link: socket.socket, ready: Ready) -> None:
         self._link, self._ready = link, ready
 
-    def needs(self) -> Needs:
+    def needs(self) -> WeightNeed:
         return self._ready.needs[0]
 
     def take(self, size: int, weights: int) -> None:
         """As a share's own: DoesNotFit, having given everything back."""
-        if reason := self._ask(Grant(bytes=size, weights=weights)).reason:
+        if reason := self._ask(Lease(bytes=size, weight_bytes=weights)).reason:
             raise DoesNotFit(reason, "Give it more memory, more GPUs, or the CPU.")
 
     def give_back(self) -> None:
@@ -245,9 +245,9 @@ class FollowersShare:
         """It has done a job."""
         self._ready = self._ready.model_copy(update={"context_bytes": ready.context_bytes})
 
-    def _ask(self, grant: Grant) -> Leased:
+    def _ask(self, lease: Lease) -> Leased:
         self._link.sendall(DONE)
-        tell(self._link, Lease(grants=(grant,)))
+        tell(self._link, SetLease(leases=(lease,)))
         leased = wire.decode(frames_of(self._link), (Leased,)).message
         assert isinstance(leased, Leased)
         told = {"context_bytes": leased.context_bytes, "kept_bytes": leased.kept_bytes}
@@ -261,16 +261,16 @@ class LeadStage:
     def __init__(self, stage: DenoiseStage, group: Group) -> None:
         self.pipeline, self.device, self.residencies = stage.pipeline, stage.device, stage.residencies
         self._stage, self._group = stage, group
-        self._shares: list[FollowersShare] = []
+        self._gpu_leases: list[FollowerLease] = []
         for link in group.links:
             if link.recv(1) != READY:
                 raise RankLost("another rank could not load the model; its reason is above")
-            self._shares.append(FollowersShare(link, told_ready(link)))
+            self._gpu_leases.append(FollowerLease(link, told_ready(link)))
 
     @property
-    def shares(self) -> Sequence[AnyShare]:
+    def gpu_leases(self) -> Sequence[AnyGpuLease]:
         """The others', where they work in leases."""
-        return self._shares
+        return self._gpu_leases
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """As the stage's own; RankLost where the others no longer follow."""
@@ -303,7 +303,7 @@ class LeadStage:
             try:
                 if link.recv(1) != DONE:
                     raise RankLost(f"rank {rank} said something else")
-                self._shares[rank - 1].heard(told_ready(link))
+                self._gpu_leases[rank - 1].heard(told_ready(link))
             except TimeoutError as error:
                 raise RankLost(f"rank {rank} did not come to the end of the job") from error
             finally:

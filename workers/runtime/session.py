@@ -19,17 +19,17 @@ from protocol.messages.worker import (
     TO_WORKER,
     CancelTask,
     Committed,
-    Lease,
     Leased,
     Ready,
     Result,
+    SetLease,
     Task,
     WorkerGoodbye,
     WorkerHello,
 )
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.tensors import Tensor
-from workers.runtime.executor import Hands, resident_bytes
+from workers.runtime.executor import Executor, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ SILENCE_SECONDS = 4.0  # without an answer, after which the link counts as dead
 WELCOME_SECONDS = 1.0  # the same for the hello, which may have gone to an orchestrator that was just being killed
 
 
-class WorkerLoop:
-    def __init__(self, endpoint: str, key: PeerKey | None, hello: WorkerHello, hands: Hands) -> None:
-        self._endpoint, self._key, self._hello, self._hands = endpoint, key, hello, hands
+class Session:
+    def __init__(self, endpoint: str, key: PeerKey | None, hello: WorkerHello, executor: Executor) -> None:
+        self._endpoint, self._key, self._hello, self._executor = endpoint, key, hello, executor
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._poller = zmq.Poller()
-        self._poller.register(hands.wake, zmq.POLLIN)
+        self._poller.register(executor.wake, zmq.POLLIN)
         self._beat_seconds = 1.0
         self._heard = self._beaten = 0.0
         self._idle = self._loaded = self._welcome = False
@@ -59,11 +59,11 @@ class WorkerLoop:
         """Stop at SIGTERM or SIGINT; for the main thread only."""
         signal.signal(signal.SIGTERM, self._stop)
         signal.signal(signal.SIGINT, self._stop)
-        signal.set_wakeup_fd(self._hands.bell.fileno(), warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._executor.bell.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
         """Until it is stopped; raises what loading the stage raised."""
-        self._hands.start()
+        self._executor.start()
         self._connect()
         while not self._stop_reason:
             self._poller.poll(int(self._beat_seconds * 500))
@@ -81,11 +81,11 @@ class WorkerLoop:
     def stop(self, reason: str) -> None:
         """From any thread."""
         self._stop_reason = reason
-        self._hands.ring()
+        self._executor.ring()
 
     def fail(self, error: BaseException) -> None:
         """Let `run` raise an error of another thread's."""
-        self._hands.fail(error)
+        self._executor.fail(error)
 
     # -- the link -------------------------------------------------------------------------------
 
@@ -145,12 +145,12 @@ class WorkerLoop:
             case Welcome(heartbeat_seconds=seconds):
                 self._beat_seconds, self._welcome = seconds, True
                 self._say_what_is()
-            case Task() | Lease() as order:
+            case Task() | SetLease() as order:
                 self._idle, self._ordered = False, self._links
                 self._task = order if isinstance(order, Task) else None
-                self._hands.give(order, envelope.tensors)
+                self._executor.give(order, envelope.tensors)
             case CancelTask(job=job, attempt=attempt):
-                self._hands.cancel(job, attempt)
+                self._executor.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):
                 if self._result and (self._result[0].job, self._result[0].attempt) == (job, attempt):
                     self._result = None
@@ -177,11 +177,11 @@ class WorkerLoop:
 
     def _tell(self) -> None:
         try:
-            self._hands.wake.recv(4096)
+            self._executor.wake.recv(4096)
         except BlockingIOError:
             return
-        while not self._hands.events.empty():
-            event = self._hands.events.get()
+        while not self._executor.events.empty():
+            event = self._executor.events.get()
             if isinstance(event, BaseException):
                 raise event
             message, tensors = event

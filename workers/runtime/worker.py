@@ -24,16 +24,16 @@ from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import Loaded, load
 from workers.models.skeleton import quiet
 from workers.models.source import Source, locate
-from workers.models.speedups import Speed
-from workers.runtime.executor import Hands, StageRunner
+from workers.models.speedups import StageSpeedups
+from workers.runtime.executor import Executor, StageRunner
 from workers.runtime.ranks import Group, LeadStage, follow, form
-from workers.runtime.session import WorkerLoop
+from workers.runtime.session import Session
 from workers.runtime.warmup import WarmUp
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 from workers.tensors import DTYPES
-from workers.weights.gpu_lease import AnyShare, Share
+from workers.weights.gpu_lease import AnyGpuLease, GpuLease
 
 log = logging.getLogger(__name__)
 
@@ -106,12 +106,12 @@ class Prepared:
             return [lambda: self._stage(*self.weights())]
         once = Once(self.weights)
 
-        def lane(index: int) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
+        def copy_stream(index: int) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
             loaded, device = once.get()
             runner, places = self._stage(loaded.another(), device)
             return runner, () if index else places  # they are told once
 
-        return [functools.partial(lane, index) for index in range(self.spec.jobs)]
+        return [functools.partial(copy_stream, index) for index in range(self.spec.jobs)]
 
     def weights(self) -> tuple[Loaded, torch.device]:
         spec, device, memory = self.spec, self.device, self.spec.max_memory
@@ -121,12 +121,12 @@ class Prepared:
             self.group.join(torch.device(device))
         devices = Devices.of(device, memory, bool(spec.leased_gpus), spec.cut, spec.workspace)
         start = time.perf_counter()
-        speed = Speed.of(spec.stage, spec.speedups)
+        speed = StageSpeedups.of(spec.stage, spec.speedups)
         loaded = load(self.source, spec.stage, devices, DTYPES[self.dtype], speed)
         log.info("loaded in %.2f s", time.perf_counter() - start)
         return loaded, devices.primary
 
-    def shares(self, runner: StageRunner) -> list[AnyShare]:
+    def gpu_leases(self, runner: StageRunner) -> list[AnyGpuLease]:
         """Of each GPU whose memory is leased to it."""
         spec, workspace = self.spec, WORKSPACE[self.spec.stage]
         if not spec.leased_gpus:
@@ -134,12 +134,12 @@ class Prepared:
         if spec.workspace is not None:
             workspace = min(workspace, spec.workspace // spec.jobs)  # as planned for larger pictures, maybe
         amounts = [size - (spec.workspace or 0) for size in spec.max_memory]
-        if isinstance(runner, DenoiseStage) and runner.parts:
+        if isinstance(runner, DenoiseStage) and runner.split:
             parts = zip(runner.residencies, amounts, strict=True)
-            return [Share(residency.device, (residency,), workspace, most) for residency, most in parts]
+            return [GpuLease(residency.device, (residency,), workspace, most) for residency, most in parts]
         rank = self.group.rank if self.group else 0
-        own = Share(runner.device, runner.residencies, workspace, amounts[rank] if amounts else None)
-        return [own, *(runner.shares if isinstance(runner, LeadStage) else ())]
+        own = GpuLease(runner.device, runner.residencies, workspace, amounts[rank] if amounts else None)
+        return [own, *(runner.gpu_leases if isinstance(runner, LeadStage) else ())]
 
     def _stage(self, loaded: Loaded, device: torch.device) -> tuple[StageRunner, tuple[tuple[str, str], ...]]:
         return self._runner(loaded, device), loaded.device_map
@@ -195,7 +195,7 @@ def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     prepared = prepare(spec)
     prepared.group = group
     if group and group.rank:
-        follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.shares, group)
+        follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.gpu_leases, group)
     if group:
         group.watch()
     hello = WorkerHello(
@@ -213,32 +213,32 @@ def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
         parts=spec.jobs,
     )
     cpu_lock = Path(spec.cpu_lock) if spec.cpu_lock and prepared.device == "cpu" else None
-    loops = []
+    sessions = []
     for index, loader in enumerate(prepared.loaders()):
-        hands = Hands(
+        executor = Executor(
             loader,
             cpu_lock,
-            (lambda _: ()) if index else prepared.shares,
+            (lambda _: ()) if index else prepared.gpu_leases,
             warm_up.join,
         )
         told = hello if not index else hello.model_copy(update={"name": f"{spec.name}.{index + 1}", "part": index})
-        loops.append(WorkerLoop(spec.endpoint, key, told, hands))
-    run_together(loops)
+        sessions.append(Session(spec.endpoint, key, told, executor))
+    run_together(sessions)
     logging.shutdown()
     os._exit(0)  # taking torch apart in good order takes seconds, and nothing is left to be saved
 
 
 def ranks_of(spec: WorkerSpec) -> int:
     """Processes that this worker is."""
-    _, _, size = Speed.of(spec.stage, spec.speedups).parallel.partition("-")
+    _, _, size = StageSpeedups.of(spec.stage, spec.speedups).parallel.partition("-")
     return int(size or 1)
 
 
-def run_together(loops: Sequence[WorkerLoop]) -> None:
+def run_together(sessions: Sequence[Session]) -> None:
     """One process that is several workers: the first one hears signals, and they all end with any of them."""
-    first, *others = loops
+    first, *others = sessions
 
-    def attend(loop: WorkerLoop) -> None:
+    def attend(loop: Session) -> None:
         try:
             loop.run()
         except BaseException as error:

@@ -18,7 +18,7 @@ from workers.weights.residency import block_rows
 
 
 @dataclass(slots=True)
-class Gate:
+class DeviceGate:
     """Of one device; `last` is the end of the work that was queued there last."""
 
     device: torch.device
@@ -51,12 +51,12 @@ class Gate:
 class Passage(threading.local):
     """Where one thread's job is."""
 
-    gate: Gate | None = None
+    gate: DeviceGate | None = None
     before: torch.cuda.Event | None = None
     ready = False  # its streams are made
 
 
-class Gates:
+class DeviceGates:
     """`parts` are the devices, each with how many of the model's rows of blocks lie there, in order.
 
     `entered` hears of each job that has passed a gate, in its thread: of which one, by its number.
@@ -69,7 +69,7 @@ class Gates:
         entered: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.devices = [device for device, count in parts if count]
-        self._gates = [Gate(device) for device in self.devices]
+        self._gates = [DeviceGate(device) for device in self.devices]
         self._passage, self._entered = Passage(), entered
         rows, at = block_rows(model), 0
         for index, count in enumerate(count for _, count in parts if count):
@@ -78,7 +78,7 @@ class Gates:
                 block.register_forward_pre_hook(lambda *_, index=index: self._go_to(index), prepend=True)
             at += count
 
-    def all(self) -> Sequence[Gate]:
+    def all(self) -> Sequence[DeviceGate]:
         return self._gates
 
     def around(self, model: torch.nn.Module) -> None:

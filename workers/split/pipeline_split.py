@@ -16,10 +16,10 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.utils import recursively_apply
 
 from protocol.errors import BadRequest
-from workers.split.device_gates import Gates
-from workers.weights.forward_trace import Call, Results, Watch, around_blocks, uncompiled, vectors_of
-from workers.weights.modulation import Ahead
-from workers.weights.residency import Play, Residency, block_rows
+from workers.split.device_gates import DeviceGates
+from workers.weights.forward_trace import Call, ForwardTrace, Results, around_blocks, uncompiled, vectors_of
+from workers.weights.modulation import PrecomputedJob
+from workers.weights.residency import JobForwards, Residency, block_rows
 
 SWITCH_SECONDS = 0.0005  # until one thread's job lets another's go on, which has a GPU waiting; Python's own is 0.005
 
@@ -64,7 +64,7 @@ class Return(ModelHook):  # type: ignore[misc]
 class Current(threading.local):
     """Of one thread's job."""
 
-    ahead: Ahead | None = None
+    ahead: PrecomputedJob | None = None
     stay: "Stay | None" = None
 
 
@@ -75,7 +75,7 @@ class Stay:
     most: int = 1
 
 
-class Crowd:
+class JobGate:
     """Jobs at once, and now and then one that must be alone."""
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class Crowd:
                 self._changed.notify_all()
 
 
-class Parts:
+class PipelineSplit:
     """`parts` are the devices, each with its number of blocks, and with its bytes for weights."""
 
     def __init__(
@@ -128,10 +128,10 @@ class Parts:
         for residency, (_, _, room) in zip(self.residencies, parts, strict=True):
             if not leased:
                 residency.swap_in(min(residency.total_bytes, room))
-        self.gates = Gates(module, [(device, count) for device, count, _ in parts], self._turn)
+        self.gates = DeviceGates(module, [(device, count) for device, count, _ in parts], self._turn)
         sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._moved, self._current = moved, Current()
-        self._crowd, self._learned = Crowd(), False
+        self._job_gate, self._learned = JobGate(), False
         self._shapes: set[Hashable] = set()  # of jobs that were made
         self._first = ""  # of the layers that run ahead, once they are known
         self._results: Results | None = None
@@ -154,7 +154,7 @@ class Parts:
         return [(part, names[number]) for part, number in self.places.items()]
 
     @contextlib.contextmanager
-    def job(self, model: torch.nn.Module, play: Play, shape: Hashable) -> Iterator[None]:
+    def job(self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable) -> Iterator[None]:
         """Around a job of `model`, one of those that share the blocks, in this thread.
 
         One to learn from is alone; so is the first of a `shape` where blocks are compiled, since torch compiles in one
@@ -162,20 +162,21 @@ class Parts:
         """
 
         def new() -> bool:
-            return (self._to_learn() and play.whole) or (self.compiled and shape not in self._shapes)
+            return (self._to_learn() and forwards.whole) or (self.compiled and shape not in self._shapes)
 
-        with self.gates.job(), self._crowd.joined(new) as self._current.stay, self._left_behind():
+        with self.gates.job(), self._job_gate.joined(new) as self._current.stay, self._left_behind():
             if self._to_learn() and self.compiled:
-                with uncompiled([model.get_submodule(row) for row in self.rows]), Watch(model, self.rows) as watch:
-                    play.rehearse()
-                self._learn(watch)
-            if self._to_learn() and play.whole:
-                with Watch(model, self.rows) as watch:
+                blocks = [model.get_submodule(row) for row in self.rows]
+                with uncompiled(blocks), ForwardTrace(model, self.rows) as trace:
+                    forwards.rehearse()
+                self._learn(trace)
+            if self._to_learn() and forwards.whole:
+                with ForwardTrace(model, self.rows) as trace:
                     yield
                 self.gates.leave()
-                self._learn(watch)
+                self._learn(trace)
             elif self._first:
-                with self._run_ahead(model, play):
+                with self._run_ahead(model, forwards):
                     yield
             else:
                 yield
@@ -189,19 +190,19 @@ class Parts:
     @contextlib.contextmanager
     def to_oneself(self) -> Iterator[None]:
         """While no job is on its way."""
-        with self._crowd.joined(lambda: True):
+        with self._job_gate.joined(lambda: True):
             yield
 
     def _to_learn(self) -> bool:
         streams = any(residency.state == "streamed" for residency in self.residencies)
         return not self._learned and (self.compiled or streams)
 
-    def _learn(self, watch: Watch) -> None:
+    def _learn(self, trace: ForwardTrace) -> None:
         """While no other job is on its way."""
-        if watch.forwards < 2:
+        if trace.forwards < 2:
             return  # too few steps to tell
         self._learned = True
-        layers = watch.layers()
+        layers = trace.layers()
         found = [(residency, residency.modulation_of(layers)) for residency in self.residencies]
         ahead = [(residency, modulation) for residency, modulation in found if modulation]
         if not ahead or ahead[0][0] is not self.residencies[0]:
@@ -210,17 +211,17 @@ class Parts:
             for residency, modulation in ahead:
                 residency.adopt(modulation)
                 modulation.put(several=True)
-            self._first, self._results = ahead[0][1].first, watch.results
+            self._first, self._results = ahead[0][1].first, trace.results
 
     @contextlib.contextmanager
-    def _run_ahead(self, model: torch.nn.Module, play: Play) -> Iterator[None]:
+    def _run_ahead(self, model: torch.nn.Module, forwards: JobForwards) -> Iterator[None]:
         assert self._results is not None
 
         def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
             with self.gates.first():
                 return vectors_of(model, self.rows, self._first, calls)
 
-        ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
+        ahead = PrecomputedJob(vectors(forwards.foresee(self._results)), lambda call: vectors([call])[0])
         self._current.ahead = ahead
         try:
             with ahead.along(model):

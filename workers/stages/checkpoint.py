@@ -208,7 +208,7 @@ def has_changed(value: object, begun: tuple[object, int] | None) -> bool:
     return value is not before or version_of(value) != version
 
 
-class Detour:
+class ResumeForward:
     """A denoiser's forward that gives zeros until the loop has come to a checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, forward: Callable[..., Any]) -> None:
@@ -233,12 +233,12 @@ class Steps:
     """A job's step ends: on the way to where it goes on, nothing; then reports, with checkpoints."""
 
     def __init__(
-        self, report: Report, steps: int, recorder: Recorder | None = None, detour: Detour | None = None
+        self, report: Report, steps: int, recorder: Recorder | None = None, resume: ResumeForward | None = None
     ) -> None:
-        self._report, self._steps, self._recorder, self._detour = report, steps, recorder, detour
+        self._report, self._steps, self._recorder, self._resume = report, steps, recorder, resume
 
     def begin(self) -> None:
-        self._report(self._detour.checkpoint.step if self._detour else 0, self._steps)
+        self._report(self._resume.checkpoint.step if self._resume else 0, self._steps)
 
     def end(self, pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of a pipeline."""
@@ -247,10 +247,10 @@ class Steps:
 
     def _end(self, scheduler: Any, done: int, latents: object, steps: int) -> None:
         steps = max(steps, self._steps)
-        if self._detour and not self._detour.over:
-            if done == self._detour.checkpoint.step:
+        if self._resume and not self._resume.over:
+            if done == self._resume.checkpoint.step:
                 assert isinstance(latents, torch.Tensor)
-                self._detour.arrive(scheduler, latents)
+                self._resume.arrive(scheduler, latents)
             return
         self._report(done, steps, self._recorder.step_end(done, steps, latents) if self._recorder else None)
 

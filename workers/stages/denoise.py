@@ -16,7 +16,7 @@ from workers.models.description import call_parameters, guidance_arguments
 from workers.models.loading import Loaded
 from workers.models.skeleton import Decoding
 from workers.models.source import stages_of
-from workers.stages.checkpoint import Checkpoint, Detour, Recorder, Steps, is_one, read
+from workers.stages.checkpoint import Checkpoint, Recorder, ResumeForward, Steps, is_one, read
 from workers.stages.contract import Outcome, Report, unheard
 from workers.tensors import Value, pack, unpack
 from workers.weights.forward_trace import Call, Results, standing_in
@@ -28,7 +28,7 @@ class DenoiseStage:
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
         self.checkpoint_seconds = checkpoint_seconds
-        self.parts = loaded.parts
+        self.split = loaded.split
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
@@ -51,13 +51,13 @@ class DenoiseStage:
     def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:
         """Around a job: what it needs of the weights is on the device when it is needed."""
         with contextlib.ExitStack() as stack:
-            if self.parts:
+            if self.split:
                 (twin,) = self.denoisers()
-                play = Play(self, twin, recipe, embeddings, begins)
-                stack.enter_context(self.parts.job(twin, play, shape_of(recipe)))
+                forwards = JobForwards(self, twin, recipe, embeddings, begins)
+                stack.enter_context(self.split.job(twin, forwards, shape_of(recipe)))
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
-                stack.enter_context(residency.job(Play(self, residency.module, recipe, embeddings, begins)))
+                stack.enter_context(residency.job(JobForwards(self, residency.module, recipe, embeddings, begins)))
             else:
                 for residency in self.residencies:
                     stack.enter_context(residency.job(None))
@@ -76,10 +76,10 @@ class DenoiseStage:
                 recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds)
                 hook = denoiser.register_forward_hook(recorder.see, with_kwargs=True)
                 stack.callback(hook.remove)
-            detour = Detour(saved, denoiser.forward) if saved else None
-            if detour:
-                stack.enter_context(standing_in(denoiser, detour))
-            yield Steps(report, recipe.steps, recorder, detour)
+            resume = ResumeForward(saved, denoiser.forward) if saved else None
+            if resume:
+                stack.enter_context(standing_in(denoiser, resume))
+            yield Steps(report, recipe.steps, recorder, resume)
 
     def denoiser(self) -> torch.nn.Module | None:
         """The one whose work can be gone on with: not one of two, nor one whose step cache has a memory of its own."""
@@ -134,12 +134,12 @@ class DenoiseStage:
         return found
 
 
-class Rehearsed(Exception):
+class TwoForwardsDone(Exception):
     """Not an error: the forwards that were wanted are done."""
 
 
 @dataclass(frozen=True, slots=True)
-class Play:
+class JobForwards:
     """A job told before it goes, by its own loop."""
 
     stage: DenoiseStage
@@ -173,12 +173,12 @@ class Play:
             nonlocal done
             done += 1
             if done == 2:
-                raise Rehearsed
+                raise TwoForwardsDone
 
         hook = self.denoiser.register_forward_hook(count)
         try:
             self._run()
-        except Rehearsed:
+        except TwoForwardsDone:
             reset_caches(self.stage.pipeline)
         finally:
             hook.remove()

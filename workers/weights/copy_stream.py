@@ -20,7 +20,7 @@ class Mark:
         self.event = event
 
 
-class Lane(Protocol):
+class CopyStream(Protocol):
     device: torch.device
 
     def mark(self) -> Mark:
@@ -36,7 +36,7 @@ class Lane(Protocol):
         """Wait here until everything queued is done."""
 
 
-class HostLane:
+class HostCopyStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
@@ -55,7 +55,7 @@ class HostLane:
         pass
 
 
-class CudaLane:
+class CudaCopyStream:
     """What is not page-locked by `locks`, which may have to be waited for, passes through a page-locked buffer."""
 
     def __init__(self, device: torch.device, locks: PageLocks) -> None:
@@ -105,6 +105,6 @@ class CudaLane:
 BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
 
 
-def lane_for(device: torch.device, locks: PageLocks | None) -> Lane:
+def copy_stream_for(device: torch.device, locks: PageLocks | None) -> CopyStream:
     """`locks` are those of the weights that a GPU's lane is to carry."""
-    return HostLane(device) if locks is None else CudaLane(device, locks)
+    return HostCopyStream(device) if locks is None else CudaCopyStream(device, locks)

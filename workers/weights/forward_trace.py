@@ -76,7 +76,7 @@ class Reached(Exception):
 
 
 @dataclass(slots=True)
-class Watch:
+class ForwardTrace:
     """What is seen of a model's linear layers in the first two forwards of a job, and of the model's output."""
 
     module: torch.nn.Module
@@ -86,7 +86,7 @@ class Watch:
     forwards: int = 0
     _hooks: list[Any] = field(default_factory=list)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "ForwardTrace":
         def linear(name: str) -> Callable[..., None]:
             def see(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
                 if self.forwards < 2 and args and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:

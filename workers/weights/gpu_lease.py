@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from protocol.errors import DoesNotFit
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import Lease, WeightNeed
 from protocol.messages.worker import Leased
 from protocol.units import format_bytes
 from workers.errors import cause_of
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 UNMEASURED_CONTEXT = 1_000_000_000  # bytes; where the driver tells nothing about single processes
 SLACK = 32 << 20  # bytes by which a driver's count and the allocator's may differ
 VERIFY_SECONDS = 10.0  # that a driver may take to count what was freed
-NOTHING = Grant(bytes=0, weights=0)
+NOTHING = Lease(bytes=0, weight_bytes=0)
 
 
-class AnyShare(Protocol):
+class AnyGpuLease(Protocol):
     """Of this process, or of another that works with it."""
 
-    def needs(self) -> Needs: ...
+    def needs(self) -> WeightNeed: ...
     def take(self, size: int, weights: int) -> None: ...
     def give_back(self) -> None: ...
     def kept_bytes(self) -> int: ...
@@ -39,7 +39,7 @@ class AnyShare(Protocol):
 
 
 @dataclass(slots=True)
-class Share:
+class GpuLease:
     """`workspace` is what the stage takes beside its weights for a picture of 1024 × 1024, in bytes, erring high."""
 
     device: torch.device
@@ -51,10 +51,10 @@ class Share:
     def __post_init__(self) -> None:
         self._kept = self._reserved()  # what getting ready has left, before any lease
 
-    def needs(self) -> Needs:
+    def needs(self) -> WeightNeed:
         weights = sum(residency.total_bytes for residency in self.residencies)
         least = sum(residency.least_bytes for residency in self.residencies)
-        return Needs(
+        return WeightNeed(
             weights=weights if self.most is None else max(least, min(weights, self.most)),
             least=least,
             workspace=self.workspace if self.device.type == "cuda" else 0,
@@ -143,30 +143,31 @@ def driver_handle(device: torch.device) -> Any:
     return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
 
 
-def settle(shares: Sequence[AnyShare], grants: Sequence[Grant]) -> Leased:
+def apply_leases(gpu_leases: Sequence[AnyGpuLease], leases: Sequence[Lease]) -> Leased:
     """Do what a lease says of each, and tell how it is now: what can't be taken whole is given back whole."""
     start, reason = time.perf_counter(), ""
     try:
-        for share, grant in zip(shares, grants, strict=True):
-            if grant.bytes:
-                share.take(grant.bytes, grant.weights)
+        for gpu_lease, lease in zip(gpu_leases, leases, strict=True):
+            if lease.bytes:
+                gpu_lease.take(lease.bytes, lease.weight_bytes)
     except (torch.OutOfMemoryError, DoesNotFit) as error:
         reason = cause_of(error)
-        log.warning("a lease of %s was too small: %s", told(grants), error)
-    if reason or not any(grant.bytes for grant in grants):
-        grants = [NOTHING] * len(shares)
-        for share in shares:
-            share.give_back()
-    kept, contexts = [share.kept_bytes() for share in shares], [share.context_bytes() for share in shares]
+        log.warning("a lease of %s was too small: %s", told(leases), error)
+    if reason or not any(lease.bytes for lease in leases):
+        leases = [NOTHING] * len(gpu_leases)
+        for gpu_lease in gpu_leases:
+            gpu_lease.give_back()
+    kept = [gpu_lease.kept_bytes() for gpu_lease in gpu_leases]
+    contexts = [gpu_lease.context_bytes() for gpu_lease in gpu_leases]
     log.info(
         "lease of %s taken in %.2f s; %s kept beside it, and %s of context",
-        told(grants), time.perf_counter() - start, ", ".join(map(format_bytes, kept)),
+        told(leases), time.perf_counter() - start, ", ".join(map(format_bytes, kept)),
         ", ".join(map(format_bytes, contexts)),
     )  # fmt: skip
     return Leased(
-        grants=tuple(grants), kept_bytes=tuple(kept), context_bytes=tuple(contexts), reason=reason,
+        leases=tuple(leases), kept_bytes=tuple(kept), context_bytes=tuple(contexts), reason=reason,
     )  # fmt: skip
 
 
-def told(grants: Sequence[Grant]) -> str:
-    return ", ".join(format_bytes(grant.bytes) for grant in grants)
+def told(leases: Sequence[Lease]) -> str:
+    return ", ".join(format_bytes(lease.bytes) for lease in leases)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from workers.weights.copy_stream import Lane, Mark
+from workers.weights.copy_stream import CopyStream, Mark
 from workers.weights.forward_trace import Call
 from workers.weights.streaming import memory_of_its_own, room, view_of
 
@@ -21,7 +21,7 @@ SLOTS = 3
 
 
 @dataclass(slots=True)
-class Ahead:
+class PrecomputedJob:
     """One job's modulation: the vectors of all its forwards, and what each layer has made of them."""
 
     vectors: list[torch.Tensor]
@@ -51,7 +51,7 @@ class Ahead:
             self.vectors.append(self.catch_up(Call(args, kwargs)))
 
 
-class Lookup(torch.nn.Module):
+class PrecomputedLayer(torch.nn.Module):
     """Stands where a modulation layer stood: its result is that of the present forward, computed before.
 
     The result is a tensor of its own, so that compiled blocks see the same one in every step.
@@ -82,11 +82,11 @@ class Modulation:
         rows: Sequence[str],
         layers: Sequence[str],
         host: Mapping[str, torch.Tensor],
-        lane: Lane,
+        copy_stream: CopyStream,
     ) -> None:
-        self._module, self._lane, self._layers = module, lane, list(layers)
+        self._module, self._copy_stream, self._layers = module, copy_stream, list(layers)
         self._linear = [module.get_submodule(name) for name in layers]
-        self._lookups = [Lookup() for _ in layers]
+        self._precomputed = [PrecomputedLayer() for _ in layers]
         self._sources = [
             {leaf: host[f"{name}.{leaf}"] for leaf, _ in linear.named_parameters()}
             for name, linear in zip(layers, self._linear, strict=True)
@@ -98,7 +98,7 @@ class Modulation:
             for row in rows
         ]
         self._arrived: list[Mark | None] = [None] * len(self._layers)
-        self._ahead: Ahead | None = None  # the job that has its turn
+        self._ahead: PrecomputedJob | None = None  # the job that has its turn
         self._passing = False  # through a buffer, once a job; else they are on the device
         self._several = False
         self._hooks: list[Any] = []
@@ -119,7 +119,7 @@ class Modulation:
     def pass_through(self) -> None:
         """Give the layers' weights their places in a buffer, which lives as long as they are there."""
         self._passing = True
-        buffer = memory_of_its_own(self.buffer_bytes, self._lane.device)
+        buffer = memory_of_its_own(self.buffer_bytes, self._copy_stream.device)
         for index, source in enumerate(self._sources):
             offset = index % SLOTS * self._slot
             for leaf, tensor in source.items():
@@ -129,7 +129,7 @@ class Modulation:
     def put(self, several: bool = False) -> None:
         """Results that are looked up take the layers' places, for one job, or for `several` that take turns."""
         self._several = several
-        self._replace(self._lookups)
+        self._replace(self._precomputed)
         for block, indices in self._of_row:
             if indices:
                 self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
@@ -140,8 +140,8 @@ class Modulation:
             hook.remove()
         self._replace(self._linear)
         self._hooks, self._ahead = [], None
-        for lookup in self._lookups:
-            lookup.now = None
+        for precomputed in self._precomputed:
+            precomputed.now = None
 
     def _replace(self, modules: Sequence[torch.nn.Module]) -> None:
         for name, module in zip(self._layers, modules, strict=True):
@@ -153,7 +153,7 @@ class Modulation:
         for index in range(min(SLOTS, len(self._layers)) if self._passing else 0):
             self._fetch(index)
 
-    def turn(self, ahead: Ahead) -> None:
+    def turn(self, ahead: PrecomputedJob) -> None:
         """From now on it is this job's present forward that is looked up, until another has its turn."""
         self._ahead = ahead
         places: list[torch.Tensor] = []
@@ -162,12 +162,12 @@ class Modulation:
             if not (table := ahead.tables.get(name)):
                 continue  # it fills at its block's first run
             if ahead.call >= len(table):
-                table.append(self._straight(index, ahead.vectors_on(self._lane.device)[ahead.call]))
-            lookup, now = self._lookups[index], table[ahead.call]
-            if lookup.now is None or lookup.now.shape != now.shape:
-                lookup.show(now)
+                table.append(self._straight(index, ahead.vectors_on(self._copy_stream.device)[ahead.call]))
+            precomputed, now = self._precomputed[index], table[ahead.call]
+            if precomputed.now is None or precomputed.now.shape != now.shape:
+                precomputed.show(now)
             else:
-                places.append(lookup.now)
+                places.append(precomputed.now)
                 results.append(now)
         if places:
             torch._foreach_copy_(places, results)
@@ -184,11 +184,11 @@ class Modulation:
             if self._several and index == 0:
                 self.start()  # not before, or another job might do so in between
             if self._passing and (arrived := self._arrived[index]):
-                self._lane.wait(arrived)
+                self._copy_stream.wait(arrived)
             linear = self._linear[index]
-            vectors = ahead.vectors_on(self._lane.device)
+            vectors = ahead.vectors_on(self._copy_stream.device)
             ahead.tables[name] = [type(linear).forward(linear, vector) for vector in vectors]
-            self._lookups[index].show(ahead.tables[name][ahead.call])
+            self._precomputed[index].show(ahead.tables[name][ahead.call])
             if self._passing and index + SLOTS < len(self._layers):
                 self._fetch(index + SLOTS)
 
@@ -202,4 +202,4 @@ class Modulation:
     def _fetch(self, index: int) -> None:
         linear = self._linear[index]
         copies = [(getattr(linear, leaf).data, tensor) for leaf, tensor in self._sources[index].items()]
-        self._arrived[index] = self._lane.copy(copies, self._lane.mark())
+        self._arrived[index] = self._copy_stream.copy(copies, self._copy_stream.mark())

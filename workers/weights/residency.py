@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.tensors import flat_bytes
-from workers.weights.copy_stream import lane_for
-from workers.weights.forward_trace import Call, Results, Watch, place_of, uncompiled, vectors_of
+from workers.weights.copy_stream import copy_stream_for
+from workers.weights.forward_trace import Call, ForwardTrace, Results, place_of, uncompiled, vectors_of
 from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
 from workers.weights.loose_tensors import LooseTensors
-from workers.weights.modulation import Ahead, Modulation
+from workers.weights.modulation import Modulation, PrecomputedJob
 from workers.weights.sharded import LocalPart
 from workers.weights.streaming import (
     Block,
@@ -36,7 +36,7 @@ from workers.weights.streaming import (
 State = Literal["in", "streamed", "out"]
 
 
-class Play(Protocol):
+class JobForwards(Protocol):
     """A job as it will go, told before it does."""
 
     @property
@@ -71,7 +71,7 @@ class Residency:
         self._host = weights.tensors
         self._parameters = {name: p for name, p in plain_parameters(module).items() if name in self._host}
         self._quantized = quantized_parameters(module)
-        self._lane = lane_for(device, locks)
+        self._copy_stream = copy_stream_for(device, locks)
         self.rows = [row for row in block_rows(module) if self.has(row)]
         self.blocks = streamable(module, self.rows)
         self._loose = LooseTensors(module, self.has)
@@ -83,7 +83,7 @@ class Residency:
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
-        self._seen: Watch | None = None  # the first job, to learn from
+        self._seen: ForwardTrace | None = None  # the first job, to learn from
         self._results: Results | None = None  # of its forwards, as they were seen
         self._learned = False
         self.compiled = False
@@ -134,8 +134,8 @@ class Residency:
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
         if self.plan:
-            self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._lane)
-        self._lane.synchronize()
+            self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._copy_stream)
+        self._copy_stream.synchronize()
 
     def _plan(self, budget: int) -> StreamPlan:
         plan = self._plan_with(self.modulation, budget) if budget >= self.least_bytes or self.modulation else None
@@ -165,7 +165,7 @@ class Residency:
         self.seconds = time.perf_counter() - start
 
     def _let_go(self) -> None:
-        self._lane.synchronize()
+        self._copy_stream.synchronize()
         if self._ring:
             self._ring.close()
         for name, parameter in self._parameters.items():
@@ -191,33 +191,33 @@ class Residency:
         self.compiled = True
 
     @contextlib.contextmanager
-    def job(self, play: Play | None) -> Iterator[None]:
-        """Around a job. Without its `play`, or before one was watched, modulation weights are streamed like others."""
+    def job(self, forwards: JobForwards | None) -> Iterator[None]:
+        """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too."""
         if self.state == "in" and not self.compiled:
-            play = None  # nothing to be gained
-        if play and self.compiled and not self._learned:
-            self._rehearse(play)
-        elif play and self._seen and not self._learned:
+            forwards = None  # nothing to be gained
+        if forwards and self.compiled and not self._learned:
+            self._rehearse(forwards)
+        elif forwards and self._seen and not self._learned:
             self._learn(self._seen)
         self.start()
-        if play and self.modulation:
-            with self._run_ahead(play, self.modulation):
+        if forwards and self.modulation:
+            with self._run_ahead(forwards, self.modulation):
                 yield
-        elif play and play.whole and not self._learned:
-            with Watch(self.module, self.rows) as self._seen:
+        elif forwards and forwards.whole and not self._learned:
+            with ForwardTrace(self.module, self.rows) as self._seen:
                 yield
         else:
             yield
 
     @contextlib.contextmanager
-    def _run_ahead(self, play: Play, modulation: Modulation) -> Iterator[None]:
+    def _run_ahead(self, forwards: JobForwards, modulation: Modulation) -> Iterator[None]:
         assert self._results is not None
 
         def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
             return vectors_of(self.module, self.rows, modulation.first, calls)
 
         modulation.start()
-        ahead = Ahead(vectors(play.foresee(self._results)), lambda call: vectors([call])[0])
+        ahead = PrecomputedJob(vectors(forwards.foresee(self._results)), lambda call: vectors([call])[0])
         modulation.put()
         hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(ahead))
         try:
@@ -227,20 +227,20 @@ class Residency:
             hook.remove()
             modulation.take_away()
 
-    def _rehearse(self, play: Play) -> None:
+    def _rehearse(self, forwards: JobForwards) -> None:
         """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""
         self.start()
-        with uncompiled(self._blocks()), Watch(self.module, self.rows) as watch:
-            play.rehearse()
-        self._learn(watch)
+        with uncompiled(self._blocks()), ForwardTrace(self.module, self.rows) as trace:
+            forwards.rehearse()
+        self._learn(trace)
 
-    def _learn(self, watch: Watch) -> None:
+    def _learn(self, trace: ForwardTrace) -> None:
         """Let jobs run their modulation ahead from now on, and stream the less."""
         self._seen = None
-        if watch.forwards < 2:
+        if trace.forwards < 2:
             return  # too few steps to tell
-        self._learned, self._results = True, watch.results
-        if (modulation := self.modulation_of(watch.layers())) and (self.gains(modulation) or self.compiled):
+        self._learned, self._results = True, trace.results
+        if (modulation := self.modulation_of(trace.layers())) and (self.gains(modulation) or self.compiled):
             self.adopt(modulation)
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
@@ -249,7 +249,7 @@ class Residency:
         mine = [name for name in layers if self.has(name) and not sharded & {f"{name}.weight", f"{name}.bias"}]
         if not mine:
             return None
-        modulation = Modulation(self.module, self.rows, mine, self._host, self._lane)
+        modulation = Modulation(self.module, self.rows, mine, self._host, self._copy_stream)
         fits = self.plan is None or self._plan_with(modulation, self._budget)
         return modulation if fits else None
 
@@ -282,7 +282,7 @@ class Residency:
             offset += source.nbytes
             after = source.data_ptr() + source.nbytes, offset
         copies = [(slab[start : start + length], flat_bytes(first, length)) for first, length, start in spans]
-        self._lane.wait(self._lane.copy(copies, self._lane.mark()))
+        self._copy_stream.wait(self._copy_stream.copy(copies, self._copy_stream.mark()))
 
 
 def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:

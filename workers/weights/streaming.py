@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workers.weights.copy_stream import Lane, Mark
+from workers.weights.copy_stream import CopyStream, Mark
 from workers.weights.sharded import LocalPart
 
 ALIGNMENT = 256  # bytes
@@ -162,10 +162,10 @@ class Ring:
         blocks: Sequence[torch.nn.Module],
         parameters: Mapping[str, torch.nn.Parameter | LocalPart],
         host: Mapping[str, torch.Tensor],
-        lane: Lane,
+        copy_stream: CopyStream,
     ) -> None:
-        self.lane = lane
-        self.memory = memory_of_its_own(plan.ring_bytes, lane.device)
+        self.copy_stream = copy_stream
+        self.memory = memory_of_its_own(plan.ring_bytes, copy_stream.device)
         self._copies: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each piece: (place in the ring, source)
         self._spans: list[tuple[int, int]] = []
         for piece, start in zip(plan.pieces, plan.offsets, strict=True):
@@ -208,7 +208,7 @@ class Ring:
 
     def start(self) -> None:
         """Send off the pieces that come first, as far as the ring holds them."""
-        begun = self.lane.mark()
+        begun = self.copy_stream.mark()
         taken: list[int] = []
         for index, copies in enumerate(self._copies):
             if copies:
@@ -221,20 +221,20 @@ class Ring:
     def _fetch(self, index: int, after: Mark) -> None:
         for other in self._rivals[index]:
             self._arrived[other] = None
-        self._arrived[index] = self.lane.copy(self._copies[index], after)
+        self._arrived[index] = self.copy_stream.copy(self._copies[index], after)
 
     def _need(self, index: int) -> None:
         if not self._copies[index]:
             return
         if (arrived := self._arrived[index]) is None:  # blocks ran in another order than planned
-            self._fetch(index, self.lane.mark())
+            self._fetch(index, self.copy_stream.mark())
             arrived = self._arrived[index]
         assert arrived is not None
-        self.lane.wait(arrived)
+        self.copy_stream.wait(arrived)
 
     def _done(self, index: int) -> None:
         if self._after[index]:
-            done = self.lane.mark()
+            done = self.copy_stream.mark()
             for other in self._after[index]:
                 self._fetch(other, done)
 

@@ -7,15 +7,15 @@ import pytest
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.scheduler import NOTHING
 from protocol.errors import DoesNotFit, JobFailed
-from protocol.gpu_memory import Needs
+from protocol.gpu_memory import WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.supervisor import Processes, SupervisorHello
-from protocol.messages.worker import Committed, Lease, Leased, Result, Task, TaskFailed, WorkerGoodbye
+from protocol.messages.worker import Committed, Leased, Result, SetLease, Task, TaskFailed, WorkerGoodbye
 from tests.fakes import OUTPUTS, FakeWorker, Orchestrator, orchestrator
 
 GB = 10**9
-TEXT = Needs(weights=10 * GB, least=GB, workspace=GB // 2)
-DENOISE = Needs(weights=20 * GB, least=2 * GB, workspace=2 * GB)
+TEXT = WeightNeed(weights=10 * GB, least=GB, workspace=GB // 2)
+DENOISE = WeightNeed(weights=20 * GB, least=2 * GB, workspace=2 * GB)
 CONTEXT = GB // 2
 
 
@@ -23,7 +23,7 @@ def one_gpu(budget: int) -> dict[str, object]:
     return {"gpus": {0: {"budget": budget, "driver": False}}}
 
 
-def leased(running: Orchestrator, stage: str, needs: Needs) -> FakeWorker:
+def leased(running: Orchestrator, stage: str, needs: WeightNeed) -> FakeWorker:
     worker = running.worker(stage, gpus=(0,), pid=1_000_000 + len(stage))
     return worker.ready(needs, context_bytes=(CONTEXT,))
 
@@ -44,22 +44,22 @@ def test_stages_that_do_not_fit_together_take_turns(state: Path) -> None:
         client = running.client()
         client.submit_many([JobRequest(prompt=f"a cat {i}", seed=i, width=1024, height=1024) for i in range(2)])
         first = text.obey()
-        assert first.grants[0].bytes == TEXT.weights + TEXT.workspace
+        assert first.leases[0].bytes == TEXT.weights + TEXT.workspace
         finish(text)
         finish(text)
-        assert text.obey().grants[0].bytes == 0
+        assert text.obey().leases[0].bytes == 0
         second = denoise.obey()
-        assert second.grants[0].bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
-        assert second.grants[0].bytes - second.grants[0].weights == DENOISE.workspace
+        assert second.leases[0].bytes + 2 * CONTEXT + HEADROOM + FIRST_HEADROOM <= budget
+        assert second.leases[0].bytes - second.leases[0].weight_bytes == DENOISE.workspace
         task = denoise.take()
         views = {view.stage: view for view in client.workers().workers}
-        assert views["denoise"].lease_bytes == (second.grants[0].bytes,)
+        assert views["denoise"].lease_bytes == (second.leases[0].bytes,)
         assert (views["text"].lease_bytes, views["text"].gpus) == ((0,), (0,))
         finish(denoise, task)
         client.submit("a cat 0", seed=7, width=1024, height=1024)  # a prompt that is known swaps nothing
         finish(denoise)
         finish(denoise)
-        assert not [e for e in denoise.seen if isinstance(e.message, Lease) and e.message.grants[0].bytes == 0]
+        assert not [e for e in denoise.seen if isinstance(e.message, SetLease) and e.message.leases[0].bytes == 0]
 
 
 def test_a_denoiser_that_runs_out_of_memory_gets_more_room_and_its_try_does_not_count(state: Path) -> None:
@@ -72,12 +72,12 @@ def test_a_denoiser_that_runs_out_of_memory_gets_more_room_and_its_try_does_not_
         spaces: list[int] = []
         for _ in range(10):  # more often than a job may fail
             lease = denoise.obey()
-            spaces.append(lease.grants[0].bytes - lease.grants[0].weights)
+            spaces.append(lease.leases[0].bytes - lease.leases[0].weight_bytes)
             task = denoise.take()
             key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
             denoise.say(TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True))
             denoise.ready(context_bytes=(CONTEXT,))
-            if task.make_do:
+            if task.allow_tiling:
                 break
         assert spaces == sorted(spaces)
         assert len(spaces) > 3
@@ -97,17 +97,17 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
         job = client.submit("a cat", seed=1, width=1024, height=1024)
         text.obey()
         task = text.take()
-        assert task.make_do is False
+        assert task.allow_tiling is False
         text.say(Result(job=task.job, stage="text", attempt=task.attempt, seconds=0.1), OUTPUTS["text"])
         text.hear(Committed)
         text.say(WorkerGoodbye())
         denoise.settle()
-        assert not [e for e in denoise.seen if isinstance(e.message, Lease)]
+        assert not [e for e in denoise.seen if isinstance(e.message, SetLease)]
         supervisor = running.worker("vae")  # any peer may say hello as the supervisor
         supervisor.say(SupervisorHello(pid=1))
         supervisor.say(Processes(processes=(), exited_pids=(1_000_004,)))
         lease = denoise.obey()
-        assert lease.grants[0].bytes > 10 * GB
+        assert lease.leases[0].bytes > 10 * GB
         assert denoise.take().job == job.id
 
 
@@ -117,8 +117,8 @@ def test_a_lease_that_fails_counts_as_a_failure_of_what_waited_for_it(state: Pat
         client = running.client()
         job = client.submit("a cat", seed=1)
         for _ in range(3):
-            assert text.hear(Lease).grants[0].bytes
-            text.say(Leased(grants=(NOTHING,), reason="no memory after all"))
+            assert text.hear(SetLease).leases[0].bytes
+            text.say(Leased(leases=(NOTHING,), reason="no memory after all"))
         with pytest.raises(JobFailed, match="no memory after all"):
             client.wait(job.id, 20)
 
@@ -133,23 +133,23 @@ def test_a_restarted_orchestrator_learns_from_its_workers_what_they_hold(state: 
         running.kill()
         running.start()
         again = running.worker("text", gpus=(0,))
-        again.ready(TEXT, context_bytes=(CONTEXT,), grants=lease.grants)
+        again.ready(TEXT, context_bytes=(CONTEXT,), leases=lease.leases)
         leased(running, "denoise", DENOISE)
-        assert again.obey().grants[0].bytes == 0
+        assert again.obey().leases[0].bytes == 0
 
 
 def test_an_idle_stage_gives_back_its_memory_after_keep_alive(state: Path) -> None:
     with orchestrator(state, **one_gpu(13 * GB), keep_alive={"text": 0}) as running:
         text = leased(running, "text", TEXT)
         running.client().submit_many([JobRequest(prompt=f"a cat {i}", seed=i) for i in range(2)])
-        assert text.obey().grants[0].bytes
+        assert text.obey().leases[0].bytes
         finish(text)
         finish(text)
-        assert text.obey().grants[0].bytes == 0
+        assert text.obey().leases[0].bytes == 0
 
 
 def test_a_vae_makes_do_only_once_no_more_can_be_had(state: Path) -> None:
-    vae_needs = Needs(weights=GB // 5, least=GB // 5, workspace=3 * GB)
+    vae_needs = WeightNeed(weights=GB // 5, least=GB // 5, workspace=3 * GB)
     with orchestrator(state, **one_gpu(9 * GB)) as running:
         text, denoise = running.worker("text").ready(), running.worker("denoise").ready()
         vae = leased(running, "vae", vae_needs)
@@ -160,9 +160,9 @@ def test_a_vae_makes_do_only_once_no_more_can_be_had(state: Path) -> None:
         spaces: list[int] = []
         for _ in range(8):
             lease = vae.obey()
-            spaces.append(lease.grants[0].bytes - lease.grants[0].weights)
+            spaces.append(lease.leases[0].bytes - lease.leases[0].weight_bytes)
             task = vae.take()
-            if task.make_do:
+            if task.allow_tiling:
                 break
             key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
             vae.say(TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True))
@@ -181,7 +181,7 @@ def two_gpus(budget: int) -> dict[str, object]:
 def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_changes_beside_none_of_their_jobs(
     state: Path,
 ) -> None:
-    half = Needs(weights=8 * GB, least=GB, workspace=GB)
+    half = WeightNeed(weights=8 * GB, least=GB, workspace=GB)
     with orchestrator(state, **two_gpus(13 * GB)) as running:
         text = leased(running, "text", TEXT)
         split = {"gpus": (0, 1), "pid": 2_000_000, "parts": 2}
@@ -192,13 +192,13 @@ def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_change
         jobs += client.submit_many([JobRequest(prompt="a cat", seed=2, **large)])
         text.obey()
         finish(text)
-        assert text.obey().grants == (NOTHING,)
+        assert text.obey().leases == (NOTHING,)
         text.settle()
         first.settle()
-        assert not [e for e in first.seen if isinstance(e.message, Lease)]  # not all its workers are here
+        assert not [e for e in first.seen if isinstance(e.message, SetLease)]  # not all its workers are here
         second = running.worker("denoise", name="d.2", part=1, **split).ready()
         lease = first.obey()
-        assert [(grant.bytes, grant.weights) for grant in lease.grants] == [(9 * GB, 8 * GB)] * 2
+        assert [(lease.bytes, lease.weight_bytes) for lease in lease.leases] == [(9 * GB, 8 * GB)] * 2
         tasks = {worker.name: worker for worker in client.workers().workers if worker.stage == "denoise"}
         assert (tasks["d"].lease_bytes, tasks["d.2"].lease_bytes) == ((9 * GB, 9 * GB), ())
         one, other = first.take(), second.take()
@@ -210,31 +210,31 @@ def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_change
             assert len(worker.seen) == heard[worker] + 1  # the beat alone: the large one waits for both
         finish(first, one)
         wider = first.obey()
-        assert all(grant.bytes - grant.weights == 2 * GB for grant in wider.grants)
+        assert all(lease.bytes - lease.weight_bytes == 2 * GB for lease in wider.leases)
         assert second.take().job == jobs[2].id
 
 
 def test_what_one_of_several_gpus_holds_counts_until_the_process_is_gone_and_is_told_by_one_that_comes_back(
     state: Path,
 ) -> None:
-    half = Needs(weights=8 * GB, least=8 * GB, workspace=GB)
+    half = WeightNeed(weights=8 * GB, least=8 * GB, workspace=GB)
     with orchestrator(state, **two_gpus(13 * GB)) as running:
         first = running.worker("denoise", gpus=(0, 1), pid=2_000_000)
         first.ready(half, half, context_bytes=(CONTEXT, CONTEXT))
         lease = first.obey()  # it fits for good
         running.restart()
         again = running.worker("denoise", gpus=(0, 1), pid=2_000_000)
-        again.ready(half, half, context_bytes=(CONTEXT, CONTEXT), grants=lease.grants)
+        again.ready(half, half, context_bytes=(CONTEXT, CONTEXT), leases=lease.leases)
         text = leased(running, "text", TEXT)
         client = running.client()
         client.submit("a cat", seed=1, width=1024, height=1024)
-        assert text.obey().grants[0].bytes < 13 * GB - lease.grants[0].bytes
-        again.say(Leased(grants=(NOTHING,)))  # of one GPU where there are two: not heeded
+        assert text.obey().leases[0].bytes < 13 * GB - lease.leases[0].bytes
+        again.say(Leased(leases=(NOTHING,)))  # of one GPU where there are two: not heeded
         again.say(WorkerGoodbye())
         finish(text)
         client.submit("a dog", seed=1, width=1024, height=1024)
         finish(text)  # its share is no larger than before, as long as the other process may be there
-        assert not [e for e in text.seen[-3:] if isinstance(e.message, Lease)]
+        assert not [e for e in text.seen[-3:] if isinstance(e.message, SetLease)]
 
 
 def test_a_stage_too_large_for_its_budget_fails_its_jobs_and_new_ones_are_refused(state: Path) -> None:
@@ -254,11 +254,11 @@ def test_a_stage_too_large_for_its_budget_fails_its_jobs_and_new_ones_are_refuse
 def test_what_fits_for_good_comes_in_before_there_is_work_and_is_not_tried_again_where_that_fails(state: Path) -> None:
     with orchestrator(state, **one_gpu(13 * GB)) as running:
         text = leased(running, "text", TEXT)
-        lease = text.hear(Lease)
-        assert lease.grants[0].bytes == TEXT.weights + TEXT.workspace
-        text.say(Leased(grants=(NOTHING,), reason="no memory after all"))
+        lease = text.hear(SetLease)
+        assert lease.leases[0].bytes == TEXT.weights + TEXT.workspace
+        text.say(Leased(leases=(NOTHING,), reason="no memory after all"))
         text.settle()
         text.settle()
-        assert sum(isinstance(envelope.message, Lease) for envelope in text.seen) == 1
+        assert sum(isinstance(envelope.message, SetLease) for envelope in text.seen) == 1
         running.client().submit("a cat", seed=1)
-        assert text.obey().grants[0].bytes
+        assert text.obey().leases[0].bytes

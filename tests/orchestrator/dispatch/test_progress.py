@@ -20,13 +20,22 @@ from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import Need
 from orchestrator.memory.ledger import Account
 from orchestrator.memory.margins import FIRST_HEADROOM
-from orchestrator.scheduling.scheduler import Holder, IdleWorker, Lend, Room, Seat, Snapshot, WaitingTask, decide
+from orchestrator.scheduling.scheduler import (
+    ChangeLease,
+    GpuDemand,
+    GpuSpace,
+    IdleWorker,
+    LeasedWorker,
+    Snapshot,
+    WaitingTask,
+    decide,
+)
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import JobRequest
-from protocol.messages.worker import Lease, Leased, Ready, Result, Task, TaskFailed, WorkerHello
+from protocol.messages.worker import Leased, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
 from protocol.stages import STAGES, Stage
 from tests.chance import examples
 from tests.fakes import MODEL, OUTPUTS
@@ -34,7 +43,7 @@ from tests.fakes import MODEL, OUTPUTS
 MB = 10**6
 GB = 10**9
 KEY = ModelKey("m", "bfloat16")
-NOTHING = Grant(bytes=0, weights=0)
+NOTHING = Lease(bytes=0, weight_bytes=0)
 
 
 @dataclass
@@ -42,12 +51,12 @@ class Sim:
     """A worker's process as it really is, whatever the stack thinks of it."""
 
     stage: Stage
-    needs: Needs
+    needs: WeightNeed
     takes: int  # bytes of workspace that its tasks really take
     context: int
     keeps: list[int] = field(default_factory=list)  # bytes, one more each time that all is given back; then the last
     refuses: int = 0  # leases, the first ones
-    lease: Grant = NOTHING
+    lease: Lease = NOTHING
     kept: int = 0
     worker: Worker | None = None
 
@@ -75,8 +84,9 @@ class World:
         store = Store(None, self.folder)
         self.outbox = Outbox()
         account = Account(self.budget, used=self.used if self.driver else lambda: None)
-        self.engine = Engine(store, self.outbox, OrchestratorSettings(queue_limit=1000), {0: account}, self.folder)
-        self.engine.lending._standstill = Standstill(lambda: self.now)
+        settings = OrchestratorSettings(queue_limit=1000)
+        self.engine = Engine(store, self.outbox, settings, {GpuId("h", 0): account}, self.folder)
+        self.engine.leasing._standstill = Standstill(lambda: self.now)
         for sim in self.sims:
             self.join(sim)
 
@@ -92,7 +102,7 @@ class World:
             name=f"{sim.stage}-1", stage=sim.stage, pid=1000 + number, host="h", device="cuda", dtype="float32",
             model=MODEL, gpus=(0,),
         )  # fmt: skip
-        self.engine.reception.learn_model(hello)
+        self.engine.admission.learn_model(hello)
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
         sim.lease, sim.kept = NOTHING, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
@@ -106,7 +116,7 @@ class World:
         self.engine.assign()
         for letter in [*self.outbox.drain_tasks(), *self.outbox.drain()]:
             sim = next((s for s in self.sims if s.worker and s.worker.identity == letter.identity), None)
-            if sim and isinstance(letter.message, Lease):
+            if sim and isinstance(letter.message, SetLease):
                 self.orders += 1
                 self.obey(sim, letter.message)
             elif sim and isinstance(letter.message, Task):
@@ -117,30 +127,30 @@ class World:
             assert sim.worker
             self.restarts += 1
             self.engine.dismiss_worker(sim.worker)
-            self.engine.lending.buried("h", sim.worker.hello.pid)
+            self.engine.leasing.buried("h", sim.worker.hello.pid)
             self.join(sim)
         self.engine.to_restart.clear()
 
-    def obey(self, sim: Sim, lease: Lease) -> None:
-        (grant,) = lease.grants
+    def obey(self, sim: Sim, order: SetLease) -> None:
+        (lease,) = order.leases
         reason = ""
-        if grant.bytes and sim.refuses:
+        if lease.bytes and sim.refuses:
             sim.refuses -= 1
-            reason, grant = "there was less than that", NOTHING
-        if grant.bytes:
-            sim.lease = grant
+            reason, lease = "there was less than that", NOTHING
+        if lease.bytes:
+            sim.lease = lease
         else:
             sim.give_back()
         assert sim.worker
         leased = Leased(
-            grants=(sim.lease,), kept_bytes=(sim.kept,), context_bytes=(sim.context,), reason=reason
+            leases=(sim.lease,), kept_bytes=(sim.kept,), context_bytes=(sim.context,), reason=reason
         )  # fmt: skip
         self.engine.leased(sim.worker, leased)
 
     def work(self, sim: Sim, task: Task) -> None:
         assert sim.worker
         key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
-        if sim.lease.bytes - sim.lease.weights < sim.takes and not (sim.stage == "vae" and task.make_do):
+        if sim.lease.bytes - sim.lease.weight_bytes < sim.takes and not (sim.stage == "vae" and task.allow_tiling):
             told = TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True)
             self.engine.failed(sim.worker, told)
         else:
@@ -171,7 +181,7 @@ def sims(draw: st.DrawFn, stage: Stage) -> Sim:
     leaks = draw(st.booleans())
     return Sim(
         stage=stage,
-        needs=Needs(weights=weights, least=draw(st.integers(1, weights)), workspace=workspace),
+        needs=WeightNeed(weights=weights, least=draw(st.integers(1, weights)), workspace=workspace),
         takes=int(workspace * draw(st.sampled_from([0.2, 0.9, 1.0, 1.3, 2.5]))),
         context=draw(st.integers(0, 600)) * MB,
         keeps=sorted(keeps) if leaks else keeps,
@@ -205,9 +215,9 @@ def test_every_task_is_done_or_ends_with_a_reason(
 def test_other_programs_leave_the_denoiser_less_and_nobody_waits_for_them(tmp_path: Path) -> None:
     """A turn is all that there is, so one byte that the driver counts beside the book was one too many."""
     workers = [
-        Sim("text", Needs(weights=14_200 * MB, least=2900 * MB, workspace=600 * MB), 475 * MB, 0),
-        Sim("denoise", Needs(weights=41_000 * MB, least=2000 * MB, workspace=1600 * MB), 1300 * MB, 0),
-        Sim("vae", Needs(weights=250 * MB, least=250 * MB, workspace=3430 * MB), 3000 * MB, 0),
+        Sim("text", WeightNeed(weights=14_200 * MB, least=2900 * MB, workspace=600 * MB), 475 * MB, 0),
+        Sim("denoise", WeightNeed(weights=41_000 * MB, least=2000 * MB, workspace=1600 * MB), 1300 * MB, 0),
+        Sim("vae", WeightNeed(weights=250 * MB, least=250 * MB, workspace=3430 * MB), 3000 * MB, 0),
     ]
     world = World(4117 * MB + 3 * FIRST_HEADROOM, workers, tmp_path, driver=True, others=(700 * MB, 701 * MB))
     jobs = world.submit(3)
@@ -219,9 +229,9 @@ def test_workers_that_keep_a_little_do_not_keep_the_denoiser_from_its_turn(tmp_p
     """Qwen-Image's sizes in a third of 16 GB, where leases of nothing went to and fro 400 times a second."""
     little = [2 << 20]
     workers = [
-        Sim("text", Needs(weights=7260 * MB, least=700 * MB, workspace=600 * MB), 475 * MB, 0, little),
-        Sim("denoise", Needs(weights=13_700 * MB, least=900 * MB, workspace=1600 * MB), 1300 * MB, 0, little),
-        Sim("vae", Needs(weights=250 * MB, least=20 * MB, workspace=3430 * MB), 3000 * MB, 0, little),
+        Sim("text", WeightNeed(weights=7260 * MB, least=700 * MB, workspace=600 * MB), 475 * MB, 0, little),
+        Sim("denoise", WeightNeed(weights=13_700 * MB, least=900 * MB, workspace=1600 * MB), 1300 * MB, 0, little),
+        Sim("vae", WeightNeed(weights=250 * MB, least=20 * MB, workspace=3430 * MB), 3000 * MB, 0, little),
     ]
     world = World(8262 * MB + 3 * FIRST_HEADROOM, workers, tmp_path)
     jobs = world.submit(3)
@@ -239,19 +249,21 @@ def test_the_smallest_input_of_leases_that_spin(tmp_path: Path) -> None:
         "denoise": Need(13_700 * MB, 900 * MB, 5000 * MB),
     }
     available = 8262 * MB
-    holders = {stage: Holder(stage, stage, KEY, {0: Seat(need)}, most=available) for stage, need in needs.items()}
+    holders = {
+        stage: LeasedWorker(stage, stage, KEY, {0: GpuDemand(need)}, most=available) for stage, need in needs.items()
+    }
     idle = [IdleWorker(stage, stage, KEY) for stage in STAGES]
     waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 5000 * MB)]}
-    snapshot = Snapshot(waiting, idle, {"denoise": 1}, holders, {0: Room(available, available)})
+    snapshot = Snapshot(waiting, idle, {"denoise": 1}, holders, {0: GpuSpace(available, available)})
     (lend,) = decide(snapshot)
-    assert isinstance(lend, Lend)
+    assert isinstance(lend, ChangeLease)
     assert (lend.worker, lend.bytes) == ("denoise", available)
 
 
 def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: Path) -> None:
     """Somebody else's memory, which the stack can't take back, is in the way of the denoiser alone."""
     world = World(12 * GB, three(least=8 * GB), tmp_path, driver=True)
-    stranger = Sim("vae", Needs(weights=0, least=0, workspace=0), 0, 6 * GB)
+    stranger = Sim("vae", WeightNeed(weights=0, least=0, workspace=0), 0, 6 * GB)
     world.sims.append(stranger)
     (job,) = world.submit(1)
     world.run([job], 500)
@@ -267,9 +279,9 @@ def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: 
 
 def three(least: int) -> list[Sim]:
     return [
-        Sim("text", Needs(weights=GB, least=GB, workspace=100 * MB), 50 * MB, 0),
-        Sim("denoise", Needs(weights=9 * GB, least=least, workspace=GB), GB // 2, 0),
-        Sim("vae", Needs(weights=100 * MB, least=100 * MB, workspace=300 * MB), 200 * MB, 0),
+        Sim("text", WeightNeed(weights=GB, least=GB, workspace=100 * MB), 50 * MB, 0),
+        Sim("denoise", WeightNeed(weights=9 * GB, least=least, workspace=GB), GB // 2, 0),
+        Sim("vae", WeightNeed(weights=100 * MB, least=100 * MB, workspace=300 * MB), 200 * MB, 0),
     ]
 
 
@@ -297,19 +309,19 @@ def test_jobs_of_a_drained_stage_wait_and_its_memory_is_others(tmp_path: Path) -
 
 def test_a_long_patience_is_waited_for() -> None:
     need = Need(GB, GB, GB)
-    holder = Holder("d", "denoise", KEY, {0: Seat(need)})
-    rooms = {0: Room(3 * GB, 3 * GB)}
+    holder = LeasedWorker("d", "denoise", KEY, {0: GpuDemand(need)})
+    spaces = {0: GpuSpace(3 * GB, 3 * GB)}
     waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, GB)]}
-    snapshot = Snapshot(waiting, [IdleWorker("d", "denoise", KEY)], {"denoise": 1}, {"d": holder}, rooms, patience=500)
+    snapshot = Snapshot(waiting, [IdleWorker("d", "denoise", KEY)], {"denoise": 1}, {"d": holder}, spaces, patience=500)
     assert quiet_ticks(snapshot, {"d"}) * TICK_SECONDS > 500
 
 
 def test_a_worker_that_keeps_more_and_more_is_started_anew_and_no_job_is_to_blame(tmp_path: Path) -> None:
     leak = [n * 100 * MB for n in range(1, 40)]
     workers = [
-        Sim("text", Needs(weights=5 * GB, least=5 * GB, workspace=GB), GB // 2, 0, leak),
-        Sim("denoise", Needs(weights=6 * GB, least=6 * GB, workspace=GB), GB // 2, 0),
-        Sim("vae", Needs(weights=100 * MB, least=100 * MB, workspace=GB), GB // 2, 0),
+        Sim("text", WeightNeed(weights=5 * GB, least=5 * GB, workspace=GB), GB // 2, 0, leak),
+        Sim("denoise", WeightNeed(weights=6 * GB, least=6 * GB, workspace=GB), GB // 2, 0),
+        Sim("vae", WeightNeed(weights=100 * MB, least=100 * MB, workspace=GB), GB // 2, 0),
     ]
     world = World(9 * GB, workers, tmp_path)
     for number in range(8):
@@ -320,11 +332,11 @@ def test_a_worker_that_keeps_more_and_more_is_started_anew_and_no_job_is_to_blam
 
 
 def test_an_answer_that_is_not_what_was_asked_loses_the_worker(tmp_path: Path) -> None:
-    workers = [Sim("text", Needs(weights=GB, least=GB, workspace=GB), GB // 2, 0)]
+    workers = [Sim("text", WeightNeed(weights=GB, least=GB, workspace=GB), GB // 2, 0)]
     world = World(9 * GB, workers, tmp_path)
     world.submit(1)
     world.engine.assign()
     worker = workers[0].worker
     assert worker
-    world.engine.leased(worker, Leased(grants=(Grant(bytes=1, weights=1),), kept_bytes=(0,)))
+    world.engine.leased(worker, Leased(leases=(Lease(bytes=1, weight_bytes=1),), kept_bytes=(0,)))
     assert worker not in list(world.engine.fleet)

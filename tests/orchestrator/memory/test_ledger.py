@@ -7,22 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import ModelKey
-from orchestrator.memory.lease_sizes import Need, levels
+from orchestrator.memory.lease_sizes import Need, lease_sizes
 from orchestrator.memory.ledger import Account, Holding, Ledger
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.scheduler import (
     NOTHING,
     Assign,
-    Holder,
+    ChangeLease,
+    GpuDemand,
+    GpuSpace,
     IdleWorker,
-    Lend,
-    Room,
-    Seat,
+    LeasedWorker,
     Snapshot,
     WaitingTask,
     decide,
 )
-from protocol.gpu_memory import Grant, Needs
+from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import Recipe
 from protocol.stages import STAGES, Stage
 from tests.chance import examples
@@ -52,30 +52,30 @@ def test_what_is_held_beside_fits_together_and_any_turn_with_it(
     available: int, wanted: dict[str, Need], spread: set[str]
 ) -> None:
     wanted = {name: replace(need, spread=name in spread) for name, need in wanted.items()}
-    found = levels(available, wanted)
-    beside = sum(level.beside for level in found.values())
-    first = sum(level.beside for name, level in found.items() if name in spread)
-    assert beside <= available
-    for name, level in found.items():
+    found = lease_sizes(available, wanted)
+    shared = sum(lease_size.shared for lease_size in found.values())
+    first = sum(lease_size.shared for name, lease_size in found.items() if name in spread)
+    assert shared <= available
+    for name, lease_size in found.items():
         need = wanted[name]
-        assert level.turn == 0 or need.small <= level.turn <= min(need.whole, available)
-        assert level.beside == 0 or need.small <= level.beside <= need.whole
-        assert (level.turn == 0) == (need.small > available)
-        if level.turn > need.small and level.beside == 0:
+        assert lease_size.exclusive == 0 or need.small <= lease_size.exclusive <= min(need.whole, available)
+        assert lease_size.shared == 0 or need.small <= lease_size.shared <= need.whole
+        assert (lease_size.exclusive == 0) == (need.small > available)
+        if lease_size.exclusive > need.small and lease_size.shared == 0:
             alone = {min(need.whole, available), min(need.whole, available - first)}
-            assert level.turn + beside <= available or level.turn in alone
+            assert lease_size.exclusive + shared <= available or lease_size.exclusive in alone
     if sum(need.whole for need in wanted.values()) <= available:
-        assert all(found[name].beside == found[name].turn == wanted[name].whole for name in wanted)
+        assert all(found[name].shared == found[name].exclusive == wanted[name].whole for name in wanted)
 
 
 def test_on_16_gb_the_vae_stays_and_text_streams_beside_the_denoiser() -> None:
-    found = levels(int(14.5 * GB), {**FLUX})
-    assert found["vae"].beside == FLUX["vae"].whole
-    assert found["text"].beside == FLUX["text"].small
-    assert found["denoise"].turn == int(14.5 * GB) - found["vae"].beside - found["text"].beside
-    small = levels(6 * GB, {**FLUX})
-    assert all(level.beside == 0 for level in small.values())
-    assert small["denoise"].turn == 6 * GB
+    found = lease_sizes(int(14.5 * GB), {**FLUX})
+    assert found["vae"].shared == FLUX["vae"].whole
+    assert found["text"].shared == FLUX["text"].small
+    assert found["denoise"].exclusive == int(14.5 * GB) - found["vae"].shared - found["text"].shared
+    small = lease_sizes(6 * GB, {**FLUX})
+    assert all(lease_size.shared == 0 for lease_size in small.values())
+    assert small["denoise"].exclusive == 6 * GB
 
 
 @dataclass
@@ -87,8 +87,8 @@ class World:
     gpus: dict[str, tuple[int, ...]]  # by worker
     queues: dict[Stage, list[tuple[str, int, int]]] = field(default_factory=dict)  # (job, workspace, since)
     jobs: dict[str, int] = field(default_factory=dict)  # by worker, at once; 1
-    held: dict[str, tuple[Grant, ...]] = field(default_factory=dict)
-    busy: dict[tuple[str, int], tuple[str, int] | Lend] = field(default_factory=dict)  # by worker and hand
+    held: dict[str, tuple[Lease, ...]] = field(default_factory=dict)
+    busy: dict[tuple[str, int], tuple[str, int] | ChangeLease] = field(default_factory=dict)  # by worker and hand
     since: dict[str, int] = field(default_factory=dict)
     now: int = 0
     done: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ class World:
         return next(need.workspace for worker, need in self.needs.items() if worker.startswith(stage))
 
     def booked(self) -> dict[str, tuple[int, ...]]:
-        coming = {worker: doing.grants for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        coming = {worker: doing.leases for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
         return {
             worker: tuple(max(now.bytes, then.bytes) for now, then in zip(held, coming.get(worker, held), strict=True))
             for worker, held in self.held.items()
@@ -122,12 +122,12 @@ class World:
     def snapshot(self) -> Snapshot:
         booked = self.booked()
         holders = {
-            w: Holder(
+            w: LeasedWorker(
                 w,
                 self.stage(w),
                 MODEL,
                 {
-                    gpu: Seat(self._need(w, held), size, held.weights)
+                    gpu: GpuDemand(self._need(w, held), size, held.weight_bytes)
                     for gpu, held, size in zip(self.gpus[w], self.held[w], booked[w], strict=True)
                 },
                 self.hands(w),
@@ -141,7 +141,7 @@ class World:
             (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
             for stage, queue in self.queues.items()
         }
-        swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, Lend)}
+        swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
         idle = [
             IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), MODEL, w)
             for w in self.needs
@@ -149,26 +149,26 @@ class World:
             if (w, hand) not in self.busy and w not in swapping
         ]
         depth = {stage: len(queue) for stage, queue in self.queues.items()}
-        rooms = {gpu: Room(size, size - self.on(gpu)) for gpu, size in self.available.items()}
-        return Snapshot(waiting, idle, depth, holders, rooms, self.patience)
+        spaces = {gpu: GpuSpace(size, size - self.on(gpu)) for gpu, size in self.available.items()}
+        return Snapshot(waiting, idle, depth, holders, spaces, self.patience)
 
-    def _need(self, worker: str, held: Grant) -> Need:
+    def _need(self, worker: str, held: Lease) -> Need:
         need, hands = self.needs[worker], self.hands(worker)
-        space = held.bytes - held.weights if held.bytes else need.workspace * hands
+        space = held.bytes - held.weight_bytes if held.bytes else need.workspace * hands
         return replace(need, workspace=space, spread=len(self.gpus[worker]) > 1)
 
     def tick(self) -> None:
         for (worker, hand), doing in list(self.busy.items()):
             del self.busy[worker, hand]
-            if isinstance(doing, Lend):
-                self.held[worker], self.since[worker] = doing.grants, self.now
+            if isinstance(doing, ChangeLease):
+                self.held[worker], self.since[worker] = doing.leases, self.now
             else:
                 self._finish(self.stage(worker), *doing)
         for action in decide(snapshot := self.snapshot()):
             worker, _, which = action.worker.partition(".")
             hand = int(which or 0)
             assert (worker, hand) not in self.busy
-            if isinstance(action, Lend):
+            if isinstance(action, ChangeLease):
                 assert not any(who == worker for who, _ in self.busy), "a lease is changed beside a job"
                 self._lend(snapshot, action)
             else:
@@ -177,16 +177,16 @@ class World:
             assert self.on(gpu) <= size, "the budget is passed"
         self.now += 1
 
-    def _lend(self, snapshot: Snapshot, lend: Lend) -> None:
+    def _lend(self, snapshot: Snapshot, lend: ChangeLease) -> None:
         need = self.needs[lend.worker]
         self.swaps += lend.bytes > 0
-        for grant in lend.grants:
-            assert grant.weights <= grant.bytes
-            assert (grant.bytes > 0) == (lend.bytes > 0), "on some of its GPUs only"
-            assert not grant.bytes or need.least <= grant.weights <= need.weights
+        for lease in lend.leases:
+            assert lease.weight_bytes <= lease.bytes
+            assert (lease.bytes > 0) == (lend.bytes > 0), "on some of its GPUs only"
+            assert not lease.bytes or need.least <= lease.weight_bytes <= need.weights
         if not lend.bytes:
             others = [h for h in snapshot.holders.values() if h.id != lend.worker]
-            here = [h for h in others if {*h.seats} & {*self.gpus[lend.worker]}]
+            here = [h for h in others if {*h.demands} & {*self.gpus[lend.worker]}]
             busy = {worker for worker, _ in self.busy}
             blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in busy]
             assert blocked, f"{lend.worker} was sent away for nobody"
@@ -197,7 +197,7 @@ class World:
         task = next(task for task in queue if task[0] == action.job)
         queue.remove(task)
         for held in self.held[worker]:
-            assert task[1] * self.hands(worker) <= held.bytes - held.weights, "a task without room"
+            assert task[1] * self.hands(worker) <= held.bytes - held.weight_bytes, "a task without room"
         self.busy[worker, hand] = (task[0], task[1])
 
     def _finish(self, stage: Stage, job: str, workspace: int) -> None:
@@ -310,12 +310,12 @@ def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_n
     task = ("a", FLUX["denoise"].workspace, 0)
     assert [type(action) for action in decide_with(world, [task])] == [Assign]
     (lend,) = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)])
-    assert isinstance(lend, Lend)
-    assert lend.bytes == levels(world.available[0], {**FLUX})["denoise"].turn
+    assert isinstance(lend, ChangeLease)
+    assert lend.bytes == lease_sizes(world.available[0], {**FLUX})["denoise"].exclusive
     actions = decide_with(world, [task, ("b", FLUX["denoise"].workspace, 0)], text=1)
     assert {action.worker for action in actions} == {"denoise", "text"}  # room for others comes first
     assert any(isinstance(action, Assign) for action in actions)
-    world.held["denoise"] = held(lend.bytes - GB, lend.weights - GB)
+    world.held["denoise"] = held(lend.bytes - GB, lend.weight_bytes - GB)
     assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
 
 
@@ -347,37 +347,37 @@ def test_who_lies_on_several_gpus_comes_in_on_all_or_none_and_changes_nothing_be
     world = World({0: 16 * GB, 1: 18 * GB}, {**FLUX, "denoise": half}, gpus, jobs={"denoise": 2})
     world.held["text"] = held(9 * GB, 8 * GB)
     world.queues["denoise"] = [("a", GB, 0), ("b", GB, 0), ("large", 2 * GB, 0)]
-    assert decide(world.snapshot()) == [Lend("text", (NOTHING,))]
+    assert decide(world.snapshot()) == [ChangeLease("text", (NOTHING,))]
     world.tick()
     world.tick()
-    assert [grant.bytes for grant in world.held["denoise"]] == [0, 0]
-    assert world.busy == {("denoise", 0): Lend("denoise", held(12 * GB, 10 * GB) * 2)}
+    assert [lease.bytes for lease in world.held["denoise"]] == [0, 0]
+    assert world.busy == {("denoise", 0): ChangeLease("denoise", held(12 * GB, 10 * GB) * 2)}
     world.tick()
     assert set(world.busy) == {("denoise", 0), ("denoise", 1)}
     del world.busy["denoise", 1]
     assert decide(world.snapshot()) == []  # the large one waits until both hands are free
     world.tick()
-    assert world.busy["denoise", 0] == Lend("denoise", held(14 * GB, 10 * GB) * 2)
+    assert world.busy["denoise", 0] == ChangeLease("denoise", held(14 * GB, 10 * GB) * 2)
 
 
 def test_text_streams_beside_what_lies_on_several_gpus_and_never_pushes_it_out() -> None:
     spread = Need(10 * GB, GB, GB, spread=True)
-    found = levels(int(14.5 * GB), {"denoise": spread, "text": FLUX["text"]})
-    assert found["denoise"].beside == found["denoise"].turn == spread.whole
-    assert found["text"].turn == int(3.5 * GB)
-    assert found["text"].beside == 0  # the largest of the others works in what is left
-    short = levels(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
-    assert short["denoise"].beside == int(11.2 * GB) - FLUX["text"].small
-    assert short["text"].turn == FLUX["text"].small
-    alone = levels(int(2.5 * GB), {"denoise": spread, "text": FLUX["text"]})
-    assert alone["text"].turn == int(2.5 * GB)
+    found = lease_sizes(int(14.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert found["denoise"].shared == found["denoise"].exclusive == spread.whole
+    assert found["text"].exclusive == int(3.5 * GB)
+    assert found["text"].shared == 0  # the largest of the others works in what is left
+    short = lease_sizes(int(11.2 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert short["denoise"].shared == int(11.2 * GB) - FLUX["text"].small
+    assert short["text"].exclusive == FLUX["text"].small
+    alone = lease_sizes(int(2.5 * GB), {"denoise": spread, "text": FLUX["text"]})
+    assert alone["text"].exclusive == int(2.5 * GB)
 
 
-def held(size: int, weights: int) -> tuple[Grant, ...]:
-    return (Grant(bytes=size, weights=weights),)
+def held(size: int, weights: int) -> tuple[Lease, ...]:
+    return (Lease(bytes=size, weight_bytes=weights),)
 
 
-def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | Lend]:
+def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | ChangeLease]:
     world.queues = {
         "denoise": denoise,
         "text": [(f"t{number}", FLUX["text"].workspace, 0) for number in range(text)],
@@ -395,7 +395,7 @@ def recipe(width: int = 1024, num_images: int = 1) -> Recipe:
 def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
     used = 0
     ledger = Ledger({0: Account(16 * GB, 1 * GB, lambda: used)})
-    needs = Needs(weights=10 * GB, least=GB, workspace=GB)
+    needs = WeightNeed(weights=10 * GB, least=GB, workspace=GB)
     ledger.join("a", [Holding(0, needs, context=700_000_000)])
     used = int(1.7 * GB)
     assert ledger.available(0) == 16 * GB - 700_000_000 - FIRST_HEADROOM
@@ -429,7 +429,7 @@ def test_the_ledger_counts_contexts_leases_and_what_is_on_its_way() -> None:
 
 def test_workspace_is_learned_by_size_and_estimated_high_before() -> None:
     ledger = Ledger({0: Account(16 * GB)})
-    needs = Needs(weights=10 * GB, least=GB, workspace=1_600_000_000)
+    needs = WeightNeed(weights=10 * GB, least=GB, workspace=1_600_000_000)
     assert ledger.workspace("denoise", MODEL, recipe(), needs) == 1_600_000_000
     assert ledger.workspace("denoise", MODEL, recipe(2048, 2), needs) == 4 * 1_600_000_000
     key = ledger.learn("denoise", MODEL, recipe(), 540_000_000)

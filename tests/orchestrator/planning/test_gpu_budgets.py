@@ -2,11 +2,11 @@
 
 import pytest
 
-from orchestrator.gpu_driver import Gpu, visible_gpus
+from orchestrator.gpu_driver import GpuInfo, visible_gpus
 from orchestrator.memory.margins import FIRST_HEADROOM
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
 from orchestrator.planning.gpu_rates import UNKNOWN
-from orchestrator.planning.hardware import this_machine
+from orchestrator.planning.hardware import this_hardware
 from orchestrator.planning.placement import stand_ins
 from orchestrator.planning.planner import check
 from orchestrator.planning.stack_plan import first
@@ -14,17 +14,17 @@ from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest, DoesNotFit
 
 GB = 10**9
-ONE = [Gpu(0, "card", 16 * GB, 15 * GB, "1")]
-TWO = [*ONE, Gpu(1, "card", 12 * GB, 12 * GB, "1")]
+ONE = [GpuInfo(0, "card", 16 * GB, 15 * GB, "1")]
+TWO = [*ONE, GpuInfo(1, "card", 12 * GB, 12 * GB, "1")]
 CONTEXT = UNKNOWN.context + FIRST_HEADROOM
 
 
-def lent(here: list[Gpu], /, **values: object) -> dict[int, AccountSettings]:
+def lent(here: list[GpuInfo], /, **values: object) -> dict[int, AccountSettings]:
     config = StackConfig.model_validate(values)
     check_budgets(config, here)
-    machine = this_machine(here, config.gpus, stand_ins(config))
-    check(config, machine)
-    return accounts(first(config, here), machine, here)
+    hardware = this_hardware(here, config.gpus, stand_ins(config))
+    check(config, hardware)
+    return accounts(first(config, here), hardware, here)
 
 
 def test_a_gpu_gives_what_is_free_or_what_it_is_told_to() -> None:
@@ -75,7 +75,7 @@ def test_a_cpu_plays_gpus_that_have_budgets() -> None:
     ],
 )
 def test_what_makes_no_sense_is_refused(
-    settings: dict[str, object], gpus: list[Gpu], error: type[Exception], words: str
+    settings: dict[str, object], gpus: list[GpuInfo], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error) as refusal:
         lent(gpus, **settings)

@@ -8,35 +8,35 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.gpu_driver import Gpu
+from orchestrator.gpu_driver import GpuInfo
 from orchestrator.job import ModelKey
-from orchestrator.memory.task_keys import pace_key, workspace_key
-from orchestrator.planning.calibration import Experience
+from orchestrator.memory.task_keys import step_key, workspace_key
+from orchestrator.planning.calibration import Measurements
 from orchestrator.planning.gpu_rates import H200, STAND_IN, UNKNOWN, rate_of
-from orchestrator.planning.hardware import Card, Machine, imagined, this_machine, with_link
-from orchestrator.planning.pipeline_cut import Seat, best_cut, parts_of
+from orchestrator.planning.hardware import Card, Hardware, imagined, this_hardware, with_link
+from orchestrator.planning.pipeline_cut import SplitGpu, best_cut, parts_of
 from orchestrator.planning.placement import Post, another, candidates, speedups_of
 from orchestrator.planning.planner import Plan, check, choose, kind_of, look
 from orchestrator.planning.prediction import Terms, predict
 from orchestrator.planning.streaming_cost import load_of, pass_seconds, streaming
 from orchestrator.settings import StackConfig
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.model_profile import BlockFigures, ModelFigures, StageFigures
+from protocol.model_profile import BlockProfile, ModelProfile, StageProfile
 from tests.chance import examples
 
 GB, GIB = 10**9, 1 << 30
-FLUX = ModelFigures.model_validate_json((Path(__file__).parents[3] / "scripts/simulate/flux_dev.json").read_bytes())
+FLUX = ModelProfile.model_validate_json((Path(__file__).parents[3] / "scripts/simulate/flux_dev.json").read_bytes())
 # As seen on an H200, by BENCHMARKS.md
 SEEN = Terms(workspaces={"denoise": 540_000_000, "vae": 2_550_000_000})
 
 
-def machine(*gpus: str) -> Machine:
-    return Machine(imagined(",".join(gpus)), ram=64 * GB, cores=32)
+def hardware(*gpus: str) -> Hardware:
+    return Hardware(imagined(",".join(gpus)), ram=64 * GB, cores=32)
 
 
 def plan(*gpus: str, terms: Terms = SEEN, **values: object) -> Plan:
     config = StackConfig.model_validate(values)
-    return choose(config, FLUX, machine(*gpus), replace(terms, compiled=config.compile))
+    return choose(config, FLUX, hardware(*gpus), replace(terms, compiled=config.compile))
 
 
 # -- against what was measured ----------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_it_says_what_would_help_and_what_to_know() -> None:
     assert "another GPU like 0" in said
     assert "--compile" in said
     assert "is a guess" in found.notes[0]
-    poor = choose(StackConfig(), FLUX, replace(machine("16GB"), ram=16 * GB), SEEN)
+    poor = choose(StackConfig(), FLUX, replace(hardware("16GB"), ram=16 * GB), SEEN)
     assert "do not stay in 16.0 GB" in poor.notes[0]
     idle = plan("H200:60GiB", "RTX 3060:2GB", optimize="latency")
     assert any("GPU 1 would not help" in note for note in idle.notes)
@@ -170,7 +170,7 @@ def test_it_says_what_would_help_and_what_to_know() -> None:
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, object], words: str) -> None:
     with pytest.raises(BadRequest, match=words):
-        check(StackConfig.model_validate(values), machine("16GB", "16GB"))
+        check(StackConfig.model_validate(values), hardware("16GB", "16GB"))
 
 
 def test_what_is_kept_for_oneself_is_planned_with_and_what_is_not_counted_is_said() -> None:
@@ -197,27 +197,27 @@ def test_machines_are_told_in_words_or_by_the_driver() -> None:
     assert rate_of("NVIDIA H200") is H200
     assert rate_of("rtx4090") is rate_of("NVIDIA GeForce RTX 4090")
     assert rate_of("NVIDIA GeForce RTX 4070 Ti") is not rate_of("NVIDIA GeForce RTX 4070")
-    assert with_link(machine("16GB"), "25GB/s").cards[0].rate.link == 25e9
+    assert with_link(hardware("16GB"), "25GB/s").cards[0].rate.link == 25e9
     for words in ("25GB", "0GB/s", "x/s"):
         with pytest.raises(BadRequest):
-            with_link(machine("16GB"), words)
+            with_link(hardware("16GB"), words)
     with pytest.raises(BadRequest):
         imagined("RTX 4090:0GB")
-    here = this_machine([Gpu(0, "NVIDIA H200", 150 * GB, 140 * GB, "1", link=27e9)], {0: 16 * GB}, (1,))
+    here = this_hardware([GpuInfo(0, "NVIDIA H200", 150 * GB, 140 * GB, "1", link=27e9)], {0: 16 * GB}, (1,))
     assert [(card.budget, card.rate.link) for card in here.cards] == [(16 * GB, 27e9), (0, STAND_IN.link)]
 
 
 def test_what_a_stack_has_seen_takes_the_place_of_guesses() -> None:
     recipe = FLUX.recipe
-    seen = Experience(
+    seen = Measurements(
         {workspace_key("denoise", ModelKey.of_recipe(recipe), recipe): 100},
-        {pace_key("denoise", recipe, "any GPU"): 0.5},
+        {step_key("denoise", recipe, "any GPU"): 0.5},
     )
-    known = seen.of(machine("40GB"), FLUX, ())
+    known = seen.of(hardware("40GB"), FLUX, ())
     found = choose(StackConfig(), FLUX, known, seen.terms(StackConfig(), FLUX)).prediction.of("denoise")[0]
     assert found.pass_seconds == pytest.approx(0.5)
     assert found.shares[0].workspace < 400_000_000
-    other = seen.of(machine("40GB"), FLUX, ("denoise:compile",))
+    other = seen.of(hardware("40GB"), FLUX, ("denoise:compile",))
     assert other.cards[0].measured == {}
 
 
@@ -225,16 +225,16 @@ def test_what_a_stack_has_seen_takes_the_place_of_guesses() -> None:
 
 
 @st.composite
-def machines(draw: st.DrawFn) -> Machine:
+def machines(draw: st.DrawFn) -> Hardware:
     names = ("H200", "RTX 4090", "RTX 3060", "")
     cards = [f"{draw(st.sampled_from(names))}:{draw(st.integers(2, 60))}GB" for _ in range(draw(st.integers(1, 4)))]
-    return machine(*(card.removeprefix(":") for card in cards))
+    return hardware(*(card.removeprefix(":") for card in cards))
 
 
 @examples(30)
 @given(there=machines(), optimize=st.sampled_from(["throughput", "latency"]), compiled=st.booleans())
 def test_no_plan_passes_a_budget_and_none_is_better_than_the_one_chosen(
-    there: Machine, optimize: str, compiled: bool
+    there: Hardware, optimize: str, compiled: bool
 ) -> None:
     config = StackConfig.model_validate({"optimize": optimize, "compile": compiled})
     terms = replace(SEEN, compiled=compiled)
@@ -260,18 +260,18 @@ def test_no_plan_passes_a_budget_and_none_is_better_than_the_one_chosen(
 )
 def test_a_cut_is_the_best_of_all_that_fit(sizes: list[tuple[int, int, int]], room: list[int], rest: int) -> None:
     blocks = [
-        BlockFigures(name=f"b.{i}", bytes=size, once=once, flop=flop) for i, (size, once, flop) in enumerate(sizes)
+        BlockProfile(name=f"b.{i}", bytes=size, once=once, flop=flop) for i, (size, once, flop) in enumerate(sizes)
     ]
     weights, largest = sum(block.bytes for block in blocks) + rest, max(block.bytes for block in blocks)
-    figures = StageFigures(
+    profile = StageProfile(
         stage="denoise", components=(("b", weights),), least=min(weights, rest + largest), largest=1, flop=1.0,
         passes=5, blocks=tuple(blocks), loose=3 * max(block.once for block in blocks),
         after=rest // 2, heads=0,
     )  # fmt: skip
-    seats = [Seat(size, 1.0 + i, 10.0) for i, size in enumerate(room)]
-    found = best_cut(figures, seats)
+    seats = [SplitGpu(size, 1.0 + i, 10.0) for i, size in enumerate(room)]
+    found = best_cut(profile, seats)
     every = [c for c in itertools.product(range(1, len(blocks) + 1), repeat=len(room)) if sum(c) == len(blocks)]
-    fitting = [parts for counts in every if (parts := parts_of(figures, counts, seats))]
+    fitting = [parts for counts in every if (parts := parts_of(profile, counts, seats))]
     assert (found is None) == (not fitting)
     if found:
         assert sum(part.blocks for part in found) == len(blocks)

@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.planning.hardware import Machine, imagined
+from orchestrator.planning.hardware import Hardware, imagined
 from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.prediction import Terms
 from orchestrator.settings import StackConfig
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 from scripts.simulate.run import FLUX, arrivals, report, simulate
 from scripts.simulate.world import Arrival, World
 
-MODEL = ModelFigures.model_validate_json(FLUX.read_bytes())
+MODEL = ModelProfile.model_validate_json(FLUX.read_bytes())
 TERMS = Terms()
 
 
-def planned(*gpus: str) -> tuple[Plan, Machine]:
-    machine = Machine(imagined(",".join(gpus)), ram=1 << 40)
-    return choose(StackConfig(placement="replicas"), MODEL, machine, TERMS), machine
+def planned(*gpus: str) -> tuple[Plan, Hardware]:
+    hardware = Hardware(imagined(",".join(gpus)), ram=1 << 40)
+    return choose(StackConfig(placement="replicas"), MODEL, hardware, TERMS), hardware
 
 
 @pytest.mark.parametrize("trace", ["poisson", "bursts", "day"])
@@ -37,21 +37,21 @@ def test_traces_bring_as_many_jobs_as_they_should_and_the_same_ones_each_time(tr
 
 @pytest.mark.parametrize("gpus", [("H200:16GiB",), ("H200:8GiB",), ("H200:16GiB", "RTX 4090:24GB", "RTX 3060:12GB")])
 def test_all_jobs_are_done_with_fewer_swaps_than_others_need(gpus: tuple[str, ...]) -> None:
-    plan, machine = planned(*gpus)
+    plan, hardware = planned(*gpus)
     jobs = arrivals("bursts", 0.7 / plan.prediction.job_seconds, 7200.0, 0.2, 3)
-    found = simulate(plan, MODEL, machine, TERMS, jobs)
+    found = simulate(plan, MODEL, hardware, TERMS, jobs)
     told = {policy: report(policy, tally, len(gpus), took) for policy, (tally, took) in found.items()}
     assert {row["jobs"] for row in told.values()} == {len(jobs)}
     assert told["triptych"]["swaps"] < told["first come first served"]["swaps"] < told["each job by itself"]["swaps"]
     assert told["triptych"]["gpu_swapping"] < 0.2 * told["each job by itself"]["gpu_swapping"]
     assert all(end > begin for tally, _ in found.values() for begin, end in tally.times)
-    again = World(plan, MODEL, machine, TERMS).run(jobs)
+    again = World(plan, MODEL, hardware, TERMS).run(jobs)
     assert again.times == found["triptych"][0].times
 
 
 def test_a_full_queue_is_worked_off_at_the_planned_pace() -> None:
-    plan, machine = planned("H200:16GiB", "H200:16GiB")
-    tally = World(plan, MODEL, machine, TERMS).run([Arrival(0.0, False)] * 200)
+    plan, hardware = planned("H200:16GiB", "H200:16GiB")
+    tally = World(plan, MODEL, hardware, TERMS).run([Arrival(0.0, False)] * 200)
     end = max(end for _, end in tally.times)
     assert end / 200 == pytest.approx(plan.prediction.job_seconds, rel=0.06)
 

@@ -18,7 +18,7 @@ from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.models.speedups import Speed
+from workers.models.speedups import StageSpeedups
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 
@@ -38,7 +38,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save(tiny.flux(depth=4), tmp_path_factory.mktemp("flux"))
 
 
-def latents(folder: Path, speed: Speed, room: int | None = None) -> list[torch.Tensor]:
+def latents(folder: Path, speed: StageSpeedups, room: int | None = None) -> list[torch.Tensor]:
     source = read("x", folder, None)
     loaded = load(source, "denoise", Devices(CPU, {0: room} if room else {}), torch.float32, speed)
     stage = DenoiseStage(loaded, CPU)
@@ -50,17 +50,17 @@ def latents(folder: Path, speed: Speed, room: int | None = None) -> list[torch.T
 @pytest.mark.parametrize(
     ("speed", "tolerance"),
     [
-        (Speed(fuse_qkv=True), 1e-4),
-        (Speed(attention="_native_math"), 1e-4),
-        (Speed(cache="first-block:0.000001"), 1e-4),
-        (Speed(quantize="int8"), 0.2),
+        (StageSpeedups(fuse_qkv=True), 1e-4),
+        (StageSpeedups(attention="_native_math"), 1e-4),
+        (StageSpeedups(cache="first-block:0.000001"), 1e-4),
+        (StageSpeedups(quantize="int8"), 0.2),
     ],
     ids=str,
 )
 def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
-    speed: Speed, tolerance: float, flux: Path
+    speed: StageSpeedups, tolerance: float, flux: Path
 ) -> None:
-    plain, fast = latents(flux, Speed()), latents(flux, speed)
+    plain, fast = latents(flux, StageSpeedups()), latents(flux, speed)
     for one, other in zip(plain, fast, strict=True):
         assert (one - other).norm() <= tolerance * one.norm()
     size = sum(r.total_bytes for r in loaded(flux, speed).residencies.values())
@@ -68,7 +68,7 @@ def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
     assert all(map(torch.equal, latents(flux, speed, int(size * share)), fast))
 
 
-def loaded(folder: Path, speed: Speed):  # type: ignore[no-untyped-def]
+def loaded(folder: Path, speed: StageSpeedups):  # type: ignore[no-untyped-def]
     return load(read("x", folder, None), "denoise", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
 
 
@@ -79,14 +79,14 @@ def test_a_step_cache_saves_steps(flux: Path) -> None:
         nonlocal runs
         runs += 1
 
-    found = loaded(flux, Speed(cache="first-block:100"))
+    found = loaded(flux, StageSpeedups(cache="first-block:100"))
     found.pipeline.transformer.single_transformer_blocks[-1].norm.register_forward_hook(count)
     jobs(DenoiseStage(found, CPU), flux, False)
     assert runs == 3  # the first step of each of three jobs, which have 2, 3 and 4
 
 
 def test_separate_projections_are_gone_once_they_are_fused(flux: Path) -> None:
-    plain, fused = loaded(flux, Speed()), loaded(flux, Speed(fuse_qkv=True))
+    plain, fused = loaded(flux, StageSpeedups()), loaded(flux, StageSpeedups(fuse_qkv=True))
     sizes = [sum(p.numel() for p in found.pipeline.transformer.parameters()) for found in (plain, fused)]
     assert sizes[0] == sizes[1]
 
@@ -95,7 +95,7 @@ def test_quantized_weights_are_smaller_and_text_encoders_are_close(flux: Path) -
     source = read("x", flux, None)
     recipe = resolve(JobRequest(prompt="a red circle", seed=1), describe(source), "float32", None)
     found = []
-    for speed in (Speed(), Speed(quantize="int8")):
+    for speed in (StageSpeedups(), StageSpeedups(quantize="int8")):
         parts = load(source, "text", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
         outcome = TextStage(parts, CPU).run(recipe, (), lambda *_: None)
         found.append((sum(r.total_bytes for r in parts.residencies.values()), outcome.tensors[0].data))
@@ -108,14 +108,14 @@ def test_quantized_weights_are_smaller_and_text_encoders_are_close(flux: Path) -
 @pytest.mark.parametrize(
     ("speed", "words"),
     [
-        (Speed(attention="nonsense"), "nonsense"),
-        (Speed(attention="sage"), "can't be used"),
-        (Speed(cache="taylorseer"), None),
+        (StageSpeedups(attention="nonsense"), "nonsense"),
+        (StageSpeedups(attention="sage"), "can't be used"),
+        (StageSpeedups(cache="taylorseer"), None),
     ],
     ids=str,
 )
 def test_what_a_model_or_machine_cannot_do_is_refused_with_the_reason(
-    speed: Speed, words: str | None, flux: Path
+    speed: StageSpeedups, words: str | None, flux: Path
 ) -> None:
     if words is None:
         latents(flux, speed)
@@ -127,7 +127,7 @@ def test_what_a_model_or_machine_cannot_do_is_refused_with_the_reason(
 def test_a_model_without_step_caches_says_so(tmp_path: Path) -> None:
     source: Source = read("x", tiny.save(tiny.sd15(), tmp_path), None)
     with pytest.raises(BadRequest, match="can't use the step cache"):
-        load(source, "denoise", Devices(CPU), torch.float32, Speed(cache="first-block"))
+        load(source, "denoise", Devices(CPU), torch.float32, StageSpeedups(cache="first-block"))
 
 
 def test_speedups_are_read_strictly_and_name_their_tier() -> None:

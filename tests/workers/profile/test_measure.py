@@ -14,17 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from orchestrator.planning.pipeline_cut import Stretches
 from orchestrator.planning.streaming_cost import load_of, streaming
 from protocol.job import JobRequest
-from protocol.model_profile import ModelFigures
+from protocol.model_profile import ModelProfile
 from protocol.stages import STAGES
 from tests import tiny
 from workers.models.devices import Devices
 from workers.models.loading import load, weight_bytes
 from workers.models.source import locate
-from workers.profile.measure import cached, figures_of
+from workers.profile.measure import cached, profile_of
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.forward_trace import Watch
+from workers.weights.forward_trace import ForwardTrace
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.residency import Residency, block_rows
 from workers.weights.streaming import room
@@ -38,14 +38,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: tiny.save(getattr(tiny, name)(), tmp_path_factory.mktemp(name)) for name in FAMILIES}
 
 
-def figures(model: Path, **wanted: object) -> ModelFigures:
+def profile(model: Path, **wanted: object) -> ModelProfile:
     request = JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1, **wanted)
-    return figures_of(locate(str(model), None, None), "float32", request)
+    return profile_of(locate(str(model), None, None), "float32", request)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, Path], family: str) -> None:
-    found = figures(models[family])
+    found = profile(models[family])
     source = locate(str(models[family]), None, None)
     for stage in STAGES:
         mine = found.stage(stage)
@@ -63,22 +63,22 @@ def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
 def test_what_is_run_once_a_job_is_what_a_job_shows(models: dict[str, Path], family: str) -> None:
-    found = figures(models[family])
+    found = profile(models[family])
     source = locate(str(models[family]), None, None)
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
     model = stage.denoiser()
     assert model is not None
-    watch = Watch(model, block_rows(model))
-    with watch:
+    trace = ForwardTrace(model, block_rows(model))
+    with trace:
         stage.run(found.recipe, tuple(text.run(found.recipe, (), unheard).tensors), unheard)
-    learned = sum(room(p.nbytes) for name in watch.layers() for p in model.get_submodule(name).parameters())
+    learned = sum(room(p.nbytes) for name in trace.layers() for p in model.get_submodule(name).parameters())
     assert found.stage("denoise").once == learned
-    assert found.stage("denoise").passes == watch.forwards
+    assert found.stage("denoise").passes == trace.forwards
 
 
 def test_arithmetic_is_counted_as_in_a_real_job(models: dict[str, Path]) -> None:
-    found = figures(models["flux"], max_sequence_length=8)
+    found = profile(models["flux"], max_sequence_length=8)
     source = locate(str(models["flux"]), None, None)
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
@@ -87,17 +87,17 @@ def test_arithmetic_is_counted_as_in_a_real_job(models: dict[str, Path]) -> None
         stage.run(found.recipe, embeddings, unheard)
     mine = found.stage("denoise")
     assert mine.flop * mine.passes == pytest.approx(counter.get_total_flops(), rel=0.1)
-    longer = figures(models["flux"], max_sequence_length=8, num_images=2)
+    longer = profile(models["flux"], max_sequence_length=8, num_images=2)
     assert longer.stage("denoise").flop == 2 * found.stage("denoise").flop
     blocks = sum(block.flop for block in found.stage("denoise").blocks)
     assert 0.9 * found.stage("denoise").flop < blocks <= found.stage("denoise").flop
-    guided = figures(models["flux"], max_sequence_length=8, cfg_scale=3.0, negative_prompt="")
+    guided = profile(models["flux"], max_sequence_length=8, cfg_scale=3.0, negative_prompt="")
     assert guided.stage("denoise").passes == 2 * found.stage("denoise").passes == 8
 
 
 def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
     model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
-    mine = figures(model).stage("denoise")
+    mine = profile(model).stage("denoise")
     source = locate(str(model), None, None)
     residency = next(iter(load(source, "denoise", Devices(CPU, leased=True), torch.float32).residencies.values()))
     plain = load_of(mine.model_copy(update={"blocks": tuple(b.model_copy(update={"once": 0}) for b in mine.blocks)}))
@@ -116,7 +116,7 @@ def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [(15, 15), (4, 26), (10, 12, 8)])
 def test_parts_of_a_cut_are_predicted_as_they_will_be(cut: tuple[int, ...], tmp_path: Path) -> None:
     model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
-    found, source = figures(model), locate(str(model), None, None)
+    found, source = profile(model), locate(str(model), None, None)
     stretches, ends = Stretches(found.stage("denoise")), [0, *itertools.accumulate(cut)]
     loads = [stretches.load(start, end) for start, end in itertools.pairwise(ends)]
     trimmed = [load.weights - load.once + load.loose for load in loads]
@@ -136,7 +136,7 @@ def test_no_weights_are_needed_and_what_was_found_is_kept(
     import shutil
 
     bare = shutil.copytree(models["flux"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    whole, without = figures(models["flux"]), figures(bare)
+    whole, without = profile(models["flux"]), profile(bare)
     assert without.stages == whole.stages
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cached(["a"], lambda: whole) == whole

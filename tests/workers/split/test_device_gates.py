@@ -17,7 +17,7 @@ from workers.models.devices import Devices, parts_of
 from workers.models.loading import load
 from workers.models.source import locate
 from workers.runtime.worker import prepare
-from workers.split.device_gates import Gates
+from workers.split.device_gates import DeviceGates
 from workers.split.pipeline_split import places_of
 from workers.stages.contract import Outcome, Saved
 from workers.stages.denoise import DenoiseStage
@@ -113,8 +113,8 @@ def test_a_job_that_ends_in_the_middle_leaves_its_part_to_others(deep: Path) -> 
         one.run(*first, lambda *_: None)
     hook.remove()
     assert latents(other.run(*second, lambda *_: None)) == wanted
-    assert one.parts is not None
-    assert not any(gate.locked for gate in one.parts.gates.all())
+    assert one.split is not None
+    assert not any(gate.locked for gate in one.split.gates.all())
 
 
 def test_blocks_go_where_the_cut_says_and_the_rest_to_the_ends() -> None:
@@ -129,4 +129,4 @@ def test_blocks_go_where_the_cut_says_and_the_rest_to_the_ends() -> None:
             places_of(model, wrong)
     with pytest.raises(BadRequest, match="3 parts for 1"):
         parts_of(Devices(CPU, {0: 1}, cut=(1, 2, 3)), "denoise")
-    assert Gates(model, [(CPU, 9)]).devices == [CPU]
+    assert DeviceGates(model, [(CPU, 9)]).devices == [CPU]

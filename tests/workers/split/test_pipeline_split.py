@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.gpu_memory import Grant
+from protocol.gpu_memory import Lease
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from tests import tiny
 from tests.tiny import needs_gpus
-from tests.workers.worst_stream import WorstLane
+from tests.workers.worst_stream import WorstCopyStream
 from workers.errors import Cancelled
 from workers.models import loading
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.split.pipeline_split import Crowd
+from workers.split.pipeline_split import JobGate
 from workers.stages.contract import Outcome, Saved
-from workers.stages.denoise import DenoiseStage, Play
+from workers.stages.denoise import DenoiseStage, JobForwards
 from workers.stages.text import TextStage
 from workers.weights import residency as residency_module
-from workers.weights.copy_stream import Lane, lane_for
-from workers.weights.gpu_lease import Share, settle
+from workers.weights.copy_stream import CopyStream, copy_stream_for
+from workers.weights.gpu_lease import GpuLease, apply_leases
 from workers.weights.host_weights import PageLocks
 from workers.weights.residency import block_rows
 
@@ -39,10 +39,10 @@ Job = tuple[Recipe, tuple[Tensor, ...]]
 def worst_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever is read before it has arrived, or after its place is taken, is NaN."""
 
-    def lane(device: torch.device, locks: PageLocks | None) -> Lane:
-        return WorstLane(device) if device.type == "cpu" else lane_for(device, locks)
+    def copy_stream(device: torch.device, locks: PageLocks | None) -> CopyStream:
+        return WorstCopyStream(device) if device.type == "cpu" else copy_stream_for(device, locks)
 
-    monkeypatch.setattr(residency_module, "lane_for", lane)
+    monkeypatch.setattr(residency_module, "copy_stream_for", copy_stream)
     yield
     torch._dynamo.reset()
 
@@ -115,7 +115,7 @@ def test_jobs_at_once_have_the_bits_of_one_alone(
     blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
     several = stages(source, (blocks // 2, blocks - blocks // 2), shares, count=3)
     assert together(several, work) == alone(source, work)
-    parts = several[0].parts
+    parts = several[0].split
     assert parts is not None
     assert [residency.state for residency in parts.residencies] == ["in" if s == 1.0 else "streamed" for s in shares]
     learned = ahead and min(shares) < 1.0
@@ -147,8 +147,8 @@ def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
     several = [DenoiseStage(loaded.another(), first) for _ in range(3)]
     assert together(several, work) == wanted
     assert together(several, work[::-1]) == wanted[::-1]
-    assert loaded.parts is not None
-    assert {residency.device for residency in loaded.parts.residencies} == {first, second}
+    assert loaded.split is not None
+    assert {residency.device for residency in loaded.split.residencies} == {first, second}
 
 
 @pytest.mark.parametrize(
@@ -166,27 +166,29 @@ def test_leases_come_and_go_between_jobs_and_bits_stay(
     whole = part_bytes(source, cut)
     monkeypatch.setattr(loading, "parts_of", lambda *_: [(first, 5, whole[0]), (second, 7, whole[1])])
     loaded = load(source, "denoise", Devices(first, leased=True, cut=cut), torch.float32)
-    assert loaded.parts is not None
+    assert loaded.split is not None
     several = [DenoiseStage(loaded.another(), first) for _ in range(2)]
     most = [whole[0], int(whole[1] * 0.9)]
-    residencies = loaded.parts.residencies
-    shares = [Share(r.device, (r,), 1 << 20, size) for r, size in zip(residencies, most, strict=True)]
+    residencies = loaded.split.residencies
+    shares = [GpuLease(r.device, (r,), 1 << 20, size) for r, size in zip(residencies, most, strict=True)]
     assert [share.needs().weights for share in shares] == most
     try:
         for fraction in (0.8, 0.0, 1.0, 0.7, 0.8):
             sizes = [int(size * fraction) for size in most]
-            grants = [Grant(bytes=size + (1 << 30 if size else 0), weights=size) for size in sizes]
-            leased = settle(shares, grants)
-            assert (leased.reason, leased.grants) == ("", tuple(grants))
+            leases = [Lease(bytes=size + (1 << 30 if size else 0), weight_bytes=size) for size in sizes]
+            leased = apply_leases(shares, leases)
+            assert (leased.reason, leased.leases) == ("", tuple(leases))
             if fraction:
                 assert together(several, work) == wanted
                 assert all(r.device_bytes <= size for r, size in zip(residencies, sizes, strict=True))
             else:
                 assert [residency.state for residency in residencies] == ["out", "out"]
-        refused = settle(shares, [Grant(bytes=1 << 30, weights=most[0]), Grant(bytes=1 << 30, weights=100)])
+        refused = apply_leases(
+            shares, [Lease(bytes=1 << 30, weight_bytes=most[0]), Lease(bytes=1 << 30, weight_bytes=100)]
+        )
         assert "too few even to stream" in refused.reason
         assert [residency.state for residency in residencies] == ["out", "out"]  # all or none
-        assert not any(grant.bytes for grant in refused.grants)
+        assert not any(lease.bytes for lease in refused.leases)
     finally:
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.set_per_process_memory_fraction(1.0, gpu)
@@ -222,12 +224,12 @@ def test_a_job_that_breaks_off_while_weights_pass_leaves_the_others_right(tmp_pa
 def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made("flux", tmp_path)
     work = jobs(source, False)
-    foresee = Play.foresee
-    monkeypatch.setattr(Play, "foresee", lambda *arguments: foresee(*arguments)[:-1])
+    foresee = JobForwards.foresee
+    monkeypatch.setattr(JobForwards, "foresee", lambda *arguments: foresee(*arguments)[:-1])
     several = stages(source, (6, 6), (0.8, 0.8))
     assert together(several, work) == alone(source, work)
-    assert several[0].parts is not None
-    assert several[0].parts.residencies[0].modulation is not None
+    assert several[0].split is not None
+    assert several[0].split.residencies[0].modulation is not None
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.9)])
@@ -241,8 +243,8 @@ def test_compiled_bits_are_those_of_a_compiled_model_on_one_device(shares: tuple
     wanted = [latents(single.run(*job, lambda *_: None)) for job in work]
     torch._dynamo.reset()
     several = stages(source, (5, 7), shares)
-    assert several[0].parts is not None
-    for residency in several[0].parts.residencies:
+    assert several[0].split is not None
+    for residency in several[0].split.residencies:
         residency.compile(backend="aot_eager")
     assert together(several, work) == wanted
 
@@ -263,7 +265,7 @@ def test_jobs_that_go_on_from_checkpoints_at_once_have_the_same_bits(tmp_path: P
 
 
 def test_who_must_be_alone_is_alone() -> None:
-    crowd, inside, most = Crowd(), [0], {True: 0, False: 0}
+    crowd, inside, most = JobGate(), [0], {True: 0, False: 0}
     lock, barrier = threading.Lock(), threading.Barrier(3)
 
     def visit(alone: bool) -> None:

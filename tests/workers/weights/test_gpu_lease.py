@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from protocol.gpu_memory import Grant
+from protocol.gpu_memory import Lease
 from protocol.job import JobRequest
 from protocol.messages.common import Message
-from protocol.messages.worker import Lease, Leased, Ready, Result, Task, TaskFailed
+from protocol.messages.worker import Leased, Ready, Result, SetLease, Task, TaskFailed
 from protocol.recipe import resolve
 from tests import tiny
 from tests.tiny import needs_gpus
@@ -19,11 +19,11 @@ from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.runtime import executor as hands_module
-from workers.runtime.executor import Event, Hands, Load, Measured
+from workers.runtime.executor import Event, Executor, Load, Measured
 from workers.stages.contract import Outcome
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
-from workers.weights.gpu_lease import Share
+from workers.weights.gpu_lease import GpuLease
 
 CPU = torch.device("cpu")
 DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
@@ -50,22 +50,22 @@ def test_small_components_come_whole_and_the_largest_streams_in_what_is_left(dev
     before = torch.cuda.memory_allocated() if device != "cpu" else 0  # of other tests
     for stage in ("text", "denoise", "vae"):
         loaded = load(source, stage, Devices(where, leased=True), torch.float32)
-        share = Share(where, tuple(loaded.residencies.values()), WORKSPACE[stage])
-        needs = share.needs()
-        assert all(residency.state == "out" for residency in share.residencies)
+        gpu_lease = GpuLease(where, tuple(loaded.residencies.values()), WORKSPACE[stage])
+        needs = gpu_lease.needs()
+        assert all(residency.state == "out" for residency in gpu_lease.residencies)
         assert 0 < needs.least <= needs.weights
         assert (needs.least == needs.weights) == (stage == "vae")
         for weights in (needs.weights, needs.least, (needs.weights + needs.least) // 2):
-            share.take(weights + (1 << 30), weights)
-            assert sum(residency.device_bytes for residency in share.residencies) <= weights
-            assert all(residency.state != "out" for residency in share.residencies)
-        share.give_back()
-        assert share.kept_bytes() <= before + (32 << 20)
-        assert all(residency.device_bytes == 0 for residency in share.residencies)
-        assert (share.context_bytes() > 0) == (device != "cpu")
+            gpu_lease.take(weights + (1 << 30), weights)
+            assert sum(residency.device_bytes for residency in gpu_lease.residencies) <= weights
+            assert all(residency.state != "out" for residency in gpu_lease.residencies)
+        gpu_lease.give_back()
+        assert gpu_lease.kept_bytes() <= before + (32 << 20)
+        assert all(residency.device_bytes == 0 for residency in gpu_lease.residencies)
+        assert (gpu_lease.context_bytes() > 0) == (device != "cpu")
 
 
-Start = Callable[..., Hands]
+Start = Callable[..., Executor]
 
 
 @pytest.fixture
@@ -73,56 +73,56 @@ def start() -> Iterator[Start]:
     """Hands at work, given how to load and, in leases, a workspace; a test ends when they rest."""
     with contextlib.ExitStack() as stack:
 
-        def started(load: Load, leased: bool = False) -> Hands:
-            hands = Hands(load, None, lambda runner: [Share(CPU, runner.residencies, 1)] if leased else [])
-            stack.enter_context(hands.wake).settimeout(30)
-            stack.enter_context(hands.bell)
-            hands.start()
-            return hands
+        def started(load: Load, leased: bool = False) -> Executor:
+            executor = Executor(load, None, lambda runner: [GpuLease(CPU, runner.residencies, 1)] if leased else [])
+            stack.enter_context(executor.wake).settimeout(30)
+            stack.enter_context(executor.bell)
+            executor.start()
+            return executor
 
         yield started
 
 
-def lease_of(size: int) -> Lease:
-    return Lease(grants=(Grant(bytes=size, weights=size),))
+def lease_of(size: int) -> SetLease:
+    return SetLease(leases=(Lease(bytes=size, weight_bytes=size),))
 
 
-def next_event(hands: Hands) -> Event | BaseException:
-    hands.wake.recv(1)  # one for each event
-    return hands.events.get_nowait()
+def next_event(executor: Executor) -> Event | BaseException:
+    executor.wake.recv(1)  # one for each event
+    return executor.events.get_nowait()
 
 
-def next_of(hands: Hands) -> Message:
-    event = next_event(hands)
+def next_of(executor: Executor) -> Message:
+    event = next_event(executor)
     assert not isinstance(event, BaseException), event
     return event[0]
 
 
-def task(source: Source, make_do: bool) -> Task:
+def task(source: Source, allow_tiling: bool) -> Task:
     recipe = resolve(JobRequest(prompt="a", width=32, height=32, seed=1), describe(source), "float32", None)
-    return Task(job="j", stage="text", attempt=1, recipe=recipe, make_do=make_do)
+    return Task(job="j", stage="text", attempt=1, recipe=recipe, allow_tiling=allow_tiling)
 
 
 def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Start) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    hands = start(loading, leased=True)
-    ready = next_of(hands)
+    executor = start(loading, leased=True)
+    ready = next_of(executor)
     assert isinstance(ready, Ready)
     assert ready.needs
-    hands.give(lease_of(ready.needs[0].weights), ())
-    leased = next_of(hands)
+    executor.give(lease_of(ready.needs[0].weights), ())
+    leased = next_of(executor)
     assert isinstance(leased, Leased)
-    assert (leased.grants[0].bytes, leased.reason) == (ready.needs[0].weights, "")
+    assert (leased.leases[0].bytes, leased.reason) == (ready.needs[0].weights, "")
     assert {component.state for component in leased.residency} == {"in"}
-    hands.give(task(source, True), ())
-    assert isinstance(next_of(hands), Result)
-    assert isinstance(next_of(hands), Ready)
-    hands.give(lease_of(100), ())
-    refused = next_of(hands)
+    executor.give(task(source, True), ())
+    assert isinstance(next_of(executor), Result)
+    assert isinstance(next_of(executor), Ready)
+    executor.give(lease_of(100), ())
+    refused = next_of(executor)
     assert isinstance(refused, Leased)
-    assert refused.grants[0].bytes == 0
+    assert refused.leases[0].bytes == 0
     assert "too few even to stream" in refused.reason
     assert {component.state for component in refused.residency} == {"out"}
 
@@ -131,18 +131,18 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hands_module, "run_measured", lambda *_: Measured(Outcome([]), 0.1, 1, 1, short=True))
-    hands = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
-    assert isinstance(next_of(hands), Ready)
-    hands.give(task(source, make_do=False), ())
-    failed = next_of(hands)
+    executor = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
+    assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=False), ())
+    failed = next_of(executor)
     assert isinstance(failed, TaskFailed)
     assert failed.out_of_memory
-    assert isinstance(next_of(hands), Ready)
-    hands.give(task(source, make_do=True), ())
-    result = next_of(hands)
+    assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=True), ())
+    result = next_of(executor)
     assert isinstance(result, Result)
     assert "last bits may differ" in result.warnings[0]
-    assert isinstance(next_of(hands), Ready)
+    assert isinstance(next_of(executor), Ready)
 
 
 def test_a_vae_does_not_tile_while_more_memory_can_be_had(
@@ -154,13 +154,13 @@ def test_a_vae_does_not_tile_while_more_memory_can_be_had(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(stage.vae, "decode", cramped)
-    hands = start(lambda: (stage, ()))
-    next_of(hands)
-    hands.give(task(source, make_do=False), ())
-    failed = next_of(hands)
+    executor = start(lambda: (stage, ()))
+    next_of(executor)
+    executor.give(task(source, allow_tiling=False), ())
+    failed = next_of(executor)
     assert isinstance(failed, TaskFailed)
     assert not stage.may_tile
-    assert isinstance(next_of(hands), Ready)
+    assert isinstance(next_of(executor), Ready)
 
 
 def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
@@ -169,8 +169,8 @@ def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    hands = start(loading, leased=True)
-    next_of(hands)
-    monkeypatch.setattr(hands_module, "settle", lambda *_: 1 / 0)
-    hands.give(lease_of(1), ())
-    assert isinstance(next_event(hands), ZeroDivisionError)
+    executor = start(loading, leased=True)
+    next_of(executor)
+    monkeypatch.setattr(hands_module, "apply_leases", lambda *_: 1 / 0)
+    executor.give(lease_of(1), ())
+    assert isinstance(next_event(executor), ZeroDivisionError)

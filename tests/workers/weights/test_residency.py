@@ -20,13 +20,13 @@ from protocol.recipe import resolve
 from tests import tiny
 from tests.chance import examples
 from tests.tiny import needs_gpus
-from tests.workers.worst_stream import WorstLane
+from tests.workers.worst_stream import WorstCopyStream
 from workers.models import devices
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.stages.denoise import DenoiseStage, Play
+from workers.stages.denoise import DenoiseStage, JobForwards
 from workers.stages.text import TextStage
 from workers.weights import host_weights as mapped
 from workers.weights import residency as residency_module
@@ -123,7 +123,7 @@ def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(
     source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
-    monkeypatch.setattr(residency_module, "lane_for", lambda device, locked: WorstLane(device))
+    monkeypatch.setattr(residency_module, "copy_stream_for", lambda device, locked: WorstCopyStream(device))
     total = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
     for share in (0.9, 0.75, 0.6):
         loaded = load(source, "denoise", Devices(cpu, {0: int(total.total_bytes * share)}), torch.float32)
@@ -135,8 +135,8 @@ def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypat
     source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
-    foresee = Play.foresee
-    monkeypatch.setattr(Play, "foresee", lambda *arguments: foresee(*arguments)[:-1])
+    foresee = JobForwards.foresee
+    monkeypatch.setattr(JobForwards, "foresee", lambda *arguments: foresee(*arguments)[:-1])
     loaded = load(source, "denoise", Devices(cpu, {0: wanted_bytes(source, 0.75)}), torch.float32)
     assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, False), wanted))
     assert loaded.residencies["transformer"].modulation is not None
