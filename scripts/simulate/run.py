@@ -119,7 +119,7 @@ def plot(path: Path, found: dict[str, tuple[Tally, float]], jobs: Sequence[Arriv
 @click.option("--card", default="RTX 4080:16GB", show_default=True, help="NAME:MEMORY of each")
 @click.option("--link", help="bytes a second from memory, such as 25GB/s")
 @click.option(
-    "--figures",
+    "--profile",
     type=click.Path(exists=True, path_type=Path),
     default=FLUX,
     help="of a model, as 'python -m workers.profile.measure' prints them  [default: FLUX.1-dev's, 1024x1024]",

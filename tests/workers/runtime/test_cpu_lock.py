@@ -10,7 +10,7 @@ from workers.runtime.cpu_lock import turn
 
 HOLDER = """
 import sys, pathlib
-from workers.turns import turn
+from workers.runtime.cpu_lock import turn
 with turn(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

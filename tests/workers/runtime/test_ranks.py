@@ -52,16 +52,17 @@ ONE_RANK = """
 import sys
 from pathlib import Path
 import torch
-from protocol.jobs import Grant, JobRequest
-from protocol.recipes import resolve
-from workers.denoise import DenoiseStage
-from workers.describe import describe
-from workers.devices import Devices
-from workers.loading import load
-from workers.share import Share, settle
-from workers.source import read
-from workers.speed import EXACT, Speed
-from workers.text import TextStage
+from protocol.gpu_memory import Lease
+from protocol.job import JobRequest
+from protocol.recipe import resolve
+from workers.models.description import describe
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.models.source import read
+from workers.models.speedups import StageSpeedups
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.weights.gpu_lease import GpuLease, apply_leases
 
 device = torch.device(sys.argv[2])
 backend = "nccl" if device.type == "cuda" else "gloo"
@@ -76,10 +77,10 @@ def latents(stage):
     return torch.frombuffer(bytearray(found.data), dtype=torch.float32)
 
 wanted = latents(DenoiseStage(load(source, "denoise", Devices(device), torch.float32), device))
-loaded = load(source, "denoise", Devices(device, leased=True), torch.float32, Speed(parallel="tensor-1"))
+loaded = load(source, "denoise", Devices(device, leased=True), torch.float32, StageSpeedups(parallel="tensor-1"))
 stage = DenoiseStage(loaded, device)
 (residency,) = stage.residencies
-share = Share(device, (residency,), 1)
+gpu_lease = GpuLease(device, (residency,), 1)
 assert residency.least_bytes < residency.total_bytes / 2  # parts of weights are streamed as whole ones are
 for compiled in (False, True):
     if compiled:
@@ -87,7 +88,7 @@ for compiled in (False, True):
     found = []
     for part in (1.0, 0.0, 0.7, 1.0):
         size = int(residency.total_bytes * part)
-        leased = settle([share], [Grant(bytes=size + (1 << 30 if size else 0), weights=size)])
+        leased = apply_leases([gpu_lease], [Lease(bytes=size + (1 << 30 if size else 0), weight_bytes=size)])
         assert not leased.reason, leased.reason
         assert residency.state == {1.0: "in", 0.0: "out", 0.7: "streamed"}[part]
         if size:
