@@ -26,7 +26,7 @@ from protocol.messages.common import Error, Heartbeat, Message, Welcome
 from protocol.messages.worker import TO_WORKER, Leased, Progress, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
 from protocol.model import ModelDescription
 from protocol.sockets import dealer, new_identity, receive
-from protocol.stages import Stage
+from protocol.stages import USUAL_NEXT, Stage
 from protocol.tensors import Tensor
 
 MODEL = ModelDescription(
@@ -130,7 +130,9 @@ class FakeWorker:
         self.ready()
 
     def finish(self, task: Task, seconds: float = 0.1) -> None:
-        result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=seconds)
+        result = Result(
+            job=task.job, stage=task.stage, attempt=task.attempt, seconds=seconds, next=USUAL_NEXT[task.stage]
+        )
         self.say(result, OUTPUTS[task.stage])
 
     def settle(self) -> None:

@@ -9,7 +9,7 @@ import click
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
 from protocol.errors import BadRequest
 from protocol.speedups import canonical, parse_speedup
-from protocol.stages import BEFORE, Stage
+from protocol.stages import USUAL_BEFORE, Stage
 from protocol.units import parse_bytes
 from protocol.worker_spec import WorkerSpec
 
@@ -108,10 +108,10 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     from workers.standalone.standalone import Debugging, run_standalone
 
     model, dtype = options["model"], options["dtype"]
-    if stage in BEFORE and options["input_path"] is not None:
+    if stage in USUAL_BEFORE and options["input_path"] is not None:
         from workers.standalone.stage_file import read
 
-        recipe, _ = read(options["input_path"], BEFORE[stage])
+        recipe, _ = read(options["input_path"], USUAL_BEFORE[stage])
         model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
@@ -121,11 +121,11 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
     """What a stage begins with must be there; BadRequest."""
-    if stage not in BEFORE:
+    if stage not in USUAL_BEFORE:
         if "prompt" not in given:
             raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
         return
-    before = BEFORE[stage]
+    before = USUAL_BEFORE[stage]
     if path is None:
         raise BadRequest(
             f"The {stage} stage needs the output of the {before} stage.", "Give it with -i FILE.safetensors."

@@ -51,7 +51,7 @@ def phase(event: JobEvent) -> str:
         case ("vae", True):
             return "decoding"
         case ("queued" | "text" | "denoise" | "vae", False):
-            ahead = f", {event.ahead} ahead" if event.ahead else ""
+            ahead = f", {event.queue_position} ahead" if event.queue_position else ""
             waiting = {"denoise": "encoded, waiting", "vae": "denoised, waiting"}.get(event.state, "queued")
             return f"{'cached, ' if event.cached and event.state == 'queued' else ''}{waiting}{ahead}"
     return f"failed: {visible(event.reason)}" if event.state == "failed" else event.state

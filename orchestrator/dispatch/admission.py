@@ -2,74 +2,28 @@
 
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Sequence
 
+from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.job import LiveJob
+from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
-from protocol.errors import Conflict, NotFound, TriptychError
+from protocol.errors import Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
-from protocol.messages.describer import DescriberHello
-from protocol.messages.worker import WorkerHello
-from protocol.model import ModelDescription
-from protocol.recipe import resolve, text_key, texts_to_count
-
-
-class Tokens:
-    """How many tokens texts have, as the describer has counted; the last ones."""
-
-    def __init__(self, most: int = 4096) -> None:
-        self._most = most
-        self._counts: OrderedDict[str, int] = OrderedDict()
-
-    def __contains__(self, text: str) -> bool:
-        return text in self._counts
-
-    def count(self, text: str) -> int:
-        """0 where nobody has counted, in a stack without a describer."""
-        return self._counts.get(text, 0)
-
-    def learn(self, texts: Sequence[str], counts: Sequence[int]) -> None:
-        for text, count in zip(texts, counts, strict=True):
-            self._counts[text] = count
-            self._counts.move_to_end(text)
-        while len(self._counts) > max(self._most, len(texts)):
-            self._counts.popitem(last=False)
-
-    def forget(self) -> None:
-        self._counts.clear()
+from protocol.recipe import resolve, text_key
 
 
 class Admission:
-    def __init__(self, store: Store, job_queue: JobQueue, quotas: Quotas, leasing: Leasing) -> None:
-        self._store, self._job_queue, self._quotas, self._leasing = store, job_queue, quotas, leasing
-        self.model: ModelDescription | None = None  # of this run
-        self.dtype = ""
-        self.speedups: tuple[str, ...] = ()
-        self.tokens = Tokens()
+    def __init__(
+        self, store: Store, job_queue: JobQueue, quotas: Quotas, leasing: Leasing, catalogue: Catalogue
+    ) -> None:
+        self._store, self._job_queue, self._quotas = store, job_queue, quotas
+        self._leasing, self._catalogue = leasing, catalogue
 
-    def learn_model(self, hello: WorkerHello | DescriberHello) -> None:
-        """Requests are judged by the model of whoever came last."""
-        if (hello.model, hello.dtype) != (self.model, self.dtype):
-            self._store.remember_model(hello.model)
-            self.tokens.forget()
-        self.model, self.dtype, self.speedups = hello.model, hello.dtype, hello.speedups
-
-    def uncounted(self, requests: Sequence[JobRequest]) -> list[str]:
-        """Texts of which the describer must say how many tokens they have, before the requests can be judged."""
-        if self.model is None:
-            return []
-        texts = [text for request in requests for text in texts_to_count(request, self.model)]
-        return [text for text in dict.fromkeys(texts) if text not in self.tokens]
-
-    def admit(self, requests: tuple[JobRequest, ...], owner: str) -> tuple[list[LiveJob], list[LiveJob]]:
-        """The requests' jobs, and those of them that are new; those that are here already count as accepted.
-
-        `owner` is the name of the client's key; empty for this machine's own user.
-        """
+    def admit(self, requests: tuple[JobRequest, ...], owner: Principal) -> tuple[list[LiveJob], list[LiveJob]]:
+        """The requests' jobs, and those of them that are new; those that are here already count as accepted."""
         named, fresh, recipes = self._settle(requests, owner)
         self._quotas.check(fresh, owner)
         self._quotas.spend(len(fresh), owner)
@@ -77,17 +31,16 @@ class Admission:
         made = iter(new)
         return [known or next(made) for known in named], new
 
-    def judge(self, requests: tuple[JobRequest, ...], owner: str, earlier: int) -> None:
+    def judge(self, requests: tuple[JobRequest, ...], owner: Principal, earlier: int) -> None:
         """Raise what `admit` would, if so many `earlier` ones had come before them."""
         _, fresh, _ = self._settle(requests, owner)
         self._quotas.check(fresh, owner, earlier)
 
     def _settle(
-        self, requests: tuple[JobRequest, ...], owner: str
+        self, requests: tuple[JobRequest, ...], owner: Principal
     ) -> tuple[list[LiveJob | None], list[JobRequest], list[Recipe]]:
         """The jobs that are here already, None for others; those others, and their recipes."""
-        if self.model is None:
-            raise NotFound("No worker has joined yet, so the model is not known.")
+        entry = self._catalogue.default()
         named = [self._known(request, owner) for request in requests]
         fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
         ids = [request.id for request in fresh if request.id is not None]
@@ -98,20 +51,20 @@ class Admission:
             if named[item] is not None:
                 continue
             try:
-                recipes.append(resolve(request, self.model, self.dtype, self.tokens.count, self.speedups))
-                self._leasing.refuse_what_never_fits(recipes[-1], self.model)
+                recipes.append(resolve(request, entry.description, entry.dtype, entry.tokens.count, entry.speedups))
+                self._leasing.refuse_what_never_fits(recipes[-1], entry.description)
             except TriptychError as error:
                 error.item = item
                 raise
         return named, fresh, recipes
 
-    def _known(self, request: JobRequest, owner: str) -> LiveJob | None:
+    def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
         job = self._job_queue.find(request.id) if request.id else None
         if job and (job.request != request.model_dump_json() or job.owner != owner):
             raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
         return job
 
-    def _create(self, request: JobRequest, recipe: Recipe, owner: str) -> LiveJob:
+    def _create(self, request: JobRequest, recipe: Recipe, owner: Principal) -> LiveJob:
         job = LiveJob(
             id=request.id or secrets.token_hex(6),
             number=self._store.next_number(),

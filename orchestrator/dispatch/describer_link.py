@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.dispatch.admission import Admission
+from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
@@ -32,7 +32,7 @@ class DescriberLink:
     """`expected`: the stack has a describer, and takes no job that it has not looked at."""
 
     outbox: Outbox
-    admission: Admission
+    catalogue: Catalogue
     expected: bool
     pid: int = 0  # of the describer that is here; 0: none is
     _identity: bytes = b""
@@ -44,7 +44,7 @@ class DescriberLink:
     def hello(self, identity: bytes, hello: DescriberHello) -> None:
         """A describer has found the model to be whole; what its predecessor left open is asked again."""
         self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
-        self.admission.learn_model(hello)
+        self.catalogue.learn(hello)
         if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
             oldest.ended += 1
         for number, question in list(self._open.items()):
@@ -76,9 +76,9 @@ class DescriberLink:
 
     def ready_for(self, requests: Sequence[JobRequest]) -> bool:
         """Whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
-        if self.admission.model is None:
+        if self.catalogue.known is None:
             return False
-        if not self.expected or not (texts := tuple(self.admission.uncounted(requests))):
+        if not self.expected or not (texts := tuple(self.catalogue.uncounted(requests))):
             return True
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
@@ -102,4 +102,4 @@ class DescriberLink:
         if counts.reason or len(counts.counts) != len(question.texts):
             self._failed[question.texts] = counts.reason or "it counted others"
         else:
-            self.admission.tokens.learn(question.texts, counts.counts)
+            self.catalogue.default().tokens.learn(question.texts, counts.counts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from orchestrator.job import ModelKey
-from orchestrator.scheduling.scheduler import IdleWorker
+from orchestrator.scheduling.snapshot import IdleWorker
 from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
 from protocol.messages.worker import WorkerHello

@@ -1,6 +1,6 @@
 """Unfinished jobs: by their ids, by the text that they share, waiting at their stages or for a moment, and counted."""
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
@@ -31,23 +31,42 @@ class JobQueue:
         return job
 
     def texts(self) -> Container[str]:
-        """Keys of embeddings that somebody needs, or will."""
+        """Keys of embeddings that some job needs, or will."""
         return self._by_text.keys()
 
     def of_text(self, key: str) -> list[LiveJob]:
         return [self.jobs[job_id] for job_id in self._by_text.get(key, ())]
 
-    # -- coming and going -----------------------------------------------------------------------
+    # -- coming, moving and going ---------------------------------------------------------------
 
     def add(self, job: LiveJob) -> None:
-        """A job begins, or is there again after a restart: it waits at its stage."""
+        """A job begins, or is there again: it waits at its stage."""
         self.jobs[job.id] = job
         self._quotas.add(job)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
         self.queues.add(job)
 
-    def remove(self, job: LiveJob) -> None:
-        """One that waits nowhere has ended."""
+    def replace(self, before: LiveJob, after: LiveJob) -> None:
+        """Put what a job has become in its place: counted by its state, and waiting where it waits now."""
+        if before.state != after.state:
+            self.count(before.state, -1)
+            self.count(after.state, +1)
+        if before.ended:
+            if not after.ended:
+                self.add(after)
+            return
+        stays = before.waits and after.waits and _place(before) == _place(after)
+        if before.waits and not stays:
+            self.queues.remove(before)
+            self._delays.drop(before.id)
+        if after.ended:
+            self._remove(after)
+            return
+        self.jobs[after.id] = after
+        if after.waits and not stays and not self._delays.add(after.id, after.failures):
+            self.queues.add(after)
+
+    def _remove(self, job: LiveJob) -> None:
         del self.jobs[job.id]
         self._quotas.add(job, -1)
         same_text = self._by_text[job.text_key]
@@ -55,17 +74,10 @@ class JobQueue:
         if not same_text:
             del self._by_text[job.text_key]
 
-    # -- waiting --------------------------------------------------------------------------------
+    def count(self, state: JobState, by: int) -> None:
+        self.counts[state] = self.counts.get(state, 0) + by
 
-    def wait(self, job: LiveJob) -> None:
-        """Let a job wait at its stage, after a moment if it has failed there."""
-        if not self._delays.add(job.id, job.failures):
-            self.queues.add(job)
-
-    def take_out(self, job: LiveJob) -> None:
-        """It no longer waits, wherever that was."""
-        self.queues.remove(job)
-        self._delays.drop(job.id)
+    # -- waiting for a moment -------------------------------------------------------------------
 
     def end_delays(self) -> None:
         """Those whose moment is over wait at their stages."""
@@ -76,13 +88,7 @@ class JobQueue:
         """Monotonic seconds when the next moment is over."""
         return self._delays.next()
 
-    # -- counting -------------------------------------------------------------------------------
 
-    def move(self, job: LiveJob, change: Callable[[], None]) -> None:
-        """Change a job's state, keeping the counts."""
-        self.count(job.state, -1)
-        change()
-        self.count(job.state, +1)
-
-    def count(self, state: JobState, by: int) -> None:
-        self.counts[state] = self.counts.get(state, 0) + by
+def _place(job: LiveJob) -> tuple[object, ...]:
+    """What decides where and how a job waits."""
+    return job.stage, job.order, job.failures

@@ -6,11 +6,12 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.stage_queues import StageQueues
-from orchestrator.dispatch.standstill import Busy, Place, Standstill
+from orchestrator.dispatch.standstill import Busy, Standstill
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.ledger import Holding, Ledger
 from orchestrator.memory.task_keys import step_key
-from orchestrator.scheduling.scheduler import (
+from orchestrator.scheduling.scheduler import Place, decide
+from orchestrator.scheduling.snapshot import (
     NOTHING,
     Assign,
     ChangeLease,
@@ -20,7 +21,6 @@ from orchestrator.scheduling.scheduler import (
     LeasedWorker,
     Snapshot,
     WaitingTask,
-    decide,
 )
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
@@ -218,12 +218,12 @@ class Leasing:
     def _first(
         self, stage: Stage, model: ModelKey, count: int, holders: Iterable[LeasedWorker], jobs: Mapping[str, LiveJob]
     ) -> Sequence[WaitingTask]:
-        now = time.monotonic()
         roomiest = self._roomiest(stage, model, holders)
-        return [
-            WaitingTask(job, stage, model, self._workspace(jobs[job].recipe, roomiest), now - jobs[job].queued)
-            for job in self._queues.first(stage, model, count)
-        ]
+        return [self._waiting(jobs[job_id], roomiest) for job_id in self._queues.first(stage, model, count)]
+
+    def _waiting(self, job: LiveJob, roomiest: LeasedWorker | None) -> WaitingTask:
+        waited = time.monotonic() - self._queues.since(job.id)
+        return WaitingTask(job.id, job.stage, job.model, job.distance, self._workspace(job.recipe, roomiest), waited)
 
     def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[LeasedWorker]) -> LeasedWorker | None:
         """Of those that do a stage's tasks, the one with the most room beside its weights."""

@@ -4,25 +4,18 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.job import LiveJob
+from orchestrator.principal import KeyHolder, Principal
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
+from orchestrator.token_bucket import TokenBucket
 from protocol.errors import QueueFull
 from protocol.job import JobRequest
 from protocol.units import format_bytes
 
 LOOK_SECONDS = 1.0  # between two looks at the disk
-
-
-@dataclass(slots=True)
-class Allowance:
-    """A token bucket: what one client may still submit now."""
-
-    left: float
-    since: float  # monotonic seconds
 
 
 class Quotas:
@@ -32,8 +25,8 @@ class Quotas:
         self._settings, self._store, self._disk = settings, store, disk
         self.jobs = 0
         self.request_bytes = 0
-        self._of: defaultdict[str, int] = defaultdict(int)  # by owner
-        self._allowances: dict[str, Allowance] = {}
+        self._of: defaultdict[Principal, int] = defaultdict(int)  # by owner
+        self._buckets: dict[str, TokenBucket] = {}  # by the names of keys
         self._free, self._looked = 0, -LOOK_SECONDS
 
     def add(self, job: LiveJob, by: int = 1) -> None:
@@ -44,7 +37,7 @@ class Quotas:
         if not self._of[job.owner]:
             del self._of[job.owner]
 
-    def check(self, requests: Sequence[JobRequest], owner: str, earlier: int = 0) -> None:
+    def check(self, requests: Sequence[JobRequest], owner: Principal, earlier: int = 0) -> None:
         """Whether so many more may come, after so many `earlier` ones; QueueFull says what is in the way."""
         limits, count = self._settings, len(requests) + earlier
         if self.jobs + count > limits.queue_limit:
@@ -63,8 +56,8 @@ class Quotas:
                 f"{format_bytes(limits.disk_floor)} are kept for jobs that are accepted already.",
                 "Make room there, start the stack with a smaller --disk-floor, or elsewhere with --state DIR.",
             )
-        if owner:
-            self._check_owner(owner, count)
+        if isinstance(owner, KeyHolder):
+            self._check_holder(owner, count)
 
     def held(self) -> int:
         """Bytes on disk and in memory that unfinished jobs hold, embeddings that wait to be used included."""
@@ -79,25 +72,26 @@ class Quotas:
             self._free, self._looked = shutil.disk_usage(self._disk).free, now
         return self._free
 
-    def _check_owner(self, owner: str, count: int) -> None:
-        limits, now = self._settings, time.monotonic()
-        if self._of.get(owner, 0) + count > limits.client_jobs:
+    def _check_holder(self, owner: KeyHolder, count: int) -> None:
+        limits, unfinished = self._settings, self._of.get(owner, 0)
+        if unfinished + count > limits.client_jobs:
             raise QueueFull(
-                f"The client {owner!r} has {self._of.get(owner, 0)} of at most {limits.client_jobs} unfinished jobs; "
+                f"The client {owner.name!r} has {unfinished} of at most {limits.client_jobs} unfinished jobs; "
                 f"{count} more don't fit.",
                 "Wait for some to finish, or cancel some.",
             )
-        burst = limits.client_rate * 60
-        bucket = self._allowances.setdefault(owner, Allowance(burst, now))
-        bucket.left = min(burst, bucket.left + (now - bucket.since) * limits.client_rate)
-        bucket.since = now
-        if bucket.left < count:
+        if (left := self._bucket(owner).left()) < count:
             raise QueueFull(
-                f"The client {owner!r} may submit {limits.client_rate:g} jobs a second; {count} more come too soon.",
-                f"Try again in {(count - bucket.left) / limits.client_rate:.0f} seconds.",
+                f"The client {owner.name!r} may submit {limits.client_rate:g} jobs a second; {count} more come too "
+                "soon.",
+                f"Try again in {(count - left) / limits.client_rate:.0f} seconds.",
             )
 
-    def spend(self, count: int, owner: str) -> None:
-        """So many of a client's jobs were let in; this machine's own user has no allowance to keep to."""
-        if owner:
-            self._allowances[owner].left -= count
+    def _bucket(self, owner: KeyHolder) -> TokenBucket:
+        rate = self._settings.client_rate
+        return self._buckets.setdefault(owner.name, TokenBucket(rate, burst=rate * 60))
+
+    def spend(self, count: int, owner: Principal) -> None:
+        """So many of a client's jobs were let in; the local user has no rate to keep to."""
+        if isinstance(owner, KeyHolder):
+            self._bucket(owner).take(count)

@@ -2,22 +2,24 @@
 
 import bisect
 import time
+from collections import Counter
 
 from orchestrator.job import LiveJob, ModelKey
-from protocol.stages import STAGES, Stage
+from protocol.stages import Stage
 
 
 class StageQueues:
     """Sorted lists; adding and removing cost a search and a move of memory, which is cheap up to 100,000 jobs."""
 
     def __init__(self) -> None:
-        self._lists: dict[tuple[Stage, ModelKey], list[tuple[tuple[int, int], str]]] = {}
-        self.depth: dict[Stage, int] = dict.fromkeys(STAGES, 0)
+        self._lists: dict[tuple[Stage, ModelKey], list[tuple[tuple[int, int, int], str]]] = {}
+        self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
+        self.depth: Counter[tuple[Stage, int]] = Counter()  # by stage and distance to the end
 
     def add(self, job: LiveJob) -> None:
         bisect.insort(self._lists.setdefault((job.stage, job.model), []), (job.order, job.id))
-        self.depth[job.stage] += 1
-        job.queued = time.monotonic()
+        self.depth[job.stage, job.distance] += 1
+        self._since[job.id] = time.monotonic()
 
     def remove(self, job: LiveJob) -> None:
         """Take a job out of its stage's queue; nothing happens if it isn't there."""
@@ -25,7 +27,16 @@ class StageQueues:
         at = bisect.bisect_left(entries, (job.order, job.id))
         if at < len(entries) and entries[at][1] == job.id:
             del entries[at]
-            self.depth[job.stage] -= 1
+            self.depth[job.stage, job.distance] -= 1
+            del self._since[job.id]
+
+    def since(self, job_id: str) -> float:
+        """Monotonic seconds when a waiting job came to its stage."""
+        return self._since[job_id]
+
+    def at(self, stage: Stage, model: ModelKey) -> int:
+        """How many wait there."""
+        return len(self._lists.get((stage, model), ()))
 
     def ahead_of(self, job: LiveJob) -> int:
         """How many jobs are served before this one at its stage."""

@@ -10,11 +10,9 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.job import ModelKey
-from orchestrator.scheduling.scheduler import Assign, ChangeLease, GpuSpace, LeasedWorker, Snapshot, decide, slots_ahead
-from protocol.stages import Stage
+from orchestrator.scheduling.scheduler import Place, decide, startable
+from orchestrator.scheduling.snapshot import Assign, ChangeLease, GpuSpace, LeasedWorker, Snapshot
 
-Place = tuple[Stage, ModelKey]
 TICK_SECONDS = 0.5
 MEETINGS = 20  # of one state while leases change
 QUIET_TICKS = 140  # of one state while nothing is done, at least
@@ -71,7 +69,7 @@ def waiting_in_vain(
     for place, tasks in snapshot.waiting.items():
         mine = [holder for holder in snapshot.holders.values() if (holder.stage, holder.model) == place]
         taken = assigned & {task.job for task in tasks}
-        if not tasks or not mine or taken or place in busy.places or not slots_ahead(place[0], snapshot.depth):
+        if not tasks or not mine or taken or place in busy.places or not startable(tasks, snapshot, {}):
             continue
         gpus = {gpu for holder in mine for gpu in holder.demands}
         while more := {g for h in snapshot.holders.values() if gpus & {*h.demands} for g in h.demands} - gpus:

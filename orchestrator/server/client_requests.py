@@ -3,15 +3,19 @@
 import logging
 import os
 import time
-from collections import deque
 from dataclasses import dataclass
 
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
+from orchestrator.principal import LocalUser, Principal
+from orchestrator.server.housekeeping import MOST_FORGOTTEN
+from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.version import VERSION
+from protocol import wire
 from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, StateUnusable, TriptychError
 from protocol.messages.client import (
+    FROM_CLIENT,
     Cancel,
     Collected,
     CollectGarbage,
@@ -33,13 +37,11 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import Error, Message
-from protocol.messages.supervisor import KillProcess, RestartProcess, SetScale
-from protocol.stages import Stage
-from protocol.views import ProcessView, WorkerView
+from protocol.tensors import Buffer
+from protocol.views import WorkerView
 
 log = logging.getLogger(__name__)
 
-MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
 MAX_PARKED = 1000  # submissions that may wait for the describer
 
 
@@ -48,14 +50,17 @@ ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who asks: a socket, and the name of the key that it came with; none for this machine's own user."""
+    """A client: its socket's identity, and on whose behalf it asks."""
 
     identity: bytes
-    owner: str
+    principal: Principal
 
     @property
     def local(self) -> bool:
-        return not self.owner
+        return isinstance(self.principal, LocalUser)
+
+    def may_see(self, job: LiveJob) -> bool:
+        return self.local or job.owner == self.principal
 
 
 def error_message(error: TriptychError, request: int = 0) -> Error:
@@ -63,15 +68,23 @@ def error_message(error: TriptychError, request: int = 0) -> Error:
     return Error(request=request, code=error.code, message=error.message, hint=error.hint, item=error.item)
 
 
-class Desk:
-    def __init__(self, engine: Engine, describer_link: DescriberLink) -> None:
-        self.engine, self._describer_link = engine, describer_link
-        self.supervisor: bytes | None = None  # identity at the workers' socket
-        self.processes: tuple[ProcessView, ...] = ()
+class ClientRequests:
+    def __init__(self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink) -> None:
+        self.engine, self._describer, self._supervisor = engine, describer, supervisor
         self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question, until they can be judged
         self._started = time.time()
-        self._rolling: deque[str] = deque()  # names of processes to be restarted, one after the other
-        self._under_way: int | None = None  # process number of the first's old life
+
+    def handle(self, client: bytes, principal: Principal, frames: list[Buffer]) -> None:
+        """Answer what a client has sent; whatever it is, the others go on."""
+        try:
+            self.answer(Peer(client, principal), wire.decode(frames, FROM_CLIENT).message)
+        except StateUnusable:
+            raise
+        except TriptychError as error:
+            self._reply(client, error_message(error))
+        except Exception:
+            log.exception("a client's question could not be answered")
+            self._reply(client, Error(code="error", message="The orchestrator failed at this question."))
 
     def answer(self, peer: Peer, question: Message) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
@@ -106,8 +119,7 @@ class Desk:
                 for job in jobs:
                     self._reply(client, engine.event(job))
             case GetJobs(jobs=ids, states=states, limit=limit, before=before):
-                owner = None if peer.local else peer.owner
-                newest = engine.store.newest(states, limit, owner, before)
+                newest = engine.store.newest(states, limit, None if peer.local else peer.principal, before)
                 found = (self._own(peer, i) for i in ids) if ids else newest
                 live = (engine.job_queue.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
@@ -123,7 +135,7 @@ class Desk:
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
             case GetWorkers():
                 views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
-                drained, processes = tuple(sorted(engine.drained)), self.processes if peer.local else ()
+                drained, processes = tuple(sorted(engine.drained)), self._supervisor.processes if peer.local else ()
                 self._reply(client, Workers(request=number, workers=views, processes=processes, drained=drained))
             case Drain(stage=stage, on=on):
                 engine.drain(stage, on)
@@ -133,18 +145,18 @@ class Desk:
             case GetStack():
                 self._reply(client, self._stack(number))
             case Restart(stage=stage):
-                self._check_supervisor(stage)
-                self._rolling.extend(p.name for p in self.processes if p.stage == stage and p.name not in self._rolling)
+                self._supervisor.check(stage)
+                self._supervisor.restart(stage)
                 self._reply(client, Done(request=number))
             case Scale(stage=stage, count=count):
-                self._check_supervisor(stage)
+                self._supervisor.check(stage)
                 most = self.engine.settings.fixed.get(stage)
                 if most is not None and count > most:
                     raise BadRequest(
                         f"The memory of {stage} workers is planned in advance, for {most} of them.",
                         f"Start the stack with --workers {stage}={count}, which plans for that.",
                     )
-                self._tell_supervisor(SetScale(stage=stage, count=count))
+                self._supervisor.scale(stage, count)
                 self._reply(client, Done(request=number))
             case _:
                 raise BadRequest(f"A message of kind {question.kind!r} is not a question.")
@@ -152,27 +164,27 @@ class Desk:
     def _own(self, peer: Peer, job_id: str) -> LiveJob:
         """A job that the peer may see; to others it is as if there were none."""
         job = self.engine.job_queue.find(job_id)
-        if job is None or not (peer.local or job.owner == peer.owner):
+        if job is None or not peer.may_see(job):
             raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
         return job
 
     def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
         """Whose job a worker has in hand is nobody else's business."""
         job = self.engine.job_queue.jobs.get(view.job) if view.job else None
-        return view if peer.local or (job and job.owner == peer.owner) else view.model_copy(update={"job": None})
+        return view if peer.local or (job and peer.may_see(job)) else view.model_copy(update={"job": None})
 
     def _submit(self, peer: Peer, submit: Submit) -> None:
         client = peer.identity
-        if not self._describer_link.ready_for(submit.jobs):
+        if not self._describer.ready_for(submit.jobs):
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
             self._parked[peer, submit.request] = submit
             return
         if submit.judge:
-            self.engine.admission.judge(submit.jobs, peer.owner, submit.earlier)
+            self.engine.admission.judge(submit.jobs, peer.principal, submit.earlier)
             self._reply(client, Done(request=submit.request))
             return
-        jobs = self.engine.accept(submit.jobs, peer.owner)
+        jobs = self.engine.accept(submit.jobs, peer.principal)
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
         if submit.watch:
             self._watch(client, [job.id for job in jobs if not job.ended])
@@ -212,50 +224,10 @@ class Desk:
         )
 
     def _stack(self, number: int) -> Stack:
-        engine = self.engine
+        engine, entry = self.engine, self.engine.catalogue.known
         counts = tuple((state, count) for state, count in engine.job_queue.counts.items() if count)
         return Stack(
-            request=number, version=VERSION, pid=os.getpid(), started=self._started, model=engine.admission.model,
-            counts=counts, speedups=engine.admission.speedups, queue_limit=engine.settings.queue_limit,
+            request=number, version=VERSION, pid=os.getpid(), started=self._started, counts=counts,
+            model=entry.description if entry else None, speedups=entry.speedups if entry else (),
+            queue_limit=engine.settings.queue_limit,
         )  # fmt: skip
-
-    def start_anew(self, names: list[str]) -> None:
-        """Have workers replaced, one after the other, once there is a supervisor; the list is emptied then."""
-        if self.supervisor is not None:
-            self._rolling.extend(name for name in names if name not in self._rolling)
-            names.clear()
-
-    def roll(self) -> None:
-        """Go on with restarts: the next worker once the one before is back, so that a stage is never without."""
-        while self._rolling:
-            name, old = self._rolling[0], self._under_way
-            process = next((p for p in self.processes if p.name == name), None)
-            if process is None or process.pid is None:
-                if old is None:  # it is not there to be restarted
-                    self._rolling.popleft()
-                    continue
-                return
-            if old is None:
-                self._under_way = process.pid
-                self._tell_supervisor(RestartProcess(name=name))
-                return
-            back = any(w.hello.name == name and w.hello.pid != old and w.state != "loading" for w in self.engine.fleet)
-            if not back:
-                return
-            self._rolling.popleft()
-            self._under_way = None
-
-    def kill(self, pid: int, reason: str) -> None:
-        """Have the supervisor end a process of its own; nothing happens if it isn't, or there is no supervisor."""
-        self._tell_supervisor(KillProcess(pid=pid, reason=reason))
-
-    def _tell_supervisor(self, message: RestartProcess | SetScale | KillProcess) -> None:
-        if self.supervisor is not None:
-            self.engine.outbox.to_worker(self.supervisor, message)
-
-    def _check_supervisor(self, stage: Stage) -> None:
-        if self.supervisor is None:
-            raise NotFound(
-                "This stack runs without a supervisor.",
-                f"Start workers by hand: triptych worker {stage} --connect ENDPOINT.",
-            )

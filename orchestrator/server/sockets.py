@@ -1,18 +1,19 @@
 """The orchestrator's sockets: private ones for this machine's user, and CURVE over TCP for keys that are let in.
 
-A peer is known here by a byte for the door that it came through and its socket's identity.
+A peer is known here by a byte for the socket that it came through and its socket's identity.
 """
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import zmq
 from zmq.utils import z85
 
 from orchestrator.access import AllowedKeys
+from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
+from orchestrator.token_bucket import TokenBucket
 from protocol.client.endpoints import Endpoints
 from protocol.curve_keys import KeyPair, Role
 from protocol.sockets import receive_from, router, send
@@ -25,7 +26,7 @@ BATCH = 256  # messages of one socket between two commits
 REMEMBERED = 10_000  # peers from outside
 MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
 LARGEST_QUESTION = 16 << 20  # bytes of a frame; clients send no tensors
-Handler = Callable[[bytes, str, list[Buffer]], None]  # (peer, its key's name or "" for this machine's user, frames)
+Handler = Callable[[bytes, Principal, list[Buffer]], None]  # (peer, on whose behalf, frames)
 
 
 @dataclass(slots=True)
@@ -33,22 +34,6 @@ class BoundSocket:
     socket: "zmq.Socket[bytes]"
     role: Role
     guarded: bool  # by CURVE and the list of keys
-
-
-@dataclass(slots=True)
-class Bucket:
-    left: float = BURST
-    since: float = field(default_factory=time.monotonic)
-
-    def take(self) -> bool:
-        """Whether one more message may come now."""
-        now = time.monotonic()
-        self.left = min(BURST, self.left + (now - self.since) * MESSAGES_A_SECOND)
-        self.since = now
-        if self.left < 1:
-            return False
-        self.left -= 1
-        return True
 
 
 class Sockets:
@@ -61,21 +46,21 @@ class Sockets:
         self._zap = self._context.socket(zmq.REP)
         self._zap.setsockopt(zmq.LINGER, 0)
         self._zap.bind(ZAP)
-        self._doors = [
+        self._bound = [
             BoundSocket(router(self._context, local.clients, largest=LARGEST_QUESTION), "client", guarded=False),
             BoundSocket(router(self._context, local.workers), "worker", guarded=False),
         ]
         for role, endpoint in remote:
             largest = LARGEST_QUESTION if role == "client" else None
-            door = router(self._context, endpoint, secret=key.secret if key else None, domain=role, largest=largest)
-            self._doors.append(BoundSocket(door, role, guarded=key is not None))
-        names = [door.socket.getsockopt_string(zmq.LAST_ENDPOINT) for door in self._doors]
+            bound = router(self._context, endpoint, secret=key.secret if key else None, domain=role, largest=largest)
+            self._bound.append(BoundSocket(bound, role, guarded=key is not None))
+        names = [bound.socket.getsockopt_string(zmq.LAST_ENDPOINT) for bound in self._bound]
         self.local = Endpoints(names[0], names[1])
-        self.remote = [(door.role, name) for door, name in zip(self._doors[2:], names[2:], strict=True)]
+        self.remote = [(bound.role, name) for bound, name in zip(self._bound[2:], names[2:], strict=True)]
         self._keys: OrderedDict[bytes, str] = OrderedDict()  # by peer, the public key that it came with
-        self._buckets: dict[str, Bucket] = {}  # by public key
+        self._buckets: dict[str, TokenBucket] = {}  # by public key
         self._poller = zmq.Poller()
-        for socket in (self._zap, *(door.socket for door in self._doors)):
+        for socket in (self._zap, *(bound.socket for bound in self._bound)):
             self._poller.register(socket, zmq.POLLIN)
 
     def wait(self, milliseconds: int) -> None:
@@ -85,28 +70,28 @@ class Sockets:
         """Hand on what has come, workers' words first."""
         self._admit()
         for role, handle in (("worker", from_worker), ("client", from_client)):
-            for number, door in enumerate(self._doors):
-                if door.role == role:
-                    self._drain(number, door, handle)
+            for number, bound in enumerate(self._bound):
+                if bound.role == role:
+                    self._drain(number, bound, handle)
 
-    def _drain(self, number: int, door: BoundSocket, handle: Handler) -> None:
+    def _drain(self, number: int, bound: BoundSocket, handle: Handler) -> None:
         for _ in range(BATCH):
             try:
-                user, (identity, *frames) = receive_from(door.socket)
+                user, (identity, *frames) = receive_from(bound.socket)
             except zmq.Again:
                 return
             peer = bytes([number]) + bytes(identity)
-            if not door.guarded:
-                handle(peer, "", frames)
-            elif (name := self._name(peer, user, door.role)) is not None:
-                handle(peer, name, frames)
+            if not bound.guarded:
+                handle(peer, LOCAL_USER, frames)
+            elif (name := self._name(peer, user, bound.role)) is not None:
+                handle(peer, KeyHolder(name), frames)
 
     def _name(self, peer: bytes, public: str, role: Role) -> str | None:
         """Whose message this is; None if its key is not let in, or not so often."""
         entry = self._gate.entry(public, role)
         if entry is None:
             return None
-        if role == "client" and not self._buckets.setdefault(public, Bucket()).take():
+        if role == "client" and not self._buckets.setdefault(public, TokenBucket(MESSAGES_A_SECOND, BURST)).take():
             return None
         self._keys[peer] = public
         self._keys.move_to_end(peer)
@@ -116,16 +101,16 @@ class Sockets:
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
         """As sockets.send; to one whose key was revoked nothing goes."""
-        door = self._doors[peer[0]]
-        if door.guarded and self._gate.entry(self._keys.get(peer, ""), door.role) is None:
+        bound = self._bound[peer[0]]
+        if bound.guarded and self._gate.entry(self._keys.get(peer, ""), bound.role) is None:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        send(door.socket, [peer[1:], *frames])
+        send(bound.socket, [peer[1:], *frames])
 
     def shut_out(self) -> list[bytes]:
         """The peers whose keys have been revoked since the last call."""
         if not self._gate.look_again():
             return []
-        gone = [peer for peer, key in self._keys.items() if self._gate.entry(key, self._doors[peer[0]].role) is None]
+        gone = [peer for peer, key in self._keys.items() if self._gate.entry(key, self._bound[peer[0]].role) is None]
         for peer in gone:
             self._buckets.pop(self._keys.pop(peer), None)
         return gone
@@ -147,7 +132,7 @@ class Sockets:
             self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
 
     def close(self) -> None:
-        for door in self._doors:
-            door.socket.close()
+        for bound in self._bound:
+            bound.socket.close()
         self._zap.close()
         self._context.term()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.job import LiveJob, records_from_json
+from orchestrator.principal import Principal, from_column, to_column
 from orchestrator.storage.artifacts import OF_A_JOB, Artifacts
 from orchestrator.storage.database import Database
-from protocol.job import JobState, Recipe
+from protocol.job import ENDED, JobState, Recipe
 from protocol.model import ModelDescription
 
 COLUMNS = (
@@ -70,7 +71,7 @@ class Store:
             (
                 job.number, job.id, job.state, job.stage, job.priority, job.recipe.model_dump_json(), job.request,
                 job.text_key, job.attempts, job.failures, job.step, job.cached, job.records_json(),
-                json.dumps(job.reasons), job.created, job.finished, job.pictures, job.saved, job.owner,
+                json.dumps(job.reasons), job.created, job.finished, job.pictures, job.saved, to_column(job.owner),
             ),
         )  # fmt: skip
 
@@ -81,8 +82,7 @@ class Store:
 
     def note(self, job: LiveJob) -> None:
         """A change that a crash may take back: nobody was promised it, but whoever looks sees it."""
-        if job.number not in self._changed:
-            self._noted[job.number] = job
+        (self._changed if job.number in self._changed else self._noted)[job.number] = job
 
     def _flush(self) -> None:
         while self._changed:
@@ -102,17 +102,17 @@ class Store:
         return next(self._select("WHERE id = ?", (job_id,)), None)
 
     def unfinished(self) -> Iterator[LiveJob]:
-        return self._select("WHERE state IN ('queued', 'text', 'denoise', 'vae') ORDER BY number", ())
+        return self._select(f"WHERE state NOT IN ({','.join('?' * len(ENDED))}) ORDER BY number", tuple(ENDED))
 
     def newest(
-        self, states: Sequence[JobState], limit: int, owner: str | None = None, before: int = 0
+        self, states: Sequence[JobState], limit: int, owner: Principal | None = None, before: int = 0
     ) -> Iterator[LiveJob]:
         """Newest first; of one owner, or of all; those with numbers below `before`, 0: of all."""
         wanted = [f"state IN ({','.join('?' * len(states))})"] if states else []
         values: list[object] = [*states]
         if owner is not None:
             wanted.append("owner = ?")
-            values.append(owner)
+            values.append(to_column(owner))
         if before:
             wanted.append("number < ?")
             values.append(before)
@@ -146,7 +146,7 @@ class Store:
                 text_key=text_key, request=request, created=created, state=state, stage=stage, attempt=attempts,
                 attempts=attempts, failures=failures, step=step,
                 cached=bool(cached), records=records_from_json(records), reasons=tuple(json.loads(reasons)),
-                finished=finished, pictures=pictures, saved=saved, owner=owner,
+                finished=finished, pictures=pictures, saved=saved, owner=from_column(owner),
             )  # fmt: skip
 
     # -- models ---------------------------------------------------------------------------------

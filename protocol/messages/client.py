@@ -109,7 +109,7 @@ class JobEvent(Message):
     step: Count = 0
     steps: Count = 0
     cached: bool = False
-    ahead: Count = 0  # jobs before it in its queue
+    queue_position: Count = 0  # jobs before it in its queue
     reason: Line = ""
 
 

@@ -87,6 +87,8 @@ class Result(TaskKey):
 
     kind = "result"
     seconds: float
+    next: Stage | None = None  # the stage to visit; None: that was the last visit, and pictures lie beside this
+    visits_left: Count | None = None  # to the end of the job, `next` included; None: as usual
     peak_bytes: Count = 0
     workspace_bytes: Count = 0  # of a GPU's memory beside the weights, at most
     warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()

@@ -35,7 +35,7 @@ from protocol.messages.common import Heartbeat
 from protocol.messages.worker import Ready, WorkerHello
 from protocol.model import ModelDescription
 from protocol.sockets import dealer, new_identity
-from protocol.stages import Stage
+from protocol.stages import USUAL_NEXT, Stage
 from protocol.tensors import Tensor
 
 TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
@@ -168,7 +168,10 @@ class NullWorker:
         if frames[0] != b"\x01task":
             return
         task = msgpack.unpackb(frames[1])["fields"]
-        fields = {name: task[name] for name in ("job", "stage", "attempt")} | {"seconds": 0.0}
+        fields = {name: task[name] for name in ("job", "stage", "attempt")} | {
+            "seconds": 0.0,
+            "next": USUAL_NEXT[task["stage"]],
+        }
         header = msgpack.packb({"fields": fields, "tensors": self._specs})
         self.socket.send_multipart([b"\x01result", header, self._data])
         self.socket.send_multipart(self._ready)

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from orchestrator.principal import LOCAL_USER
 from orchestrator.server.loop import Server
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
@@ -102,9 +103,9 @@ def orchestrator() -> Callable[[bytes], None]:
         for who, frames in parts_of(data):
             peer = bytes([1 if who < PEERS else 0]) + b"T%015d" % (turn * 8 + who)
             if who < PEERS:
-                server._from_worker(peer, "", [*frames])
+                server._workers.handle(peer, LOCAL_USER, [*frames])
             else:
-                server._from_client(peer, "", [*frames])
+                server._clients.handle(peer, LOCAL_USER, [*frames])
             server._settle()
 
     return one_input
@@ -132,9 +133,9 @@ def seeds() -> list[bytes]:
     submit = said(4, Submit(request=1, jobs=(JobRequest(prompt="a", id=job, width=64, height=64),), watch=True))
     whole = [
         hello(0, "text"), said(0, Ready()), hello(1, "denoise"), said(1, Ready()), hello(2, "vae"), said(2, Ready()),
-        submit, said(0, Result(job=job, stage="text", attempt=1, seconds=1.0), small), said(0, Ready()),
+        submit, said(0, Result(job=job, stage="text", attempt=1, seconds=1.0, next="denoise"), small), said(0, Ready()),
         said(1, Progress(job=job, stage="denoise", attempt=2, step=1, steps=4, saved=1), saved),
-        said(1, Result(job=job, stage="denoise", attempt=2, seconds=1.0), small), said(1, Ready()),
+        said(1, Result(job=job, stage="denoise", attempt=2, seconds=1.0, next="vae"), small), said(1, Ready()),
         said(2, Result(job=job, stage="vae", attempt=3, seconds=1.0), pictures), said(2, Ready()),
         said(4, FetchPictures(request=2, job=job)), said(4, Watch(request=3, jobs=(job,))),
     ]  # fmt: skip

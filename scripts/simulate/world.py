@@ -18,7 +18,8 @@ from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.planner import Plan
 from orchestrator.planning.prediction import Book, Terms
 from orchestrator.planning.streaming_cost import job_seconds, load_of, streaming
-from orchestrator.scheduling.scheduler import (
+from orchestrator.scheduling.scheduler import decide
+from orchestrator.scheduling.snapshot import (
     Assign,
     ChangeLease,
     GpuDemand,
@@ -27,15 +28,14 @@ from orchestrator.scheduling.scheduler import (
     LeasedWorker,
     Snapshot,
     WaitingTask,
-    decide,
 )
 from protocol.gpu_memory import GpuId
 from protocol.model_profile import ModelProfile, StageProfile
-from protocol.stages import STAGES, Stage
+from protocol.stages import STAGES, TRAITS, USUAL_NEXT, Stage
 
 MODEL = ModelKey("m", "bfloat16")
 GIVING_BACK = 0.02  # seconds
-LATE_FIRST: tuple[Stage, ...] = ("vae", "denoise", "text")
+LATE_FIRST = sorted(STAGES, key=lambda stage: TRAITS[stage].distance)
 
 HOST = "simulated"
 
@@ -145,10 +145,10 @@ class World:
         assert job is not None
         worker.job = None
         self._rest(worker)
-        if worker.stage == "vae":
+        if (following := USUAL_NEXT[worker.stage]) is None:
             self.tally.times.append((self._arrivals[job].at, self.now))
         else:
-            self.queues[STAGES[STAGES.index(worker.stage) + 1]].append((job, self.now))
+            self.queues[following].append((job, self.now))
 
     def _leased(self, worker: Worker, lend: ChangeLease) -> None:
         self.free[worker.gpu] += max(0, worker.demand.lease - lend.bytes)
@@ -195,13 +195,13 @@ class World:
         now, count = self.now, len(idle)
         waiting = {
             (stage, MODEL): [
-                WaitingTask(str(job), stage, MODEL, self._workspace(stage), now - since)
+                WaitingTask(str(job), stage, MODEL, TRAITS[stage].distance, self._workspace(stage), now - since)
                 for job, since in itertools.islice(queue, count)
             ]
             for stage, queue in self.queues.items()
             if queue
         }
-        depth = {stage: len(queue) for stage, queue in self.queues.items()}
+        depth = {(stage, TRAITS[stage].distance): len(queue) for stage, queue in self.queues.items()}
         holders = {w.id: self._as_of_now(w) for w in here}
         spaces = {gpu: GpuSpace(self.available[gpu], self.free[gpu]) for gpu in gpus}
         for action in decide(Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience)):
@@ -296,10 +296,10 @@ def first_come_first_served(
         if events and (not following or events[0][0] <= following[1].at):
             now, _, gpu, job, stage = heapq.heappop(events)
             idle.append(gpu)
-            if stage == "vae":
+            if (next_stage := USUAL_NEXT[stage]) is None:
                 tally.times.append((arrivals[job].at, now))
             else:
-                waiting.append((job, STAGES[STAGES.index(stage) + 1]))
+                waiting.append((job, next_stage))
         elif following:
             job, arrival = following
             now = arrival.at

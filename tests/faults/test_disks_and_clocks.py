@@ -45,7 +45,7 @@ def test_a_full_disk_loses_nothing_that_was_accepted(small_disk: Path) -> None:
         text.finish(text.take())
         task = denoise.take()
         ballast = fill(small_disk)
-        result = Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1)
+        result = Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1, next="vae")
         denoise.say(result, big)
         running.process.wait(timeout=20)  # it keeps its word rather than go on without a disk
         log = running.log()
@@ -128,7 +128,7 @@ def test_results_that_come_twice_late_or_out_of_order_count_once(state: Path) ->
         text.finish(first)  # once more, the next stage being under way
         other = Tensor("decode:0", "float32", (1, 2), b"\x01" * 8)
         denoise.finish(task)
-        denoise.say(Result(job=job, stage="denoise", attempt=task.attempt, seconds=0.1), other)
+        denoise.say(Result(job=job, stage="denoise", attempt=task.attempt, seconds=0.1, next="vae"), other)
         denoise.progress(task, 2)  # out of order
         denoise.ready()
         last = vae.take()

@@ -252,7 +252,7 @@ def test_no_job_is_taken_that_there_is_no_room_for(state: Path) -> None:
         (job,) = encoded(running, client := running.client())
         worker = running.worker("denoise").ready()
         task = worker.take()
-        worker.say(Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1), big)
+        worker.say(Result(job=task.job, stage="denoise", attempt=task.attempt, seconds=0.1, next="vae"), big)
         worker.hear(Committed)
         with pytest.raises(QueueFull, match="Unfinished jobs hold"):
             client.submit("another cat")

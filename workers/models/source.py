@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ModelMissing
-from protocol.stages import Stage
+from protocol.stages import STAGES, TRAITS, Stage
 from workers.models.weight_files import Damaged, check_file, read_json
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
-VAES = ("vae", "vqvae", "movq")
-DENOISERS = ("transformer", "unet", "prior", "decoder")
-TEXT = ("text_encoder", "tokenizer", "text_processor", "processor")
+OWNERS_FIRST: tuple[Stage, ...] = ("text", "vae", "denoise")  # in which names are compared
 SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
 SAMPLE_BYTES = 65536
 
@@ -53,16 +51,11 @@ class Source:
 
 
 def stages_of(component: str) -> tuple[Stage, ...]:
-    """Which stages need a component of a pipeline, by the names that diffusers uses throughout."""
-    if component.startswith(TEXT):
-        return ("text",)
-    if component.startswith(VAES):
-        return ("vae",)
-    if component.startswith(DENOISERS):
-        return ("denoise",)
+    """Return the stages that need a component of a pipeline, by the names that diffusers uses throughout."""
     if component == "scheduler":
-        return ("text", "denoise", "vae")
-    return ()
+        return STAGES
+    owner = next((stage for stage in OWNERS_FIRST if component.startswith(TRAITS[stage].components)), None)
+    return (owner,) if owner else ()
 
 
 def locate(model: str, revision: str | None, stage: Stage | None) -> Source:

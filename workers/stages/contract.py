@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.stages import Stage
 from protocol.tensors import Tensor
 
 
@@ -29,4 +30,5 @@ def unheard(step: int, steps: int, saved: Saved | None = None) -> None:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     tensors: list[Tensor]
+    next: Stage | None = None  # the stage to visit; None: these are the job's pictures
     warnings: tuple[str, ...] = ()

@@ -45,7 +45,7 @@ class DenoiseStage:
                 decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
         finally:
             reset_caches(self.pipeline)
-        return Outcome(pack(self.travelling(decoding)))
+        return Outcome(pack(self.travelling(decoding)), next="vae")
 
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:

@@ -33,7 +33,7 @@ class TextStage:
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
-            return Outcome(pack(self.embeddings(recipe)))
+            return Outcome(pack(self.embeddings(recipe)), next="denoise")
 
     def embeddings(self, recipe: Recipe) -> dict[str, Value]:
         true_cfg = recipe.true_cfg

@@ -43,7 +43,7 @@ class VaeStage:
                 pictures = self.decode(tensors)
             finally:
                 self.vae.disable_tiling()
-        return Outcome([to_wire("pictures", pictures)], warnings)
+        return Outcome([to_wire("pictures", pictures)], warnings=warnings)
 
     @torch.no_grad()
     def decode(self, tensors: tuple[Tensor, ...]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from protocol.speedups import canonical
-from protocol.stages import BEFORE, Stage
+from protocol.stages import USUAL_BEFORE, Stage
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers.runtime.describer import token_counter
@@ -64,7 +64,7 @@ def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tu
 def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
     """The file of the stage before; the options of this call override its recipe where they still can."""
     stage = prepared.spec.stage
-    before = BEFORE[stage]
+    before = USUAL_BEFORE[stage]
     assert path is not None
     recipe, tensors = stage_file.read(path, before)
     if recipe.revision != prepared.source.revision:

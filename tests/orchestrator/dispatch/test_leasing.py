@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
-from orchestrator.scheduling.scheduler import NOTHING
+from orchestrator.scheduling.snapshot import NOTHING
 from protocol.errors import DoesNotFit, JobFailed
 from protocol.gpu_memory import WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.supervisor import Processes, SupervisorHello
 from protocol.messages.worker import Committed, Leased, Result, SetLease, Task, TaskFailed, WorkerGoodbye
+from protocol.stages import USUAL_NEXT
 from tests.fakes import OUTPUTS, FakeWorker, Orchestrator, orchestrator
 
 GB = 10**9
@@ -30,7 +31,7 @@ def leased(running: Orchestrator, stage: str, needs: WeightNeed) -> FakeWorker:
 
 def finish(worker: FakeWorker, task: Task | None = None) -> Task:
     task = task or worker.take()
-    result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=0.1)
+    result = Result(job=task.job, stage=task.stage, attempt=task.attempt, seconds=0.1, next=USUAL_NEXT[task.stage])
     worker.say(result, OUTPUTS[task.stage])
     worker.hear(Committed)
     worker.ready(context_bytes=(CONTEXT,))
@@ -98,7 +99,7 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
         text.obey()
         task = text.take()
         assert task.allow_tiling is False
-        text.say(Result(job=task.job, stage="text", attempt=task.attempt, seconds=0.1), OUTPUTS["text"])
+        text.say(Result(job=task.job, stage="text", attempt=task.attempt, seconds=0.1, next="denoise"), OUTPUTS["text"])
         text.hear(Committed)
         text.say(WorkerGoodbye())
         denoise.settle()

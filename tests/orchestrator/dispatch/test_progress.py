@@ -20,7 +20,9 @@ from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import Need
 from orchestrator.memory.ledger import Account
 from orchestrator.memory.margins import FIRST_HEADROOM
-from orchestrator.scheduling.scheduler import (
+from orchestrator.principal import LOCAL_USER
+from orchestrator.scheduling.scheduler import decide
+from orchestrator.scheduling.snapshot import (
     ChangeLease,
     GpuDemand,
     GpuSpace,
@@ -28,7 +30,6 @@ from orchestrator.scheduling.scheduler import (
     LeasedWorker,
     Snapshot,
     WaitingTask,
-    decide,
 )
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
@@ -36,7 +37,7 @@ from protocol.errors import DoesNotFit
 from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.worker import Leased, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
-from protocol.stages import STAGES, Stage
+from protocol.stages import STAGES, USUAL_NEXT, Stage
 from tests.chance import examples
 from tests.fakes import MODEL, OUTPUTS
 
@@ -102,7 +103,7 @@ class World:
             name=f"{sim.stage}-1", stage=sim.stage, pid=1000 + number, host="h", device="cuda", dtype="float32",
             model=MODEL, gpus=(0,),
         )  # fmt: skip
-        self.engine.admission.learn_model(hello)
+        self.engine.catalogue.learn(hello)
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
         sim.lease, sim.kept = NOTHING, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
@@ -122,14 +123,14 @@ class World:
             elif sim and isinstance(letter.message, Task):
                 self.orders += 1
                 self.work(sim, letter.message)
-        for name in self.engine.to_restart:
+        for name in self.engine.dispatch.to_restart:
             sim = next(s for s in self.sims if s.worker and s.worker.hello.name == name)
             assert sim.worker
             self.restarts += 1
             self.engine.dismiss_worker(sim.worker)
             self.engine.leasing.buried("h", sim.worker.hello.pid)
             self.join(sim)
-        self.engine.to_restart.clear()
+        self.engine.dispatch.to_restart.clear()
 
     def obey(self, sim: Sim, order: SetLease) -> None:
         (lease,) = order.leases
@@ -154,15 +155,24 @@ class World:
             told = TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True)
             self.engine.failed(sim.worker, told)
         else:
-            self.engine.result(sim.worker, Result(**key, seconds=1.0, workspace_bytes=sim.takes), (OUTPUTS[sim.stage],))
+            self.engine.result(
+                sim.worker,
+                Result(**key, seconds=1.0, next=USUAL_NEXT[sim.stage], workspace_bytes=sim.takes),
+                (OUTPUTS[sim.stage],),
+            )
         self.engine.ready(sim.worker, Ready(context_bytes=(sim.context,)))
 
-    def run(self, jobs: list[LiveJob], rounds: int) -> None:
+    def as_they_are(self, jobs: list[LiveJob]) -> list[LiveJob]:
+        """The jobs as they have become."""
+        return [self.engine.job_queue.known(job.id) for job in jobs]
+
+    def run(self, jobs: list[LiveJob], rounds: int) -> list[LiveJob]:
         """Until all have ended."""
         for _ in range(rounds):
-            if all(job.ended for job in jobs):
-                return
+            if not any(job.id in self.engine.job_queue.jobs for job in jobs):
+                break
             self.round()
+        return self.as_they_are(jobs)
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +216,7 @@ def test_every_task_is_done_or_ends_with_a_reason(
             jobs = world.submit(count)
         except DoesNotFit:
             return  # refused at the door, which is an end, too
-        world.run(jobs, 3000)
+        jobs = world.run(jobs, 3000)
         assert all(job.ended for job in jobs), [job.stage for job in jobs]
         assert all(job.reasons for job in jobs if job.state == "failed")
         assert world.orders <= 150 * (count + 2)
@@ -221,7 +231,7 @@ def test_other_programs_leave_the_denoiser_less_and_nobody_waits_for_them(tmp_pa
     ]
     world = World(4117 * MB + 3 * FIRST_HEADROOM, workers, tmp_path, driver=True, others=(700 * MB, 701 * MB))
     jobs = world.submit(3)
-    world.run(jobs, 40)
+    jobs = world.run(jobs, 40)
     assert [job.state for job in jobs] == ["done"] * 3
 
 
@@ -235,7 +245,7 @@ def test_workers_that_keep_a_little_do_not_keep_the_denoiser_from_its_turn(tmp_p
     ]
     world = World(8262 * MB + 3 * FIRST_HEADROOM, workers, tmp_path)
     jobs = world.submit(3)
-    world.run(jobs, 200)
+    jobs = world.run(jobs, 200)
     assert [job.state for job in jobs] == ["done"] * 3
     assert world.orders < 30
     assert not world.restarts
@@ -253,8 +263,8 @@ def test_the_smallest_input_of_leases_that_spin(tmp_path: Path) -> None:
         stage: LeasedWorker(stage, stage, KEY, {0: GpuDemand(need)}, most=available) for stage, need in needs.items()
     }
     idle = [IdleWorker(stage, stage, KEY) for stage in STAGES]
-    waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 5000 * MB)]}
-    snapshot = Snapshot(waiting, idle, {"denoise": 1}, holders, {0: GpuSpace(available, available)})
+    waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 2, 5000 * MB)]}
+    snapshot = Snapshot(waiting, idle, {("denoise", 2): 1}, holders, {0: GpuSpace(available, available)})
     (lend,) = decide(snapshot)
     assert isinstance(lend, ChangeLease)
     assert (lend.worker, lend.bytes) == ("denoise", available)
@@ -266,14 +276,14 @@ def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: 
     stranger = Sim("vae", WeightNeed(weights=0, least=0, workspace=0), 0, 6 * GB)
     world.sims.append(stranger)
     (job,) = world.submit(1)
-    world.run([job], 500)
+    (job,) = world.run([job], 500)
     assert job.state == "failed"
     account = job.reasons[-1]
     for part in ("denoise-1 needs at least 8.0 GB", "GPU 0", "by its driver's count", "would help"):
         assert part in account
     world.sims.remove(stranger)
     (other,) = world.submit(1, width=512)
-    world.run([other], 500)
+    (other,) = world.run([other], 500)
     assert other.state == "done"
 
 
@@ -288,10 +298,10 @@ def three(least: int) -> list[Sim]:
 def test_what_becomes_free_after_a_while_is_lent_and_no_job_fails(tmp_path: Path) -> None:
     world = World(12 * GB, three(least=8 * GB), tmp_path, driver=True, others=(6 * GB,))
     (job,) = world.submit(1)
-    world.run([job], 60)
+    (job,) = world.run([job], 60)
     assert job.stage == "denoise"
     world.others = (0,)
-    world.run([job], 10)
+    (job,) = world.run([job], 10)
     assert (job.state, job.reasons) == ("done", ())
 
 
@@ -299,11 +309,11 @@ def test_jobs_of_a_drained_stage_wait_and_its_memory_is_others(tmp_path: Path) -
     world = World(11 * GB, three(least=9 * GB), tmp_path)
     world.run(world.submit(1), 40)
     world.engine.drain("denoise", on=True)
-    (job,) = world.engine.accept((JobRequest(prompt="another", seed=1, width=1024, height=1024),), "")
-    world.run([job], 300)
+    (job,) = world.engine.accept((JobRequest(prompt="another", seed=1, width=1024, height=1024),), LOCAL_USER)
+    (job,) = world.run([job], 300)
     assert (job.stage, job.worker, job.reasons) == ("denoise", None, ())
     world.engine.drain("denoise", on=False)
-    world.run([job], 40)
+    (job,) = world.run([job], 40)
     assert job.state == "done"
 
 
@@ -311,8 +321,10 @@ def test_a_long_patience_is_waited_for() -> None:
     need = Need(GB, GB, GB)
     holder = LeasedWorker("d", "denoise", KEY, {0: GpuDemand(need)})
     spaces = {0: GpuSpace(3 * GB, 3 * GB)}
-    waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, GB)]}
-    snapshot = Snapshot(waiting, [IdleWorker("d", "denoise", KEY)], {"denoise": 1}, {"d": holder}, spaces, patience=500)
+    waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 2, GB)]}
+    snapshot = Snapshot(
+        waiting, [IdleWorker("d", "denoise", KEY)], {("denoise", 2): 1}, {"d": holder}, spaces, patience=500
+    )
     assert quiet_ticks(snapshot, {"d"}) * TICK_SECONDS > 500
 
 
@@ -325,8 +337,8 @@ def test_a_worker_that_keeps_more_and_more_is_started_anew_and_no_job_is_to_blam
     ]
     world = World(9 * GB, workers, tmp_path)
     for number in range(8):
-        (job,) = world.engine.accept((JobRequest(prompt=f"p {number}", seed=1, width=1024, height=1024),), "")
-        world.run([job], 200)
+        (job,) = world.engine.accept((JobRequest(prompt=f"p {number}", seed=1, width=1024, height=1024),), LOCAL_USER)
+        (job,) = world.run([job], 200)
         assert (job.state, job.reasons) == ("done", ())
     assert world.restarts == 2
 

@@ -1,5 +1,6 @@
 """Leases of a GPU: pure arithmetic and pure scheduling, held to their promises by chance and by cases."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -10,7 +11,8 @@ from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need, lease_sizes
 from orchestrator.memory.ledger import Account, Holding, Ledger
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
-from orchestrator.scheduling.scheduler import (
+from orchestrator.scheduling.scheduler import decide
+from orchestrator.scheduling.snapshot import (
     NOTHING,
     Assign,
     ChangeLease,
@@ -20,11 +22,10 @@ from orchestrator.scheduling.scheduler import (
     LeasedWorker,
     Snapshot,
     WaitingTask,
-    decide,
 )
 from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import Recipe
-from protocol.stages import STAGES, Stage
+from protocol.stages import STAGES, TRAITS, USUAL_NEXT, Stage
 from tests.chance import examples
 
 MODEL = ModelKey("m", "bfloat16")
@@ -95,6 +96,8 @@ class World:
     swaps: int = 0
     patience: float = 30.0
     lasting: bool = False
+    ahead: dict[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
+    routes: dict[str, tuple[Stage, ...]] = field(default_factory=dict)  # by job: what is still to come
 
     def __post_init__(self) -> None:
         self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
@@ -138,7 +141,10 @@ class World:
             for w in self.needs
         }
         waiting = {
-            (stage, MODEL): [WaitingTask(j, stage, MODEL, ws, self.now - since) for j, ws, since in queue]
+            (stage, MODEL): sorted(
+                (WaitingTask(j, stage, MODEL, self.distance(j, stage), ws, self.now - since) for j, ws, since in queue),
+                key=lambda task: task.distance,
+            )
             for stage, queue in self.queues.items()
         }
         swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
@@ -148,9 +154,9 @@ class World:
             for hand in range(self.hands(w))
             if (w, hand) not in self.busy and w not in swapping
         ]
-        depth = {stage: len(queue) for stage, queue in self.queues.items()}
+        depth = Counter((stage, self.distance(j, stage)) for stage, queue in self.queues.items() for j, *_ in queue)
         spaces = {gpu: GpuSpace(size, size - self.on(gpu)) for gpu, size in self.available.items()}
-        return Snapshot(waiting, idle, depth, holders, spaces, self.patience)
+        return Snapshot(waiting, idle, depth, holders, spaces, self.patience, self.ahead)
 
     def _need(self, worker: str, held: Lease) -> Need:
         need, hands = self.needs[worker], self.hands(worker)
@@ -200,11 +206,17 @@ class World:
             assert task[1] * self.hands(worker) <= held.bytes - held.weight_bytes, "a task without room"
         self.busy[worker, hand] = (task[0], task[1])
 
+    def distance(self, job: str, stage: Stage) -> int:
+        return len(self.routes[job]) + 1 if job in self.routes else TRAITS[stage].distance
+
     def _finish(self, stage: Stage, job: str, workspace: int) -> None:
-        if stage == "vae":
+        following = USUAL_NEXT[stage]
+        if job in self.routes:
+            following, *rest = (*self.routes[job], None)
+            self.routes[job] = tuple(rest[:-1])
+        if following is None:
             self.done.append(job)
         else:
-            following = STAGES[STAGES.index(stage) + 1]
             self.queues.setdefault(following, []).append((job, self.workspace(following), self.now))
 
 
@@ -260,6 +272,27 @@ def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[
             break
         world.tick()
     assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
+
+
+@examples(100)
+@given(
+    world=worlds() | many_gpus(),
+    routes=st.lists(st.lists(st.sampled_from(STAGES), min_size=1, max_size=6), min_size=1, max_size=12),
+    limit=st.integers(1, 4),
+)
+def test_jobs_of_mixed_routes_neither_deadlock_nor_thrash(world: World, routes: list[list[Stage]], limit: int) -> None:
+    """Stages visited in any order, and more than once, with next to no room to run ahead."""
+    world.ahead = dict.fromkeys(STAGES, limit)
+    world.patience = 1e9  # nobody is sent away in the middle of a queue
+    for number, (first, *rest) in enumerate(routes):
+        world.routes[f"j{number}"] = tuple(rest)
+        world.queues.setdefault(first, []).append((f"j{number}", world.workspace(first), 0))
+    for _ in range(4000):
+        if len(world.done) == len(routes):
+            break
+        world.tick()
+    assert sorted(world.done) == sorted(f"j{number}" for number in range(len(routes)))
+    assert world.swaps <= 2 * sum(map(len, routes)) + len(world.needs)
 
 
 @examples(40)

@@ -1,10 +1,13 @@
 """The scheduler is a pure function: every idle worker gets the first task that fits, and none twice."""
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import ModelKey
-from orchestrator.scheduling.scheduler import AHEAD, IdleWorker, Snapshot, WaitingTask, decide
+from orchestrator.scheduling.scheduler import decide
+from orchestrator.scheduling.snapshot import IdleWorker, Snapshot, WaitingTask, slots_ahead
 from protocol.stages import STAGES, Stage
 
 MODELS = (ModelKey("a", "float32"), ModelKey("a", "bfloat16"), ModelKey("b", "float32"))
@@ -16,8 +19,10 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     idle = [IdleWorker(f"w{i}", *place) for i, place in enumerate(draw(st.lists(PLACES, max_size=12)))]
     waiting: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
     for i, (stage, model) in enumerate(draw(st.lists(PLACES, max_size=20))):
-        waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model))
-    depth = {stage: draw(st.integers(0, 300)) for stage in STAGES}
+        waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model, draw(st.integers(1, 6))))
+    for tasks in waiting.values():
+        tasks.sort(key=lambda task: task.distance)
+    depth = {(stage, distance): draw(st.integers(0, 100)) for stage in STAGES for distance in range(1, 7)}
     return Snapshot(waiting, idle, depth)
 
 
@@ -33,15 +38,16 @@ def test_no_task_and_no_worker_is_used_twice_and_all_fit(snapshot: Snapshot) -> 
 
 
 @given(snapshots())
-def test_nobody_idles_beside_work_unless_the_next_stage_is_full(snapshot: Snapshot) -> None:
+def test_no_worker_idles_beside_work_unless_too_many_wait_nearer_to_the_end(snapshot: Snapshot) -> None:
     actions = decide(snapshot)
     busy, given_out = {a.worker for a in actions}, {a.job for a in actions}
-    started = {stage: sum(a.stage == stage for a in actions) for stage in STAGES}
+    tasks = {task.job: task for queue in snapshot.waiting.values() for task in queue}
+    started = Counter((tasks[a.job].stage, tasks[a.job].distance) for a in actions)
     for worker in snapshot.idle:
         left = [t for t in snapshot.waiting.get((worker.stage, worker.model), ()) if t.job not in given_out]
-        if worker.id not in busy and left:
-            following = STAGES[STAGES.index(worker.stage) + 1]
-            assert snapshot.depth[following] + started[worker.stage] >= AHEAD[worker.stage]
+        if worker.id not in busy:
+            for task in left:
+                assert started[task.stage, task.distance] >= slots_ahead(task, snapshot)
 
 
 @given(snapshots())
@@ -50,4 +56,4 @@ def test_order_is_kept_and_the_decision_is_repeatable(snapshot: Snapshot) -> Non
     assert actions == decide(snapshot)
     for place, queue in snapshot.waiting.items():
         chosen = [a.job for a in actions if a.stage == place[0] and a.job in {t.job for t in queue}]
-        assert chosen == [task.job for task in queue[: len(chosen)]]
+        assert chosen == [task.job for task in queue if task.job in chosen]

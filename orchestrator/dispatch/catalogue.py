@@ -1,0 +1,80 @@
+"""The models of this stack, by name: what each takes, in which dtype, and how many tokens texts have in it."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from orchestrator.storage.job_store import Store
+from protocol.errors import NotFound
+from protocol.job import JobRequest
+from protocol.messages.describer import DescriberHello
+from protocol.messages.worker import WorkerHello
+from protocol.model import ModelDescription
+from protocol.recipe import texts_to_count
+
+
+class Tokens:
+    """How many tokens texts have, as the describer has counted; the last ones."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._counts: OrderedDict[str, int] = OrderedDict()
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._counts
+
+    def count(self, text: str) -> int:
+        """0 where nobody has counted, in a stack without a describer."""
+        return self._counts.get(text, 0)
+
+    def learn(self, texts: Sequence[str], counts: Sequence[int]) -> None:
+        for text, count in zip(texts, counts, strict=True):
+            self._counts[text] = count
+            self._counts.move_to_end(text)
+        while len(self._counts) > max(self._most, len(texts)):
+            self._counts.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueEntry:
+    """A model as this stack runs it."""
+
+    description: ModelDescription
+    dtype: str
+    speedups: tuple[str, ...]
+    tokens: Tokens = field(default_factory=Tokens, compare=False)
+
+
+class Catalogue:
+    """The models that were told of; a request that names none is for the default, which was told of last."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._entries: dict[str, CatalogueEntry] = {}
+        self._default = ""
+
+    def learn(self, hello: WorkerHello | DescriberHello) -> None:
+        """A model is there, or another revision or dtype of it."""
+        entry = CatalogueEntry(hello.model, hello.dtype, hello.speedups)
+        self._default = hello.model.model
+        if self._entries.get(self._default) != entry:
+            self._entries[self._default] = entry
+            self._store.remember_model(hello.model)
+
+    @property
+    def known(self) -> CatalogueEntry | None:
+        """The default model, once any is there."""
+        return self._entries.get(self._default)
+
+    def default(self) -> CatalogueEntry:
+        """The default model; NotFound while there is none."""
+        if (entry := self.known) is None:
+            raise NotFound("No worker has joined yet, so the model is not known.")
+        return entry
+
+    def uncounted(self, requests: Sequence[JobRequest]) -> list[str]:
+        """Texts of which the describer must say how many tokens they have, before the requests can be judged."""
+        if (entry := self.known) is None:
+            return []
+        texts = [text for request in requests for text in texts_to_count(request, entry.description)]
+        return [text for text in dict.fromkeys(texts) if text not in entry.tokens]

@@ -1,0 +1,127 @@
+"""Handing out: what the scheduler decides is sent to workers; what stands still is ended, with its reason."""
+
+import logging
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+
+from orchestrator.dispatch import transitions
+from orchestrator.dispatch.fleet import Fleet, Worker
+from orchestrator.dispatch.job_queue import JobQueue
+from orchestrator.dispatch.leasing import Leasing
+from orchestrator.dispatch.outbox import Outbox
+from orchestrator.dispatch.step_deadlines import StepDeadlines
+from orchestrator.dispatch.transitions import Event
+from orchestrator.job import LiveJob
+from orchestrator.scheduling.scheduler import Place
+from orchestrator.scheduling.snapshot import Assign, ChangeLease
+from orchestrator.storage.job_store import Store
+from protocol.messages.worker import Task
+from protocol.stages import TRAITS, Stage
+from protocol.tensors import Tensor
+
+log = logging.getLogger(__name__)
+
+HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
+MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
+
+
+class TaskDispatch:
+    """`happened` lets an event of a job take effect, and returns what the job is then."""
+
+    def __init__(
+        self,
+        store: Store,
+        outbox: Outbox,
+        fleet: Fleet,
+        job_queue: JobQueue,
+        leasing: Leasing,
+        happened: Callable[[LiveJob, Event], LiveJob],
+    ) -> None:
+        self._store, self._outbox, self._fleet = store, outbox, fleet
+        self._job_queue, self._leasing, self._happened = job_queue, leasing, happened
+        self._hold_until = 0.0  # monotonic seconds
+        self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
+        self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
+
+    def hold(self) -> None:
+        """Hand out nothing for a moment."""
+        self._hold_until = time.monotonic() + HOLD_SECONDS
+
+    def next_due(self) -> float | None:
+        """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
+        times = [self._hold_until] if time.monotonic() < self._hold_until else []
+        if (due := self._job_queue.next_due()) is not None:
+            times.append(due)
+        return min(times, default=None)
+
+    def assign(self, drained: Container[Stage]) -> None:
+        """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
+        self._job_queue.end_delays()
+        if time.monotonic() < self._hold_until:
+            return
+        actions = self._leasing.decide(self._job_queue.jobs, drained)
+        if self._leasing.standing:
+            self._end_standstill(self._leasing.standing)
+            return  # which has changed what there is to decide
+        for action in actions:
+            worker = self._fleet.workers[bytes.fromhex(action.worker)]
+            match action:
+                case Assign():
+                    self._hand_out(self._job_queue.jobs[action.job], worker)
+                case ChangeLease():
+                    self._outbox.to_worker(worker.identity, self._leasing.lend(worker, action))
+
+    def _hand_out(self, job: LiveJob, worker: Worker) -> None:
+        tensors = self._inputs(job)
+        if tensors is None:
+            log.warning("an artifact of the visit before %s is gone; going back", job.stage, extra={"job": job.id})
+            self._happened(job, transitions.InputLost())
+            return
+        checkpoint = self._store.artifacts.get("checkpoint", job.id) if job.saved and TRAITS[job.stage].resumes else ()
+        if checkpoint is None:
+            job = self._happened(job, transitions.CheckpointDropped())
+        job = self._happened(job, transitions.HandedOut(worker.id))
+        self._leasing.moved()
+        task = Task(
+            job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe,
+            allow_tiling=not self._leasing.more(worker),
+        )  # fmt: skip
+        self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
+        self._outbox.to_worker(worker.identity, task, (*tensors, *(checkpoint or ())))
+
+    def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
+        """What the visit before has left; None where it is gone or damaged."""
+        if not job.records:
+            return ()
+        if job.records[-1].stage == "text":
+            return self._store.artifacts.get("text", job.text_key)
+        return self._store.artifacts.get("latents", job.id)
+
+    def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
+        """An attempt has failed, or a job's wait for one."""
+        log.warning("%s failed: %s", job.stage, reason, extra={"job": job.id})
+        self._happened(job, transitions.Failed(reason, retry, time.time()))
+
+    # -- where nothing moves --------------------------------------------------------------------
+
+    def _end_standstill(self, places: Sequence[Place]) -> None:
+        """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
+        self._leasing.moved()
+        firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
+        if any(self.start_anew(self._leasing.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
+            return
+        for (stage, model), job_id in firsts:
+            job = self._job_queue.jobs[job_id]
+            self.blame(job, f"{self._leasing.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+
+    def start_anew(self, workers: Iterable[Worker], why: str) -> bool:
+        """Have processes replaced that keep memory which they should have given back; no job is to blame.
+
+        Once each for the same reason `why`; return whether there was any.
+        """
+        fresh = [worker.hello.name for worker in workers if (worker.hello.name, why) not in self._restarted]
+        for name in fresh:
+            self._restarted.add((name, why))
+            log.warning("%s keeps GPU memory that it should have given back; it is started anew", name)
+            self.to_restart.append(name)
+        return bool(fresh)

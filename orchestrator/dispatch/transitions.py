@@ -1,0 +1,227 @@
+"""How a job moves: a pure function of the job and of what has happened. The engine applies what comes of it.
+
+A job waits at a stage until a worker has its task. Each task has a number of its own (`attempt`); a stage's result
+counts once. What a job leaves on the way is dropped here when nobody needs it any more.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from orchestrator.job import LiveJob
+from protocol.job import StageRecord
+from protocol.stages import FIRST, TRAITS, Stage
+
+MAX_ATTEMPTS = 3  # tries of one stage at the same point
+MAX_SHORTAGES = 12  # tries of one stage that found too little memory; each asks for half as much again
+KEEP_REASONS = 16
+ArtifactKind = Literal["checkpoint", "latents", "pictures"]  # of a job by its id
+
+
+# -- what may happen ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOut:
+    """A worker gets its task."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A worker that has come back has its task, which it was given before a restart."""
+
+    worker: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepsDone:
+    """So many steps; `saved` of them are in a checkpoint that was kept just now, 0 if none was."""
+
+    step: int
+    saved: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    """A visit is over. `next` is the stage to visit; None: that was the last one, and the pictures are there."""
+
+    record: StageRecord
+    next: Stage | None
+    now: float  # seconds since the epoch
+    visits_left: int | None = None  # as far as the worker knows
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingsKnown:
+    """Another job has had the same prompt: its visit of the text stage is not needed."""
+
+    next: Stage
+
+
+@dataclass(frozen=True, slots=True)
+class HandedBack:
+    """The task is over without a result, and nobody is to blame."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShortOfMemory:
+    """The task found too little GPU memory, and may have more next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt, or the wait for one, has failed; without `retry` another one can't help."""
+
+    reason: str
+    retry: bool
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointDropped:
+    """What was saved of the stage is lost, or not to be trusted: it begins with its first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputLost:
+    """What the visit before has left is gone, or damaged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """Somebody wants a failed or cancelled job tried again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PicturesLost:
+    """A finished job's pictures can't be read any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class PicturesDropped:
+    """A finished job's pictures had to make room for others'."""
+
+
+Event = (
+    HandedOut | Claimed | StepsDone | StageDone | EmbeddingsKnown | HandedBack | ShortOfMemory | Failed
+    | CheckpointDropped | InputLost | Cancelled | Retried | PicturesLost | PicturesDropped
+)  # fmt: skip
+
+
+# -- what comes of it ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What an event makes of a job, and what is to be done besides."""
+
+    job: LiveJob
+    keep: Literal["commit", "note", "no"] = "commit"  # commit: before anybody hears; note: a crash may take it back
+    drop: tuple[ArtifactKind, ...] = ()
+    announce: bool = True
+
+
+def after(job: LiveJob, event: Event) -> Changes:
+    """Return what an event makes of a job. What can't be (a result for a job without a task) is the caller's to see."""
+    match event:
+        case HandedOut(worker):
+            attempt = job.attempts + 1
+            given = replace(
+                job, worker=worker, attempt=attempt, attempts=attempt, step=job.saved, state=job.stage
+            )  # fmt: skip
+            return Changes(given, keep="note")
+        case Claimed(worker, attempt):
+            attempts = max(job.attempts, attempt)
+            return Changes(replace(job, worker=worker, attempt=attempt, attempts=attempts, state=job.stage), "note")
+        case StepsDone(step, saved):
+            if saved > job.saved:
+                return Changes(replace(job, step=step, saved=saved))
+            return Changes(replace(job, step=step), keep="no")
+        case StageDone():
+            return _stage_done(job, event)
+        case EmbeddingsKnown(following):
+            record = StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True)
+            return Changes(replace(_visited(job, record, following, None), cached=True))
+        case HandedBack():
+            return Changes(_handed_back(job))
+        case ShortOfMemory():
+            return Changes(replace(_handed_back(job), shortages=job.shortages + 1))
+        case Failed():
+            return _failed(job, event)
+        case CheckpointDropped():
+            return Changes(replace(job, saved=0), drop=("checkpoint",), announce=False)
+        case InputLost():
+            return Changes(_back_to_the_visit_before(job), announce=False)
+        case Cancelled(now):
+            return _ended(replace(job, state="cancelled", finished=now))
+        case Retried():
+            return Changes(_revived(job))
+        case PicturesLost():
+            return Changes(_revived(replace(job, stage=FIRST, pictures=0, records=(), visits_left=None)))
+        case PicturesDropped():
+            return Changes(replace(job, pictures=0), announce=False)
+
+
+def may_be_short(job: LiveJob) -> bool:
+    """Return whether one more try without enough memory is no failure."""
+    return job.shortages < MAX_SHORTAGES
+
+
+def _stage_done(job: LiveJob, event: StageDone) -> Changes:
+    if event.next is None:
+        done = replace(
+            job, records=(*job.records, event.record), pictures=job.recipe.num_images, state="done",
+            finished=event.now,
+        )  # fmt: skip
+        return _ended(done)
+    following = replace(_visited(job, event.record, event.next, event.visits_left), state=event.next)
+    if job.saved and TRAITS[job.stage].resumes:
+        return Changes(replace(following, saved=0), drop=("checkpoint",))
+    return Changes(following)
+
+
+def _visited(job: LiveJob, record: StageRecord, following: Stage, visits_left: int | None) -> LiveJob:
+    return replace(
+        job, records=(*job.records, record), stage=following, visits_left=visits_left, worker=None, failures=0,
+        saved_at_failure=-1, shortages=0,
+    )  # fmt: skip
+
+
+def _handed_back(job: LiveJob) -> LiveJob:
+    """The stage waits again, from where it had come to."""
+    return replace(job, worker=None, step=job.saved)
+
+
+def _failed(job: LiveJob, event: Failed) -> Changes:
+    """An attempt that came further than the last one is the first one again: it may not be the job's fault."""
+    reasons = (*job.reasons, f"{job.stage}, attempt {job.attempt}: {event.reason}")[-KEEP_REASONS:]
+    failures = (0 if job.saved > job.saved_at_failure else job.failures) + 1
+    failed = replace(job, reasons=reasons, failures=failures, saved_at_failure=job.saved)
+    if event.retry and failures < MAX_ATTEMPTS:
+        return Changes(_handed_back(failed))
+    return _ended(replace(failed, state="failed", finished=event.now))
+
+
+def _ended(job: LiveJob) -> Changes:
+    """A failed job keeps its last visit's artifact, from which it may be tried again."""
+    drop: tuple[ArtifactKind, ...] = ("checkpoint",) if job.saved else ()
+    if job.state != "failed":
+        drop = (*drop, "latents")
+    return Changes(replace(job, saved=0, worker=None), drop=drop)
+
+
+def _back_to_the_visit_before(job: LiveJob) -> LiveJob:
+    """Equal recipes give equal bits, so nothing is lost by doing it again."""
+    *earlier, lost = job.records
+    return replace(job, stage=lost.stage, records=tuple(earlier), visits_left=None)
+
+
+def _revived(job: LiveJob) -> LiveJob:
+    return replace(job, state="queued", finished=None, failures=0, saved_at_failure=-1)

@@ -1,0 +1,145 @@
+"""All that a decision of the scheduler depends on, and what it may decide."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from orchestrator.job import ModelKey
+from orchestrator.memory.lease_sizes import Need
+from protocol.gpu_memory import GpuId, Lease
+from protocol.stages import STAGES, TRAITS, Stage
+
+NOTHING = Lease(bytes=0, weight_bytes=0)
+UNLIMITED = 1 << 30  # tasks
+Depth = Mapping[tuple[Stage, int], int]  # jobs that wait, by stage and by distance to their end
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingTask:
+    job: str
+    stage: Stage
+    model: ModelKey
+    distance: int  # visits to the end of its job, this one included
+    workspace: int = 0  # bytes of GPU memory that it takes beside the weights, or as many as anybody can have
+    waited: float = 0.0  # seconds at this stage
+
+
+@dataclass(frozen=True, slots=True)
+class IdleWorker:
+    id: str
+    stage: Stage
+    model: ModelKey
+    of: str = ""  # the holder, where a process is several workers that have one lease
+
+    @property
+    def holder(self) -> str:
+        return self.of or self.id
+
+
+@dataclass(frozen=True, slots=True)
+class GpuDemand:
+    """What a worker takes and has of a GPU."""
+
+    need: Need  # its workspace being that of the largest task that it has done, for all its jobs at once
+    lease: int = 0  # bytes; while one is being changed, the larger of both
+    weight_bytes: int = 0  # of it for weights
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedWorker:
+    """A worker that works in leases, idle or not."""
+
+    id: str
+    stage: Stage
+    model: ModelKey
+    demands: Mapping[GpuId, GpuDemand]  # by GPU
+    jobs: int = 1  # at once: it is so many workers
+    held: float = 0.0  # seconds since it has that lease
+    expired: bool = False  # it has been idle for longer than its weights are to be kept
+    lasting: bool = False  # its weights may come before there is work, and stay
+    most: int | None = None  # bytes of workspace that it can ever have; None: whatever a task takes
+    refused: int | None = None  # bytes of the smallest lease that it could not take
+
+    @property
+    def lease(self) -> int:
+        return sum(demand.lease for demand in self.demands.values())
+
+    @property
+    def weights(self) -> int:
+        return sum(demand.need.weights for demand in self.demands.values())
+
+    def covers(self, task: WaitingTask) -> bool:
+        space = task.workspace * self.jobs
+        return all(demand.lease > 0 and space <= demand.lease - demand.weight_bytes for demand in self.demands.values())
+
+    def can_ever(self, task: WaitingTask) -> bool:
+        return self.most is None or task.workspace <= self.most
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSpace:
+    """Bytes of a GPU's budget beside all contexts, and those of them in no lease."""
+
+    available: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """`waiting` and `idle` in the order in which they should be served; `depth` counts all that wait."""
+
+    waiting: Mapping[tuple[Stage, ModelKey], Sequence[WaitingTask]]
+    idle: Sequence[IdleWorker]
+    depth: Depth
+    holders: Mapping[str, LeasedWorker] = field(default_factory=dict)  # by id
+    gpus: Mapping[GpuId, GpuSpace] = field(default_factory=dict)
+    patience: float = 30.0  # seconds
+    ahead: Mapping[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    job: str
+    stage: Stage
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeLease:
+    """What a worker may use from now on of each of its GPUs."""
+
+    worker: str
+    leases: tuple[Lease, ...]
+
+    @property
+    def bytes(self) -> int:
+        """0 where it is to give back everything."""
+        return sum(lease.bytes for lease in self.leases)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(lease.weight_bytes for lease in self.leases)
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """An idle worker whose lease doesn't cover the first task that waits for it."""
+
+    holder: LeasedWorker
+    task: WaitingTask
+
+    def need(self, gpu: GpuId) -> Need:
+        return replace(self.holder.demands[gpu].need, workspace=self.task.workspace * self.holder.jobs)
+
+
+def slots_ahead(task: WaitingTask, snapshot: Snapshot) -> int:
+    """Return how many tasks like this one may start, before too many jobs wait that are nearer to their end.
+
+    The tasks nearest to the end are never held up, so some job can always go on.
+    """
+    nearer = sum(count for (_, distance), count in snapshot.depth.items() if distance < task.distance)
+    return snapshot.ahead[task.stage] - nearer if nearer else UNLIMITED
+
+
+def waiting_at(stage: Stage, snapshot: Snapshot) -> int:
+    """Return how many jobs wait at a stage."""
+    return sum(count for (at, _), count in snapshot.depth.items() if at == stage)

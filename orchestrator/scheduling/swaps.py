@@ -1,0 +1,189 @@
+"""Who comes in on GPUs whose workers must take turns, and who gives memory back. Pure, as the scheduler is.
+
+The worker that is in goes on until its queue is empty, unless another's task and its own turn have lasted for longer
+than `patience`. None is sent away where there is room. One that streams more than it has to gets more room, where
+several tasks wait for it and no other worker wants that. What fits beside all others for good comes in before there is
+work.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from orchestrator.memory.lease_sizes import LeaseSize, Need, lease_sizes
+from orchestrator.scheduling.snapshot import NOTHING, ChangeLease, GpuSpace, LeasedWorker, Want
+from protocol.gpu_memory import GpuId, Lease
+
+WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
+
+
+class Swaps:
+    """The swaps on GPUs that belong together: what is `lent`, and who is `yielding`, so that he gets no more tasks."""
+
+    def __init__(
+        self,
+        spaces: Mapping[GpuId, GpuSpace],
+        holders: Sequence[LeasedWorker],
+        wants: Sequence[Want],
+        idle: Collection[str],
+        working: Collection[str],
+        busiest: Collection[str],
+        patience: float,
+    ) -> None:
+        self.holders, self.idle, self.patience = holders, idle, patience
+        self.working, self.busiest = working, busiest
+        self.free = {gpu: room.free for gpu, room in spaces.items()}
+        self.available = {gpu: room.available for gpu, room in spaces.items()}
+        self.wants = sorted(wants, key=self._urgency)
+        self.needs: dict[GpuId, dict[str, Need]] = {gpu: {} for gpu in spaces}
+        for holder in holders:
+            for gpu, demand in holder.demands.items():
+                self.needs[gpu][holder.id] = demand.need
+        for want in wants:
+            for gpu in want.holder.demands:
+                self.needs[gpu][want.holder.id] = want.need(gpu)
+        self.lease_sizes = {gpu: lease_sizes(room.available, self.needs[gpu]) for gpu, room in spaces.items()}
+        self.lent: list[ChangeLease] = []
+        self.yielding: set[str] = set()
+
+    def plan(self) -> None:
+        for want in self.wants:
+            if not self._grant(want):
+                self._make_room(want)
+        wanting = {want.holder.id for want in self.wants}
+        for holder in self._idle_holders():
+            if holder.expired and holder.id not in wanting and holder.id not in self.working:
+                self._take_back(holder)
+        if not self.wants:
+            self._widen()
+            self._settle_down()
+        for gpu in [gpu for gpu, free in self.free.items() if free < 0]:  # contexts have grown
+            there = [holder for holder in self._idle_holders() if gpu in holder.demands]
+            if there and not any(self._lies_on(lend.worker, gpu) for lend in self.lent):
+                self._take_back(max(there, key=lambda holder: holder.demands[gpu].lease))
+
+    def _widen(self) -> None:
+        """More room for those that have streamed more than they would have to, before their next task."""
+        for holder in self._idle_holders():
+            sizes = {gpu: self._size(holder, gpu).exclusive for gpu in holder.demands}
+            weights = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.demands.items()}
+            more = sum(weights[gpu] - demand.weight_bytes for gpu, demand in holder.demands.items())
+            worth = more >= WORTH_A_SWAP * holder.weights
+            untried = holder.refused is None or sum(sizes.values()) < holder.refused
+            if holder.id in self.busiest and worth and untried and self._fits(holder, sizes):
+                self._lend(holder, sizes, weights)
+                self.yielding.add(holder.id)
+
+    def _settle_down(self) -> None:
+        """Those that will never have to go come in at once."""
+        moved = {lend.worker for lend in self.lent}
+        for holder in self.holders:
+            waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
+            if waits and all(self._for_good(holder, gpu) for gpu in holder.demands):
+                sizes = {gpu: self._size(holder, gpu).shared for gpu in holder.demands}
+                if self._fits(holder, sizes):
+                    self._lend(holder, sizes, {gpu: demand.need.weights for gpu, demand in holder.demands.items()})
+
+    def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
+        size = self._size(holder, gpu).shared
+        turns = [lease_size.exclusive for other, lease_size in self.lease_sizes[gpu].items() if other != holder.id]
+        return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
+
+    def _urgency(self, want: Want) -> tuple[bool, float, int]:
+        """Those that waited too long first, by how long; else those nearest to their end."""
+        late = self._overdue(want)
+        return not late, -want.task.waited if late else 0.0, want.task.distance
+
+    def _overdue(self, want: Want) -> bool:
+        return want.task.waited > self.patience
+
+    def _grant(self, want: Want) -> bool:
+        """Lend as much as there is for it; at most its turn, at least what it may have beside others."""
+        holder, sizes = want.holder, {}
+        for gpu, demand in holder.demands.items():
+            lease_size = self._size(holder, gpu)
+            for size in (lease_size.exclusive, lease_size.shared):
+                if size and size - demand.lease <= self.free[gpu]:
+                    sizes[gpu] = size
+                    break
+            else:
+                return False
+        if holder.id not in self.idle:
+            self.yielding.add(holder.id)  # until its other hands are free
+            return False
+        space = want.task.workspace * holder.jobs
+        weights = {gpu: min(demand.need.weights, sizes[gpu] - space) for gpu, demand in holder.demands.items()}
+        self._lend(holder, sizes, weights)
+        return True
+
+    def _make_room(self, want: Want) -> None:
+        """Take back what others don't need now; for an overdue task what they need, too, once their hands are free."""
+        missing: dict[GpuId, int] = {}
+        for gpu, demand in want.holder.demands.items():
+            lease_size = self._size(want.holder, gpu)
+            if not lease_size.exclusive:
+                return
+            missing[gpu] = (lease_size.shared or lease_size.exclusive) - demand.lease - self.free[gpu]
+        givers = {gpu: self._givers(want, gpu, size) for gpu, size in missing.items() if size > 0}
+        if not all(givers.values()):
+            return
+        gone: set[str] = set()
+        for gpu, there in givers.items():
+            for holder in sorted(there, key=lambda h: (h.id in self.working, -h.demands[gpu].lease, h.id)):
+                if missing[gpu] <= 0:
+                    break
+                if holder.id in gone:
+                    continue
+                gone.add(holder.id)
+                for other, demand in holder.demands.items():
+                    missing[other] = missing.get(other, 0) - demand.lease
+                if holder.id in self.idle:
+                    self._take_back(holder)
+                else:
+                    self.yielding.add(holder.id)
+
+    def _givers(self, want: Want, gpu: GpuId, missing: int) -> list[LeasedWorker]:
+        """Whose leases of a GPU are enough together; none where none are."""
+        lease_size = self._size(want.holder, gpu)
+        others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.demands]
+        resting = [h for h in others if h.id not in self.working]
+        above = [h for h in others if h.demands[gpu].lease > self._size(h, gpu).shared]
+        both = [h for h in above if h in resting]
+        tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
+        above_tired = [h for h in above if h in tired]
+        choices = [both, resting, above_tired, tired]
+        shared = sum(
+            lease_size.shared for other, lease_size in self.lease_sizes[gpu].items() if other != want.holder.id
+        )
+        enough = sum(holder.demands[gpu].lease for holder in above) >= missing
+        if (lease_size.shared or lease_size.exclusive) + shared <= self.available[gpu] and enough:
+            choices = [both, above_tired]  # there is room beside those that stay, once the others are done
+        for givers in choices:
+            if sum(holder.demands[gpu].lease for holder in givers) >= missing:
+                return givers
+        return []
+
+    def _size(self, holder: LeasedWorker, gpu: GpuId) -> LeaseSize:
+        return self.lease_sizes[gpu][holder.id]
+
+    def _lies_on(self, worker: str, gpu: GpuId) -> bool:
+        return any(holder.id == worker and gpu in holder.demands for holder in self.holders)
+
+    def _in_lease(self) -> list[LeasedWorker]:
+        moved = {lend.worker for lend in self.lent}
+        return [holder for holder in self.holders if holder.id not in moved and holder.lease]
+
+    def _idle_holders(self) -> list[LeasedWorker]:
+        return [holder for holder in self._in_lease() if holder.id in self.idle]
+
+    def _fits(self, holder: LeasedWorker, sizes: Mapping[GpuId, int]) -> bool:
+        return all(size and size - holder.demands[gpu].lease <= self.free[gpu] for gpu, size in sizes.items())
+
+    def _lend(self, holder: LeasedWorker, sizes: Mapping[GpuId, int], weights: Mapping[GpuId, int]) -> None:
+        for gpu, size in sizes.items():
+            self.free[gpu] -= max(0, size - holder.demands[gpu].lease)
+        leases = tuple(Lease(bytes=sizes[gpu], weight_bytes=weights[gpu]) for gpu in holder.demands)
+        self.lent.append(ChangeLease(holder.id, leases))
+
+    def _take_back(self, holder: LeasedWorker) -> None:
+        """The memory is free only once the worker has given it back."""
+        self.lent.append(ChangeLease(holder.id, (NOTHING,) * len(holder.demands)))
+        self.yielding.add(holder.id)

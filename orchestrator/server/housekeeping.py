@@ -1,0 +1,72 @@
+"""What the orchestrator sees to now and then: its files and sockets are there, old jobs go, and a copy is kept."""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
+
+from orchestrator.dispatch.engine import Engine
+from orchestrator.removal import Ground
+from orchestrator.state_folder import StackFolder
+from protocol.client.endpoints import PUBLISHED, Endpoints
+from protocol.errors import StateUnusable
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+KEEP_HOUSE_SECONDS = 60.0
+BACKUP_SECONDS = 3600.0
+MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
+
+
+class Housekeeping:
+    """`local` and `remote` are the endpoints where the orchestrator listens."""
+
+    def __init__(self, folder: StackFolder, engine: Engine, local: Endpoints, remote: Mapping[str, str]) -> None:
+        self._folder, self._engine, self._local, self._remote = folder, engine, local, remote
+        keep = engine.settings.keep
+        sockets = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(local)]
+        self._ground = Ground([*([folder.database] if keep else []), *sockets])
+        self._looked = self._kept_house = self._backed_up = 0.0  # monotonic seconds
+        self._epoch = time.time() - time.monotonic()  # a clock that is set anew must not make jobs old
+
+    def publish(self) -> None:
+        """Let clients and workers find the orchestrator."""
+        self._folder.publish(self._local, dict(self._remote))
+
+    def see_to_it(self) -> None:
+        """Do what is due; StateUnusable where the orchestrator must begin anew."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            self._look()
+        if now - self._kept_house >= KEEP_HOUSE_SECONDS:
+            self._kept_house = now
+            self._keep_house(now)
+
+    def _look(self) -> None:
+        """Where files were removed beneath the orchestrator, save what can be saved."""
+        if not (self._folder.path / PUBLISHED).exists():
+            self._folder.make_parts()
+            self.publish()
+        if gone := self._ground.gone():
+            if self._folder.database in gone:
+                self._folder.make_parts()
+                self._engine.store.write_anew()
+            names = ", ".join(str(path) for path in gone)
+            raise StateUnusable(f"Somebody has removed {names}.", "It is made again.")
+
+    def _keep_house(self, now: float) -> None:
+        """Let go of old jobs, and keep a copy of the others."""
+        settings, store = self._engine.settings, self._engine.store
+        if settings.keep_jobs is not None:
+            gone = self._engine.forget_old(self._epoch + now - settings.keep_jobs, MOST_FORGOTTEN)
+            if gone:
+                store.reclaim()
+        if settings.keep and now - self._backed_up >= BACKUP_SECONDS:
+            self._backed_up = now
+            try:
+                store.back_up(self._folder.backup)
+            except (StateUnusable, OSError) as error:
+                log.error("no backup could be made: %s", error)

@@ -1,0 +1,164 @@
+"""What comes from workers, the describer and the supervisor, and what their silence means."""
+
+import logging
+import socket
+from collections.abc import Sequence
+
+from orchestrator.dispatch.describer_link import DescriberLink
+from orchestrator.dispatch.engine import Engine
+from orchestrator.dispatch.fleet import Worker
+from orchestrator.principal import LocalUser, Principal
+from orchestrator.server.client_requests import ClientRequests, error_message
+from orchestrator.server.supervisor_link import SupervisorLink
+from protocol import wire
+from protocol.errors import StateUnusable, TriptychError
+from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
+from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, TokenCounts
+from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorHello
+from protocol.messages.worker import (
+    FROM_WORKER,
+    Leased,
+    Progress,
+    Ready,
+    Result,
+    TaskFailed,
+    WorkerGoodbye,
+    WorkerHello,
+)
+from protocol.tensors import Buffer
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS = 0.5
+HOST = socket.gethostname()
+FROM_LOCAL = FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER
+
+
+class WorkerRequests:
+    def __init__(
+        self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink, clients: ClientRequests
+    ) -> None:
+        self._engine, self._describer, self._supervisor, self._clients = engine, describer, supervisor, clients
+
+    def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
+        """Do what a message wants; whatever it is, the others go on."""
+        try:
+            envelope = wire.decode(frames, FROM_LOCAL if isinstance(peer, LocalUser) else FROM_WORKER)
+            self._take(identity, envelope)
+        except StateUnusable:
+            raise
+        except TriptychError as error:
+            self._answer(identity, error_message(error))
+        except Exception:
+            log.exception("a worker's message could not be handled")
+            if worker := self._engine.fleet.workers.get(identity):
+                self._engine.lose_worker(worker, "sent what could not be handled")
+
+    def _answer(self, identity: bytes, message: Message) -> None:
+        self._engine.outbox.to_worker(identity, message)
+
+    def _take(self, identity: bytes, envelope: wire.Envelope) -> None:
+        match envelope.message:
+            case WorkerHello() as worker_hello:
+                self._welcome(identity, worker_hello)
+            case SupervisorHello():
+                self._supervisor.hello(identity)
+                self._answer(identity, Beat(proven=self._proven()))
+            case DescriberHello() as hello:
+                self._describer.hello(identity, hello)
+                log.info("%s is whole: %s", hello.model.model, hello.model.pipeline)
+                self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
+                self._clients.unpark()
+            case TokenCounts() as counts if self._describer.is_here(identity):
+                self._describer.counted(counts)
+                self._clients.unpark()
+            case Heartbeat() if self._describer.is_here(identity):
+                self._answer(identity, Beat())
+            case Processes() as processes if self._supervisor.is_here(identity):
+                self._supervisor.keeps(processes)
+                self._bury(processes.exited_pids, processes.stopped_pids)
+            case _:
+                self._from_worker(identity, envelope)
+
+    def _from_worker(self, identity: bytes, envelope: wire.Envelope) -> None:
+        engine = self._engine
+        worker = engine.fleet.get(identity)
+        if worker is None:
+            self._answer(identity, Error(code="not_found", message="This worker has not said hello."))
+            return
+        match envelope.message:
+            case Ready() as ready:
+                engine.ready(worker, ready)
+            case Leased() as leased:
+                engine.leased(worker, leased)
+            case Heartbeat() as beat:
+                engine.fleet.beat(worker, beat)
+                self._answer(identity, Beat())
+            case Progress() as task:
+                engine.progress(worker, task, envelope.tensors)
+            case Result() as result:
+                engine.result(worker, result, envelope.tensors)
+            case TaskFailed() as failure:
+                engine.failed(worker, failure)
+            case WorkerGoodbye():
+                engine.dismiss_worker(worker)
+
+    def _welcome(self, identity: bytes, hello: WorkerHello) -> None:
+        engine = self._engine
+        if identity in engine.fleet.workers:
+            self._answer(identity, Error(code="conflict", message="This worker has said hello already."))
+            return
+        if not engine.settings.describer:
+            engine.catalogue.learn(hello)
+        for old in engine.fleet.of_process(hello.host, hello.pid):
+            if old.hello.part == hello.part:
+                engine.dismiss_worker(old)  # which has lost its link, and names its task next
+        engine.leasing.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
+        engine.fleet.hello(identity, hello)
+        log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
+        self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
+        self._clients.unpark()
+
+    def _proven(self) -> tuple[int, ...]:
+        """Processes of this host that work."""
+        pids = [worker.hello.pid for worker in self._engine.fleet if worker.hello.host == HOST and worker.proven]
+        return (*pids, self._describer.pid) if self._describer.pid else tuple(pids)
+
+    # -- those that are gone --------------------------------------------------------------------
+
+    def _bury(self, pids: Sequence[int], stopped: Sequence[int]) -> None:
+        """The supervisor saw these processes end: their tasks need not wait for silence."""
+        for pid in pids:
+            for worker in self._engine.fleet.of_process(HOST, pid):
+                self._engine.bury(worker, blameless=pid in stopped)
+            self._engine.leasing.buried(HOST, pid)
+            self._describer.gone(pid)
+
+    def unreachable(self, identity: bytes) -> None:
+        """A message could not be sent: a worker that is gone loses its task."""
+        if worker := self._engine.fleet.workers.get(identity):
+            log.warning("%s can't be reached", worker.hello.name)
+            self._engine.lose_worker(worker, "could not be reached")
+        elif self._supervisor.is_here(identity):
+            self._supervisor.gone()
+
+    def shut_out(self, identity: bytes) -> None:
+        """Its key was revoked."""
+        if worker := self._engine.fleet.workers.get(identity):
+            log.warning("the key of %s was revoked", worker.hello.name)
+            self._engine.lose_worker(worker, "lost its key")
+
+    def notice_silence(self) -> None:
+        """End by force what says nothing, or says that all is well and comes no further."""
+        for worker in self._engine.fleet.silent():
+            self._give_up(worker, "fell silent")
+        if pid := self._describer.silent():
+            self._supervisor.kill(pid, "fell silent")
+        for worker, seconds in self._engine.deadlines.overdue(self._engine.fleet):
+            self._give_up(worker, f"came no further for {seconds:.0f} s")
+
+    def _give_up(self, worker: Worker, reason: str) -> None:
+        log.warning("%s %s", worker.hello.name, reason)
+        self._engine.lose_worker(worker, reason)
+        if worker.hello.host == HOST:
+            self._supervisor.kill(worker.hello.pid, reason)
