@@ -44,6 +44,10 @@ def test_the_asyncio_client_follows_many_jobs_at_once(stack: RunningStack) -> No
                 await client.submit("")
             assert (await client.stack()).model is not None
             assert len((await client.workers()).workers) == 3
+            (watched,) = await client.submit_many([triptych.JobRequest(prompt="a star", seed=9, **SMALL)], watch=True)
+            assert [event.state async for event in client.events([watched.id], timeout=60)][-1] == "done"
+            job, raw = await client.raw_pictures(watched.id)
+            assert (job.state, raw.shape) == ("done", (1, 32, 32, 3))
 
     asyncio.run(main())
 
@@ -64,3 +68,10 @@ def test_clients_without_a_stack_say_so(state: Path) -> None:
                 await client.stack()
 
     asyncio.run(main())
+
+
+def test_both_clients_can_do_the_same() -> None:
+    def public(cls: type) -> set[str]:
+        return {name for name in dir(cls) if not name.startswith("_")}
+
+    assert public(triptych.Client) == public(triptych.AsyncClient)

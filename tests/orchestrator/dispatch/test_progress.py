@@ -110,7 +110,7 @@ class World:
 
     def submit(self, count: int, width: int = 1024) -> list[LiveJob]:
         requests = tuple(JobRequest(prompt=f"a {n}", seed=n, width=width, height=1024) for n in range(count))
-        return self.engine.accept(requests, "")
+        return self.engine.accept(requests, LOCAL_USER)
 
     def round(self) -> None:
         self.now += TICK_SECONDS

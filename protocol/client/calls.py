@@ -1,0 +1,206 @@
+"""All that a client can do, once: as coroutines over a link, which may be asyncio's or a blocking socket's."""
+
+import time
+from collections.abc import AsyncIterator, Container, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from protocol.client.exchange import (
+    PATIENCE_SECONDS,
+    RESEND_SECONDS,
+    chunks,
+    located,
+    raise_unless_done,
+    request_of,
+)
+from protocol.errors import WaitTimeout
+from protocol.job import ENDED, Job, JobRequest, JobState
+from protocol.messages.client import (
+    Cancel,
+    Collected,
+    CollectGarbage,
+    Drain,
+    FetchPictures,
+    GetJobs,
+    GetStack,
+    GetWorkers,
+    JobEvent,
+    Jobs,
+    Pictures,
+    Question,
+    Restart,
+    Retry,
+    Scale,
+    Stack,
+    Submit,
+    Watch,
+    Workers,
+)
+from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
+from protocol.stages import Stage
+from protocol.tensors import Tensor
+from protocol.wire import Envelope
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+M = TypeVar("M", bound=Message)
+LONGER = "Wait longer with --timeout, or: triptych jobs"
+
+
+class Inbox(Protocol):
+    async def next(self, limit: float) -> JobEvent | None:
+        """The next event of the jobs that are listened to; None after `limit` (monotonic seconds)."""
+
+
+class Link(Protocol):
+    """A connection to a stack."""
+
+    async def ask(self, cls: type[Question], timeout: float | None, **fields: Any) -> Envelope:
+        """The answer to a question; or the error that it stands for, raised. NoStack after `timeout` seconds."""
+
+    def keep(self, jobs: Sequence[str]) -> None:
+        """Keep events of these jobs until somebody listens to them."""
+
+    def listen(self, jobs: Container[str]) -> AbstractContextManager[Inbox]:
+        """Take the events of these jobs, those that were kept included."""
+
+
+class Calls:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    # -- jobs -----------------------------------------------------------------------------------
+
+    async def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
+        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit."""
+        return (await self.submit_many([request_of(prompt, options)]))[0]
+
+    async def submit_many(
+        self, requests: Sequence[JobRequest], timeout: float | None = None, watch: bool = False
+    ) -> list[Job]:
+        """Accept many jobs, all or none. Waits for the stack to know its model.
+
+        With `watch`, `events` of these jobs misses nothing of what happens before it is called. An error's `item` says
+        which request is at fault.
+        """
+        accepted: list[Job] = []
+        for start, fields in chunks(requests):
+            if watch:
+                self._link.keep([request.id for request in fields["jobs"]])
+            with located(start, accepted):
+                answer = await self._link.ask(Submit, timeout, watch=watch, **fields)
+            if isinstance(answer.message, Jobs):
+                accepted += answer.message.jobs
+        return accepted
+
+    async def job(self, job_id: str) -> Job:
+        """How a job stands; NotFound."""
+        return (await self._jobs(GetJobs, jobs=(job_id,)))[0]
+
+    async def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
+        """The newest jobs, newest first."""
+        found: list[Job] = []
+        while len(found) < limit:
+            before, size = found[-1].number if found else 0, min(MOST_LISTED, limit - len(found))
+            more = await self._jobs(GetJobs, states=tuple(states), limit=size, before=before)
+            found += more
+            if len(more) < size:
+                break
+        return found
+
+    async def cancel(self, *job_ids: str) -> list[Job]:
+        """End jobs; a worker that has the task of one stops at its next step."""
+        return await self._in_parts(Cancel, job_ids)
+
+    async def retry(self, *job_ids: str) -> list[Job]:
+        """Run failed or cancelled jobs again, from their last finished stage; Conflict for others."""
+        return await self._in_parts(Retry, job_ids)
+
+    async def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job once it is done; JobFailed, JobCancelled, or WaitTimeout while it goes on."""
+        async for _ in self.events([job_id], timeout):
+            pass
+        return raise_unless_done(await self.job(job_id))
+
+    async def pictures(self, job_id: str) -> "list[Image]":
+        """The pictures of a finished job as Pillow images; NotFound."""
+        from protocol.client.png import to_images
+
+        return to_images((await self.raw_pictures(job_id))[1])
+
+    async def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
+        """The job, and its pictures as uint8 (n, height, width, 3)."""
+        answer = await self._link.ask(FetchPictures, None, job=job_id)
+        assert isinstance(answer.message, Pictures)
+        return answer.message.job, answer.tensors[0]
+
+    async def events(self, job_ids: Sequence[str], timeout: float | None = None) -> AsyncIterator[JobEvent]:
+        """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
+        open_jobs = set(job_ids)
+        deadline = time.monotonic() + timeout if timeout is not None else None
+        with self._link.listen(frozenset(job_ids)) as inbox:
+            await self._watch(job_ids)
+            while open_jobs:
+                pause = time.monotonic() + RESEND_SECONDS
+                event = await inbox.next(pause if deadline is None else min(pause, deadline))
+                if event is None:
+                    if deadline is not None and time.monotonic() >= deadline:
+                        raise WaitTimeout(
+                            "The jobs are not finished yet; they go on.",
+                            "Wait longer with --timeout, or: triptych jobs",
+                        )
+                    await self._watch(sorted(open_jobs))
+                elif event.job in open_jobs:
+                    if event.state in ENDED:
+                        open_jobs.discard(event.job)
+                    yield event
+
+    # -- the stack ------------------------------------------------------------------------------
+
+    async def stack(self) -> Stack:
+        """Version, model and counts."""
+        return await self._message(Stack, GetStack)
+
+    async def workers(self) -> Workers:
+        """The registered workers, and the processes that the supervisor keeps."""
+        return await self._message(Workers, GetWorkers)
+
+    async def restart(self, stage: Stage) -> None:
+        """Replace a stage's workers, one after the other; the tasks that they have go on elsewhere."""
+        await self._link.ask(Restart, None, stage=stage)
+
+    async def scale(self, stage: Stage, count: int) -> None:
+        """Keep `count` workers of a stage from now on."""
+        await self._link.ask(Scale, None, stage=stage, count=count)
+
+    async def drain(self, stage: Stage, on: bool = True) -> None:
+        """Give a stage's workers nothing more to do, or, with `on` False, again."""
+        await self._link.ask(Drain, None, stage=stage, on=on)
+
+    async def collect_garbage(self, older: int) -> tuple[int, int]:
+        """Remove jobs that ended more than so many seconds ago, with their pictures: how many, and bytes on disk."""
+        jobs = size = 0
+        while (gone := await self._message(Collected, CollectGarbage, older=older)).jobs:
+            jobs, size = jobs + gone.jobs, size + gone.bytes
+        return jobs, size
+
+    # -- how it is asked ------------------------------------------------------------------------
+
+    async def _message(self, kind: type[M], cls: type[Question], **fields: Any) -> M:
+        message = (await self._link.ask(cls, None, **fields)).message
+        assert isinstance(message, kind)
+        return message
+
+    async def _jobs(self, cls: type[Question], **fields: Any) -> list[Job]:
+        return list((await self._message(Jobs, cls, **fields)).jobs)
+
+    async def _in_parts(self, cls: type[Question], job_ids: Sequence[str]) -> list[Job]:
+        found: list[Job] = []
+        for start in range(0, len(job_ids), MAX_JOBS):
+            found += await self._jobs(cls, jobs=tuple(job_ids[start : start + MAX_JOBS]))
+        return found
+
+    async def _watch(self, job_ids: Sequence[str]) -> None:
+        for start in range(0, len(job_ids), MAX_JOBS):
+            await self._link.ask(Watch, PATIENCE_SECONDS, jobs=tuple(job_ids[start : start + MAX_JOBS]))
