@@ -13,9 +13,9 @@ from protocol.stages import Stage
 WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 3_430_000_000}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Devices:
-    """Where a stage may put things. `room` counts the bytes left on each GPU, by its index among the visible ones.
+    """Where a stage may put things. `room` has the bytes to use of each GPU, by its index among the visible ones.
 
     A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
     after the other up to it. A CPU has room for everything, unless a `room` says that it stands in for a small GPU.
@@ -23,7 +23,7 @@ class Devices:
     """
 
     primary: torch.device
-    room: dict[int, int] = field(default_factory=dict)
+    room: Mapping[int, int] = field(default_factory=dict)
     evenly: bool = True
     leased: bool = False
     cut: tuple[int, ...] = ()  # blocks of the denoiser on each of its GPUs

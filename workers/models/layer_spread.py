@@ -1,7 +1,7 @@
 """A component's layers over several GPUs, by accelerate, as their memory allows."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ def spread_layers(
     source: Source,
     name: str,
     devices: Devices,
-    place: dict[int, int],
+    place: Mapping[int, int],
     load: Callable[[dict[str, Any]], torch.nn.Module],
 ) -> tuple[torch.nn.Module, list[tuple[str, str]]]:
     """The module, loaded with such arguments more, and where each of its parts is; DoesNotFit."""
     log.info("%s is spread under %s", name, place)
     try:
-        module: Any = load({"max_memory": place, "device_map": "auto" if devices.evenly else "sequential"})
+        module: Any = load({"max_memory": dict(place), "device_map": "auto" if devices.evenly else "sequential"})
     except ValueError as error:  # whole layers leave gaps; accelerate would put the rest on disk
         if "offload" not in str(error):
             raise

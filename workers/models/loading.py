@@ -8,7 +8,7 @@ import contextlib
 import errno
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,20 @@ from accelerate import dispatch_model
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from protocol.errors import BadRequest, DoesNotFit, ModelMissing
+from protocol.errors import BadRequest, ModelMissing
 from protocol.stages import Stage
 from protocol.units import format_bytes
 from workers.errors import cause_of
-from workers.models.devices import Devices, choose, parts_of
+from workers.models.component_plan import (
+    AmongRanks,
+    InLeases,
+    Resident,
+    Spread,
+    WholeOn,
+    needs_size,
+    plan_component,
+)
+from workers.models.devices import Devices, parts_of
 from workers.models.layer_spread import spread_layers
 from workers.models.model_check import judge
 from workers.models.skeleton import (
@@ -76,6 +85,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
     spread: list[tuple[str, str]] = []
     residencies: dict[str, Residency] = {}
     split: PipelineSplit | None = None
+    room: Mapping[int, int] = devices.room
     if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
         lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
@@ -88,10 +98,12 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
                 spread += [(f"{name}.{part}", where) for part, where in split.map()]
                 residencies |= {residency.name: residency for residency in split.residencies}
             elif name in wanted and _has_weights(source, name):
-                components[name], places, residency = load_weights(source, name, stage, devices, dtype, speed)
-                spread += places
-                if residency:
-                    residencies[name] = residency
+                placed = load_weights(source, name, stage, devices, room, dtype, speed)
+                components[name] = placed.module
+                spread += placed.places
+                room = {gpu: size - placed.taken.get(gpu, 0) for gpu, size in room.items()}
+                if placed.residency:
+                    residencies[name] = placed.residency
             elif name in wanted:
                 components[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
             elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
@@ -146,63 +158,69 @@ def load_split(
     return PipelineSplit(name, module, parts_of(devices, stage), devices.leased)
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A component that is loaded: where its parts went, its residency if it has one, and what it took of which GPU."""
+
+    module: torch.nn.Module
+    places: list[tuple[str, str]]
+    residency: Residency | None = None
+    taken: Mapping[int, int] = field(default_factory=dict)  # bytes by GPU
+
+
 def load_weights(
-    source: Source, name: str, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups
-) -> tuple[torch.nn.Module, list[tuple[str, str]], Residency | None]:
-    """One component, where its parts went, and its residency if it is on one device."""
-    arguments: dict[str, Any] = {"dtype": dtype}
+    source: Source,
+    name: str,
+    stage: Stage,
+    devices: Devices,
+    room: Mapping[int, int],
+    dtype: torch.dtype,
+    speed: StageSpeedups,
+) -> Placed:
+    """One component, by its plan; DoesNotFit, ModelMissing."""
     cls = component_class(source, name)
-    arguments |= speed.loading_arguments(cls)
-    together = speed.together(devices.primary)
-    if together:
-        cls = together.model_class(cls)
+    arguments: dict[str, Any] = {"dtype": dtype} | speed.loading_arguments(cls)
+    ranks = speed.together(devices.primary)
+    if ranks:
+        cls = ranks.model_class(cls)
 
     def from_host() -> torch.nn.Module:
         module = load_module(source, name, cls, arguments)
         speed.after_loading(module)
         return module
 
-    first, workspace = devices.primary.index or 0, devices.workspace_of(stage)
-    if together:
-        module = from_host()
-        together.after_loading(module)
-        residency = Residency(name, module, devices.primary)
-        room_for_weights = devices.room[first] - workspace if devices.room else residency.total_bytes
-        if not devices.leased:
-            residency.swap_in(min(residency.total_bytes, room_for_weights))
-        return module, [(name, f"{devices.primary} ({speed.parallel})")], residency
-    if devices.leased:
-        module = from_host()
-        residency = Residency(name, module, devices.primary, whole=stage == "vae")
-        return module, [(name, str(devices.primary))], residency
-    if not devices.room:
-        module = from_host().to(devices.primary)
-        return module, [(name, str(devices.primary))], None
-    size = weight_bytes(source, name, dtype)
-    place = choose(size, devices.room, workspace)
-    if isinstance(place, dict):
-        module, spread = spread_layers(
-            source, name, devices, place, lambda more: load_module(source, name, cls, arguments | more)
-        )
-        speed.after_loading(module)
-        return module, spread, None
-    if isinstance(place, int) and place != first:
-        devices.room[place] -= size
-        module = from_host().to(f"cuda:{place}")
-        module = dispatch_model(module, {"": place}, main_device=place, force_hooks=True)
-        return module, [(name, f"cuda:{place}")], None
-    if place is None and stage == "vae":  # small, and may be cast for a job: it is in or it isn't
-        raise DoesNotFit(
-            f"{name} of {source.model!r} has {format_bytes(size)} of weights and needs "
-            f"{format_bytes(workspace)} to work with; {format_bytes(sum(devices.room.values()))} are free.",
-            f"Give the stage another GPU, or the CPU: --gpus {stage}=1 or --device {stage}=cpu.",
-        )
-    residency = Residency(name, from_host(), devices.primary)
-    residency.swap_in(min(residency.total_bytes, max(0, devices.room[first] - workspace)))
-    devices.room[first] -= residency.device_bytes
-    log.info("%s is %s on %s with %s", name, residency.state, devices.primary, format_bytes(residency.device_bytes))
-    where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
-    return residency.module, [(name, where)], residency
+    size = weight_bytes(source, name, dtype) if needs_size(devices, ranks is not None) else 0
+    match plan_component(f"{name} of {source.model!r}", size, stage, devices, room, ranks is not None):
+        case AmongRanks(budget, leased):
+            module = from_host()
+            if ranks:
+                ranks.after_loading(module)
+            residency = Residency(name, module, devices.primary)
+            if not leased:
+                residency.swap_in(min(residency.total_bytes, residency.total_bytes if budget is None else budget))
+            return Placed(module, [(name, f"{devices.primary} ({speed.parallel})")], residency)
+        case InLeases(whole):
+            module = from_host()
+            residency = Residency(name, module, devices.primary, whole=whole)
+            return Placed(module, [(name, str(devices.primary))], residency)
+        case WholeOn(gpu):
+            if gpu is None:
+                return Placed(from_host().to(devices.primary), [(name, str(devices.primary))])
+            module = dispatch_model(from_host().to(f"cuda:{gpu}"), {"": gpu}, main_device=gpu, force_hooks=True)
+            return Placed(module, [(name, f"cuda:{gpu}")], taken={gpu: size})
+        case Spread(max_memory):
+            module, spread = spread_layers(
+                source, name, devices, max_memory, lambda more: load_module(source, name, cls, arguments | more)
+            )
+            speed.after_loading(module)
+            return Placed(module, spread)
+        case Resident(gpu, budget):
+            residency = Residency(name, from_host(), devices.primary)
+            residency.swap_in(min(residency.total_bytes, budget))
+            log.info("%s is %s on %s with %s", name, residency.state, devices.primary,
+                     format_bytes(residency.device_bytes))  # fmt: skip
+            where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")
+            return Placed(residency.module, [(name, where)], residency, {gpu: residency.device_bytes})
 
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:

@@ -17,9 +17,10 @@ from accelerate.utils import recursively_apply
 
 from protocol.errors import BadRequest
 from workers.split.device_gates import DeviceGates
-from workers.weights.forward_trace import Call, ForwardTrace, Results, around_blocks, uncompiled, vectors_of
+from workers.weights.forward_trace import around_blocks
 from workers.weights.modulation import PrecomputedJob
-from workers.weights.residency import JobForwards, Residency, block_rows
+from workers.weights.precompute import JobForwards, Precompute
+from workers.weights.residency import Residency, block_rows
 
 SWITCH_SECONDS = 0.0005  # until one thread's job lets another's go on, which has a GPU waiting; Python's own is 0.005
 
@@ -131,10 +132,9 @@ class PipelineSplit:
         self.gates = DeviceGates(module, [(device, count) for device, count, _ in parts], self._turn)
         sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._moved, self._current = moved, Current()
-        self._job_gate, self._learned = JobGate(), False
+        self._job_gate = JobGate()
+        self._precompute = Precompute(self.residencies, self.rows, several=True)
         self._shapes: set[Hashable] = set()  # of jobs that were made
-        self._first = ""  # of the layers that run ahead, once they are known
-        self._results: Results | None = None
 
     def _elsewhere(self, number: int) -> list[str]:
         """What is not in a part; the model's own weights, which belong to none of its modules, are in the first."""
@@ -166,17 +166,15 @@ class PipelineSplit:
 
         with self.gates.job(), self._job_gate.joined(new) as self._current.stay, self._left_behind():
             if self._to_learn() and self.compiled:
-                blocks = [model.get_submodule(row) for row in self.rows]
-                with uncompiled(blocks), ForwardTrace(model, self.rows) as trace:
-                    forwards.rehearse()
-                self._learn(trace)
+                self._precompute.rehearse(model, forwards)
             if self._to_learn() and forwards.whole:
-                with ForwardTrace(model, self.rows) as trace:
+                with self._precompute.watch(model):
                     yield
                 self.gates.leave()
-                self._learn(trace)
-            elif self._first:
-                with self._run_ahead(model, forwards):
+                if self._precompute.trace:
+                    self._precompute.learn(self._precompute.trace)
+            elif self._precompute.active:
+                with self._precompute.ahead(model, forwards, self.gates.first) as self._current.ahead:
                     yield
             else:
                 yield
@@ -195,39 +193,7 @@ class PipelineSplit:
 
     def _to_learn(self) -> bool:
         streams = any(residency.state == "streamed" for residency in self.residencies)
-        return not self._learned and (self.compiled or streams)
-
-    def _learn(self, trace: ForwardTrace) -> None:
-        """While no other job is on its way."""
-        if trace.forwards < 2:
-            return  # too few steps to tell
-        self._learned = True
-        layers = trace.layers()
-        found = [(residency, residency.modulation_of(layers)) for residency in self.residencies]
-        ahead = [(residency, modulation) for residency, modulation in found if modulation]
-        if not ahead or ahead[0][0] is not self.residencies[0]:
-            return  # it would take half a model to foresee a vector
-        if self.compiled or any(residency.gains(modulation) for residency, modulation in ahead):
-            for residency, modulation in ahead:
-                residency.adopt(modulation)
-                modulation.put(several=True)
-            self._first, self._results = ahead[0][1].first, trace.results
-
-    @contextlib.contextmanager
-    def _run_ahead(self, model: torch.nn.Module, forwards: JobForwards) -> Iterator[None]:
-        assert self._results is not None
-
-        def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
-            with self.gates.first():
-                return vectors_of(model, self.rows, self._first, calls)
-
-        ahead = PrecomputedJob(vectors(forwards.foresee(self._results)), lambda call: vectors([call])[0])
-        self._current.ahead = ahead
-        try:
-            with ahead.along(model):
-                yield
-        finally:
-            self._current.ahead = None
+        return not self._precompute.learned and (self.compiled or streams)
 
     @contextlib.contextmanager
     def _left_behind(self) -> Iterator[None]:
@@ -235,6 +201,7 @@ class PipelineSplit:
         try:
             yield
         finally:
+            self._current.ahead = None
             for moved in self._moved:
                 moved.copies.clear()
 

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -17,10 +17,11 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.tensors import flat_bytes
 from workers.weights.copy_stream import copy_stream_for
-from workers.weights.forward_trace import Call, ForwardTrace, Results, place_of, uncompiled, vectors_of
+from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
 from workers.weights.loose_tensors import LooseTensors
-from workers.weights.modulation import Modulation, PrecomputedJob
+from workers.weights.modulation import Modulation
+from workers.weights.precompute import JobForwards, Precompute
 from workers.weights.sharded import LocalPart
 from workers.weights.streaming import (
     Block,
@@ -34,20 +35,6 @@ from workers.weights.streaming import (
 )
 
 State = Literal["in", "streamed", "out"]
-
-
-class JobForwards(Protocol):
-    """A job as it will go, told before it does."""
-
-    @property
-    def whole(self) -> bool:
-        """It begins with its first forward, and has a second."""
-
-    def foresee(self, results: Results) -> Sequence[Call]:
-        """The forwards that it will make, if each gives such results."""
-
-    def rehearse(self) -> None:
-        """Make its first two forwards, and stop."""
 
 
 class Residency:
@@ -83,9 +70,7 @@ class Residency:
         self._slab: torch.Tensor | None = None
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
-        self._seen: ForwardTrace | None = None  # the first job, to learn from
-        self._results: Results | None = None  # of its forwards, as they were seen
-        self._learned = False
+        self._precompute = Precompute([self], self.rows)
         self.compiled = False
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
@@ -134,7 +119,13 @@ class Residency:
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
         if self.plan:
-            self._ring = Ring(self.plan, self._blocks(), self._parameters, self._host, self._copy_stream)
+            self._ring = Ring(
+                self.plan,
+                [self.module.get_submodule(row) for row in self.rows],
+                self._parameters,
+                self._host,
+                self._copy_stream,
+            )
         self._copy_stream.synchronize()
 
     def _plan(self, budget: int) -> StreamPlan:
@@ -182,9 +173,6 @@ class Residency:
         if self._ring:
             self._ring.start()
 
-    def _blocks(self) -> list[torch.nn.Module]:
-        return [self.module.get_submodule(row) for row in self.rows]
-
     def compile(self, backend: str = "inductor") -> None:
         """Compile what each block computes, from its next run on. Bits differ from uncompiled ones by rounding."""
         compile_blocks(self.module, self.rows, backend)
@@ -195,53 +183,34 @@ class Residency:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too."""
         if self.state == "in" and not self.compiled:
             forwards = None  # nothing to be gained
-        if forwards and self.compiled and not self._learned:
-            self._rehearse(forwards)
-        elif forwards and self._seen and not self._learned:
-            self._learn(self._seen)
+        precompute = self._precompute
+        if forwards and not precompute.learned:
+            if self.compiled:
+                self.start()
+                precompute.rehearse(self.module, forwards)
+            elif precompute.trace:
+                precompute.learn(precompute.trace)
         self.start()
         if forwards and self.modulation:
             with self._run_ahead(forwards, self.modulation):
                 yield
-        elif forwards and forwards.whole and not self._learned:
-            with ForwardTrace(self.module, self.rows) as self._seen:
+        elif forwards and forwards.whole and not precompute.learned:
+            with precompute.watch(self.module):
                 yield
         else:
             yield
 
     @contextlib.contextmanager
     def _run_ahead(self, forwards: JobForwards, modulation: Modulation) -> Iterator[None]:
-        assert self._results is not None
-
-        def vectors(calls: Sequence[Call]) -> list[torch.Tensor]:
-            return vectors_of(self.module, self.rows, modulation.first, calls)
-
         modulation.start()
-        ahead = PrecomputedJob(vectors(forwards.foresee(self._results)), lambda call: vectors([call])[0])
-        modulation.put()
-        hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(ahead))
-        try:
-            with ahead.along(self.module):
+        with self._precompute.ahead(self.module, forwards) as job:
+            modulation.put()
+            hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(job))
+            try:
                 yield
-        finally:
-            hook.remove()
-            modulation.take_away()
-
-    def _rehearse(self, forwards: JobForwards) -> None:
-        """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""
-        self.start()
-        with uncompiled(self._blocks()), ForwardTrace(self.module, self.rows) as trace:
-            forwards.rehearse()
-        self._learn(trace)
-
-    def _learn(self, trace: ForwardTrace) -> None:
-        """Let jobs run their modulation ahead from now on, and stream the less."""
-        self._seen = None
-        if trace.forwards < 2:
-            return  # too few steps to tell
-        self._learned, self._results = True, trace.results
-        if (modulation := self.modulation_of(trace.layers())) and (self.gains(modulation) or self.compiled):
-            self.adopt(modulation)
+            finally:
+                hook.remove()
+                modulation.take_away()
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
         """Of those layers that are its own, if they can be run ahead in what it has."""
