@@ -225,6 +225,6 @@ def test_paces_are_learned_and_planned_with(deep: Path, state: Path) -> None:
     sized = ("--size", "32x32", "--steps", "6", "--json")
     seen = json.loads(triptych("plan", *arguments, *sized, folder=state).stdout)
     guessed = json.loads(triptych("plan", *arguments, *sized, folder=state.with_name("other")).stdout)
-    step = {name: [w["step_timeout"] for w in p["workers"] if w["stage"] == "denoise"] for name, p in
+    step = {name: [w["step_seconds"] for w in p["workers"] if w["stage"] == "denoise"] for name, p in
             (("seen", seen), ("guessed", guessed))}  # fmt: skip
     assert step["seen"] != step["guessed"]

@@ -167,7 +167,7 @@ class Session:
             return
         task = self._result[0] if self._result else self._task
         if task:
-            self._say(self._ready.model_copy(update={"in_hand": (task.job, task.stage, task.attempt)}))
+            self._say(self._ready.model_copy(update={"current_task": (task.job, task.stage, task.attempt)}))
         if self._result:
             self._say(*self._result)
         if self._idle:
@@ -192,7 +192,7 @@ class Session:
                 case Leased():
                     self._idle = True
                     self._gpu_bytes = sum(component.device_bytes for component in message.residency)
-                    self._remember(message, "residency", "context_bytes", "kept_bytes", "grants")
+                    self._remember(message, "residency", "context_bytes", "kept_bytes", "leases")
                     if self._ordered != self._links:  # another orchestrator, or one that thinks this worker gone
                         message = self._ready
                 case Result() as result:
