@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Bytes a second over 16 lanes of each generation of PCIe, from page-locked memory; measured, see docs/benchmarks.md.
+# Bytes a second over 16 lanes of each generation of PCIe, from page-locked memory (docs/benchmarks/memory.md).
 PCIE_BYTES = {3: 13.2e9, 4: 26.5e9, 5: 55.5e9}
 
 

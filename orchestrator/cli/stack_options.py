@@ -64,6 +64,8 @@ def parameter(flag: Flag) -> str:
 
 def help_of(field: FieldInfo, flag: Flag) -> str:
     default = flag.default or field.default
+    if isinstance(default, bool):
+        default = "yes" if default else "no"
     shown = f"{default:g}" if isinstance(default, float) else default
     return f"{field.description} [default: {shown}]"
 

@@ -1,4 +1,4 @@
-"""What is set aside of GPU memory beside what was measured. The figures are from H200 runs, see docs/benchmarks.md."""
+"""What is set aside of GPU memory beside what was measured. From runs on an H200 (docs/benchmarks/memory.md)."""
 
 FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
 HEADROOM = 32_000_000  # afterwards

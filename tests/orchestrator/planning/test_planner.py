@@ -26,7 +26,7 @@ from tests.chance import examples
 
 GB, GIB = 10**9, 1 << 30
 FLUX = ModelProfile.model_validate_json((Path(__file__).parents[3] / "scripts/simulate/flux_dev.json").read_bytes())
-# As seen on an H200, by BENCHMARKS.md
+# As seen on an H200, by docs/benchmarks
 SEEN = Terms(workspaces={"denoise": 540_000_000, "vae": 2_550_000_000})
 
 
