@@ -1,0 +1,123 @@
+"""The fleet knows who is idle, who is silent, and which workers are one process."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from orchestrator.dispatch import fleet as fleet_module
+from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, Fleet
+from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, StepDeadlines
+from orchestrator.dispatch.subscriptions import Subscriptions
+from protocol.gpu_memory import GpuId
+from protocol.job import Recipe
+from protocol.messages.common import TaskKey
+from protocol.messages.worker import WorkerHello
+from tests.fakes import MODEL
+from tests.protocol.test_recipe import recipe
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
+        self.now = 1000.0
+        clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now)
+        monkeypatch.setattr(module, "time", clock)
+
+
+def hello(name: str, pid: int = 1, host: str = "h", **fields: object) -> WorkerHello:
+    return WorkerHello(
+        name=name, stage="denoise", pid=pid, host=host, device="none", dtype="float32", model=MODEL, **fields
+    )
+
+
+def task(attempt: int = 1) -> TaskKey:
+    return TaskKey(job="j", stage="denoise", attempt=attempt)
+
+
+def test_a_worker_is_idle_between_ready_and_its_task() -> None:
+    fleet = Fleet()
+    one, two = fleet.hello(b"1", hello("a", 1)), fleet.hello(b"2", hello("b", 2))
+    assert fleet.idle() == []
+    fleet.ready(one)
+    fleet.ready(two)
+    assert [idle.id for idle in fleet.idle()] == [one.id, two.id]
+    fleet.give(one, task(), None)
+    assert [idle.id for idle in fleet.idle()] == [two.id]
+    fleet.swap(two)
+    assert fleet.idle() == []
+    fleet.remove(two)
+    assert list(fleet) == [one]
+
+
+def test_several_workers_of_one_process_have_one_lease_and_rest_together() -> None:
+    fleet = Fleet()
+    first, second = fleet.hello(b"1", hello("a", part=0, parts=2)), fleet.hello(b"2", hello("a.2", part=1, parts=2))
+    fleet.ready(second)
+    assert fleet.idle() == []  # its process is still loading
+    fleet.ready(first)
+    assert {idle.holder for idle in fleet.idle()} == {first.id}
+    assert fleet.first(second) is first
+    assert fleet.resting_since(first) is not None
+    fleet.give(second, task(), None)
+    assert fleet.resting_since(first) is None
+
+
+def test_gpus_of_two_hosts_with_the_same_number_are_two() -> None:
+    fleet = Fleet()
+    here, there = fleet.hello(b"1", hello("a", gpus=(0,))), fleet.hello(b"2", hello("b", host="other", gpus=(0,)))
+    assert here.gpus == (GpuId("h", 0),)
+    assert there.gpus == (GpuId("other", 0),)
+
+
+def test_silence_is_long_for_one_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, fleet = Clock(monkeypatch, fleet_module), Fleet()
+    loading, idle = fleet.hello(b"1", hello("a", 1)), fleet.hello(b"2", hello("b", 2))
+    fleet.ready(idle)
+    clock.now += SILENCE_SECONDS + 0.1
+    assert fleet.silent() == [idle]
+    assert fleet.get(b"2") is idle  # it is heard of again
+    assert fleet.silent() == []
+    clock.now += LOADING_SECONDS
+    assert fleet.silent() == [loading, idle]
+
+
+def test_a_worker_is_proven_by_a_task_or_by_time() -> None:
+    fleet = Fleet()
+    worker = fleet.hello(b"1", hello("a"))
+    fleet.ready(worker)
+    assert not worker.proven
+    worker.done = 1
+    assert worker.proven
+    worker.done = 0
+    worker.joined -= PROVEN_SECONDS + 0.1
+    assert worker.proven
+
+
+def test_a_step_is_overdue_by_what_steps_of_its_kind_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    from orchestrator.dispatch import step_deadlines
+
+    clock, fleet, deadlines = Clock(monkeypatch, step_deadlines), Fleet(), StepDeadlines(unknown=600.0)
+    monkeypatch.setattr(fleet_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+    kind: Recipe = recipe(seed=1)
+    worker = fleet.hello(b"1", hello("a"))
+    fleet.give(worker, task(), StepDeadlines.key("denoise", kind))
+    clock.now += 5.0
+    deadlines.moved(worker, kind, 1)
+    clock.now += FACTOR * 5.0 + 1
+    assert deadlines.overdue(fleet) == []  # its first task: nothing is known of the process
+    worker.done = 1
+    assert [(late.id, seconds) for late, seconds in deadlines.overdue(fleet)] == [(worker.id, FACTOR * 5.0 + 1)]
+    deadlines.moved(worker, kind, 2)
+    assert deadlines.overdue(fleet) == []
+    assert FACTOR * 0.001 < LEAST_SECONDS
+
+
+def test_subscriptions_forget_a_job_and_a_client() -> None:
+    subscriptions = Subscriptions()
+    for client, job in ((b"1", "a"), (b"1", "b"), (b"2", "a")):
+        subscriptions.add(client, job)
+    subscriptions.forget_client(b"1")
+    assert (subscriptions.of("a"), subscriptions.of("b")) == ({b"2"}, set())
+    subscriptions.forget_job("a")
+    assert not subscriptions.of("a")
+    assert not subscriptions._jobs
+    assert not subscriptions._clients.get("a")
