@@ -1,0 +1,115 @@
+"""Settings: each with a flag, each as it was given, flags over the file, and a word for what can't be."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from orchestrator.cli.stack_options import flags_of, parameter, stack_config, stack_options
+from orchestrator.config import load_config
+from orchestrator.settings import JobSettings, OrchestratorSettings, StackConfig, StageConfig
+from protocol.errors import BadRequest
+from scripts.generate_docs import commands, configuration
+
+
+def given(*arguments: str) -> StackConfig:
+    """The configuration of a command line."""
+    found: list[StackConfig] = []
+
+    @click.command()
+    @stack_options
+    def command(**options: Any) -> None:
+        found.append(stack_config(options))
+
+    command.main([*arguments], standalone_mode=False)
+    return found[0]
+
+
+def test_without_flags_all_is_as_the_fields_say() -> None:
+    assert given() == StackConfig()
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        (["--model", "m"], "model", "m"), (["-m", "m"], "model", "m"), (["--revision", "r"], "revision", "r"),
+        (["--dtype", "float16"], "dtype", "float16"), (["--placement", "split"], "placement", "split"),
+        (["--optimize", "latency"], "optimize", "latency"), (["--compile"], "compile", True),
+        (["--attention", "flash"], "attention", "flash"), (["--fuse-qkv"], "fuse_qkv", True),
+        (["--cache", "taylorseer"], "cache", "taylorseer"), (["--checkpoint", "off"], "checkpoint", None),
+        (["--checkpoint", "2"], "checkpoint", 2.0), (["--plan-width", "512"], "width", 512),
+        (["--plan-height", "512"], "height", 512), (["--plan-steps", "4"], "steps", 4),
+        (["--queue-limit", "5"], "queue_limit", 5), (["--queue-bytes", "2GB"], "queue_bytes", 2 * 10**9),
+        (["--disk-floor", "3MB"], "disk_floor", 3 * 10**6), (["--keep-jobs", "2h"], "keep_jobs", 7200.0),
+        (["--keep-jobs", "forever"], "keep_jobs", None), (["--keep-pictures", "1KB"], "keep_pictures", 1000),
+        (["--embedding-cache", "7B"], "embedding_cache", 7), (["--no-keep"], "keep", False),
+        (["--patience", "9"], "patience", 9.0), (["--step-timeout", "8"], "step_timeout", 8.0),
+        (["--client-jobs", "3"], "client_jobs", 3), (["--client-rate", "0.5"], "client_rate", 0.5),
+        (["--listen", "tcp://h:1"], "listen", "tcp://h:1"), (["--listen-workers", "tcp://h:2"], "listen_workers", "tcp://h:2"),
+        (["--budget", "0=1GB", "--budget", "1=all"], "gpus", {0: 10**9, 1: None}),
+    ],
+)  # fmt: skip
+def test_each_flag_is_its_setting_and_no_other(flag: list[str], name: str, value: object) -> None:
+    assert given(*flag) == StackConfig().model_copy(update={name: value})
+
+
+@pytest.mark.parametrize(
+    ("flag", "stages"),
+    [
+        (["--workers", "denoise=2"], {"denoise": {"workers": 2}}),
+        (["--device", "text=cpu", "--device", "mps"],
+         {"text": {"device": "cpu"}, "denoise": {"device": "mps"}, "vae": {"device": "mps"}}),
+        (["--gpus", "denoise=0,1"], {"denoise": {"gpus": (0, 1)}}),
+        (["--max-memory", "vae=1GB,2GB"], {"vae": {"max_memory": (10**9, 2 * 10**9)}}),
+        (["--keep-alive", "text=3"], {"text": {"keep_alive": 3.0}}),
+        (["--quantize", "text=int8"], {"text": {"quantize": "int8"}}),
+    ],
+)  # fmt: skip
+def test_stages_have_settings_of_their_own(flag: list[str], stages: dict[str, Any]) -> None:
+    assert given(*flag).stages == {stage: StageConfig(**values) for stage, values in stages.items()}
+
+
+def test_every_setting_has_a_flag_and_a_meaning() -> None:
+    for settings, without in ((StackConfig, {"stages"}), (StageConfig, set())):
+        flags = {name: (field, flag) for name, field, flag in flags_of(settings)}
+        assert flags.keys() == settings.model_fields.keys() - without
+        assert all(field.description for field, _ in flags.values())
+        assert len({parameter(flag) for _, flag in flags.values()}) == len(flags)
+
+
+def test_the_orchestrators_settings_are_those_of_the_stack() -> None:
+    for name, field in JobSettings.model_fields.items():
+        assert (
+            OrchestratorSettings.model_fields[name].default == field.default == StackConfig.model_fields[name].default
+        )
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text('model = "file"\nqueue_limit = 5\n[stages.text]\ndevice = "cpu"\nkeep_alive = 7\n')
+    found = load_config(path, {"model": "flag"}, {"text": {"device": "mps"}})
+    assert (found.model, found.queue_limit) == ("flag", 5)
+    assert (found.stage("text").device, found.stage("text").keep_alive) == ("mps", 7.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("models = 'x'", "Known settings are"), ("[stages.txt]\ndevice = 'cpu'", "there is no such stage"),
+        ("[stages.text]\ndevice = 'gpu'", "'gpu' is no device"), ("queue_limit = 0", "'queue_limit' is not valid"),
+        ("keep_jobs = 'soon'", "is not a duration"), ("x = ", "is not valid TOML"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(text: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(text)
+    with pytest.raises(BadRequest) as caught:
+        load_config(path, {}, {})
+    assert says in str(caught.value)
+
+
+def test_the_reference_pages_are_what_the_code_says() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    assert (docs / "commands.md").read_text() == commands()
+    assert (docs / "configuration.md").read_text() == configuration()
