@@ -2,6 +2,8 @@
 
 The engine tells `transitions` what has happened, and applies what comes of it: it changes the store and the queues and
 fills the outbox. It knows no sockets. Whoever drives it commits the store before it sends what the outbox holds.
+
+Longer than other files, so that all that may happen to a job stands side by side.
 """
 
 import json
@@ -115,7 +117,7 @@ class Engine:
         self.leasing.ready(worker, ready)
         self.leasing.moved()
         if reason := self.leasing.hopeless(worker):
-            keeping = self.leasing.keeping(worker.hello.stage, worker.model)
+            keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.model)
             if not self.dispatch.start_anew(keeping, f"room for {worker.hello.name}"):
                 self._give_up(worker, reason)
         if ready.current_task is None:
@@ -168,7 +170,7 @@ class Engine:
         if not self.leasing.leased(worker, leased):
             self.lose_worker(worker, "answered a lease with another")
             return
-        self.dispatch.start_anew([w for w in self.leasing.leaking() if w is worker], f"leaks {worker.id}")
+        self.dispatch.start_anew([w for w in self.leasing.accounts.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
             for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
                 self.dispatch.blame(self.job_queue.jobs[job_id], f"{worker.hello.name}: {leased.reason}", retry=True)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, Worker
+from orchestrator.dispatch.memory_accounts import MemoryAccounts
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.standstill import Busy, Standstill
 from orchestrator.job import LiveJob, ModelKey
@@ -31,7 +32,6 @@ from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
 
-MOST_GROWN = 3  # times that what a worker keeps may grow before it is started anew
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
 
@@ -52,6 +52,7 @@ class Leasing:
         self._remember, self._remember_step_seconds = store.remember_workspace, store.remember_step_seconds
         self._paces: dict[str, float] = {}  # seconds a step
         self._standstill = Standstill()
+        self.accounts = MemoryAccounts(ledger, fleet)
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
 
     # -- workers come, and go -------------------------------------------------------------------
@@ -114,7 +115,7 @@ class Leasing:
 
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """All as it is, but for the tasks of drained stages, whose workers give their memory to others."""
-        holders = self._holders(self._concerned({worker.holder for worker in idle}))
+        holders = self._holders(self.accounts.concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
@@ -134,61 +135,6 @@ class Leasing:
     def moved(self) -> None:
         """A task came nearer to its end, or a worker came or went."""
         self._standstill.moved()
-
-    def leaking(self) -> list[Worker]:
-        """Workers that keep more and more of a GPU whatever they give back."""
-        rows = self.ledger.holdings.items()
-        names = {worker for worker, holdings in rows if any(holding.grown >= MOST_GROWN for holding in holdings)}
-        return [worker for worker in self._fleet if worker.id in names]
-
-    def keeping(self, stage: Stage, model: ModelKey) -> list[Worker]:
-        """Workers on a stage's GPUs that keep memory which no lease gives back."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
-        gpus = self._concerned(mine)
-        rows = self.ledger.holdings.items()
-        names = {worker for worker, holdings in rows if any(h.kept and h.gpu in gpus for h in holdings)}
-        return [worker for worker in self._fleet if worker.id in names]
-
-    def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
-        """Why a stage's task can't have the GPU memory that it needs: who holds what, and what is missing."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
-        names = {worker.id: worker.hello.name for worker in self._fleet}
-        told: list[str] = []
-        for worker in sorted(mine & self.ledger.holdings.keys(), key=lambda worker: names[worker]):
-            for holding in self.ledger.holdings[worker]:
-                space = self.ledger.workspace(stage, model, job.recipe, holding.needs) * holding.jobs
-                told.append(
-                    f"{names[worker]} needs at least {format_bytes(holding.needs.least)} for weights and "
-                    f"{format_bytes(space)} to work in, of GPU {holding.gpu}"
-                )
-        for gpu in sorted(self._concerned(mine)):
-            told.append(self._account_of(gpu, names))
-        return "it can't have the GPU memory that it needs. " + "; ".join(told)
-
-    def _account_of(self, gpu: GpuId, names: Mapping[str, str]) -> str:
-        """A GPU's budget, by who has what of it."""
-        account, rows = self.ledger.accounts[gpu], self.ledger.holdings.items()
-        here = [
-            (names.get(worker, "an ended process"), h) for worker, holdings in rows for h in holdings if h.gpu == gpu
-        ]
-        held = ", ".join(
-            f"{name} {format_bytes(h.booked)} leased and {format_bytes(h.overhead)} beside it" for name, h in here
-        )
-        with self.ledger.as_measured([gpu]):
-            free, others = max(0, self.ledger.free(gpu)), self.ledger.uncounted(gpu)
-        told = f"GPU {gpu}: of {format_bytes(account.budget)} {held}; {format_bytes(free)} are free"
-        if others:
-            told += f", and {format_bytes(others)} are in use by other programs, by its driver's count"
-        return told
-
-    def _concerned(self, holders: Container[str]) -> set[GpuId]:
-        """GPUs of these, and of all that lie on one of theirs and on others."""
-        everybody = [{holding.gpu for holding in holdings} for holdings in self.ledger.holdings.values()]
-        gpus = {h.gpu for worker, holdings in self.ledger.holdings.items() if worker in holders for h in holdings}
-        spread = [demands for demands in everybody if len(demands) > 1]
-        while more := [demands for demands in spread if demands & gpus and not demands <= gpus]:
-            gpus |= set().union(*more)
-        return gpus
 
     def _holders(self, gpus: Container[GpuId]) -> list[LeasedWorker]:
         now = time.monotonic()

@@ -108,11 +108,11 @@ class TaskDispatch:
         """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
         self._leasing.moved()
         firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
-        if any(self.start_anew(self._leasing.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
+        if any(self.start_anew(self._leasing.accounts.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
         for (stage, model), job_id in firsts:
             job = self._job_queue.jobs[job_id]
-            self.blame(job, f"{self._leasing.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+            self.blame(job, f"{self._leasing.accounts.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
 
     def start_anew(self, workers: Iterable[Worker], why: str) -> bool:
         """Have processes replaced that keep memory which they should have given back; no job is to blame.

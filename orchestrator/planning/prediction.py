@@ -1,6 +1,7 @@
 """What a placement will do on a machine: who fits where, what is streamed, seconds a step, a picture and a job.
 
-Pure arithmetic on a model's figures and the GPUs' rates, by the rules that leases are given by.
+Pure arithmetic on a model's profile and the GPUs' rates, by the rules that leases are given by. Longer than other
+files: each kind of placement is predicted from the same book of who has what, and they are read beside each other.
 """
 
 from collections.abc import Mapping, Sequence

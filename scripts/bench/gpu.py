@@ -7,6 +7,8 @@
 First single stages, in a process of their own, then whole stacks. Smaller cards are imitated on a large one: what
 allocates is capped, and the driver's count of all memory in use, contexts included, is watched all the time. Prints one
 JSON line a row.
+
+Longer than other files: one row beside the other, with the same limits.
 """
 
 import gc

@@ -6,6 +6,8 @@
     python -m scripts.bench.stack keeping        artifacts and checkpoints kept, and not
 
 Prints one JSON line a row.
+
+Longer than other files: four measurements of one stack, with the same workers that do nothing.
 """
 
 import contextlib

@@ -2,6 +2,8 @@
 
 Knows nothing about models. A scene is drawn by code, so training data is endless and a picture can be
 scored against the mask that it should show.
+
+Longer than other files: what a scene is, says and looks like must agree.
 """
 
 import functools

@@ -5,6 +5,8 @@
 A whole Flux pipeline in miniature, 10 M parameters in bf16. The two text encoders learn to read prompts, the VAE learns
 drawn scenes, then the transformer learns to paint, by flow matching on the VAE's latents. Everything that a picture
 shows is drawn by demo_scenes.py. On a CPU, `--smoke` runs every line in a minute and learns nothing.
+
+Longer than other files: the phases of one training, in their order.
 """
 
 import json

@@ -2,6 +2,8 @@
 
 What a worker's task takes follows from what its lease lets it hold; a swap takes its bytes over the link. The world
 asks `decide` as the orchestrator does, but only about GPUs where something can change.
+
+Longer than other files: the simulated stack and the two ways that it is compared with use the same costs.
 """
 
 import functools

@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -174,11 +173,10 @@ def main(model: str, revision: str | None) -> None:
     from workers.models.description import describe
     from workers.models.model_check import find_problems
     from workers.models.skeleton import quiet
-    from workers.models.source import locate, read
+    from workers.models.source import locate
 
     try:
-        folder = Path(model).expanduser()
-        source = read(model, folder.resolve(), None) if folder.is_dir() else locate(model, revision, None)
+        source = locate(model, revision, None)
         with quiet():
             problems = find_problems(source, STAGES)
             found: dict[str, Any] = {"problems": [str(problem) for problem in problems]}

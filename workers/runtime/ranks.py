@@ -3,6 +3,8 @@
 The others are forked from it before it touches a GPU, get each job through a socket, and go step by step with it: after
 each step it says whether to go on, so that all leave the loop at the same one. They live and die together: who loses
 one, ends, and the supervisor starts them anew as one.
+
+Longer than other files, since both ends of one conversation are in it.
 """
 
 import ctypes

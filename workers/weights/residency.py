@@ -2,6 +2,8 @@
 
 The device holds copies of what lies in host memory, so letting go of them copies nothing back. A result has the same
 bits in every residency: only where weights lie changes, never what is computed.
+
+Longer than other files: swapping in and out, with all that has to be undone, is one state.
 """
 
 import contextlib
