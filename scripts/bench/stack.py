@@ -203,7 +203,7 @@ def start_orchestrator(folder: str) -> subprocess.Popen[bytes]:
         state=Path(folder), clients=f"ipc://{folder}/c", workers=f"ipc://{folder}/w", settings=settings
     )
     command = [sys.executable, "-m", "orchestrator.server", spec.model_dump_json()]
-    with (Path(folder) / "log").open("ab") as log:
+    with Path(f"{folder}.log").open("ab") as log:
         process = subprocess.Popen(command, stderr=log)
     while not (Path(folder) / "stack.json").exists():
         time.sleep(0.005)
