@@ -5,10 +5,10 @@ counts once. What a job leaves on the way is dropped here when nobody needs it a
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from orchestrator.job import LiveJob
-from protocol.job import StageRecord
+from protocol.job import JobState, StageRecord
 from protocol.stages import FIRST, TRAITS, Stage
 
 MAX_ATTEMPTS = 3  # tries of one stage at the same point
@@ -148,11 +148,11 @@ def after(job: LiveJob, event: Event) -> Changes:
             return _stage_done(job, event)
         case EmbeddingsKnown(following):
             record = StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True)
-            return Changes(replace(_visited(job, record, following, None), cached=True))
+            return Changes(_visited(job, record, following, cached=True))
         case HandedBack():
             return Changes(_handed_back(job))
         case ShortOfMemory():
-            return Changes(replace(_handed_back(job), shortages=job.shortages + 1))
+            return Changes(_handed_back(job, shortages=job.shortages + 1))
         case Failed():
             return _failed(job, event)
         case CheckpointDropped():
@@ -160,7 +160,7 @@ def after(job: LiveJob, event: Event) -> Changes:
         case InputLost():
             return Changes(_back_to_the_visit_before(job), announce=False)
         case Cancelled(now):
-            return _ended(replace(job, state="cancelled", finished=now))
+            return _ended(job, "cancelled", now)
         case Retried():
             return Changes(_revived(job))
         case PicturesLost():
@@ -176,45 +176,46 @@ def may_be_short(job: LiveJob) -> bool:
 
 def _stage_done(job: LiveJob, event: StageDone) -> Changes:
     if event.next is None:
-        done = replace(
-            job, records=(*job.records, event.record), pictures=job.recipe.num_images, state="done",
-            finished=event.now,
-        )  # fmt: skip
-        return _ended(done)
-    following = replace(_visited(job, event.record, event.next, event.visits_left), state=event.next)
-    if job.saved and TRAITS[job.stage].resumes:
-        return Changes(replace(following, saved=0), drop=("checkpoint",))
-    return Changes(following)
+        pictures = job.recipe.num_images
+        return _ended(job, "done", event.now, records=(*job.records, event.record), pictures=pictures)
+    over = job.saved and TRAITS[job.stage].resumes
+    saved = 0 if over else job.saved
+    following = _visited(
+        job, event.record, event.next, visits_left=event.visits_left, state=event.next, saved=saved
+    )  # fmt: skip
+    return Changes(following, drop=("checkpoint",) if over else ())
 
 
-def _visited(job: LiveJob, record: StageRecord, following: Stage, visits_left: int | None) -> LiveJob:
+def _visited(
+    job: LiveJob, record: StageRecord, following: Stage, visits_left: int | None = None, **fields: Any
+) -> LiveJob:
     return replace(
         job, records=(*job.records, record), stage=following, visits_left=visits_left, worker=None, failures=0,
-        saved_at_failure=-1, shortages=0,
+        saved_at_failure=-1, shortages=0, **fields,
     )  # fmt: skip
 
 
-def _handed_back(job: LiveJob) -> LiveJob:
+def _handed_back(job: LiveJob, **fields: Any) -> LiveJob:
     """The stage waits again, from where it had come to."""
-    return replace(job, worker=None, step=job.saved)
+    return replace(job, worker=None, step=job.saved, **fields)
 
 
 def _failed(job: LiveJob, event: Failed) -> Changes:
     """An attempt that came further than the last one is the first one again: it may not be the job's fault."""
     reasons = (*job.reasons, f"{job.stage}, attempt {job.attempt}: {event.reason}")[-KEEP_REASONS:]
     failures = (0 if job.saved > job.saved_at_failure else job.failures) + 1
-    failed = replace(job, reasons=reasons, failures=failures, saved_at_failure=job.saved)
+    told: dict[str, Any] = {"reasons": reasons, "failures": failures, "saved_at_failure": job.saved}
     if event.retry and failures < MAX_ATTEMPTS:
-        return Changes(_handed_back(failed))
-    return _ended(replace(failed, state="failed", finished=event.now))
+        return Changes(_handed_back(job, **told))
+    return _ended(job, "failed", event.now, **told)
 
 
-def _ended(job: LiveJob) -> Changes:
+def _ended(job: LiveJob, state: JobState, now: float, **fields: Any) -> Changes:
     """A failed job keeps its last visit's artifact, from which it may be tried again."""
     drop: tuple[ArtifactKind, ...] = ("checkpoint",) if job.saved else ()
-    if job.state != "failed":
+    if state != "failed":
         drop = (*drop, "latents")
-    return Changes(replace(job, saved=0, worker=None), drop=drop)
+    return Changes(replace(job, state=state, finished=now, saved=0, worker=None, **fields), drop=drop)
 
 
 def _back_to_the_visit_before(job: LiveJob) -> LiveJob:

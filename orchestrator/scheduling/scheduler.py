@@ -82,11 +82,13 @@ def startable(
     tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping[tuple[Stage, int], int]
 ) -> list[WaitingTask]:
     """The tasks of a place that may start, so many of each kind having been started already."""
-    taken = Counter(started)
+    left: dict[int, int] = {}  # by distance
     found: list[WaitingTask] = []
     for task in tasks:
-        if taken[task.stage, task.distance] < slots_ahead(task, snapshot):
-            taken[task.stage, task.distance] += 1
+        if task.distance not in left:
+            left[task.distance] = slots_ahead(task, snapshot) - started.get((task.stage, task.distance), 0)
+        if left[task.distance] > 0:
+            left[task.distance] -= 1
             found.append(task)
     return found
 

@@ -37,7 +37,7 @@ MUTANTS = (
         f"{DISPATCH}/transitions.py", "job.saved > job.saved_at_failure", "job.saved >= job.saved_at_failure", QUEUES
     ),
     Mutant(f"{DISPATCH}/transitions.py", "failures < MAX_ATTEMPTS", "failures <= MAX_ATTEMPTS", QUEUES),
-    Mutant(f"{DISPATCH}/transitions.py", 'if job.state != "failed":', 'if job.state == "failed":', QUEUES),
+    Mutant(f"{DISPATCH}/transitions.py", 'if state != "failed":', 'if state == "failed":', QUEUES),
     Mutant(f"{DISPATCH}/transitions.py", "attempt = job.attempts + 1", "attempt = job.attempts", QUEUES),
     Mutant(f"{DISPATCH}/transitions.py", "if saved > job.saved:", "if saved >= job.saved:", QUEUES),
     Mutant(f"{DISPATCH}/transitions.py", "records=tuple(earlier)", "records=job.records", QUEUES),
