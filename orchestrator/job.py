@@ -1,5 +1,6 @@
 """A job as the orchestrator keeps it: a record that transitions replace, never change."""
 
+import functools
 import json
 from dataclasses import dataclass
 
@@ -19,11 +20,17 @@ class ModelKey:
 
     @staticmethod
     def of_recipe(recipe: Recipe) -> "ModelKey":
-        return ModelKey(recipe.revision, recipe.dtype, recipe.speedups)
+        return _model_key(recipe.revision, recipe.dtype, recipe.speedups)
 
     @staticmethod
     def of_worker(hello: WorkerHello) -> "ModelKey":
-        return ModelKey(hello.model.revision, hello.dtype, hello.speedups)
+        return _model_key(hello.model.revision, hello.dtype, hello.speedups)
+
+
+@functools.lru_cache(maxsize=1024)
+def _model_key(revision: str, dtype: str, speedups: tuple[str, ...]) -> ModelKey:
+    """One object for one model: it is asked for at each move of each job."""
+    return ModelKey(revision, dtype, speedups)
 
 
 @dataclass(frozen=True, slots=True)
