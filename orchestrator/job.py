@@ -3,6 +3,7 @@
 import functools
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from orchestrator.principal import LOCAL_USER, Principal
 from protocol.job import ENDED, Job, JobState, Recipe, StageRecord
@@ -33,9 +34,12 @@ def _model_key(revision: str, dtype: str, speedups: tuple[str, ...]) -> ModelKey
     return ModelKey(revision, dtype, speedups)
 
 
-@dataclass(frozen=True, slots=True)
-class LiveJob:
-    """`stage` is the one to visit next or now; `worker` has its task, if any worker has."""
+class LiveJob(NamedTuple):
+    """`stage` is the one to visit next or now; `worker` has its task, if any worker has.
+
+    A named tuple, since a job is made anew at each of its moves: as a frozen dataclass that cost 10 % of the jobs a
+    second, and 20 % of the time to know 10,000 jobs after a restart (2026-11-25).
+    """
 
     id: str
     number: int

@@ -10,7 +10,6 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.dispatch import transitions
@@ -65,7 +64,7 @@ class Engine:
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
             # Higher numbers, so that a task of before is told from one of now.
-            self._adopt(replace(job, attempts=job.attempts + LOST_NUMBERS))
+            self._adopt(job._replace(attempts=job.attempts + LOST_NUMBERS))
         if self.job_queue.jobs:
             self.dispatch.hold()
 

@@ -4,7 +4,7 @@ A job waits at a stage until a worker has its task. Each task has a number of it
 counts once. What a job leaves on the way is dropped here when nobody needs it any more.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from orchestrator.job import LiveJob
@@ -133,17 +133,15 @@ def after(job: LiveJob, event: Event) -> Changes:
     match event:
         case HandedOut(worker):
             attempt = job.attempts + 1
-            given = replace(
-                job, worker=worker, attempt=attempt, attempts=attempt, step=job.saved, state=job.stage
-            )  # fmt: skip
+            given = job._replace(worker=worker, attempt=attempt, attempts=attempt, step=job.saved, state=job.stage)
             return Changes(given, keep="note")
         case Claimed(worker, attempt):
             attempts = max(job.attempts, attempt)
-            return Changes(replace(job, worker=worker, attempt=attempt, attempts=attempts, state=job.stage), "note")
+            return Changes(job._replace(worker=worker, attempt=attempt, attempts=attempts, state=job.stage), "note")
         case StepsDone(step, saved):
             if saved > job.saved:
-                return Changes(replace(job, step=step, saved=saved))
-            return Changes(replace(job, step=step), keep="no")
+                return Changes(job._replace(step=step, saved=saved))
+            return Changes(job._replace(step=step), keep="no")
         case StageDone():
             return _stage_done(job, event)
         case EmbeddingsKnown(following):
@@ -156,7 +154,7 @@ def after(job: LiveJob, event: Event) -> Changes:
         case Failed():
             return _failed(job, event)
         case CheckpointDropped():
-            return Changes(replace(job, saved=0), drop=("checkpoint",), announce=False)
+            return Changes(job._replace(saved=0), drop=("checkpoint",), announce=False)
         case InputLost():
             return Changes(_back_to_the_visit_before(job), announce=False)
         case Cancelled(now):
@@ -164,9 +162,9 @@ def after(job: LiveJob, event: Event) -> Changes:
         case Retried():
             return Changes(_revived(job))
         case PicturesLost():
-            return Changes(_revived(replace(job, stage=FIRST, pictures=0, records=(), visits_left=None)))
+            return Changes(_revived(job._replace(stage=FIRST, pictures=0, records=(), visits_left=None)))
         case PicturesDropped():
-            return Changes(replace(job, pictures=0), announce=False)
+            return Changes(job._replace(pictures=0), announce=False)
 
 
 def may_be_short(job: LiveJob) -> bool:
@@ -189,15 +187,15 @@ def _stage_done(job: LiveJob, event: StageDone) -> Changes:
 def _visited(
     job: LiveJob, record: StageRecord, following: Stage, visits_left: int | None = None, **fields: Any
 ) -> LiveJob:
-    return replace(
-        job, records=(*job.records, record), stage=following, visits_left=visits_left, worker=None, failures=0,
+    return job._replace(
+        records=(*job.records, record), stage=following, visits_left=visits_left, worker=None, failures=0,
         saved_at_failure=-1, shortages=0, **fields,
     )  # fmt: skip
 
 
 def _handed_back(job: LiveJob, **fields: Any) -> LiveJob:
     """The stage waits again, from where it had come to."""
-    return replace(job, worker=None, step=job.saved, **fields)
+    return job._replace(worker=None, step=job.saved, **fields)
 
 
 def _failed(job: LiveJob, event: Failed) -> Changes:
@@ -215,14 +213,14 @@ def _ended(job: LiveJob, state: JobState, now: float, **fields: Any) -> Changes:
     drop: tuple[ArtifactKind, ...] = ("checkpoint",) if job.saved else ()
     if state != "failed":
         drop = (*drop, "latents")
-    return Changes(replace(job, state=state, finished=now, saved=0, worker=None, **fields), drop=drop)
+    return Changes(job._replace(state=state, finished=now, saved=0, worker=None, **fields), drop=drop)
 
 
 def _back_to_the_visit_before(job: LiveJob) -> LiveJob:
     """Equal recipes give equal bits, so nothing is lost by doing it again."""
     *earlier, lost = job.records
-    return replace(job, stage=lost.stage, records=tuple(earlier), visits_left=None)
+    return job._replace(stage=lost.stage, records=tuple(earlier), visits_left=None)
 
 
 def _revived(job: LiveJob) -> LiveJob:
-    return replace(job, state="queued", finished=None, failures=0, saved_at_failure=-1)
+    return job._replace(state="queued", finished=None, failures=0, saved_at_failure=-1)

@@ -1,7 +1,6 @@
 """The queues hold exactly the jobs that wait, in the order in which they are to be served."""
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from hypothesis import given
@@ -59,7 +58,7 @@ def check_moves(data: st.DataObject, jobs: JobQueue) -> None:
 def test_the_order_is_by_priority_then_nearest_to_the_end_then_by_age() -> None:
     queues = StageQueues()
     old, new = stored_job(1), stored_job(2)
-    urgent, nearer = replace(stored_job(3), priority=5), replace(stored_job(4), visits_left=1)
+    urgent, nearer = stored_job(3)._replace(priority=5), stored_job(4)._replace(visits_left=1)
     for job in (new, old, urgent, nearer):
         queues.add(job)
     assert queues.first("text", old.model, 9) == ["job3", "job4", "job1", "job2"]

@@ -1,7 +1,5 @@
 """Transitions are pure: whatever happens in whatever order, a job waits, has a task or has ended, and loses nothing."""
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +41,7 @@ def fresh() -> LiveJob:
 
 
 def at(stage: Stage, *visited: Stage, **fields: object) -> LiveJob:
-    return replace(fresh(), stage=stage, state=stage, records=tuple(map(record, visited)), **fields)
+    return fresh()._replace(stage=stage, state=stage, records=tuple(map(record, visited)), **fields)
 
 
 def possible(job: LiveJob) -> list[Event]:
@@ -108,14 +106,14 @@ def test_the_usual_way_of_a_job() -> None:
 def test_a_stage_may_be_visited_again_and_a_result_knows_how_far_it_is() -> None:
     job = after(at("vae", worker="w"), StageDone(record("vae"), "text", 1.0, visits_left=4)).job
     assert (job.stage, job.distance, [r.stage for r in job.records]) == ("text", 4, ["vae"])
-    job = after(replace(job, worker="w"), StageDone(record("text"), "vae", 1.0, visits_left=3)).job
+    job = after(job._replace(worker="w"), StageDone(record("text"), "vae", 1.0, visits_left=3)).job
     assert (job.stage, job.distance, len(job.records)) == ("vae", 3, 2)
 
 
 def test_three_failures_at_the_same_point_end_a_job_and_progress_begins_anew() -> None:
     job = at("denoise", "text", worker="w")
     for number in range(1, MAX_ATTEMPTS):
-        job = replace(after(job, Failed("hiccup", True, 1.0)).job, worker="w")
+        job = after(job, Failed("hiccup", True, 1.0)).job._replace(worker="w")
         assert (job.failures, job.ended) == (number, False)
     further = after(job, StepsDone(2, saved=2)).job
     once_more = after(further, Failed("hiccup", True, 1.0)).job
@@ -127,7 +125,7 @@ def test_three_failures_at_the_same_point_end_a_job_and_progress_begins_anew() -
 def test_a_checkpoint_of_denoising_outlives_a_way_back_to_the_prompt() -> None:
     lost = after(at("denoise", "text", saved=7), InputLost())
     assert (lost.job.stage, lost.job.records, lost.job.saved, lost.announce) == ("text", (), 7, False)
-    again = after(replace(lost.job, worker="w"), StageDone(record("text"), "denoise", 1.0))
+    again = after(lost.job._replace(worker="w"), StageDone(record("text"), "denoise", 1.0))
     assert (again.job.saved, again.drop) == (7, ())
 
 
@@ -135,7 +133,7 @@ def test_shortages_are_bounded_and_forgotten_with_the_stage() -> None:
     job = at("denoise", "text", worker="w")
     for _ in range(MAX_SHORTAGES):
         assert may_be_short(job)
-        job = replace(after(job, ShortOfMemory()).job, worker="w")
+        job = after(job, ShortOfMemory()).job._replace(worker="w")
     assert not may_be_short(job)
     assert not job.failures
     assert may_be_short(after(job, StageDone(record("denoise"), "vae", 1.0)).job)
@@ -148,9 +146,9 @@ def test_a_prompt_seen_before_is_a_visit_that_took_no_time() -> None:
 
 def test_a_job_tried_again_goes_on_and_one_whose_pictures_are_lost_begins_anew() -> None:
     failed = at("vae", "text", "denoise", finished=1.0, failures=3)
-    retried = after(replace(failed, state="failed"), Retried()).job
+    retried = after(failed._replace(state="failed"), Retried()).job
     assert (retried.state, retried.stage, retried.failures, retried.finished) == ("queued", "vae", 0, None)
-    done = replace(at("vae", "text", "denoise", "vae", pictures=2, finished=1.0), state="done")
+    done = at("vae", "text", "denoise", "vae", pictures=2, finished=1.0)._replace(state="done")
     lost = after(done, PicturesLost()).job
     assert (lost.state, lost.stage, lost.records, lost.pictures) == ("queued", "text", (), 0)
-    assert after(done, PicturesDropped()).job == replace(done, pictures=0)
+    assert after(done, PicturesDropped()).job == done._replace(pictures=0)

@@ -1,6 +1,5 @@
 """What the store keeps, and what it survives."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -41,7 +40,7 @@ def test_a_job_comes_back_as_it_was(tmp_path: Path) -> None:
     kept = job(store.next_number())
     store.insert(kept)
     record = StageRecord(stage="text", worker="text-1", attempt=1, seconds=0.5, warnings=("w",))
-    kept = replace(kept, attempt=1, attempts=1, state="denoise", stage="denoise", records=(record,), reasons=("why",))
+    kept = kept._replace(attempt=1, attempts=1, state="denoise", stage="denoise", records=(record,), reasons=("why",))
     store.update(kept)
     store.close()
     again = open_store(tmp_path)
@@ -192,7 +191,7 @@ def test_old_jobs_are_forgotten_with_what_they_left(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         ended = job(number)
         store.insert(ended)
-        store.update(replace(ended, state="failed", finished=float(number)))
+        store.update(ended._replace(state="failed", finished=float(number)))
         store.artifacts.put("latents", ended.id, SMALL)
     (first,) = store.ended_before(2.0, 10)
     store.forget(first)
