@@ -101,7 +101,7 @@ def weights(component: ComponentView) -> str:
 @click.argument("stage", type=click.Choice(get_args(Stage)))
 @state_option
 def restart(stage: Stage, state: Path | None) -> None:
-    """Restart the workers of STAGE, one after the other; others go on with what they have in hand, nothing is lost."""
+    """Restart the workers of STAGE, one after the other; the others go on with their tasks, and nothing is lost."""
     with Client(state_folder(state)) as client:
         client.restart(stage)
     print(f"Restarting {stage}.", file=sys.stderr)
@@ -110,10 +110,10 @@ def restart(stage: Stage, state: Path | None) -> None:
 @click.command()
 @click.argument("stage", type=click.Choice(get_args(Stage)))
 @click.option("--off", is_flag=True, help="Let it work again.")
-@click.option("--no-wait", is_flag=True, help="Don't wait for what its workers have in hand.")
+@click.option("--no-wait", is_flag=True, help="Don't wait for the tasks that its workers have.")
 @state_option
 def drain(stage: Stage, off: bool, no_wait: bool, state: Path | None) -> None:
-    """Give the workers of STAGE nothing more to do, and wait until their hands are free. Jobs wait for --off."""
+    """Give the workers of STAGE nothing more to do, and wait until they are free. Jobs wait for --off."""
     with Client(state_folder(state)) as client:
         client.drain(stage, on=not off)
         while not (off or no_wait) and any(w.job for w in client.workers().workers if w.stage == stage):

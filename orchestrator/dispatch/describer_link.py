@@ -24,7 +24,7 @@ class Question:
 
     texts: tuple[str, ...]
     asked: bool = False
-    ended: int = 0  # describers that had it in hand when they ended
+    ended: int = 0  # describers that were at it when they ended
 
 
 @dataclass(slots=True)

@@ -53,8 +53,8 @@ def decide(snapshot: Snapshot) -> list[Assign | ChangeLease]:
             without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
             wants += match([snapshot.holders[h] for h in without if h in snapshot.holders], left, snapshot.gpus)
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
-    hands = Counter(held_by.values())
-    resting = {id for id, count in hands.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
+    free = Counter(held_by.values())
+    resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
     lent: list[ChangeLease] = []
     yielding: set[str] = set()
     for gpus, holders in gpu_groups(snapshot):

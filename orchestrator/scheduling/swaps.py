@@ -107,7 +107,7 @@ class Swaps:
             else:
                 return False
         if holder.id not in self.idle:
-            self.yielding.add(holder.id)  # until its other hands are free
+            self.yielding.add(holder.id)  # until its other jobs are done
             return False
         space = want.task.workspace * holder.jobs
         weights = {gpu: min(demand.need.weights, sizes[gpu] - space) for gpu, demand in holder.demands.items()}

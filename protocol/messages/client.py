@@ -105,7 +105,7 @@ class JobEvent(Message):
     kind = "job-event"
     job: JobId
     state: JobState
-    running: bool  # a worker has it in hand
+    running: bool  # a worker has its task
     step: Count = 0
     steps: Count = 0
     cached: bool = False

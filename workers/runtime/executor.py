@@ -95,7 +95,7 @@ class Executor:
         self._load, self._turns, self._gpu_leases, self._warm = load, turns, gpu_leases, warm
         self._orders: queue.SimpleQueue[tuple[Task | SetLease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="hands")
+        self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
 
     def start(self) -> None:
         self._thread.start()

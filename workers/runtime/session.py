@@ -47,7 +47,7 @@ class Session:
         self._beat_seconds = 1.0
         self._heard = self._beaten = 0.0
         self._idle = self._loaded = self._welcome = False
-        self._task: Task | None = None  # in hand
+        self._task: Task | None = None  # the current one
         self._ordered = 0  # links made when the last order came
         self._links = 0
         self._ready = Ready()  # all that was told of this worker since it loaded
@@ -173,7 +173,7 @@ class Session:
         if self._idle:
             self._say(self._ready)
 
-    # -- what the hands have done ---------------------------------------------------------------
+    # -- what the executor has done -------------------------------------------------------------
 
     def _tell(self) -> None:
         try:
