@@ -25,7 +25,7 @@ def queue(folder: Path) -> JobQueue:
     return JobQueue(store, Quotas(OrchestratorSettings(), store, folder))
 
 
-@examples(60)
+@examples(30)
 @given(data=st.data())
 def test_what_waits_is_queued_or_delayed_and_everything_is_counted(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:

@@ -59,7 +59,7 @@ def possible(job: LiveJob) -> list[Event]:
     return always + working + ([CheckpointDropped()] if job.saved else [])
 
 
-@examples(300)
+@examples(100)
 @given(data=st.data())
 def test_whatever_happens_a_job_stays_whole(data: st.DataObject) -> None:
     job = fresh()

@@ -274,7 +274,7 @@ def test_no_budget_is_passed_and_all_jobs_get_done(world: World, arrivals: list[
     assert sorted(world.done) == sorted(f"j{number}" for number in range(len(arrivals)))
 
 
-@examples(100)
+@examples(40)
 @given(
     world=worlds() | many_gpus(),
     routes=st.lists(st.lists(st.sampled_from(STAGES), min_size=1, max_size=6), min_size=1, max_size=12),

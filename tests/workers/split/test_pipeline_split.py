@@ -232,7 +232,7 @@ def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypat
     assert several[0].split.residencies[0].modulation is not None
 
 
-@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.9)])
+@pytest.mark.parametrize("shares", [pytest.param((1.0, 1.0), marks=pytest.mark.all), (0.8, 0.9)])
 def test_compiled_bits_are_those_of_a_compiled_model_on_one_device(shares: tuple[float, float], tmp_path: Path) -> None:
     source = made("flux", tmp_path)
     first, _, _, last = jobs(source, False)  # of one shape: compiling takes long
