@@ -1,4 +1,4 @@
-"""Who may come in from outside this machine: names, roles and public keys, in a file that `triptych keys` changes.
+"""The keys that are let in from outside: names, roles and public keys, in a file that `triptych keys` changes.
 
 The orchestrator looks at it again whenever it has changed, so that a key that is revoked counts for nothing at once,
 also on connections that it made before.
@@ -130,6 +130,6 @@ class AllowedKeys:
         return True
 
     def entry(self, public: str, role: Role) -> Entry | None:
-        """Whose key this is, if it may come in that role."""
+        """Return the entry of a key, if it is let in with that role."""
         found = self._by_public.get(public)
         return found if found and found.role == role else None

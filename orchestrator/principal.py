@@ -1,4 +1,4 @@
-"""Who asks: this machine's own user, or the holder of a key that was let in from outside."""
+"""Principals, on whose behalf something is asked: this machine's own user, or the holder of a key."""
 
 from dataclasses import dataclass
 

@@ -109,7 +109,7 @@ class StageConfig(Settings):
 
 
 class JobSettings(Settings):
-    """What the orchestrator goes by as it takes, keeps and ends jobs."""
+    """Settings by which the orchestrator takes, keeps and ends jobs."""
 
     queue_limit: Annotated[
         Positive, Field(description="Unfinished jobs that are taken."), Flag("--queue-limit", "N")

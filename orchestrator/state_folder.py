@@ -78,7 +78,7 @@ class StackFolder:
 
     @property
     def backup(self) -> Path:
-        """Of the database, but for artifacts."""
+        """The copy of the database, without artifacts."""
         return self.path / "jobs.backup.sqlite"
 
     @property

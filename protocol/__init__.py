@@ -1,1 +1,1 @@
-"""What travels between Triptych's processes, and the client. Knows no torch, no models, no scheduling."""
+"""The protocol between Triptych's processes, and the client. Knows no torch, no models, no scheduling."""

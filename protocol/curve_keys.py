@@ -37,7 +37,7 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class PeerKey:
-    """What a client or worker needs to reach a stack."""
+    """The content of a key file: all that a client or worker needs to reach a stack."""
 
     name: str
     role: Role

@@ -50,7 +50,7 @@ class Conflict(BadRequest):
 
 
 class Forbidden(BadRequest):
-    """What this key may not do."""
+    """A request that the key of its sender does not allow."""
 
     code = "forbidden"
 
@@ -89,14 +89,14 @@ class QueueFull(DoesNotFit):
 
 
 class StateUnusable(TriptychError):
-    """What must be kept can't be written or read: a full or read-only disk, another release's database."""
+    """State that can't be written or read: a full or read-only disk, another release's database."""
 
     code = "state_unusable"
     exit_code = 7
 
 
 class StateDamaged(StateUnusable):
-    """What was kept is not what was written."""
+    """Stored state that is not as it was written."""
 
     code = "state_damaged"
     exit_code = 8

@@ -18,7 +18,7 @@ class GpuId(NamedTuple):
 
 
 class WeightNeed(Data):
-    """What a stage takes of a GPU, in bytes."""
+    """The bytes of a GPU's memory that a stage needs."""
 
     weights: Annotated[int, Field(ge=0)]  # all of them
     least: Annotated[int, Field(ge=0)]  # of weights, where as much of them as can be is streamed
@@ -26,7 +26,7 @@ class WeightNeed(Data):
 
 
 class Lease(Data):
-    """What a worker may use of one GPU beside its context, in bytes."""
+    """The bytes of one GPU that a worker may use beside its context."""
 
     bytes: Annotated[int, Field(ge=0)]
     weight_bytes: Annotated[int, Field(ge=0)]  # of them, at most, for weights

@@ -1,4 +1,4 @@
-"""What a job is to those who ask for it: the request, the recipe it becomes, and its view while it lives."""
+"""A job as clients see it: the request, the recipe it becomes, and its view while it lives."""
 
 from typing import Annotated, Literal
 

@@ -1,10 +1,10 @@
-"""What a model takes, as the describer finds it and the orchestrator judges requests by it."""
+"""The description of a model: found by the describer, used by the orchestrator to judge requests."""
 
 from protocol.data import Data, Positive
 
 
 class ModelDescription(Data):
-    """What a model takes, read from its configuration by a worker; the orchestrator judges requests by it."""
+    """The inputs that a model takes, and its defaults, read from its configuration without weights."""
 
     model: str  # as it was given: a folder or a hub repo id
     revision: str

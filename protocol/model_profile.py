@@ -1,4 +1,4 @@
-"""What a model takes, before any of its weights are there: bytes, arithmetic, and which part of them is where."""
+"""The profile of a model, found without its weights: bytes and FLOP, by stage and by block."""
 
 from typing import Annotated
 
@@ -23,7 +23,7 @@ class BlockProfile(Data):
 
 
 class StageProfile(Data):
-    """What a stage takes for one job, in the model's dtype."""
+    """The bytes and FLOP of a stage for one job, in the model's dtype."""
 
     stage: Stage
     components: tuple[tuple[str, Bytes], ...]  # those with weights, and their bytes

@@ -148,7 +148,7 @@ def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float 
 
 
 def text_key(recipe: Recipe) -> str:
-    """What the embeddings depend on, and nothing else: equal keys, equal embeddings."""
+    """Return the key of a recipe's embeddings: equal keys mean equal embeddings."""
     parts = (
         recipe.revision,
         recipe.dtype,

@@ -1,4 +1,4 @@
-"""What makes a stage faster or smaller at the cost of bits: how it is written, and the tier of what it gives.
+"""Speedups, which make a stage faster or smaller at the cost of bits: how each is written, and its pictures' tier.
 
 A speedup is 'STAGE:NAME' or 'STAGE:NAME=VALUE', such as 'denoise:compile' or 'text:quantize=int8'. A stack's are part
 of each job's recipe, and so of its record.

@@ -15,7 +15,7 @@ FIRST: Stage = "text"  # where a job begins
 
 @dataclass(frozen=True, slots=True)
 class StageTraits:
-    """What is known of a stage beside its work."""
+    """The facts of a stage beside its work."""
 
     components: tuple[str, ...]  # how names of the pipeline's components begin that it owns
     ahead: int  # jobs nearer to their end that may wait, before no more of its tasks are started

@@ -36,7 +36,7 @@ class Tensor:
 
     @property
     def spec(self) -> tuple[str, str, tuple[int, ...]]:
-        """What the header says of it."""
+        """Name, dtype and shape, as in a message's header."""
         return self.name, self.dtype, self.shape
 
 

@@ -7,7 +7,7 @@ from protocol.stages import Stage
 
 
 class ComponentView(Data):
-    """Where a worker has the weights of one model component."""
+    """The residency of one model component in a worker."""
 
     component: str
     state: Literal["in", "streamed", "out"]

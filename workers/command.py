@@ -120,7 +120,7 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
-    """What a stage begins with must be there; BadRequest."""
+    """Check that the stage's input is there; BadRequest."""
     if stage not in USUAL_BEFORE:
         if "prompt" not in given:
             raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
@@ -159,7 +159,7 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 
 def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:
-    """What the options come to; BadRequest."""
+    """Return the spec that the options come to; BadRequest."""
     limit, workspace = options["max_memory"], options["workspace"]
     return WorkerSpec(
         stage=stage,

@@ -1,4 +1,4 @@
-"""What can go wrong at a stage's task, and how it is said in one line."""
+"""Errors of a stage's task, and one line for each."""
 
 import torch
 

@@ -42,7 +42,7 @@ def title(job: Job) -> str:
 
 
 def phase(event: JobEvent) -> str:
-    """What a person calls the moment that a job is in."""
+    """Return a person's word for what a job does now."""
     match event.state, event.running:
         case ("text", True):
             return "encoding"

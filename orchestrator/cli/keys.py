@@ -80,7 +80,7 @@ def new(
 
 
 def running_endpoint(folder: Path, role: Role) -> str:
-    """Where the running stack listens for a role, as others may find it."""
+    """Return the endpoint where the running stack listens for a role, as others may find it."""
     try:
         endpoint = str(json.loads((folder / PUBLISHED).read_text())["remote"][role])
     except (OSError, ValueError, KeyError, TypeError) as error:

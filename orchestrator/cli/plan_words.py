@@ -39,7 +39,7 @@ def rows(plan: Plan) -> list[Sequence[str]]:
 
 
 def streamed(work: PlannedWorker) -> str:
-    """What passes through, each time the model runs; text encoders and VAE have no steps."""
+    """Say what is streamed each time the model runs; text encoders and VAE have no steps."""
     return format_bytes(int(work.streamed)) + (" a step" if work.post.stage == "denoise" else "")
 
 

@@ -10,7 +10,7 @@ MOST = 1000  # jobs that are looked at
 
 
 def wanting(job: Job, workers: Sequence[WorkerView]) -> str:
-    """What a job waits for that none of the workers is; empty where one is, or the job has ended."""
+    """Return the model that a job waits for and no worker has; empty where one is, or the job has ended."""
     recipe = job.recipe
     fits = {(worker.model, worker.dtype, worker.speedups) for worker in workers}
     if job.state in ENDED or not fits or (recipe.model, recipe.dtype, recipe.speedups) in fits:

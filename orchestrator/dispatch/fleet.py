@@ -1,4 +1,4 @@
-"""The workers that have said hello, and what each is doing. One task in a worker's hands at a time."""
+"""The workers that have said hello, and what each is doing. A worker has one task at a time."""
 
 import time
 from collections.abc import Iterator
@@ -123,7 +123,7 @@ class Fleet:
         return found
 
     def first(self, worker: Worker) -> Worker | None:
-        """Of the workers that its process is, the one that has their lease."""
+        """Return the one, of the workers that its process is, that has their lease."""
         if not worker.hello.part:
             return worker
         return next((w for w in self.of_process(worker.hello.host, worker.hello.pid) if not w.hello.part), None)

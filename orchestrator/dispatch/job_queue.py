@@ -90,5 +90,5 @@ class JobQueue:
 
 
 def _place(job: LiveJob) -> tuple[object, ...]:
-    """What decides where and how a job waits."""
+    """Return what decides where and how a job waits."""
     return job.stage, job.order, job.failures

@@ -87,7 +87,7 @@ class Leasing:
         return ""
 
     def left(self, worker: Worker) -> None:
-        """What it holds counts until its process is known to have ended."""
+        """Count what a worker that has left holds, until its process is known to have ended."""
         self.ledger.orphan(worker.id, ghost(worker.hello))
 
     def buried(self, host: str, pid: int) -> None:
@@ -172,7 +172,7 @@ class Leasing:
         return WaitingTask(job.id, job.stage, job.model, job.distance, self._workspace(job.recipe, roomiest), waited)
 
     def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[LeasedWorker]) -> LeasedWorker | None:
-        """Of those that do a stage's tasks, the one with the most room beside its weights."""
+        """Return the worker of a stage with the most room beside its weights."""
         able = [holder for holder in holders if (holder.stage, holder.model) == (stage, model)]
         return max(able, key=lambda holder: holder.most or 0, default=None)
 
@@ -224,14 +224,14 @@ class Leasing:
     # -- what tasks take ------------------------------------------------------------------------
 
     def learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
-        """What a task has taken beside the weights, in bytes."""
+        """Remember the bytes that a task has taken beside the weights."""
         if workspace > 0 and self.held(worker):
             key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
             if key:
                 self._remember(key, workspace)
 
     def learn_step_seconds(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
-        """What a task has taken; the first one of a process counts for nothing."""
+        """Remember the seconds that a task has taken; the first one of a process counts for nothing."""
         account = self.ledger.accounts.get(worker.gpus[0]) if len(worker.gpus) == 1 else None
         if account and worker.done > 1 and seconds > 0:
             steps = recipe.steps if worker.hello.stage == "denoise" else 1

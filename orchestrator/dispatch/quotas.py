@@ -1,4 +1,4 @@
-"""What is let in: a job is accepted only where there is room for it, to the end."""
+"""Quotas: a job is accepted only where there is room for it, to the end."""
 
 import shutil
 import time

@@ -90,7 +90,7 @@ class TaskDispatch:
         self._outbox.to_worker(worker.identity, task, (*tensors, *(checkpoint or ())))
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
-        """What the visit before has left; None where it is gone or damaged."""
+        """Return what the visit before has left; None where it is gone or damaged."""
         if not job.records:
             return ()
         if job.records[-1].stage == "text":

@@ -81,12 +81,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointDropped:
-    """What was saved of the stage is lost, or not to be trusted: it begins with its first step."""
+    """The stage's checkpoint is lost, or not to be trusted: it begins with its first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputLost:
-    """What the visit before has left is gone, or damaged."""
+    """The artifact of the visit before is gone, or damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """What an event makes of a job, and what is to be done besides."""
+    """The job after an event, and what is to be done besides."""
 
     job: LiveJob
     keep: Literal["commit", "note", "no"] = "commit"  # commit: before anybody hears; note: a crash may take it back

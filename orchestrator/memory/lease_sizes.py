@@ -1,4 +1,4 @@
-"""Who may use how much of a GPU: pure arithmetic on what its workers need.
+"""The sizes of leases of a GPU: pure arithmetic on what its workers need.
 
 Where all fit, all are in. Where they don't, who lies on several GPUs is in first, but for the least of the others. Of
 those one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long

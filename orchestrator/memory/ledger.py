@@ -1,4 +1,4 @@
-"""What of each GPU's budget is in use: contexts as measured, leases as given, and workspace as learned.
+"""The ledger of each GPU's budget: contexts as measured, leases as given, and workspace as learned.
 
 The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back. Who
 lies on several GPUs has a holding of each.
@@ -45,7 +45,7 @@ class Account:
 
 @dataclass(slots=True)
 class Holding:
-    """What a worker has of a GPU."""
+    """A worker's holding of a GPU."""
 
     gpu: GpuId
     needs: WeightNeed
@@ -196,7 +196,7 @@ class Ledger:
         return max(1, int((room * MORE - ROUNDING) / MARGIN))
 
     def need(self, worker: str, holding: Holding, stage: Stage, model: ModelKey) -> Need:
-        """Of one of its GPUs; with the largest workspace that was seen, or else with what it has now."""
+        """Return a worker's need of a GPU, with the largest workspace that was seen, or else with what it has now."""
         needs = holding.needs
         if needs.workspace and (sizes := self._sizes(stage, model)):
             workspace = int(max(size for _, size in sizes) * MARGIN) + ROUNDING

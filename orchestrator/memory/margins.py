@@ -1,4 +1,4 @@
-"""What is set aside of GPU memory beside what was measured. From runs on an H200 (docs/benchmarks/memory.md)."""
+"""Margins of GPU memory, set aside beside what was measured. From runs on an H200 (docs/benchmarks/memory.md)."""
 
 FIRST_HEADROOM = 200_000_000  # bytes that a context grows by, at most, with the kernels of its first task
 HEADROOM = 32_000_000  # afterwards

@@ -1,4 +1,4 @@
-"""What a stack has seen of its model: workspace in bytes, and seconds a pass on each kind of GPU."""
+"""Measurements of a stack's model: workspace in bytes, and seconds a pass on each kind of GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -43,7 +43,7 @@ class Measurements:
 
 
 def measurements_in(folder: StackFolder) -> Measurements:
-    """What the stack in a folder has seen; nothing where there is none, or none that can be read."""
+    """Read the measurements of the stack in a folder; none where there is none, or none that can be read."""
     if not folder.database.exists():
         return Measurements()
     try:

@@ -1,4 +1,4 @@
-"""What is there to be leased of each GPU: its budget, without what workers keep for themselves."""
+"""The bytes of each GPU that can be leased: its budget, without what workers keep for themselves."""
 
 from collections.abc import Sequence
 

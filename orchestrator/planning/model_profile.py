@@ -17,7 +17,7 @@ class NoProfile(TriptychError):
 
 
 def find_profile(config: StackConfig, dtype: str) -> ModelProfile:
-    """Of the pictures that a configuration is planned for; seconds for a model that was never asked for before.
+    """Find the profile of the pictures that a configuration is planned for; it takes seconds the first time.
 
     Raises:
         ModelMissing, BadRequest, DoesNotFit: there is no such model, or it makes no such pictures.

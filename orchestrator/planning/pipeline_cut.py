@@ -1,4 +1,4 @@
-"""Where to cut a denoiser that is spread over several GPUs: so that the slowest part of a job is as quick as can be."""
+"""The cut of a denoiser over several GPUs: so that the slowest part of a job is as quick as can be."""
 
 import itertools
 import math

@@ -33,7 +33,7 @@ class Post:
 
     @property
     def jobs(self) -> int:
-        """How many it has in hand at once."""
+        """The number of its tasks at once."""
         return IN_FLIGHT if self.cut else 1
 
     @property
@@ -143,7 +143,7 @@ def subsets(gpus: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def another(posts: Sequence[Post], stage: Stage, index: int) -> Post:
-    """Where the next worker of a stage goes, of which there are `index`: in the places of those before, in turn."""
+    """Choose the place of a stage's next worker, of which there are `index`: those of the ones before, in turn."""
     mine = [post for post in posts if post.stage == stage]
     return mine[index % len(mine)] if mine else Post(stage, "host", "auto")
 
@@ -153,5 +153,5 @@ def with_memory(post: Post, memory: Sequence[int], cut: Sequence[int] = (), work
 
 
 def speedups_of(posts: Sequence[Post]) -> tuple[str, ...]:
-    """What of a placement changes bits, as speedups.py writes it."""
+    """Return what of a placement changes bits, as speedups.py writes it."""
     return tuple({f"denoise:parallel={p.kind}-{len(p.gpus)}" for p in posts if p.kind in ("tensor", "context")})

@@ -107,7 +107,7 @@ def cards_of(config: StackConfig, hardware: Hardware) -> list[int]:
 
 
 def several(config: StackConfig) -> list[Kind]:
-    """What a denoiser may do with several GPUs; parallel ones change bits, as compiling does."""
+    """Return a denoiser's possible kinds on several GPUs; parallel ones change bits, as compiling does."""
     if config.stage("denoise").quantize or config.cache:
         return []
     return ["split", "tensor", "context"] if config.compile else ["split"]
@@ -190,7 +190,7 @@ def _notes(
 def _better(
     config: StackConfig, profile: ModelProfile, hardware: Hardware, terms: Terms, best: Prediction
 ) -> tuple[str, ...]:
-    """What would change it, by planning for it."""
+    """Return the changes that would make it faster, found by planning for each."""
     if not hardware.cards or len(hardware.cards) > 8 or any(card.stands_in for card in hardware.cards):
         return ()
     first = hardware.cards[0]

@@ -1,4 +1,4 @@
-"""What a placement will do on a machine: who fits where, what is streamed, seconds a step, a picture and a job.
+"""The prediction for a placement: what fits where, what is streamed, seconds a step, a picture and a job.
 
 Pure arithmetic on a model's profile and the GPUs' rates, by the rules that leases are given by. Longer than other
 files: each kind of placement is predicted from the same book of who has what, and they are read beside each other.
@@ -29,7 +29,7 @@ UNCOMPILED_TENSOR = 9.0  # times as long without compiling
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What else a prediction depends on; `workspaces` are bytes that were seen."""
+    """The other inputs of a prediction; `workspaces` are bytes that were seen."""
 
     compiled: bool = False
     patience: float = 30.0  # seconds
@@ -72,7 +72,7 @@ def predict(profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], te
 
 
 class Book:
-    """Who has how much of each GPU."""
+    """The bytes that each worker has of each GPU."""
 
     def __init__(self, profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> None:
         self.profile, self.hardware, self.terms = profile, hardware, terms
@@ -309,7 +309,7 @@ def taken(part: Part, split_gpu: SplitGpu) -> int:
 
 
 def context_bytes(post: Post, card: Card) -> int:
-    """Of a process, outside of what its allocator holds."""
+    """Return a process's bytes of a GPU outside of what its allocator holds."""
     together = COMMUNICATION if post.kind in ("tensor", "context") else 0
     return card.rate.context + together if card.rate.context else 0
 

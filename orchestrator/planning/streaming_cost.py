@@ -46,7 +46,7 @@ def load_of(profile: StageProfile) -> Load:
 
 
 def streaming(load: Load, budget: int) -> Streaming | None:
-    """What must be streamed with `budget` bytes for the weights; None where even that is too little."""
+    """Return what must be streamed with `budget` bytes for the weights; None where even that is too little."""
     if load.weights <= budget:
         return NOTHING
     if budget < load.least:
@@ -70,6 +70,6 @@ def job_seconds(compute: float, passes: int, how: Streaming, link: float) -> tup
 
 
 def pass_seconds(compute: float, streamed: float, link: float) -> float:
-    """Of one run of a model that computes for so long while so many bytes come over the link."""
+    """Return the seconds of one run that computes for so long while so many bytes come over the link."""
     copying = streamed / link
     return max(compute, copying) + OVERLAP * min(compute, copying)

@@ -14,7 +14,7 @@ SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measu
 
 @dataclass(frozen=True, slots=True)
 class GpuUse:
-    """What a worker has of one GPU, in bytes."""
+    """A worker's use of one GPU, in bytes."""
 
     gpu: int
     weights: int
@@ -95,7 +95,7 @@ def steady_state(work: Sequence[PlannedWorker], patience: float) -> float:
 
 
 def turn_seconds(one: PlannedWorker, work: Sequence[PlannedWorker], patience: float) -> float:
-    """Of swapping, for each job: those that take turns do as many jobs a turn as come together in `patience`."""
+    """Return the seconds of swapping for each job: a turn is as many jobs as come together in `patience`."""
     if not one.swap_seconds:
         return 0.0
     denoisers = [other.seconds for other in work if other.post.stage == "denoise" and other.seconds]

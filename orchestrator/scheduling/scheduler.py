@@ -1,4 +1,4 @@
-"""Who does what next: a pure function of a snapshot. No sockets, clocks or disks; the same code serves simulations.
+"""The scheduler: which worker does which task next. A pure function of a snapshot, which serves simulations, too.
 
 The snapshot need not hold every waiting task, only the first of each queue: as many as there are idle workers.
 

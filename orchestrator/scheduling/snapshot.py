@@ -37,7 +37,7 @@ class IdleWorker:
 
 @dataclass(frozen=True, slots=True)
 class GpuDemand:
-    """What a worker takes and has of a GPU."""
+    """The memory of a GPU that a worker needs, and its lease."""
 
     need: Need  # its workspace being that of the largest task that it has done, for all its jobs at once
     lease: int = 0  # bytes; while one is being changed, the larger of both
@@ -105,7 +105,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class ChangeLease:
-    """What a worker may use from now on of each of its GPUs."""
+    """A new lease for a worker, of each of its GPUs."""
 
     worker: str
     leases: tuple[Lease, ...]

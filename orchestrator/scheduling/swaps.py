@@ -1,4 +1,4 @@
-"""Who comes in on GPUs whose workers must take turns, and who gives memory back. Pure, as the scheduler is.
+"""Swaps of leases on GPUs whose workers can't all be in at once. Pure, as the scheduler is.
 
 The worker that is in goes on until its queue is empty, unless another's task and its own turn have lasted for longer
 than `patience`. None is sent away where there is room. One that streams more than it has to gets more room, where
@@ -115,7 +115,7 @@ class Swaps:
         return True
 
     def _make_room(self, want: Want) -> None:
-        """Take back what others don't need now; for an overdue task what they need, too, once their hands are free."""
+        """Take back what others don't need now; for an overdue task what they need, too, once they are free."""
         missing: dict[GpuId, int] = {}
         for gpu, demand in want.holder.demands.items():
             lease_size = self._size(want.holder, gpu)
@@ -141,7 +141,7 @@ class Swaps:
                     self.yielding.add(holder.id)
 
     def _givers(self, want: Want, gpu: GpuId, missing: int) -> list[LeasedWorker]:
-        """Whose leases of a GPU are enough together; none where none are."""
+        """Return workers whose leases of a GPU are enough together; none where none are."""
         lease_size = self._size(want.holder, gpu)
         others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.demands]
         resting = [h for h in others if h.id not in self.working]

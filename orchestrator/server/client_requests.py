@@ -1,4 +1,4 @@
-"""What clients ask, and the answers."""
+"""Clients' questions and the answers to them."""
 
 import logging
 import os
@@ -169,7 +169,7 @@ class ClientRequests:
         return job
 
     def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
-        """Whose job a worker has in hand is nobody else's business."""
+        """Return a worker's view, without its job where that is another principal's."""
         job = self.engine.job_queue.jobs.get(view.job) if view.job else None
         return view if peer.local or (job and peer.may_see(job)) else view.model_copy(update={"job": None})
 

@@ -1,4 +1,4 @@
-"""What the orchestrator sees to now and then: its files and sockets are there, old jobs go, and a copy is kept."""
+"""Housekeeping of the orchestrator, now and then: its files and sockets are there, old jobs go, and a copy is kept."""
 
 import logging
 import time
@@ -46,7 +46,7 @@ class Housekeeping:
             self._keep_house(now)
 
     def _look(self) -> None:
-        """Where files were removed beneath the orchestrator, save what can be saved."""
+        """Save what can be saved where files were removed beneath the orchestrator."""
         if not (self._folder.path / PUBLISHED).exists():
             self._folder.make_parts()
             self.publish()

@@ -87,7 +87,7 @@ class Sockets:
                 handle(peer, KeyHolder(name), frames)
 
     def _name(self, peer: bytes, public: str, role: Role) -> str | None:
-        """Whose message this is; None if its key is not let in, or not so often."""
+        """Return the name of a message's key; None if it is not let in, or not so often."""
         entry = self._gate.entry(public, role)
         if entry is None:
             return None

@@ -1,4 +1,4 @@
-"""What comes from workers, the describer and the supervisor, and what their silence means."""
+"""Messages of workers, the describer and the supervisor, and what is done where they fall silent."""
 
 import logging
 import socket

@@ -1,4 +1,4 @@
-"""What stages leave: tensors under a kind and a name, until nobody needs them.
+"""Artifacts, which stages leave: tensors under a kind and a name, until nobody needs them.
 
 Small ones lie in the database, in the same transaction as the job that they belong to; large ones in files beside it,
 on the disk before the row that names them. A file without a row is rubbish of a crash and removed at the next start.

@@ -159,7 +159,7 @@ class Store:
         )
 
     def workspaces(self) -> dict[str, int]:
-        """What stages were seen to take beside their weights, in bytes, by stage, model and size."""
+        """Return what stages were seen to take beside their weights, in bytes, by stage, model and size."""
         rows: Any = self._db.read("SELECT key, bytes FROM workspaces")
         return dict(rows)
 
@@ -174,7 +174,7 @@ class Store:
         )
 
     def setting(self, key: str) -> str:
-        """What was decided while the stack ran, and outlives it; empty if nothing was."""
+        """Return a decision of a run that outlives it; empty if there was none."""
         row: Any = self._db.first("SELECT value FROM settings WHERE key = ?", (key,))
         return row[0] if row else ""
 

@@ -30,7 +30,7 @@ UNUSABLE = 7  # exit code of what may be better later, but not if it was so from
 
 
 class Process(Protocol):
-    """What is used of subprocess.Popen."""
+    """The part of subprocess.Popen that is used."""
 
     pid: int
 
@@ -141,7 +141,7 @@ class Child:
         return pid
 
     def _read_report(self) -> ExitReport | None:
-        """What the process has written before it ended; None if it wrote nothing."""
+        """Return the report that the process wrote before it ended; None if it wrote none."""
         end, self._report_end = self._report_end, None
         if end is None:
             return None

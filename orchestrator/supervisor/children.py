@@ -39,7 +39,7 @@ class Children:
 
     @property
     def endpoint(self) -> str:
-        """Where the orchestrator listens for workers, and for the supervisor."""
+        """The endpoint where the orchestrator listens for workers and for the supervisor."""
         return self._endpoints.workers
 
     def of_process(self, pid: int) -> list[Child]:

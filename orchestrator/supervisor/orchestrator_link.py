@@ -1,4 +1,4 @@
-"""The supervisor's conversation with the orchestrator: what runs and what has ended, and what it is to do."""
+"""The supervisor's link to the orchestrator: tells what runs and what has ended, and takes orders."""
 
 import errno
 import logging
@@ -54,7 +54,7 @@ class OrchestratorLink:
             self._ended.clear()
 
     def hear(self) -> Iterator[Message]:
-        """What the orchestrator has said since the last call."""
+        """Yield what the orchestrator has said since the last call."""
         while self.socket is not None:
             try:
                 yield wire.decode(receive(self.socket), TO_SUPERVISOR).message

@@ -131,7 +131,7 @@ class Supervisor:
     # -- what hangs, and what has ended ---------------------------------------------------------
 
     def _end_the_hung(self) -> None:
-        """Kill what stands still, to be replaced; what it had in hand goes on elsewhere."""
+        """Kill processes that stand still, to be replaced; their tasks go on elsewhere."""
         now, orchestrator = time.monotonic(), self._children.orchestrator
         if now - self._looked > DEAF_SECONDS / 2 and self._answered:
             self._answered = now  # it was this process that stood still
@@ -231,7 +231,7 @@ class Supervisor:
 
 
 def why(child: Child) -> TriptychError:
-    """What keeps a process from ever working, as an error for a person."""
+    """Return the error, for a person, that keeps a process from ever working."""
     if child.report and child.report.code != "crash":
         return child.report.error()
     reason = f"{child.name} can't start: {child.reason}"

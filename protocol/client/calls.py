@@ -136,7 +136,7 @@ class Calls:
         return answer.message.job, answer.tensors[0]
 
     async def events(self, job_ids: Sequence[str], timeout: float | None = None) -> AsyncIterator[JobEvent]:
-        """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
+        """Yield what moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
         open_jobs = set(job_ids)
         deadline = time.monotonic() + timeout if timeout is not None else None
         with self._link.listen(frozenset(job_ids)) as inbox:

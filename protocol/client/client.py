@@ -176,7 +176,7 @@ class Client:
         return run(self._calls.raw_pictures(job_id))
 
     def events(self, job_ids: Sequence[str], timeout: float | None = None) -> Iterator[JobEvent]:
-        """What moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
+        """Yield what moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""
         events = aiter(self._calls.events(job_ids, timeout))
         try:
             with contextlib.suppress(StopAsyncIteration):

@@ -1,4 +1,4 @@
-"""Where a stack can be reached: its folder names the sockets while it runs, a key's file those of a remote one."""
+"""The endpoints of a stack: its folder names the sockets while it runs, a key's file those of a remote one."""
 
 import json
 import os
@@ -21,7 +21,7 @@ class Endpoints:
 
 
 def default_folder() -> Path:
-    """Where a stack lives: TRIPTYCH_STATE, or else `triptych` in the user's state folder."""
+    """Return a stack's folder: TRIPTYCH_STATE, or else `triptych` in the user's state folder."""
     named = os.environ.get("TRIPTYCH_STATE")
     return Path(named) if named else Path(platformdirs.user_state_dir("triptych", appauthor=False))
 
@@ -36,7 +36,7 @@ def published(folder: Path) -> Endpoints:
 
 
 def reach(state: Path | None) -> tuple[str, PeerKey | None]:
-    """Where clients find a stack: in its folder, or in a key's file; NoStack, BadRequest."""
+    """Return a stack's endpoint for clients, and the key for it, from its folder or a key file; NoStack, BadRequest."""
     where = state or default_folder()
     if not where.is_file():
         return published(where).clients, None

@@ -1,4 +1,4 @@
-"""What both clients share: numbering questions and telling answers from events. No sockets in here."""
+"""Numbering questions, and telling answers from events, for both clients. No sockets in here."""
 
 import contextlib
 import itertools

@@ -144,7 +144,7 @@ class Stack(Message):
 
 
 class Collected(Message):
-    """What was removed."""
+    """The jobs and bytes that were removed."""
 
     kind = "collected"
     request: Count

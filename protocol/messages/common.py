@@ -1,4 +1,4 @@
-"""What several kinds of peers send and receive."""
+"""Messages that several kinds of peers send and receive."""
 
 from typing import Annotated, ClassVar
 

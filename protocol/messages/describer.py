@@ -1,4 +1,4 @@
-"""What the describer, a process without weights, and the orchestrator tell each other."""
+"""Messages between the describer, a process without weights, and the orchestrator."""
 
 from typing import Annotated
 

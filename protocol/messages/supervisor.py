@@ -1,4 +1,4 @@
-"""What the supervisor and the orchestrator tell each other."""
+"""Messages between the supervisor and the orchestrator."""
 
 from typing import Annotated
 

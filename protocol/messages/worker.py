@@ -1,4 +1,4 @@
-"""What workers and the orchestrator tell each other."""
+"""Messages between workers and the orchestrator."""
 
 from typing import Annotated
 
@@ -44,7 +44,7 @@ class WorkerHello(Message):
 
 
 class Ready(Message):
-    """The model is loaded and the hands are free: exactly one task, or a lease, may come.
+    """The model is loaded and the worker is free: exactly one task, or a lease, may come.
 
     With `current_task` they are not: a worker that has come back still works at that task, or has its result.
     """
@@ -117,7 +117,7 @@ class Task(TaskKey):
 
 
 class SetLease(Message):
-    """From now on a worker may use so much of its GPUs; of nothing, it gives all back. It comes only to free hands."""
+    """From now on a worker may use so much of its GPUs; of nothing, it gives all back. Only free workers get it."""
 
     kind = "lease"
     leases: Leases  # one for each GPU, all of them of something or all of nothing

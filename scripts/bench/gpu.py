@@ -1,4 +1,4 @@
-"""What a GPU's memory costs in time, side by side with diffusers in one run, with the limits beside each row.
+"""Measure what a GPU's memory costs in time, side by side with diffusers in one run, with the limits beside each row.
 
     python -m scripts.bench.random_flux /tmp/flux
     python -m scripts.bench.gpu /tmp/flux

@@ -113,7 +113,7 @@ class SeveralBench(StackBench):
     budget = 0
 
     def plan(self, *arguments: str) -> dict[str, Any]:
-        """What a stack would be predicted to do that has run before: workspaces as known, speeds by the table."""
+        """Predict a stack that has run before: workspaces as known, speeds by the table."""
         command = [*TRIPTYCH, "plan", "--json", *self.where(self.budget), *arguments]
         command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""What the stack costs, side by side in one run.
+"""Measure what the stack costs, side by side in one run.
 
     python -m scripts.bench.stack pictures       the demo model: through a stack, and the same pipeline in one process
     python -m scripts.bench.stack orchestrator   the orchestrator alone, with workers that do nothing

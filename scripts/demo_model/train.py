@@ -49,7 +49,7 @@ class Bucket:
         return stance
 
     def lengthen(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What T5 gives with more padding, nearly: the last padding again and again."""
+        """Return nearly what T5 gives with more padding: the last padding again and again."""
         more = tokens[:, -1:].expand(-1, self.text_length - TEXT_LENGTH, -1)
         return torch.cat([tokens, more], 1) if self.text_length > TEXT_LENGTH else tokens
 
@@ -385,7 +385,7 @@ class Reader(torch.nn.Module):
 
 
 def reading_goals(pool: PromptPool, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What CLIP's summary should tell: the whole scene (n, 10); each token of T5: its own object (n, tokens, 6)."""
+    """Return the goals of CLIP's summary: the whole scene (n, 10); each token of T5: its own object (n, tokens, 6)."""
     asked = pool.sample(index)
     scene = torch.stack([asked.background + 1, asked.second.long()], 1)
     first, second = asked.attributes[:, 0] + 1, torch.where(asked.second[:, None], asked.attributes[:, 1] + 1, 0)

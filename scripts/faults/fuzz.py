@@ -77,7 +77,7 @@ def decoder() -> Callable[[bytes], None]:
 
 
 class Finding(logging.Handler):
-    """What the orchestrator catches, so that the others can go on, is what we look for."""
+    """Look for what the orchestrator catches so that others can go on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and record.exc_info[1]:

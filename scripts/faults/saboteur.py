@@ -109,7 +109,7 @@ class Saboteur:
         return self.client().workers()
 
     def pid_of(self, name: str) -> int | None:
-        """Of a process of the supervisor's, by its name in `triptych workers`; asks until there is one."""
+        """Return the number of a process by its name in `triptych workers`; ask until there is one."""
         found: list[int] = []
 
         def look() -> bool:

@@ -42,7 +42,7 @@ FAULTS = {  # and how often each is to come
 
 @dataclass
 class Account:
-    """What happened."""
+    """The account of a soak."""
 
     accepted: dict[str, str] = field(default_factory=dict)  # job → what its picture must be
     done: dict[str, str] = field(default_factory=dict)  # job → what it was when it came
@@ -236,7 +236,7 @@ def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> d
 
 
 def reckon(stack: Stack, account: Account, seconds: float) -> dict[str, Any]:
-    """What the books say at the end, the stack being stopped."""
+    """Check the books at the end, the stack being stopped."""
     duplicated = 0
     with Client(stack.state, timeout=60) as client:
         for job_id, digest in account.done.items():

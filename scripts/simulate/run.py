@@ -1,4 +1,4 @@
-"""What a stack would do with a day's jobs: the real scheduler and plan, in simulated time.
+"""Simulate a stack with a day's jobs: the real scheduler and plan, in simulated time.
 
     python -m scripts.simulate.run --gpus 100 --card "RTX 4080:16GB" --trace day --plot day.svg
 

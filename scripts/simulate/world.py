@@ -50,7 +50,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Tally:
-    """What came of a trace."""
+    """The outcome of a trace."""
 
     waits: list[float] = field(default_factory=list)  # seconds from a job's arrival to its denoiser's first step
     times: list[tuple[float, float]] = field(default_factory=list)  # (arrival, end) of each job

@@ -1,4 +1,4 @@
-"""What a model takes, found in its configuration and in its pipeline's own code; no weights are read.
+"""The description of a model, found in its configuration and in its pipeline's own code; no weights are read.
 
 The pipeline's checks hold the multiple of its sizes (`height % (self.vae_scale_factor * 2)`), its signature the
 defaults, its denoiser's configuration whether distilled guidance is an input.

@@ -1,4 +1,4 @@
-"""Where a stage may put things: its devices, and the bytes that it may use of each."""
+"""The devices of a stage, and the bytes that it may use of each."""
 
 import sys
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "v
 
 @dataclass(frozen=True, slots=True)
 class Devices:
-    """Where a stage may put things. `room` has the bytes to use of each GPU, by its index among the visible ones.
+    """The devices of a stage. `room` has the bytes to use of each GPU, by its index among the visible ones.
 
     A component that needs several GPUs is spread evenly, or, where each GPU was given an amount of its own, fills one
     after the other up to it. A CPU has room for everything, unless a `room` says that it stands in for a small GPU.
@@ -73,7 +73,7 @@ class Devices:
 
 
 def parts_of(devices: Devices, stage: Stage) -> list[tuple[torch.device, int, int]]:
-    """What a denoiser is cut over: devices, each with its number of blocks, and its bytes for weights."""
+    """Return the parts that a denoiser is cut into: devices, each with its number of blocks and its bytes."""
     cuda, workspace = devices.primary.type == "cuda", devices.workspace_of(stage)
     room = devices.room or dict.fromkeys(range(len(devices.cut)), sys.maxsize)  # a CPU's
     if len(room) != len(devices.cut):

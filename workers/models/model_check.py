@@ -30,7 +30,7 @@ MOST_TOLD = 3  # tensors of a component that are named
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What keeps a model from being run, in words for a person; the file is given from the model's folder on."""
+    """A fault that keeps a model from being run, in words for a person; the file's path begins in the model's folder."""
 
     component: str
     file: str

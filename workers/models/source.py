@@ -1,4 +1,4 @@
-"""Where a model's files are, and which of them a stage needs.
+"""The source of a model: its files, and which of them a stage needs.
 
 A model is a folder in the diffusers layout, a hub repo id, or `demo`, the one that ships with Triptych. Whatever it
 was, it becomes a local folder here, with only this stage's weights downloaded.
@@ -42,7 +42,7 @@ class Source:
         return {name for name in self.index if stage in stages_of(name)}
 
     def settings(self) -> dict[str, Any]:
-        """What the model's own triptych.json says, such as defaults for its jobs; ModelMissing."""
+        """Read the model's own triptych.json, with settings such as defaults for its jobs; ModelMissing."""
         path = self.folder / "triptych.json"
         if not path.exists():
             return {}
@@ -105,7 +105,7 @@ def read(model: str, folder: Path, revision: str | None) -> Source:
 
 
 def hint(folder: Path) -> str:
-    """What was meant, maybe, by a folder that is no model."""
+    """Return what was meant, maybe, by a folder that is no model."""
     nested = sorted(path.parent for path in folder.glob("*/model_index.json"))
     if nested:
         return f"A folder in it is: --model {nested[0]}"

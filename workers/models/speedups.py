@@ -32,7 +32,7 @@ FUSED = {
 
 @dataclass(frozen=True, slots=True)
 class StageSpeedups:
-    """What one stage's models are to be."""
+    """The speedups of one stage's models."""
 
     compiled: bool = False
     attention: str = ""
@@ -50,7 +50,7 @@ class StageSpeedups:
         )  # fmt: skip
 
     def together(self, device: torch.device) -> Parallel | None:
-        """What this process does with others; `device` is its own."""
+        """Return what this process does with others; `device` is its own."""
         kind, _, size = self.parallel.partition("-")
         if kind == "tensor" or kind == "context":
             return Parallel(kind, int(size), device)  # type: ignore[arg-type]  # mypy does not narrow the parts

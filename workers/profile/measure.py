@@ -1,4 +1,4 @@
-"""What a model takes, found by running its pipeline on shapes alone: all weights and results are on the meta device.
+"""The profile of a model, found by running its pipeline on shapes alone: weights and results are on the meta device.
 
     python -m workers.profile.measure MODEL [--dtype bfloat16] [--width 1024] [--height 1024] [--steps 28] …
 
@@ -32,7 +32,7 @@ VERSIONS = ("triptych", "torch", "diffusers", "transformers")
 
 
 def cached(key: list[Any], make: Callable[[], ModelProfile]) -> ModelProfile:
-    """What was found before by the same versions for the same files, or what `make` finds now."""
+    """Return what was found before by the same versions for the same files, or what `make` finds now."""
     from platformdirs import user_cache_path
 
     versions = [importlib.metadata.version(name) for name in VERSIONS]
@@ -57,7 +57,7 @@ def code() -> str:
 
 
 def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
-    """What a job takes by a model in a dtype; BadRequest or DoesNotFit where the model doesn't take it."""
+    """Return what a job takes by a model in a dtype; BadRequest or DoesNotFit where the model doesn't take it."""
     from protocol.recipe import resolve
     from workers.models.description import describe
     from workers.models.skeleton import quiet

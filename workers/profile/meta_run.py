@@ -34,7 +34,7 @@ META, HERE = torch.device("meta"), torch.device("cpu")
 
 @dataclass(slots=True)
 class Seen:
-    """What a stage's models were seen to do."""
+    """The operations that a stage's models were seen to do."""
 
     runs: int = 0
     flop: float = 0.0  # of all runs

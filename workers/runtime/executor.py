@@ -122,7 +122,7 @@ class Executor:
         self.ring()
 
     def _work(self) -> None:
-        """What ends this thread ends the worker."""
+        """Load and serve; whatever ends this thread ends the worker."""
         try:
             self._serve()
         except BaseException as error:
@@ -202,7 +202,7 @@ def changed(runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], lease: SetLe
 
 
 def views(runner: StageRunner) -> tuple[ComponentView, ...]:
-    """Where a stage's weights are."""
+    """Return the residency of a stage's components."""
     return tuple(
         ComponentView(
             component=r.name, state=r.state, device_bytes=r.device_bytes, total_bytes=r.total_bytes,

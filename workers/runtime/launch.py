@@ -1,4 +1,4 @@
-"""What a process of `workers/` does from its first moment on, given its spec. Torch is imported only by the work."""
+"""The start of a process of `workers/` from its spec. Torch is imported only by the work."""
 
 import os
 import signal

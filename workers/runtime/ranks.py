@@ -221,7 +221,7 @@ def exactly(link: socket.socket, size: int) -> bytearray:
 
 
 class FollowerLease:
-    """What another rank takes of its GPU, asked for through its link."""
+    """Another rank's lease of its GPU, asked for through its link."""
 
     def __init__(self, link: socket.socket, ready: Ready) -> None:
         self._link, self._ready = link, ready

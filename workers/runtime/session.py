@@ -1,7 +1,7 @@
-"""A worker's conversation with the orchestrator: hello, ready, one task, its progress, its result, and a beat a second.
+"""A worker's session with the orchestrator: hello, ready, one task, its progress, its result, and a beat a second.
 
 If the orchestrator falls silent, the worker makes a new socket and says hello again as a new incarnation. The task in
-its hands goes on meanwhile: it says so, and which; a result that was not yet committed goes with it.
+its executor goes on meanwhile: it says so, and which; a result that was not yet committed goes with it.
 """
 
 import logging
@@ -162,7 +162,7 @@ class Session:
                 pass
 
     def _say_what_is(self) -> None:
-        """To an orchestrator that may know nothing: what is held, what is in hand, and its result if there is one."""
+        """To an orchestrator that may know nothing: what is held, the current task, and its result if there is one."""
         if not self._loaded:
             return
         task = self._result[0] if self._result else self._task

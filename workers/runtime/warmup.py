@@ -1,4 +1,4 @@
-"""What a GPU's first computation waits for, done while the model is still looked up and its weights are on their way.
+"""The start-up costs of a GPU's first computation, paid while the model is still looked up and loaded.
 
 The context, the libraries for products, attention and convolutions, and the kernels that every model has: all are
 loaded when they are first used.

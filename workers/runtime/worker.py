@@ -51,7 +51,7 @@ def resolve_device(device: str) -> str:
 
 
 def device_kind(device: str) -> str:
-    """What equal bits depend on: a GPU's name, or the kind of device."""
+    """Return what equal bits depend on: a GPU's name, or the kind of device."""
     kind = torch.device(device).type
     if kind != "cuda":
         return kind
@@ -71,7 +71,7 @@ def first_gpu() -> int:
 
 
 def versions() -> str:
-    """Of the libraries that compute a picture."""
+    """Return the versions of the libraries that compute a picture."""
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
 
 
@@ -127,7 +127,7 @@ class Prepared:
         return loaded, devices.primary
 
     def gpu_leases(self, runner: StageRunner) -> list[AnyGpuLease]:
-        """Of each GPU whose memory is leased to it."""
+        """Make the worker's side of the lease of each of its GPUs; none where it has memory of its own."""
         spec, workspace = self.spec, WORKSPACE[self.spec.stage]
         if not spec.leased_gpus:
             return []
@@ -155,7 +155,7 @@ class Prepared:
                 return VaeStage(loaded, device)
 
     def denoise_stage(self, loaded: Loaded, device: torch.device) -> DenoiseStage:
-        """Of several that work together the first one alone makes checkpoints."""
+        """Make the stage; of several ranks the first one alone makes checkpoints."""
         follows = self.group is not None and self.group.rank > 0
         return DenoiseStage(loaded, device, None if follows else self.spec.checkpoint_seconds)
 
@@ -164,7 +164,7 @@ Made = TypeVar("Made")
 
 
 class Once(Generic[Made]):
-    """What is made by the first of several threads that want it."""
+    """A value that is made by the first of several threads that want it."""
 
     def __init__(self, make: Callable[[], Made]) -> None:
         self._make, self._lock = make, threading.Lock()

@@ -19,7 +19,7 @@ from workers.weights.residency import block_rows
 
 @dataclass(slots=True)
 class DeviceGate:
-    """Of one device; `last` is the end of the work that was queued there last."""
+    """The gate of one device; `last` is the end of the work that was queued there last."""
 
     device: torch.device
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -49,7 +49,7 @@ class DeviceGate:
 
 
 class Passage(threading.local):
-    """Where one thread's job is."""
+    """The place of one thread's job."""
 
     gate: DeviceGate | None = None
     before: torch.cuda.Event | None = None

@@ -26,7 +26,7 @@ SWITCH_SECONDS = 0.0005  # until one thread's job lets another's go on, which ha
 
 
 class Moved(threading.local):
-    """What one thread's job has brought to a GPU in this pass, by the original's identity."""
+    """Tensors that one thread's job has brought to a GPU in this pass, by the original's identity."""
 
     def __init__(self) -> None:
         self.copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -63,7 +63,7 @@ class Return(ModelHook):  # type: ignore[misc]
 
 
 class Current(threading.local):
-    """Of one thread's job."""
+    """The state of one thread's job."""
 
     ahead: PrecomputedJob | None = None
     stay: "Stay | None" = None
@@ -71,7 +71,7 @@ class Current(threading.local):
 
 @dataclass(slots=True, eq=False)
 class Stay:
-    """Of a job among others; the most that there were at once."""
+    """The stay of a job among others, with the most that there were at once."""
 
     most: int = 1
 
@@ -87,7 +87,7 @@ class JobGate:
 
     @contextlib.contextmanager
     def joined(self, must_be_alone: Callable[[], bool]) -> Iterator[Stay]:
-        """What `must_be_alone` says may change while it waits."""
+        """Join the jobs inside; the answer of `must_be_alone` may change while this waits."""
         with self._changed:
             if must_be_alone():
                 self._wanting += 1
@@ -137,7 +137,7 @@ class PipelineSplit:
         self._shapes: set[Hashable] = set()  # of jobs that were made
 
     def _elsewhere(self, number: int) -> list[str]:
-        """What is not in a part; the model's own weights, which belong to none of its modules, are in the first."""
+        """Return what is not in a part; the model's own weights, which are of no module, are in the first."""
         own = [
             name for name, _ in (*self.module.named_parameters(recurse=False), *self.module.named_buffers("", False))
         ]

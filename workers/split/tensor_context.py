@@ -40,7 +40,7 @@ class Parallel:
         )
 
     def after_loading(self, module: Any) -> None:
-        """Of a module in host memory; BadRequest where its weights can't be shared out evenly."""
+        """Share out a module in host memory; BadRequest where its weights can't be shared out evenly."""
         if self.kind == "context":
             module.enable_parallelism(config=ContextParallelConfig(ulysses_degree=self.size))
         else:

@@ -1,4 +1,4 @@
-"""What a denoising loop holds between two steps: the latents and what its scheduler has come to. In any pipeline.
+"""Checkpoints of a denoising loop between two steps: the latents and what its scheduler has come to. In any pipeline.
 
 Another worker goes on from there by running the pipeline's own loop again, with the denoiser giving zeros up to that
 step; then the saved state takes the place of what came of those. The generator draws as before, so noise matches, and

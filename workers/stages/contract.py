@@ -1,4 +1,4 @@
-"""What a stage gives back, and how it tells how far it is."""
+"""The outcome of a stage, and the reports of its progress."""
 
 from dataclasses import dataclass
 from typing import Protocol

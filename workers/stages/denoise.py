@@ -31,7 +31,7 @@ class DenoiseStage:
         self.split = loaded.split
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
-        """What the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
+        """Return what the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
 
         With a checkpoint among the tensors it goes on from there.
         """
@@ -189,7 +189,7 @@ class JobForwards:
 
 
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
-    """What jobs have in common whose tensors have the same shapes."""
+    """Return what jobs have in common whose tensors have the same shapes."""
     return recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length
 
 

@@ -1,4 +1,4 @@
-"""What passes between stages that run alone: a safetensors file with the job's recipe in its metadata."""
+"""The file that passes between stages that run alone: a safetensors file with the job's recipe in its metadata."""
 
 from pathlib import Path
 

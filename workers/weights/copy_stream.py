@@ -24,7 +24,7 @@ class CopyStream(Protocol):
     device: torch.device
 
     def mark(self) -> Mark:
-        """What has been queued for computation up to now."""
+        """Mark what has been queued for computation up to now."""
 
     def copy(self, copies: Copies, after: Mark) -> Mark:
         """Copy once `after` has been reached, without holding up the computation."""
@@ -56,7 +56,7 @@ class HostCopyStream:
 
 
 class CudaCopyStream:
-    """What is not page-locked by `locks`, which may have to be waited for, passes through a page-locked buffer."""
+    """A CUDA stream for copies; weights that `locks` has not page-locked pass through a page-locked buffer."""
 
     def __init__(self, device: torch.device, locks: PageLocks) -> None:
         self.device, self._locks = device, locks

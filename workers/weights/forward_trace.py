@@ -1,4 +1,4 @@
-"""What a job's forwards of the denoiser will be: learned by watching one job, foreseen by running others' loops dry.
+"""Traces of a job's forwards of the denoiser: learned by watching one job, foreseen by running others' loops dry.
 
 Which layers act on the timestep alone is seen, too: linear layers inside the blocks that all get the same few rows. No
 names of models or classes.
@@ -28,7 +28,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a forward gives for its input: for each tensor its dtype, and its sizes, None where they are the input's."""
+    """The results of a forward: for each tensor its dtype, and its sizes, None where they are the input's."""
 
     tensors: tuple[tuple[torch.dtype, tuple[int | None, ...]], ...]
 
@@ -77,7 +77,7 @@ class Reached(Exception):
 
 @dataclass(slots=True)
 class ForwardTrace:
-    """What is seen of a model's linear layers in the first two forwards of a job, and of the model's output."""
+    """A trace of a model's linear layers in the first two forwards of a job, and of the model's output."""
 
     module: torch.nn.Module
     rows: Sequence[str]  # the blocks' names

@@ -1,4 +1,4 @@
-"""A worker's share of a GPU: taken as the orchestrator lends it, kept to, and given back.
+"""A worker's lease of a GPU: taken as the orchestrator says, kept to, and given back.
 
 Who lies on several GPUs has a share of each, and takes all of them or none.
 """
@@ -29,7 +29,7 @@ NOTHING = Lease(bytes=0, weight_bytes=0)
 
 
 class AnyGpuLease(Protocol):
-    """Of this process, or of another that works with it."""
+    """The lease of this process, or of another that works with it."""
 
     def needs(self) -> WeightNeed: ...
     def take(self, size: int, weights: int) -> None: ...
@@ -105,7 +105,7 @@ class GpuLease:
         return self._kept
 
     def context_bytes(self) -> int:
-        """Of this process's CUDA context with its libraries and kernels; 0 on a CPU."""
+        """Return the bytes of this process's CUDA context with its libraries and kernels; 0 on a CPU."""
         if self.device.type != "cuda":
             return 0
         found = self._driver_bytes()

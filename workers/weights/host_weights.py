@@ -158,7 +158,7 @@ def locker() -> ThreadPoolExecutor:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Of a tensor's bytes, those that lie in one piece of locked memory, or in none."""
+    """The part of a tensor's bytes that lies in one piece of locked memory, or in none."""
 
     start: int
     end: int
@@ -167,7 +167,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Of a file in memory, from an address up to another: it is locked, or refused, as a whole."""
+    """A piece of a file in memory, from one address to another: it is locked, or refused, as a whole."""
 
     start: int
     end: int

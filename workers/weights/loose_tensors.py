@@ -109,7 +109,7 @@ def restore(owner: Owner, name: str, value: Any) -> None:
 
 
 def caches_of(kind: type) -> list[Callable[[], None]]:
-    """What empties the caches (functools.lru_cache) on a class's methods, also behind a wrapper of diffusers."""
+    """Return what empties the caches (functools.lru_cache) on a class's methods, also behind a wrapper of diffusers."""
     found: dict[int, Callable[[], None]] = {}
     for cls in kind.__mro__:
         if cls is torch.nn.Module:

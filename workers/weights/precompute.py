@@ -26,7 +26,7 @@ class JobForwards(Protocol):
 
 
 class Owner(Protocol):
-    """What has the weights of a model, or of a part of it: see Residency."""
+    """The holder of the weights of a model, or of a part of it: see Residency."""
 
     compiled: bool
 

@@ -1,4 +1,4 @@
-"""Where a component's weights are: in (all on the device), streamed (a part, the rest passing through), or out.
+"""The residency of a component's weights: in (all on the device), streamed (a part, the rest passing through), or out.
 
 The device holds copies of what lies in host memory, so letting go of them copies nothing back. A result has the same
 bits in every residency: only where weights lie changes, never what is computed.
@@ -83,7 +83,7 @@ class Residency:
 
     @property
     def device_bytes(self) -> int:
-        """Of weights on the device now, the ring included."""
+        """Bytes of weights on the device now, the ring included."""
         if self.state == "out":
             return 0
         ring = self._ring.memory.nbytes if self._ring else 0
@@ -215,7 +215,7 @@ class Residency:
                 modulation.take_away()
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
-        """Of those layers that are its own, if they can be run ahead in what it has."""
+        """Return the modulation of those layers that are its own, if they can be run ahead in what it has."""
         sharded = {name for name, p in self._parameters.items() if isinstance(p, LocalPart)}
         mine = [name for name in layers if self.has(name) and not sharded & {f"{name}.weight", f"{name}.bias"}]
         if not mine:
@@ -290,7 +290,7 @@ def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module,
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Of all tensors that it is made of."""
+    """Return the bytes of all tensors that a tensor is made of."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
         return tensor.nbytes
     parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from torch.utils.dlpack import from_dlpack
 
 
 class LocalPart:
-    """What of a sharded parameter is this rank's own, to be moved as a plain parameter is: by its `data`."""
+    """This rank's own part of a sharded parameter, to be moved as a plain parameter is: by its `data`."""
 
     def __init__(self, parameter: DTensor) -> None:
         self._parameter = parameter
@@ -39,5 +39,5 @@ def sharded(local: torch.Tensor, dim: int | None, mesh: DeviceMesh, device: torc
 
 
 def strides(shape: list[int]) -> tuple[int, ...]:
-    """Of a contiguous tensor."""
+    """Return the strides of a contiguous tensor."""
     return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))

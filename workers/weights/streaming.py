@@ -66,7 +66,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
-    """What of each block is streamed, in the order in which blocks run, and where in the ring it lies."""
+    """The weights of each block that are streamed, in the order in which blocks run, and where in the ring it lies."""
 
     pieces: tuple[tuple[str, ...], ...]  # names of weights for each block; may be empty
     offsets: tuple[int, ...]  # of each piece in the ring, bytes
