@@ -30,7 +30,7 @@ MOST_TOLD = 3  # tensors of a component that are named
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A fault that keeps a model from being run, in words for a person; the file's path begins in the model's folder."""
+    """A fault that keeps a model from being run, in words for a person; the file's path begins in its folder."""
 
     component: str
     file: str
