@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Private and undocumented names of the libraries: they are there, one check for each row of private_attributes.md."""
+"""Private and undocumented names of the libraries: they are there, one check for each row of docs/upgrading.md."""
 
 import ctypes
 import inspect
