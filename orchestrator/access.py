@@ -37,7 +37,7 @@ class KeyFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether this stack has a key of its own, without which nobody comes in from outside."""
+        """Return whether this stack has a key of its own, without which nobody comes in from outside."""
         return self._server.exists()
 
     def server(self) -> KeyPair:
@@ -100,7 +100,7 @@ class KeyFolder:
             yield
 
     def stamp(self) -> tuple[int, int]:
-        """Changes when the list does."""
+        """Return a stamp that changes when the list does."""
         try:
             status = self._allowed.stat()
         except OSError:
@@ -118,7 +118,7 @@ class AllowedKeys:
         self.look_again()
 
     def look_again(self) -> bool:
-        """Whether the list has changed since the last look. One that can't be read lets nobody in."""
+        """Read the list again if it has changed; return whether it had. A list that can't be read lets nobody in."""
         if (stamp := self._folder.stamp()) == self._stamp:
             return False
         self._stamp = stamp

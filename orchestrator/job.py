@@ -13,7 +13,7 @@ from protocol.stages import FIRST, TRAITS, Stage
 
 @dataclass(frozen=True, slots=True)
 class ModelKey:
-    """Workers and jobs fit only if they agree in these: the same weights at the same precision, the same speedups."""
+    """The key that workers and jobs must share to fit: the same weights at the same precision, the same speedups."""
 
     revision: str
     dtype: str
@@ -30,7 +30,7 @@ class ModelKey:
 
 @functools.lru_cache(maxsize=1024)
 def _model_key(revision: str, dtype: str, speedups: tuple[str, ...]) -> ModelKey:
-    """One object for one model: it is asked for at each move of each job."""
+    """Return one object for one model: it is asked for at each move of each job."""
     return ModelKey(revision, dtype, speedups)
 
 
@@ -73,7 +73,7 @@ class LiveJob(NamedTuple):
 
     @property
     def waits(self) -> bool:
-        """It is in a queue, or waits for a moment before it is tried again."""
+        """Return whether it is in a queue, or waits for a moment before it is tried again."""
         return self.worker is None and not self.ended
 
     @property

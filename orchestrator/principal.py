@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class LocalUser:
-    """Whoever may open the stack's private sockets: its administrator."""
+    """The user who may open the stack's private sockets: its administrator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ LOCAL_USER = LocalUser()
 
 
 def to_column(principal: Principal) -> str:
-    """As the job database keeps it: the key's name, empty for the local user."""
+    """Return a principal as the job database keeps it: the key's name, empty for the local user."""
     return principal.name if isinstance(principal, KeyHolder) else ""
 
 

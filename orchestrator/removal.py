@@ -9,7 +9,7 @@ Identity = tuple[int, int]  # device and inode
 
 
 def identity(path: Path) -> Identity | None:
-    """None where there is nothing."""
+    """Return the device and inode of a path; None where there is nothing."""
     try:
         status = os.stat(path)
     except OSError:
@@ -28,5 +28,5 @@ class Ground:
         self._first = {path: identity(path) for path in self.paths}
 
     def gone(self) -> list[Path]:
-        """Those that are no longer what they were."""
+        """Return the paths that are no longer what they were."""
         return [path for path in self.paths if identity(path) != self._first[path]]

@@ -60,7 +60,7 @@ Optimize = Literal["throughput", "latency"]
 
 @dataclass(frozen=True, slots=True)
 class Flag:
-    """How a setting is given on the command line; `default` is what its help says where that isn't the field's own."""
+    """A setting's flag on the command line; `default` is what its help says where that isn't the field's own."""
 
     option: str
     metavar: str = ""
@@ -74,7 +74,7 @@ class Settings(BaseModel):
 
 
 class StageConfig(Settings):
-    """How one stage is run."""
+    """The settings of one stage."""
 
     workers: Annotated[
         Annotated[int, Field(ge=0, le=1024)] | None,

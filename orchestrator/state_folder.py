@@ -95,7 +95,7 @@ class StackFolder:
 
     @property
     def cpu_lock(self) -> Path:
-        """Locked by the worker that computes on the CPU."""
+        """The file that the worker that computes on the CPU locks."""
         return self.path / CPU_LOCK
 
     def log(self, process: str) -> Path:
@@ -166,6 +166,6 @@ class StackFolder:
 
 
 def shortened(path: Path) -> str:
-    """As much of a path as an error needs."""
+    """Return as much of a path as an error needs."""
     text = str(path)
     return text if len(text) <= 120 else f"{text[:100]}…"

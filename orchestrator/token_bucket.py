@@ -1,4 +1,4 @@
-"""How many things of a kind may still come now, at a rate over time."""
+"""A token bucket: the number of things of a kind that may still come now, at a rate over time."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ class TokenBucket:
         self._left, self._since = burst, clock()
 
     def left(self) -> float:
-        """How many may come now."""
+        """Return how many may come now."""
         now = self._clock()
         self._left = min(self._burst, self._left + (now - self._since) * self._rate)
         self._since = now

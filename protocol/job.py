@@ -16,7 +16,7 @@ MAX_SEED = 2**63 - 1
 
 
 class JobRequest(Data):
-    """One prompt and how to picture it. None means the model's own default."""
+    """A prompt and the settings of its picture. None means the model's own default."""
 
     prompt: Text
     negative_prompt: Text | None = None
@@ -53,7 +53,7 @@ class Recipe(Data):
 
     @property
     def true_cfg(self) -> bool:
-        """Whether the denoiser runs twice a step, with the negative prompt, too."""
+        """Return whether the denoiser runs twice a step, with the negative prompt, too."""
         return uses_true_cfg(self.cfg_scale)
 
 
@@ -63,7 +63,7 @@ def uses_true_cfg(cfg_scale: float | None) -> bool:
 
 
 class StageRecord(Data):
-    """How one stage of a job went."""
+    """The record of one stage of a job."""
 
     stage: Stage
     worker: str

@@ -14,7 +14,7 @@ Flop = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class BlockProfile(Data):
-    """One of a row of modules that run one after the other."""
+    """The profile of a module of a row that is run in order."""
 
     name: str
     bytes: Bytes  # of all its weights
@@ -47,7 +47,7 @@ class StageProfile(Data):
 
 
 class ModelProfile(Data):
-    """`recipe` is the job that they are of."""
+    """The profiles of a model's stages for one job, `recipe`."""
 
     model: ModelDescription
     recipe: Recipe

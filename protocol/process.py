@@ -72,7 +72,7 @@ class OnceASecond(logging.Filter):
 
 
 def log_to_stderr(process: str, level: int = logging.INFO, limited: bool = False) -> None:
-    """The supervisor leads stderr into the process's file, where a crash's last words land too.
+    """Log to stderr, which the supervisor leads into the process's file, where a crash's last words land too.
 
     With `limited`, lines of a kind come once a second: for processes that peers speak to.
     """
@@ -101,7 +101,7 @@ def _watch(lifeline: int) -> None:
 
 
 class ExitReport(Data):
-    """Why a process ended by itself, written by it before it ends."""
+    """The reason why a process ended by itself, written by it before it ends."""
 
     code: str  # of an error in errors.py, or "crash"
     message: str
@@ -109,7 +109,7 @@ class ExitReport(Data):
 
     @property
     def line(self) -> str:
-        """For a person."""
+        """The report in one line, for a person."""
         return f"{self.message} {self.hint}".strip()
 
     def error(self) -> TriptychError:

@@ -1,4 +1,4 @@
-"""From a request to a recipe: every default settled, everything that can't work refused before it is queued."""
+"""The way from a request to a recipe: every default settled, everything that can't work refused before it is queued."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ CountTokens = Callable[[str], int]
 
 
 def surely_fits(text: str, room: int) -> bool:
-    """Whether a text has at most `room` tokens whatever the tokenizer: each takes a character, unless it is special."""
+    """Return whether any tokenizer finds at most `room` tokens: each takes a character, unless it is special."""
     return text.isascii() and len(text) + MOST_SPECIAL <= room
 
 
@@ -116,13 +116,13 @@ def check_prompts(request: JobRequest, model: ModelDescription, count_tokens: Co
 
 
 def prompts_of(request: JobRequest) -> list[tuple[str, str]]:
-    """(what it is, text) of all that is to be encoded."""
+    """Return (what it is, text) of all that is to be encoded."""
     negative = [] if request.negative_prompt is None else [("negative prompt", request.negative_prompt)]
     return [("prompt", request.prompt), *negative]
 
 
 def texts_to_count(request: JobRequest, model: ModelDescription) -> list[str]:
-    """Those of which a tokenizer must say whether they fit."""
+    """Return the texts of which a tokenizer must say whether they fit."""
     length = request.max_sequence_length or model.max_sequence_length or model.max_sequence_limit
     return [text for _, text in prompts_of(request) if not surely_fits(text, length)]
 

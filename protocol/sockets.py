@@ -21,7 +21,7 @@ COPY_BELOW = 65536  # bytes; zero-copy pays above this
 
 
 def configure(socket: zmq.Socket[bytes], largest: int | None = None) -> None:
-    """The options that every socket has; `largest` in bytes of a frame that may come."""
+    """Set the options that every socket has; `largest` in bytes of a frame that may come."""
     socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
     socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
     socket.setsockopt(zmq.MAXMSGSIZE, largest or MAX_FRAME_BYTES)
@@ -40,7 +40,7 @@ def router(
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER: it knows when a peer is gone, and nobody takes over another's identity.
 
-    With a `secret` key it wants CURVE, and whoever answers ZAP's questions for the `domain` decides who comes in.
+    With a `secret` key it wants CURVE, and the ZAP handler of the `domain` decides which peers come in.
     BadRequest if the endpoint can't be bound, or is not on this machine and has no key.
     """
     check_endpoint(endpoint, secured=secret is not None)
@@ -85,7 +85,7 @@ def dealer(
 
 
 def is_loopback(endpoint: str) -> bool | None:
-    """Whether a TCP endpoint is on the loopback address; None if it is no TCP endpoint."""
+    """Return whether a TCP endpoint is on the loopback address; None if it is no TCP endpoint."""
     try:
         address = urllib.parse.urlsplit(endpoint)
         host, port = address.hostname or "", address.port
@@ -114,13 +114,13 @@ def check_endpoint(endpoint: str, secured: bool = False) -> None:
 
 
 def receive(socket: zmq.Socket[bytes]) -> list[Buffer]:
-    """One multipart message without waiting; big frames are views of ZeroMQ's own memory. zmq.Again if none."""
+    """Receive a multipart message without waiting; big frames are views of ZeroMQ's own memory. zmq.Again if none."""
     frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
     return [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
 
 
 def receive_from(socket: zmq.Socket[bytes]) -> tuple[str, list[Buffer]]:
-    """As `receive`, with the user that ZAP has named; empty without CURVE."""
+    """Receive as `receive` does, with the user that ZAP has named; empty without CURVE."""
     frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
     try:
         user = str(frames[-1].get("User-Id"))

@@ -67,7 +67,7 @@ def _positive(text: str) -> bool:
 
 
 def canonical(speedups: Iterable[str]) -> tuple[str, ...]:
-    """In a fixed order, each checked; BadRequest where two say different things of one."""
+    """Return speedups in a fixed order, each checked; BadRequest where two say different things of one."""
     found = sorted(set(speedups))
     names = [parse_speedup(text)[:2] for text in found]
     for one, other in itertools.pairwise(names):
@@ -77,7 +77,7 @@ def canonical(speedups: Iterable[str]) -> tuple[str, ...]:
 
 
 def tier_of(speedups: Iterable[str]) -> Tier:
-    """How near the pictures are to those of the plain pipeline."""
+    """Return the tier of pictures: how near they are to those of the plain pipeline."""
     tiers: set[Tier] = set()
     for text in speedups:
         _, name, value = parse_speedup(text)

@@ -20,7 +20,7 @@ MAX_NAME = 128
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor, opaque to everything but a worker.
+    """A tensor, opaque to everything but a worker.
 
     `data` holds exactly prod(shape) × itemsize bytes; it may be a view of a received frame, so it is never written.
     """

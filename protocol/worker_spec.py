@@ -1,4 +1,4 @@
-"""All that a process of `workers/` is started with: data, sent to whoever launches it (fork server, plain process)."""
+"""All that a process of `workers/` is started with: data, sent to its launcher (fork server, plain process)."""
 
 from typing import Annotated, Literal
 

@@ -4,7 +4,7 @@ import torch
 
 
 def release_memory() -> None:
-    """After running out of memory: what the failed try left is free for the next one."""
+    """Free what a try that ran out of GPU memory has left, for the next one."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -18,7 +18,7 @@ class StageError(Exception):
 
 
 def cause_of(error: BaseException) -> str:
-    """One line that names what went wrong, down to the first cause."""
+    """Return one line that names what went wrong, down to the first cause."""
     parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
     while error.__cause__ is not None:
         error = error.__cause__

@@ -136,7 +136,7 @@ class Bars:
             self._progress.remove_task(self._tasks.pop(event.job))
 
     def _completed(self, event: JobEvent) -> int:
-        """One for encoding, the steps, one for decoding."""
+        """Count what is done: one for encoding, the steps, one for decoding."""
         match event.state:
             case "queued" | "text":
                 return 0

@@ -1,4 +1,4 @@
-"""`doctor`: is everything here that a stack needs, and what to run next."""
+"""`doctor`: a check that everything is here that a stack needs, and the command to run next."""
 
 import importlib.metadata
 import json
@@ -79,7 +79,7 @@ def hardware() -> list[Finding]:
 
 
 def limits() -> Finding:
-    """How many files and sockets a process of a stack may have open."""
+    """Find how many files and sockets a process of a stack may have open."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -94,7 +94,7 @@ def disk(folder: Path) -> Finding:
 
 
 def model_findings(model: str) -> list[Finding]:
-    """Whether the model's files are here and whole, or could be had; asks the hub only for what isn't."""
+    """Check that the model's files are here and whole, or could be had; ask the hub only for what isn't."""
     if model == "demo":
         return [Finding("model", "demo ships with Triptych")]
     if Path(model).expanduser().exists():

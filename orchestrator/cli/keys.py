@@ -1,4 +1,4 @@
-"""`keys`: who may reach a stack from another machine."""
+"""`keys`: the clients and workers that may reach a stack from another machine."""
 
 import json
 import socket

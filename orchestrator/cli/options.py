@@ -94,7 +94,7 @@ class Asked:
 
 
 def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Asked]:
-    """One request a prompt, from arguments and file; a line's own settings win over the flags."""
+    """Make one request a prompt, from arguments and file; a line's own settings win over the flags."""
     given = given_recipe(options)
     rows: list[tuple[str, dict[str, Any]]] = [("", {"prompt": prompt}) for prompt in prompts]
     if options.get("prompts_file"):

@@ -77,7 +77,7 @@ def names_for(output: Path | None, jobs: Sequence[Wanted]) -> Names:
 
 
 def check(path: Path) -> None:
-    """BadRequest if a picture can't take this name."""
+    """Raise BadRequest if a picture can't take this name."""
     try:
         if path.is_dir():
             raise BadRequest(f"{str(path)!r} is a folder, where a picture is to go.", "Choose another -o.")
@@ -88,7 +88,7 @@ def check(path: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """BadRequest if no file can be made there."""
+    """Raise BadRequest if no file can be made there."""
     if not folder.is_dir():
         raise BadRequest(f"There is no folder {str(folder)!r} for pictures.", "Make it first, or choose another.")
     try:
@@ -104,7 +104,7 @@ def unwritable(path: Path | None, error: OSError) -> BadRequest:
 
 
 def write(job: Job, pictures: Tensor, names: Sequence[tuple[int, Path]]) -> tuple[list[Path], list[BadRequest]]:
-    """Write a job's pictures; what was written, and why others were not."""
+    """Write a job's pictures; return the files that were written, and why others were not."""
     from protocol.client.png import save_png, to_images
 
     images = to_images(pictures)

@@ -1,4 +1,4 @@
-"""`plan`: what a stack would do on these GPUs or on others, before anything is downloaded, loaded or bought."""
+"""`plan`: the plan of a stack on these GPUs or on others, before anything is downloaded, loaded or bought."""
 
 import json
 import re

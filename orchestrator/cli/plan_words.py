@@ -72,7 +72,7 @@ def summary(plan: Plan) -> str:
 
 
 def as_data(plan: Plan, profile: ModelProfile, hardware: Hardware) -> dict[str, Any]:
-    """Bytes and seconds."""
+    """Return a plan as data for JSON, in bytes and seconds."""
     p, recipe = plan.prediction, profile.recipe
     return {
         "model": profile.model.model,

@@ -56,7 +56,7 @@ Numbered = Iterator[tuple[int, dict[str, Any] | None]]  # (line, a request's fie
 
 
 def lines(text: str) -> Iterator[tuple[int, str]]:
-    """Those that hold something, by their numbers."""
+    """Yield the lines that hold something, with their numbers."""
     for number, line in enumerate(LINE.split(text), 1):
         if line.strip():
             yield number, line.strip()

@@ -72,12 +72,12 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
 
 
 def end(number: int, frame: FrameType | None) -> None:
-    """Before the supervisor heeds signals."""
+    """Raise Interrupted at a signal that comes before the supervisor heeds signals."""
     raise Interrupted(number)
 
 
 def remove_left_behind() -> None:
-    """The folders of runs that were killed: ours by name and owner, with a lock that nobody holds."""
+    """Remove the folders of runs that were killed: ours by name and owner, with a lock that nobody holds."""
     for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}????????"):
         with contextlib.suppress(OSError, TriptychError):
             status = folder.lstat()

@@ -195,7 +195,7 @@ def asked_again(client: Client, path: Path, anyway: bool) -> Asked:
 
 
 def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[WorkerView]) -> None:
-    """BadRequest names what differs between a picture's making and this stack, and what would make it the same."""
+    """Raise BadRequest for what differs between a picture's making and this stack, and what would make it the same."""
     recipe, anyway = made.recipe, "Or take other bits: --anyway."
     if stack.speedups != recipe.speedups:
         raise BadRequest(

@@ -8,7 +8,7 @@ NARROWEST = 10  # characters of the column that gives way
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Each on a line of its own; nothing where there is nothing."""
+    """Print each on a line of its own; nothing where there is nothing."""
     if lines:
         print("\n".join(lines))
 

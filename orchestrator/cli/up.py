@@ -101,7 +101,7 @@ def waiting_is_told(model: str | None, quiet: bool = False) -> Iterator[Callable
 
 
 def wait_for_stack(folder: Path) -> None:
-    """Until the orchestrator has said where it listens."""
+    """Wait until the orchestrator has said where it listens."""
     while True:
         with contextlib.suppress(NoStack):
             published(folder)

@@ -1,4 +1,4 @@
-"""Requests become jobs: judged by the model of this run and by what there is room for, all of a submission or none."""
+"""Admission of requests as jobs, by the model of this run and what there is room for: all of a submission or none."""
 
 import secrets
 import time

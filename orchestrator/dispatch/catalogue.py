@@ -14,7 +14,7 @@ from protocol.recipe import texts_to_count
 
 
 class Tokens:
-    """How many tokens texts have, as the describer has counted; the last ones."""
+    """The numbers of tokens of the last texts that the describer has counted."""
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
@@ -24,7 +24,7 @@ class Tokens:
         return text in self._counts
 
     def count(self, text: str) -> int:
-        """0 where nobody has counted, in a stack without a describer."""
+        """Return a text's number of tokens; 0 where nobody has counted, in a stack without a describer."""
         return self._counts.get(text, 0)
 
     def learn(self, texts: Sequence[str], counts: Sequence[int]) -> None:
@@ -54,7 +54,7 @@ class Catalogue:
         self._default = ""
 
     def learn(self, hello: WorkerHello | DescriberHello) -> None:
-        """A model is there, or another revision or dtype of it."""
+        """Add a model that is there, or another revision or dtype of it."""
         entry = CatalogueEntry(hello.model, hello.dtype, hello.speedups)
         self._default = hello.model.model
         if self._entries.get(self._default) != entry:

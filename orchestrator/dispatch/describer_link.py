@@ -42,7 +42,7 @@ class DescriberLink:
     _failed: dict[tuple[str, ...], str] = field(default_factory=dict)  # texts that can't be counted, and why
 
     def hello(self, identity: bytes, hello: DescriberHello) -> None:
-        """A describer has found the model to be whole; what its predecessor left open is asked again."""
+        """Take in a describer that has found the model to be whole; what its predecessor left open is asked again."""
         self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
         self.catalogue.learn(hello)
         if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
@@ -55,19 +55,19 @@ class DescriberLink:
                 self._failed[question.texts] = "counting its tokens ended the process that does so"
 
     def is_here(self, identity: bytes) -> bool:
-        """Whether a message is the present describer's; it is a sign of life."""
+        """Return whether a message is the present describer's; it is a sign of life."""
         if identity != self._identity:
             return False
         self._heard = time.monotonic()
         return True
 
     def gone(self, pid: int) -> None:
-        """Its process has ended."""
+        """Forget the describer if the process that has ended is its own."""
         if pid == self.pid:
             self._identity, self.pid = b"", 0
 
     def silent(self) -> int:
-        """Its process number, if it has said nothing for too long; it counts as gone then. Else 0."""
+        """Return the describer's process number if it has been silent for too long; it counts as gone then. Else 0."""
         pid = self.pid
         if pid and time.monotonic() - self._heard > SILENCE_SECONDS:
             self.gone(pid)
@@ -75,7 +75,7 @@ class DescriberLink:
         return 0
 
     def ready_for(self, requests: Sequence[JobRequest]) -> bool:
-        """Whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
+        """Return whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
         if self.catalogue.known is None:
             return False
         if not self.expected or not (texts := tuple(self.catalogue.uncounted(requests))):

@@ -1,7 +1,7 @@
 """A job's way through the stages: accepted, handed out, taken back, passed on, ended.
 
 The engine tells `transitions` what has happened, and applies what comes of it: it changes the store and the queues and
-fills the outbox. It knows no sockets. Whoever drives it commits the store before it sends what the outbox holds.
+fills the outbox. It knows no sockets. Its caller commits the store before it sends what the outbox holds.
 
 Longer than other files, so that all that may happen to a job stands side by side.
 """
@@ -107,7 +107,7 @@ class Engine:
     # -- workers come and go --------------------------------------------------------------------
 
     def ready(self, worker: Worker, ready: Ready) -> None:
-        """A worker is free, unless it names its task; if it drops a task without a word, that has failed."""
+        """Take a worker as free, unless it names its task; a task that it drops without a word has failed."""
         if worker.task and ready.current_task is None:
             self._fail(worker, worker.task, f"{worker.hello.name} dropped it", retry=True)
         worker.device_map = ready.device_map or worker.device_map
@@ -125,7 +125,7 @@ class Engine:
             self._claimed(worker, *ready.current_task)
 
     def _claimed(self, worker: Worker, job_id: str, stage: Stage, attempt: int) -> None:
-        """A worker that has come back has a task: it goes on, unless another worker has begun it."""
+        """Let a worker that has come back go on with its task, unless another worker has begun it."""
         job = self.job_queue.jobs.get(job_id)
         task = TaskKey(job=job_id, stage=stage, attempt=attempt)
         if job is None or job.worker or (job.stage, worker.hello.stage) != (stage, stage):
@@ -137,7 +137,7 @@ class Engine:
         self.happened(job, transitions.Claimed(worker.id, attempt))
 
     def lose_worker(self, worker: Worker, reason: str) -> None:
-        """A worker is gone without a word; its task is tried again.
+        """Take out a worker that is gone without a word; its task is tried again.
 
         What it holds of a GPU counts until its process is known to be gone.
         """
@@ -146,7 +146,7 @@ class Engine:
             self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
     def bury(self, worker: Worker, blameless: bool) -> None:
-        """A worker's process has ended; `blameless` if its task can't have been the cause."""
+        """Take out a worker whose process has ended; `blameless` if its task can't have been the cause."""
         if blameless:
             self.dismiss_worker(worker)
         else:
@@ -154,7 +154,7 @@ class Engine:
         self.leasing.buried(worker.hello.host, worker.hello.pid)
 
     def dismiss_worker(self, worker: Worker) -> None:
-        """A worker leaves in good order; its task waits again."""
+        """Take out a worker that leaves in good order; its task waits again."""
         self._take_out(worker)
         if worker.task and (job := self._current(worker, worker.task)):
             self.happened(job, transitions.HandedBack())
@@ -165,7 +165,7 @@ class Engine:
         self.leasing.moved()
 
     def leased(self, worker: Worker, leased: Leased) -> None:
-        """A worker has done what its lease said; or could not, which is a failure of what waited for it."""
+        """Settle a worker's lease; one that it could not take is a failure of the job that waited for it."""
         if not self.leasing.leased(worker, leased):
             self.lose_worker(worker, "answered a lease with another")
             return
@@ -176,7 +176,7 @@ class Engine:
         self.fleet.ready(worker)
 
     def _give_up(self, worker: Worker, reason: str) -> None:
-        """No task that waits for this worker can ever be done."""
+        """Fail the jobs that a worker can never do, unless another process has workers of its stage and model."""
         log.error("%s", reason)
         stage, model = worker.hello.stage, worker.model
         alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, model)]
@@ -204,7 +204,7 @@ class Engine:
         self._skip_text_if_known(job)
 
     def _skip_text_if_known(self, job: LiveJob) -> LiveJob:
-        """No text worker is needed where the prompt's embeddings are there."""
+        """Skip the text stage where the prompt's embeddings are there."""
         following = USUAL_NEXT["text"]
         if job.stage != "text" or following is None or not self.store.artifacts.has("text", job.text_key):
             return job
@@ -218,7 +218,7 @@ class Engine:
     # -- what workers say of their tasks --------------------------------------------------------
 
     def progress(self, worker: Worker, task: Progress, tensors: tuple[Tensor, ...]) -> None:
-        """Steps are done; a checkpoint is kept before anybody hears of them."""
+        """Note the steps that are done; a checkpoint is kept before anybody hears of them."""
         job = self._current(worker, task)
         if job is None:
             return
@@ -277,7 +277,7 @@ class Engine:
                 self.happened(job, transitions.PicturesDropped())
 
     def failed(self, worker: Worker, failure: TaskFailed) -> None:
-        """An attempt failed. One that had too little memory is no failure where more can be had."""
+        """Note a failed attempt. One that had too little memory is no failure where more can be had."""
         job, reason = self._current(worker, failure), f"{worker.hello.name}: {failure.reason}"
         if job is None:
             return

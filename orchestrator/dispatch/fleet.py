@@ -48,12 +48,12 @@ class Worker:
 
     @property
     def proven(self) -> bool:
-        """It works: it has done a task, or has been ready for a while."""
+        """Return whether it is known to work: it has done a task, or has been ready for a while."""
         return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
 
     @property
     def gpus(self) -> tuple[GpuId, ...]:
-        """Those whose memory is leased to its process, if they are this stack's."""
+        """The GPUs whose memory is leased to its process, if they are this stack's."""
         return tuple(GpuId(self.hello.host, number) for number in self.hello.gpus)
 
     @property
@@ -100,7 +100,7 @@ class Fleet:
         self._idle[worker.identity] = worker
 
     def swap(self, worker: Worker) -> None:
-        """Its lease changes; it says when it is done."""
+        """Mark a worker whose lease changes as swapping; it says when it is done."""
         del self._idle[worker.identity]
         worker.state, worker.pace, worker.moved = "swapping", None, time.monotonic()
 
@@ -114,7 +114,7 @@ class Fleet:
         self._idle.pop(worker.identity, None)
 
     def idle(self) -> list[IdleWorker]:
-        """Without those whose process's lease is being changed."""
+        """Return the idle workers, without those whose process's lease is being changed."""
         found: list[IdleWorker] = []
         for worker in self._idle.values():
             first = self.first(worker)
@@ -123,7 +123,7 @@ class Fleet:
         return found
 
     def first(self, worker: Worker) -> Worker | None:
-        """Return the one, of the workers that its process is, that has their lease."""
+        """Return the one of its process's workers that has their lease."""
         if not worker.hello.part:
             return worker
         return next((w for w in self.of_process(worker.hello.host, worker.hello.pid) if not w.hello.part), None)

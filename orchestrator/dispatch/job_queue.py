@@ -40,7 +40,7 @@ class JobQueue:
     # -- coming, moving and going ---------------------------------------------------------------
 
     def add(self, job: LiveJob) -> None:
-        """A job begins, or is there again: it waits at its stage."""
+        """Add a job that begins, or is there again: it waits at its stage."""
         self.jobs[job.id] = job
         self._quotas.add(job)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
@@ -80,12 +80,12 @@ class JobQueue:
     # -- waiting for a moment -------------------------------------------------------------------
 
     def end_delays(self) -> None:
-        """Those whose moment is over wait at their stages."""
+        """Let jobs whose delay is over wait at their stages."""
         for job_id in self._delays.take():
             self.queues.add(self.jobs[job_id])
 
     def next_due(self) -> float | None:
-        """Monotonic seconds when the next moment is over."""
+        """Monotonic seconds when the next delay is over; None if there is none."""
         return self._delays.next()
 
 

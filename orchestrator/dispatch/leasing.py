@@ -1,4 +1,4 @@
-"""Between the engine and the scheduler: what workers need, hold and are lent of their GPUs."""
+"""The link between the engine and the scheduler: what workers need, hold and are lent of their GPUs."""
 
 import math
 import time
@@ -58,7 +58,7 @@ class Leasing:
     # -- workers come, and go -------------------------------------------------------------------
 
     def ready(self, worker: Worker, ready: Ready) -> None:
-        """A worker that works in leases has joined, with what it holds; or has done a task."""
+        """Book what a worker that works in leases holds as it joins; or its contexts, after a task."""
         gpus, jobs = worker.gpus, worker.hello.parts
         if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
             contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
@@ -75,7 +75,7 @@ class Leasing:
             self.ledger.has_worked(worker.id, ready.context_bytes)
 
     def hopeless(self, worker: Worker) -> str:
-        """Why a worker can never do anything; empty if it can."""
+        """Return why a worker can never do anything; empty if it can."""
         for holding in self.ledger.holdings.get(worker.id, ()):
             room = self.ledger.available(holding.gpu)
             if room < holding.needs.least:
@@ -114,7 +114,7 @@ class Leasing:
         return actions
 
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
-        """All as it is, but for the tasks of drained stages, whose workers give their memory to others."""
+        """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self.accounts.concerned({worker.holder for worker in idle}))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
@@ -133,7 +133,7 @@ class Leasing:
         )
 
     def moved(self) -> None:
-        """A task came nearer to its end, or a worker came or went."""
+        """Note that a task came nearer to its end, or that a worker came or went."""
         self._standstill.moved()
 
     def _holders(self, gpus: Container[GpuId]) -> list[LeasedWorker]:
@@ -177,7 +177,7 @@ class Leasing:
         return max(able, key=lambda holder: holder.most or 0, default=None)
 
     def _workspace(self, recipe: Recipe, roomiest: LeasedWorker | None) -> int:
-        """At most what can be had at all: a VAE makes do with it, and a denoiser shows whether it is enough."""
+        """Cap a task's workspace at what can be had: a VAE makes do with it, a denoiser shows whether it is enough."""
         if roomiest is None:
             return 0
         needs = max((h.needs for h in self.ledger.holdings[roomiest.id]), key=lambda needs: needs.workspace)
@@ -187,13 +187,13 @@ class Leasing:
     # -- leases ---------------------------------------------------------------------------------
 
     def lend(self, worker: Worker, lend: ChangeLease) -> SetLease:
-        """Book it; the message to be sent."""
+        """Book a lease; return the message to be sent."""
         self.ledger.lend(worker.id, lend.leases)
         self._fleet.swap(worker)
         return SetLease(leases=lend.leases)
 
     def leased(self, worker: Worker, leased: Leased) -> bool:
-        """A worker has done what its lease said; False if that is not what it was told."""
+        """Settle a worker's lease by its answer; return False if that is not what it was told."""
         holdings = self.ledger.holdings.get(worker.id, ())
         asked = tuple(holding.asked or NOTHING for holding in holdings)
         nothing = (NOTHING,) * len(holdings)
@@ -208,7 +208,7 @@ class Leasing:
         return True
 
     def more(self, worker: Worker) -> bool:
-        """Whether a task that finds too little memory in this worker's lease could have more, here or elsewhere."""
+        """Return whether a task that finds too little memory in a worker's lease could have more, here or elsewhere."""
         holdings = self.held(worker)
         if not holdings:
             return False
@@ -217,7 +217,7 @@ class Leasing:
         return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
 
     def held(self, worker: Worker) -> Sequence[Holding]:
-        """By the process that a worker is, or is a part of; nothing where it works in memory of its own."""
+        """Return what the process of a worker holds; nothing where it works in memory of its own."""
         first = self._fleet.first(worker)
         return self.ledger.holdings.get(first.id, ()) if first else ()
 
@@ -241,14 +241,14 @@ class Leasing:
                 self._remember_step_seconds(key, seconds / steps)
 
     def shortage(self, worker: Worker, recipe: Recipe) -> bool:
-        """A task has found too little; whether another try will find more."""
+        """Learn from a task that found too little memory; return whether another try will find more."""
         first, more = self._fleet.first(worker), self.more(worker)
         if more and first:
             self.learn(worker, recipe, self.ledger.after_shortage(first.id))
         return more
 
     def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
-        """By what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
+        """Judge by what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
         key = ModelKey.of_recipe(recipe)
         processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
         for stage in STAGES:
@@ -272,5 +272,5 @@ class Leasing:
 
 
 def ghost(hello: WorkerHello) -> str:
-    """Under which a process holds memory that has left the stack, but may not have ended."""
+    """Return the name under which a process that has left the stack, but may not have ended, holds memory."""
     return f"{hello.host}/{hello.pid}"

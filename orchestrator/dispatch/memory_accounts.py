@@ -31,7 +31,7 @@ class MemoryAccounts:
         return [worker for worker in self._fleet if worker.id in names]
 
     def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
-        """Why a stage's task can't have the GPU memory that it needs: who holds what, and what is missing."""
+        """Say why a stage's task can't have the GPU memory it needs: what each worker holds, and what is missing."""
         mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
         names = {worker.id: worker.hello.name for worker in self._fleet}
         told: list[str] = []
@@ -47,7 +47,7 @@ class MemoryAccounts:
         return "it can't have the GPU memory that it needs. " + "; ".join(told)
 
     def _account_of(self, gpu: GpuId, names: Mapping[str, str]) -> str:
-        """A GPU's budget, by who has what of it."""
+        """Describe a GPU's budget, by what each worker has of it."""
         account, rows = self._ledger.accounts[gpu], self._ledger.holdings.items()
         here = [
             (names.get(worker, "an ended process"), h) for worker, holdings in rows for h in holdings if h.gpu == gpu
@@ -63,7 +63,7 @@ class MemoryAccounts:
         return told
 
     def concerned(self, holders: Container[str]) -> set[GpuId]:
-        """GPUs of these, and of all that lie on one of theirs and on others."""
+        """Return the GPUs of these holders, and of all holders that lie on one of those and on others."""
         everybody = [{holding.gpu for holding in holdings} for holdings in self._ledger.holdings.values()]
         gpus = {h.gpu for worker, holdings in self._ledger.holdings.items() if worker in holders for h in holdings}
         spread = [demands for demands in everybody if len(demands) > 1]

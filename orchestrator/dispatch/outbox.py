@@ -24,7 +24,7 @@ class Outbox:
     _events: dict[tuple[bytes, str], Letter] = field(default_factory=dict)  # by client and job: the newest says it all
 
     def to_worker(self, identity: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:
-        """Also to the supervisor, which sits at the same socket."""
+        """Put in a message to a worker, or to the supervisor, which sits at the same socket."""
         letters = self._tasks if isinstance(message, Task | SetLease) else self._letters
         letters.append(Letter(True, identity, message, tensors))
 
@@ -36,12 +36,12 @@ class Outbox:
             self._letters.append(letter)
 
     def drain_tasks(self) -> Iterator[Letter]:
-        """Tasks may go before the commit: a crash hands them out again, and their results then count for nothing."""
+        """Take tasks, even before the commit: a crash hands them out again; their results then count for nothing."""
         letters, self._tasks = self._tasks, []
         return iter(letters)
 
     def drain(self) -> Iterator[Letter]:
-        """All the rest, answers before events."""
+        """Take out all the rest, answers before events."""
         letters, self._letters = [*self._letters, *self._events.values()], []
         self._events.clear()
         return iter(letters)

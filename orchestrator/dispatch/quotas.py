@@ -30,7 +30,7 @@ class Quotas:
         self._free, self._looked = 0, -LOOK_SECONDS
 
     def add(self, job: LiveJob, by: int = 1) -> None:
-        """A job begins, or ends."""
+        """Count a job that begins, or with `by` -1 one that ends."""
         self.jobs += by
         self.request_bytes += by * len(job.request)
         self._of[job.owner] += by
@@ -38,7 +38,7 @@ class Quotas:
             del self._of[job.owner]
 
     def check(self, requests: Sequence[JobRequest], owner: Principal, earlier: int = 0) -> None:
-        """Whether so many more may come, after so many `earlier` ones; QueueFull says what is in the way."""
+        """Check that so many more may come, after so many `earlier` ones; QueueFull says what is in the way."""
         limits, count = self._settings, len(requests) + earlier
         if self.jobs + count > limits.queue_limit:
             raise QueueFull(
@@ -92,6 +92,6 @@ class Quotas:
         return self._buckets.setdefault(owner.name, TokenBucket(rate, burst=rate * 60))
 
     def spend(self, count: int, owner: Principal) -> None:
-        """So many of a client's jobs were let in; the local user has no rate to keep to."""
+        """Count so many of a client's jobs as let in; the local user has no rate to keep to."""
         if isinstance(owner, KeyHolder):
             self._bucket(owner).take(count)

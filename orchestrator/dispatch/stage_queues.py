@@ -35,11 +35,11 @@ class StageQueues:
         return self._since[job_id]
 
     def at(self, stage: Stage, model: ModelKey) -> int:
-        """How many wait there."""
+        """Return how many jobs wait at a stage for a model."""
         return len(self._lists.get((stage, model), ()))
 
     def ahead_of(self, job: LiveJob) -> int:
-        """How many jobs are served before this one at its stage."""
+        """Return how many jobs are served before this one at its stage."""
         return bisect.bisect_left(self._lists.get((job.stage, job.model), []), (job.order, job.id))
 
     def first(self, stage: Stage, model: ModelKey, count: int) -> list[str]:

@@ -1,7 +1,7 @@
-"""Whether tasks that wait come nearer to their end: pure but for a clock that numbers the looks.
+"""Detection of tasks that wait and come no nearer to their end: pure but for a clock that numbers the looks.
 
-A place (a stage of a model) stands still if its tasks wait, nobody works on the GPUs that its workers use, and the same
-state is met again and again: who holds how much, what is kept and free, which task comes first. With leases that go to
+A place (a stage of a model) stands still if its tasks wait, no worker is busy on the GPUs of its workers, and the same
+state is met again and again: how much each holds, what is kept and free, which task comes first. With leases that go to
 and fro each meeting counts. Where nothing is done at all, one meeting a tick counts, since memory may come free outside
 of the stack, and a task's patience may end.
 """
@@ -41,7 +41,7 @@ class Standstill:
     _met: dict[Hashable, Meetings] = field(default_factory=dict)
 
     def moved(self) -> None:
-        """Something came nearer to its end, or somebody came or went."""
+        """Forget all meetings: a task came nearer to its end, or a worker came or went."""
         self._met.clear()
 
     def look(self, snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy) -> list[Place]:
@@ -64,7 +64,7 @@ class Standstill:
 def waiting_in_vain(
     snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy
 ) -> Iterator[tuple[Place, list[LeasedWorker]]]:
-    """Places whose tasks wait while nobody works on their GPUs, each with all who hold memory there."""
+    """Yield places whose tasks wait while no worker is busy on their GPUs, each with all workers in leases there."""
     assigned = {action.job for action in actions if isinstance(action, Assign)}
     for place, tasks in snapshot.waiting.items():
         mine = [holder for holder in snapshot.holders.values() if (holder.stage, holder.model) == place]
@@ -80,7 +80,7 @@ def waiting_in_vain(
 
 
 def state_of(snapshot: Snapshot, place: Place, there: Sequence[LeasedWorker]) -> Hashable:
-    """All that decides what can be done for a place, but for the time that passes."""
+    """Return all that decides what can be done for a place, but for the time that passes."""
     demands = tuple((h.id, tuple((gpu, d.lease, d.weight_bytes) for gpu, d in h.demands.items())) for h in there)
     gpus = {gpu for holder in there for gpu in holder.demands}
     spaces = tuple((gpu, snapshot.gpus[gpu]) for gpu in sorted(gpus) if gpu in snapshot.gpus)
@@ -89,7 +89,7 @@ def state_of(snapshot: Snapshot, place: Place, there: Sequence[LeasedWorker]) ->
 
 
 def quiet_ticks(snapshot: Snapshot, ids: Collection[str]) -> int:
-    """How long to wait where nothing is done."""
+    """Return how many ticks to wait where nothing is done."""
     waiting = {
         place: [replace(task, waited=float("inf")) for task in tasks] for place, tasks in snapshot.waiting.items()
     }

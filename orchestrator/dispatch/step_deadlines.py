@@ -1,4 +1,4 @@
-"""How long a step of a task takes, learned as steps come; and which worker has been at one for too long."""
+"""Deadlines of a task's steps, learned as steps come; and the workers that have been at one for too long."""
 
 import time
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ class StepDeadlines:
         return stage, ModelKey.of_recipe(recipe), recipe.width * recipe.height * recipe.num_images
 
     def moved(self, worker: Worker, recipe: Recipe, step: int) -> None:
-        """A worker has come to a step of its task."""
+        """Note that a worker has come to a step of its task."""
         now = time.monotonic()
         if worker.task and step > worker.step:
             key = self.key(worker.task.stage, recipe)

@@ -1,4 +1,4 @@
-"""Which clients want to hear of which jobs."""
+"""The clients that want to hear of each job."""
 
 from collections import defaultdict
 

@@ -98,14 +98,14 @@ class TaskDispatch:
         return self._store.artifacts.get("latents", job.id)
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
-        """An attempt has failed, or a job's wait for one."""
+        """Let a job's attempt fail, or its wait for one."""
         log.warning("%s failed: %s", job.stage, reason, extra={"job": job.id})
         self._happened(job, transitions.Failed(reason, retry, time.time()))
 
     # -- where nothing moves --------------------------------------------------------------------
 
     def _end_standstill(self, places: Sequence[Place]) -> None:
-        """Tasks wait and nothing changes: start those anew that keep memory; else the first tasks fail, with why."""
+        """End a standstill: start workers anew that keep memory; else let the first tasks fail, with the reason."""
         self._leasing.moved()
         firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
         if any(self.start_anew(self._leasing.accounts.keeping(*place), f"{place[0]} {job}") for place, job in firsts):

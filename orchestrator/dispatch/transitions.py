@@ -1,4 +1,4 @@
-"""How a job moves: a pure function of the job and of what has happened. The engine applies what comes of it.
+"""The moves of a job: a pure function of the job and of what has happened. The engine applies what comes of it.
 
 A job waits at a stage until a worker has its task. Each task has a number of its own (`attempt`); a stage's result
 counts once. What a job leaves on the way is dropped here when nobody needs it any more.
@@ -37,7 +37,7 @@ class Claimed:
 
 @dataclass(frozen=True, slots=True)
 class StepsDone:
-    """So many steps; `saved` of them are in a checkpoint that was kept just now, 0 if none was."""
+    """Steps are done, `step` so far; `saved` of them are in a checkpoint that was kept just now, 0 if none was."""
 
     step: int
     saved: int = 0
@@ -194,12 +194,12 @@ def _visited(
 
 
 def _handed_back(job: LiveJob, **fields: Any) -> LiveJob:
-    """The stage waits again, from where it had come to."""
+    """Let the stage wait again, from where it had come to."""
     return job._replace(worker=None, step=job.saved, **fields)
 
 
 def _failed(job: LiveJob, event: Failed) -> Changes:
-    """An attempt that came further than the last one is the first one again: it may not be the job's fault."""
+    """Count an attempt that came further than the last one as the first one again: it may not be the job's fault."""
     reasons = (*job.reasons, f"{job.stage}, attempt {job.attempt}: {event.reason}")[-KEEP_REASONS:]
     failures = (0 if job.saved > job.saved_at_failure else job.failures) + 1
     told: dict[str, Any] = {"reasons": reasons, "failures": failures, "saved_at_failure": job.saved}
@@ -209,7 +209,7 @@ def _failed(job: LiveJob, event: Failed) -> Changes:
 
 
 def _ended(job: LiveJob, state: JobState, now: float, **fields: Any) -> Changes:
-    """A failed job keeps its last visit's artifact, from which it may be tried again."""
+    """End a job; a failed one keeps its last visit's artifact, from which it may be tried again."""
     drop: tuple[ArtifactKind, ...] = ("checkpoint",) if job.saved else ()
     if state != "failed":
         drop = (*drop, "latents")
@@ -217,7 +217,7 @@ def _ended(job: LiveJob, state: JobState, now: float, **fields: Any) -> Changes:
 
 
 def _back_to_the_visit_before(job: LiveJob) -> LiveJob:
-    """Equal recipes give equal bits, so nothing is lost by doing it again."""
+    """Send a job back to the visit before: equal recipes give equal bits, so nothing is lost by doing it again."""
     *earlier, lost = job.records
     return job._replace(stage=lost.stage, records=tuple(earlier), visits_left=None)
 

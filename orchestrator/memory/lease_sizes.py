@@ -1,9 +1,9 @@
 """The sizes of leases of a GPU: pure arithmetic on what its workers need.
 
-Where all fit, all are in. Where they don't, who lies on several GPUs is in first, but for the least of the others. Of
-those one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long
-as the largest still has a quarter of its weights in place: streaming the rest costs little up to there. What finds no
-room takes turns.
+If all fit, all are in. If not, workers on several GPUs are in first, but for the least of the others. Of the others
+one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long as the
+largest still has a quarter of its weights in place: streaming the rest costs little up to there. Workers that find no
+room take turns.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ LEAST_IN_PLACE = 0.25  # of the largest one's weights, for others to stay beside
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes; `least` of weights is where all that can be is streamed."""
+    """A worker's need of a GPU, in bytes; `least` of weights is where all that can be is streamed."""
 
     weights: int
     least: int
@@ -32,14 +32,14 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class LeaseSize:
-    """Bytes that a worker may have: `shared`, whoever else works; and at most, `exclusive`; 0 if it can't fit."""
+    """Bytes that a worker may have: `shared`, whatever others do; and at most, `exclusive`; 0 if it can't fit."""
 
     shared: int
     exclusive: int
 
 
 def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSize]:
-    """For each worker of a GPU with `available` bytes; all `shared` fit it together, and any one's turn with them."""
+    """Return each worker's size on a GPU of `available` bytes; all `shared` fit together, with any one `exclusive`."""
     if sum(need.whole for need in needs.values()) <= available:
         return {name: LeaseSize(need.whole, need.whole) for name, need in needs.items()}
     spread = {name: need for name, need in needs.items() if need.spread}

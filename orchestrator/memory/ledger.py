@@ -1,7 +1,7 @@
 """The ledger of each GPU's budget: contexts as measured, leases as given, and workspace as learned.
 
-The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back. Who
-lies on several GPUs has a holding of each.
+The sum never passes the budget. A worker's lease counts from before it is told until after it has given it back. A
+worker on several GPUs has a holding of each.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from protocol.stages import Stage
 
 
 def no_driver() -> None:
-    """Nobody counts what is in use."""
+    """Return None: no driver counts what is in use."""
 
 
 @dataclass(slots=True)
@@ -64,7 +64,7 @@ class Holding:
         return max(self.lease, self.asked.bytes if self.asked else 0)
 
     def keeps(self, size: int) -> None:
-        """A new measurement of what it keeps takes the place of the last one."""
+        """Replace the last measurement of the bytes that it keeps."""
         self.grown += size > self.kept + WORTH_TELLING and self.kept > 0
         self.kept = size
 
@@ -100,7 +100,7 @@ class Ledger:
         self.holdings.pop(worker, None)
 
     def orphan(self, worker: str, ghost: str) -> None:
-        """A worker has left, and its process may still hold its memory."""
+        """Move the holdings of a worker that has left to `ghost`: its process may still hold its memory."""
         if holdings := self.holdings.pop(worker, None):
             self.holdings[ghost] = holdings
 
@@ -146,7 +146,7 @@ class Ledger:
             holding.asked = lease
 
     def settled(self, worker: str, leases: Sequence[Lease], kept: Sequence[int]) -> None:
-        """A worker has what `leases` say, and holds `kept` beside it; no `kept` is nothing."""
+        """Book that a worker has what `leases` say, and holds `kept` beside it; no `kept` is nothing."""
         holdings = self.holdings[worker]
         for holding, lease, left in zip(holdings, leases, kept or [0] * len(holdings), strict=True):
             holding.lease, holding.weight_bytes, holding.asked = lease.bytes, lease.weight_bytes, None
@@ -154,7 +154,7 @@ class Ledger:
             holding.since = time.monotonic()
 
     def has_worked(self, worker: str, contexts: Sequence[int]) -> None:
-        """After a task: the contexts are measured anew."""
+        """Book a worker's contexts, measured anew after a task."""
         for holding, context in zip(self.holdings.get(worker, ()), contexts, strict=False):
             if context:
                 holding.worked, holding.context = True, context

@@ -1,4 +1,4 @@
-"""Under which keys it is kept what a task takes: its workspace in bytes, and the seconds of its steps."""
+"""The keys under which is kept what a task takes: its workspace in bytes, and the seconds of its steps."""
 
 import json
 
@@ -22,12 +22,12 @@ def place_key(stage: Stage, model: ModelKey) -> str:
 
 
 def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
-    """Under which it is kept what a task of this size takes beside its stage's weights."""
+    """Return the key of what a task of this size takes beside its stage's weights."""
     size = (recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale is not None) if stage != "text" else ()
     return f"{place_key(stage, model)[:-1]}, {json.dumps(size)}, {pixels_at_once(stage, recipe)}]"
 
 
 def step_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
-    """Under which the seconds of a step are kept; a text encoder's don't depend on the picture."""
+    """Return the key of the seconds of a step; a text encoder's don't depend on the picture."""
     size = (recipe.width, recipe.height, recipe.num_images) if stage != "text" else ()
     return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, recipe.true_cfg, gpu])

@@ -13,7 +13,7 @@ from protocol.units import format_bytes
 
 
 def check_budgets(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
-    """BadRequest or DoesNotFit where a budget makes no sense."""
+    """Raise BadRequest or DoesNotFit where a budget makes no sense."""
     by_index = {gpu.index: gpu for gpu in gpus}
     playing = stand_ins(config)
     if unknown := [index for index in config.gpus if index not in by_index and index not in playing]:
@@ -33,7 +33,7 @@ def check_budgets(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
 
 
 def accounts(posts: Sequence[Post], hardware: Hardware, gpus: Sequence[GpuInfo]) -> dict[int, AccountSettings]:
-    """By GPU, those on which workers work in leases; DoesNotFit where others leave nothing of one."""
+    """Return the accounts by GPU, where workers work in leases; DoesNotFit where others leave nothing of one."""
     foreign = {gpu.index: gpu.total_bytes - gpu.free_bytes for gpu in gpus}
     found: dict[int, AccountSettings] = {}
     for card in hardware.cards:

@@ -31,7 +31,7 @@ class GpuRate:
 
     @property
     def to_peer(self) -> float:
-        """Bytes a second between two of them."""
+        """Bytes a second between two such GPUs."""
         return self.peer or self.link / 2
 
     def of(self, stage: Stage, compiled: bool = False) -> float:
@@ -84,7 +84,7 @@ STAND_IN = GpuRate(1e11, 1e11, 1e11, 1e11, 10e9, 0, known=False)  # a CPU that p
 
 
 def rate_of(name: str) -> GpuRate:
-    """By the driver's name for a GPU, such as 'NVIDIA GeForce RTX 4080 SUPER'."""
+    """Return the rate of a GPU by the driver's name for it, such as 'NVIDIA GeForce RTX 4080 SUPER'."""
     plain = name.replace(" ", "").lower()
     fitting = [known for known in BY_NAME if known.replace(" ", "").lower() in plain]
     return BY_NAME[max(fitting, key=len)] if fitting else UNKNOWN

@@ -27,7 +27,7 @@ class Card:
 
     @property
     def stands_in(self) -> bool:
-        """It is a CPU's memory."""
+        """Return whether it is a CPU's memory."""
         return self.rate is STAND_IN
 
     def flops(self, stage: Stage, compiled: bool = False) -> float:
@@ -50,7 +50,7 @@ class Hardware:
 
 
 def this_hardware(gpus: Sequence[GpuInfo], budgets: Mapping[int, int | None], stand_ins: Sequence[int]) -> Hardware:
-    """As the driver tells of it; `budgets` in bytes by GPU, none for all that is free; a CPU may stand in for some."""
+    """Return what the driver tells; `budgets` in bytes by GPU, none: all that is free; a CPU may stand in for some."""
     cards = [_card(gpu, budgets.get(gpu.index)) for gpu in gpus if gpu.index not in stand_ins]
     cards += [Card(index, "CPU that stands in for a GPU", budgets.get(index) or 0, STAND_IN) for index in stand_ins]
     ram, cores = host()
@@ -71,7 +71,7 @@ def imagined(gpus: str, budgets: Mapping[int, int | None] = MappingProxyType({})
 
 
 def with_link(hardware: Hardware, link: str) -> Hardware:
-    """The same with '25GB/s' to each GPU; BadRequest."""
+    """Return the hardware with a link such as '25GB/s' to each GPU; BadRequest."""
     amount = link[:-2].strip()
     well = link.endswith("/s") and re.fullmatch(r"\d+(\.\d+)?\s*[kKMGT]?i?B", amount)
     rate = float(parse_bytes(amount)) if well else 0.0

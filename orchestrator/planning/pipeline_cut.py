@@ -57,7 +57,7 @@ class Stretches:
         return (self._flop[end] - self._flop[start]) / gpu.flops
 
     def part(self, start: int, end: int, gpu: SplitGpu) -> Part | None:
-        """None where they can't even be streamed."""
+        """Return the part of these blocks; None where they can't even be streamed."""
         load = self.load(start, end)
         how = streaming(load, gpu.room)
         if how is None:
@@ -92,7 +92,7 @@ def best_cut(profile: StageProfile, gpus: Sequence[SplitGpu]) -> list[Part] | No
 
 
 def parts_of(profile: StageProfile, counts: Sequence[int], gpus: Sequence[SplitGpu]) -> list[Part] | None:
-    """Those of a given cut; None where one can't be."""
+    """Return the parts of a given cut; None where one can't be."""
     stretches = Stretches(profile)
     ends = list(itertools.accumulate(counts))
     rows = zip([0, *ends[:-1]], ends, gpus, strict=True)

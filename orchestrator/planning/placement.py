@@ -1,4 +1,4 @@
-"""Which worker processes there are to be, and which GPUs each uses: all that a configuration leaves open.
+"""The worker processes that there are to be, and the GPUs that each uses: all that a configuration leaves open.
 
 Pure: it knows how many GPUs there are, nothing of what fits them. `plan` judges what is offered here.
 """
@@ -20,7 +20,7 @@ IN_FLIGHT = 2  # jobs at once in a denoiser that is split, so that no GPU waits 
 
 @dataclass(frozen=True, slots=True)
 class Post:
-    """One worker process. `memory` is in bytes of each of its GPUs; who works in leases of one has no amount of it."""
+    """A worker process. `memory` is in bytes of each of its GPUs, and empty where it works in leases of one GPU."""
 
     stage: Stage
     kind: Kind
@@ -38,13 +38,13 @@ class Post:
 
     @property
     def leased(self) -> bool:
-        """Its memory is lent to it, so that it gives it back when it has long been idle, or others need it more."""
+        """Return whether its memory is lent: it gives it back when it has long been idle, or others need it more."""
         together = self.kind in ("tensor", "context") or bool(self.cut)
         return self.kind == "leases" or (together and bool(self.memory) and not self.given)
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """Bytes of each of its GPUs that nobody else is ever lent."""
+        """Bytes of each of its GPUs that no other worker is ever lent."""
         return () if self.leased else self.memory
 
 
@@ -71,7 +71,7 @@ def _stands_in(stage: StageConfig) -> tuple[int, ...]:
 
 
 def stage_gpus(stage: StageConfig, cards: Sequence[int]) -> StageGpus:
-    """`cards` are the driver's GPUs."""
+    """Find the GPUs that a stage may use; `cards` are the driver's GPUs."""
     kind, _, numbers = stage.device.partition(":")
     if kind == "cpu" and numbers:
         return StageGpus("cpu", _stands_in(stage), True)
@@ -138,7 +138,7 @@ def leased(stage: Stage, where: StageGpus, gpus: Sequence[int]) -> Posts:
 
 
 def subsets(gpus: Sequence[int]) -> list[tuple[int, ...]]:
-    """The larger ones first."""
+    """Return all subsets but the empty one, the larger ones first."""
     return [chosen for size in range(len(gpus), 0, -1) for chosen in combinations(gpus, size)]
 
 

@@ -46,7 +46,7 @@ def choose(config: StackConfig, profile: ModelProfile, hardware: Hardware, terms
 
 
 def check(config: StackConfig, hardware: Hardware) -> None:
-    """That all the GPUs are there that the configuration names, and can do what it wants of them; BadRequest."""
+    """Check that all the GPUs that the configuration names are there, and can do what it wants of them; BadRequest."""
     there = {card.index for card in hardware.cards}
     for stage in STAGES:
         where = stage_gpus(config.stage(stage), tuple(there))
@@ -102,7 +102,7 @@ def _look(
 
 
 def cards_of(config: StackConfig, hardware: Hardware) -> list[int]:
-    """The driver's GPUs; a CPU that stands in for one is used by who asks for it."""
+    """The driver's GPUs; a CPU that stands in for one is used by the stages that ask for it."""
     return [card.index for card in hardware.cards if card.index not in stand_ins(config)]
 
 
@@ -127,7 +127,7 @@ def counts(profile: ModelProfile, hardware: Hardware) -> dict[Stage, int]:
 
 
 def _score(prediction: Prediction, optimize: str) -> tuple[float, float, int]:
-    """The less the better; of equal ones, those with fewer GPUs and processes."""
+    """Score a prediction: the less the better; of equal ones, those with fewer GPUs and processes."""
     size = len({gpu for work in prediction.work for gpu in work.post.gpus}) + len(prediction.work)
     first, second = prediction.job_seconds, prediction.latency
     if optimize == "latency":
@@ -151,7 +151,7 @@ def best_of_kinds(config: StackConfig, found: Sequence[Prediction]) -> tuple[tup
 
 
 def _why(config: StackConfig, kinds: Sequence[tuple[str, Prediction]]) -> str:
-    """The first kind, and the others beside it."""
+    """Name the first kind, with the seconds of each kind where there are others."""
     fast, best = config.optimize == "throughput", kinds[0][0]
     parts = [f"{kind} {p.picture_seconds if fast else p.latency:.2f}" for kind, p in kinds]
     said = "seconds a picture" if fast else "seconds for a single job"
@@ -223,7 +223,7 @@ def _better(
 
 
 def _says_which(config: StackConfig) -> bool:
-    """Whether the configuration names its GPUs, or what it takes of each, so that another one would not be used."""
+    """Return whether the configuration names its GPUs, or what it takes of each, so that another would not be used."""
     stages = [config.stage(stage) for stage in STAGES]
     return any(stage.gpus is not None or len(stage.max_memory) > 1 for stage in stages)
 

@@ -1,7 +1,7 @@
 """The prediction for a placement: what fits where, what is streamed, seconds a step, a picture and a job.
 
 Pure arithmetic on a model's profile and the GPUs' rates, by the rules that leases are given by. Longer than other
-files: each kind of placement is predicted from the same book of who has what, and they are read beside each other.
+files: each kind of placement is predicted from the same book of workers' bytes, and they are read beside each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ class Prediction:
 
 
 def predict(profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> Prediction:
-    """DoesNotFit, with what would, where a worker can never do anything."""
+    """Predict what a placement will do; DoesNotFit, with what would, where a worker can never do anything."""
     book = Book(profile, hardware, posts, terms)
     settled = [book.settle(post) for post in posts]
     work = [book.work(number, post) for number, post in enumerate(settled)]
@@ -83,14 +83,14 @@ class Book:
     # -- what each needs ------------------------------------------------------------------------
 
     def workspace(self, stage: Stage, card: Card) -> int:
-        """Bytes that a lease has for it, as the ledger counts."""
+        """Bytes that a lease has for a stage's workspace, as the ledger counts."""
         if card.stands_in:
             return 0
         seen = self.terms.workspaces.get(stage) or int(self.profile.stage(stage).largest * WORKSPACE)
         return int(seen * MARGIN) + ROUNDING
 
     def own_workspace(self, post: Post, card: Card) -> int:
-        """The same of a worker that keeps its memory."""
+        """Bytes of workspace, for all its jobs, of a worker that keeps its memory."""
         return self.workspace(post.stage, card) * post.jobs
 
     def context(self, post: Post, card: Card) -> int:
@@ -118,7 +118,7 @@ class Book:
     # -- who keeps what -------------------------------------------------------------------------
 
     def settle(self, post: Post) -> Post:
-        """With the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
+        """Return a post with the memory that it keeps of its GPUs, if it keeps some and that isn't said yet."""
         cards = [self.hardware.card(gpu) for gpu in post.gpus]
         if post.kind in ("leases", "host", "own"):
             return post
@@ -152,7 +152,7 @@ class Book:
         return with_memory(post, [min(pair) for pair in zip(free, most, strict=True)], workspace=max(spaces))
 
     def _check_shares(self, post: Post) -> None:
-        """DoesNotFit where heads, or with context parallel tokens, can't be shared out evenly."""
+        """Raise DoesNotFit where heads, or with context parallel tokens, can't be shared out evenly."""
         profile, recipe, ranks = self.profile.stage(post.stage), self.profile.recipe, len(post.gpus)
         multiple = self.profile.model.size_multiple
         tokens = (recipe.width // multiple) * (recipe.height // multiple) if post.kind == "context" else 0
@@ -164,14 +164,14 @@ class Book:
                 )
 
     def _has_rows(self, post: Post) -> bool:
-        """It is one denoiser, whose blocks are simply one after the other."""
+        """Return whether it is one denoiser, whose blocks are simply one after the other."""
         profile = self.profile.stage(post.stage)
         names = [block.name for block in profile.blocks]
         alone = post.stage == "denoise" and len(profile.components) == 1
         return alone and bool(names) and all(name.count(".") == 1 for name in names)
 
     def _cut(self, post: Post, cards: Sequence[Card], free: Sequence[int]) -> Post:
-        """By time, with the memory that its parts take of what is free; as it is where accelerate will cut it."""
+        """Cut by time, with the memory that the parts take of what is free; leave it where accelerate will cut it."""
         if not self._has_rows(post):
             return post
         profile = self.profile.stage(post.stage)
@@ -205,7 +205,7 @@ class Book:
     # -- how they will do -----------------------------------------------------------------------
 
     def work(self, number: int, post: Post) -> PlannedWorker:
-        """How a settled post will do; `number` is its place among all."""
+        """Predict how a settled post will do; `number` is its place among all."""
         profile = self.profile.stage(post.stage)
         cards = [self.hardware.card(gpu) for gpu in post.gpus]
         match post.kind:
@@ -228,7 +228,7 @@ class Book:
     def _alone(
         self, post: Post, profile: StageProfile, card: Card, memory: int, parts: int
     ) -> tuple[GpuUse, float, float]:
-        """A rank of several, or one that has memory of its own: its share, bytes streamed and seconds a pass."""
+        """Predict a rank of several, or one with memory of its own: its share, bytes streamed and seconds a pass."""
         workspace = self.own_workspace(post, card)
         compute = profile.flop / card.flops(post.stage, self.terms.compiled)
         exchanged = len(profile.blocks) * profile.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer

@@ -1,4 +1,4 @@
-"""From a configuration to what is started on this machine: every worker's place, what can be leased, and the plan."""
+"""All that a configuration starts on this machine: every worker's place, what can be leased, and the plan."""
 
 import os
 import sys
@@ -43,7 +43,7 @@ class StackPlan:
 
 
 def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> StackPlan:
-    """By the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    """Place a stack's workers by the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
     dtype = stack_dtype(config, bool(gpus))
     check_devices(config, gpus)
     check_budgets(config, gpus)
@@ -66,7 +66,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
 
 
 def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
-    """BadRequest where a stage is to use a kind of device that isn't here."""
+    """Raise BadRequest where a stage is to use a kind of device that isn't here."""
     for stage in STAGES:
         device = config.stage(stage).device.partition(":")[0]
         if device == "cuda" and not gpus and not any(map(os.path.exists, DRIVERS)):
@@ -82,7 +82,7 @@ def first(config: StackConfig, gpus: Sequence[GpuInfo]) -> tuple[Post, ...]:
 
 
 def peopled(config: StackConfig) -> StackConfig:
-    """With a worker for stages that have none."""
+    """Return the configuration with a worker for stages that have none."""
     stages = {s: v.model_copy(update={"workers": v.workers or None}) for s, v in config.stages.items()}
     return config.model_copy(update={"stages": stages})
 

@@ -1,4 +1,4 @@
-"""How much of a model must be streamed through a GPU that doesn't hold it, and what that costs: by arithmetic.
+"""The part of a model that must be streamed through a GPU that doesn't hold it, and its cost: by arithmetic.
 
 `workers.weights.streaming` decides it weight by weight, once there are weights; this is what it comes to.
 """
@@ -40,7 +40,7 @@ class Load:
 
 
 def load_of(profile: StageProfile) -> Load:
-    """All of a stage's."""
+    """Return the load of all of a stage's weights."""
     most = sum(block.bytes - block.once for block in profile.blocks)
     return Load(profile.weights, profile.least, profile.once, profile.loose, most, len(profile.blocks))
 

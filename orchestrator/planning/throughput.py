@@ -40,12 +40,12 @@ class PlannedWorker:
     busy: tuple[float, ...] = ()  # seconds a job on each of its GPUs, where they work one after the other
 
     def busy_on(self, gpu: int) -> float:
-        """Seconds a job."""
+        """Seconds that a GPU is busy with a job."""
         return self.busy[self.post.gpus.index(gpu)] if self.busy else self.seconds
 
 
 def latency(work: Sequence[PlannedWorker]) -> float:
-    """Seconds of one job in a stack that waits for it: the quickest worker of each stage, its turn included."""
+    """Seconds of one job in a stack that waits for it: the quickest worker of each stage, its swap included."""
     total = OVERHEAD_SECONDS
     for stage in STAGES:
         mine = [one.seconds + one.swap_seconds for one in work if one.post.stage == stage]

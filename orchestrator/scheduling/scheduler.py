@@ -94,7 +94,7 @@ def startable(
 
 
 def gpu_groups(snapshot: Snapshot) -> Iterator[tuple[set[GpuId], list[LeasedWorker]]]:
-    """GPUs that must be looked at as one, since somebody lies on several of them; and who is there."""
+    """Yield GPUs that must be looked at as one, since a worker lies on several of them; and the workers there."""
     groups = {gpu: {gpu} for gpu in snapshot.gpus}
     for holder in snapshot.holders.values():
         if len(holder.demands) == 1:
@@ -115,7 +115,7 @@ def gpu_groups(snapshot: Snapshot) -> Iterator[tuple[set[GpuId], list[LeasedWork
 def pair(
     idle: Sequence[IdleWorker], tasks: Sequence[WaitingTask], holders: Mapping[str, LeasedWorker]
 ) -> tuple[list[Assign], list[WaitingTask]]:
-    """Tasks in their order to workers in theirs, and the tasks left over. A lease must cover its worker's task.
+    """Pair tasks in their order with workers in theirs; return the tasks left over, too. A lease must cover its task.
 
     Only a worker that can never have the room that a task takes may take a later one before it.
     """

@@ -112,7 +112,7 @@ class ChangeLease:
 
     @property
     def bytes(self) -> int:
-        """0 where it is to give back everything."""
+        """Bytes of the leases together; 0 where it is to give back everything."""
         return sum(lease.bytes for lease in self.leases)
 
     @property

@@ -16,7 +16,7 @@ WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
 
 
 class Swaps:
-    """The swaps on GPUs that belong together: what is `lent`, and who is `yielding`, so that he gets no more tasks."""
+    """The swaps on GPUs that belong together: the leases `lent`, and workers `yielding`, which get no more tasks."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Swaps:
                 self._take_back(max(there, key=lambda holder: holder.demands[gpu].lease))
 
     def _widen(self) -> None:
-        """More room for those that have streamed more than they would have to, before their next task."""
+        """Lend more room to workers that have streamed more than they would have to, before their next task."""
         for holder in self._idle_holders():
             sizes = {gpu: self._size(holder, gpu).exclusive for gpu in holder.demands}
             weights = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.demands.items()}
@@ -73,7 +73,7 @@ class Swaps:
                 self.yielding.add(holder.id)
 
     def _settle_down(self) -> None:
-        """Those that will never have to go come in at once."""
+        """Lend at once to workers that will never have to go."""
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
@@ -88,7 +88,7 @@ class Swaps:
         return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
-        """Those that waited too long first, by how long; else those nearest to their end."""
+        """Return a sort key: tasks that waited too long first, by how long; else those nearest to their end."""
         late = self._overdue(want)
         return not late, -want.task.waited if late else 0.0, want.task.distance
 
@@ -96,7 +96,7 @@ class Swaps:
         return want.task.waited > self.patience
 
     def _grant(self, want: Want) -> bool:
-        """Lend as much as there is for it; at most its turn, at least what it may have beside others."""
+        """Lend as much as there is for it; at most its exclusive size, at least its shared one."""
         holder, sizes = want.holder, {}
         for gpu, demand in holder.demands.items():
             lease_size = self._size(holder, gpu)
@@ -184,6 +184,6 @@ class Swaps:
         self.lent.append(ChangeLease(holder.id, leases))
 
     def _take_back(self, holder: LeasedWorker) -> None:
-        """The memory is free only once the worker has given it back."""
+        """Take back a worker's lease; the memory is free only once it has given it back."""
         self.lent.append(ChangeLease(holder.id, (NOTHING,) * len(holder.demands)))
         self.yielding.add(holder.id)

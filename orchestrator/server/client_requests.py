@@ -97,7 +97,7 @@ class ClientRequests:
             self._reply(peer.identity, error_message(error, question.request))
 
     def unpark(self) -> None:
-        """More is known of the model, or of prompts: take the submissions that waited for it, if they can be judged."""
+        """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
         parked, self._parked = self._parked, {}
         for (peer, _), submit in parked.items():
             self.answer(peer, submit)

@@ -86,7 +86,7 @@ class Server:
         return math.ceil(left * 1000)
 
     def _shut_out(self) -> None:
-        """Those whose keys were revoked get nothing more, and their word counts for nothing."""
+        """Shut out peers whose keys were revoked: they get nothing more, and their word counts for nothing."""
         for peer in self._sockets.shut_out():
             self.engine.subscriptions.forget_client(peer)
             self._workers.shut_out(peer)

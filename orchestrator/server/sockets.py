@@ -100,7 +100,7 @@ class Sockets:
         return entry.name
 
     def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
-        """As sockets.send; to one whose key was revoked nothing goes."""
+        """Send as sockets.send does; to a peer whose key was revoked nothing goes."""
         bound = self._bound[peer[0]]
         if bound.guarded and self._gate.entry(self._keys.get(peer, ""), bound.role) is None:
             raise zmq.ZMQError(zmq.EHOSTUNREACH)
@@ -116,7 +116,7 @@ class Sockets:
         return gone
 
     def _admit(self) -> None:
-        """Answer libzmq's questions about who wants to come in (ZAP, RFC 27): by key and role alone."""
+        """Answer libzmq's questions about peers that want to come in (ZAP, RFC 27): by key and role alone."""
         while True:
             try:
                 version, number, domain, address, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)

@@ -25,11 +25,11 @@ class SupervisorLink:
         self._identity = identity
 
     def is_here(self, identity: bytes) -> bool:
-        """Whether a message is the present supervisor's."""
+        """Return whether a message is the present supervisor's."""
         return identity == self._identity
 
     def gone(self) -> None:
-        """It can't be reached."""
+        """Forget the supervisor, which can't be reached."""
         self._identity = None
 
     def keeps(self, processes: Processes) -> None:
@@ -38,7 +38,7 @@ class SupervisorLink:
     # -- what it is to do -----------------------------------------------------------------------
 
     def check(self, stage: Stage) -> None:
-        """NotFound where there is no supervisor, so that workers are started by hand."""
+        """Raise NotFound where there is no supervisor, so that workers are started by hand."""
         if self._identity is None:
             raise NotFound(
                 "This stack runs without a supervisor.",
@@ -49,7 +49,7 @@ class SupervisorLink:
         self._tell(SetScale(stage=stage, count=count))
 
     def kill(self, pid: int, reason: str) -> None:
-        """End a process of its own; nothing happens if it isn't, or there is no supervisor."""
+        """Have the supervisor end a process of its own; nothing happens if it isn't one, or there is no supervisor."""
         self._tell(KillProcess(pid=pid, reason=reason))
 
     def restart(self, stage: Stage) -> None:

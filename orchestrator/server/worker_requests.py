@@ -127,7 +127,7 @@ class WorkerRequests:
     # -- those that are gone --------------------------------------------------------------------
 
     def _bury(self, pids: Sequence[int], stopped: Sequence[int]) -> None:
-        """The supervisor saw these processes end: their tasks need not wait for silence."""
+        """Take out the workers of processes that the supervisor saw end: their tasks need not wait for silence."""
         for pid in pids:
             for worker in self._engine.fleet.of_process(HOST, pid):
                 self._engine.bury(worker, blameless=pid in stopped)
@@ -135,7 +135,7 @@ class WorkerRequests:
             self._describer.gone(pid)
 
     def unreachable(self, identity: bytes) -> None:
-        """A message could not be sent: a worker that is gone loses its task."""
+        """Count a peer as gone that a message could not be sent to: a worker that is gone loses its task."""
         if worker := self._engine.fleet.workers.get(identity):
             log.warning("%s can't be reached", worker.hello.name)
             self._engine.lose_worker(worker, "could not be reached")
@@ -143,7 +143,7 @@ class WorkerRequests:
             self._supervisor.gone()
 
     def shut_out(self, identity: bytes) -> None:
-        """Its key was revoked."""
+        """Take out a worker whose key was revoked."""
         if worker := self._engine.fleet.workers.get(identity):
             log.warning("the key of %s was revoked", worker.hello.name)
             self._engine.lose_worker(worker, "lost its key")

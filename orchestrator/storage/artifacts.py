@@ -52,7 +52,7 @@ class Artifacts:
                 path.unlink(missing_ok=True)
 
     def make_safe(self) -> None:
-        """Before the transaction that names them: see that files are on the disk. StateUnusable: there is no room."""
+        """See that files are on the disk, before the transaction that names them. StateUnusable: there is no room."""
         while self._unsafe:
             path = self._unsafe.pop()
             try:
@@ -65,7 +65,7 @@ class Artifacts:
                 raise unwritable(path, error) from error
 
     def committed(self) -> None:
-        """The transaction is safe: remove the files that it let go."""
+        """Remove the files that the transaction let go, once it is safe."""
         while self._doomed:
             self._doomed.pop().unlink(missing_ok=True)
 
@@ -93,7 +93,7 @@ class Artifacts:
 
     @staticmethod
     def _write_file(path: Path, tensors: Sequence[Tensor]) -> None:
-        """A new file; its folder is made again if somebody has removed it."""
+        """Write a new file; its folder is made again if somebody has removed it."""
         try:
             path.parent.mkdir(exist_ok=True, mode=0o700)
             with path.open("xb") as out:

@@ -43,10 +43,10 @@ DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 class Database:
-    """Statements gather in one transaction until `commit`."""
+    """The SQLite database; its statements gather in one transaction until `commit`."""
 
     def __init__(self, path: Path | None) -> None:
-        """None is for one in memory, which keeps nothing.
+        """Open a database; None is for one in memory, which keeps nothing.
 
         Raises:
             StateDamaged: the file is not what was written.
@@ -82,7 +82,7 @@ class Database:
             self._db.executescript(f"BEGIN IMMEDIATE; PRAGMA user_version={version}; COMMIT;")
 
     def _check(self) -> None:
-        """The jobs must be sound; an artifact is checked when it is read."""
+        """Check that the jobs are sound; an artifact is checked when it is read."""
         (found,) = self._db.execute("PRAGMA quick_check(jobs)").fetchone()
         if found != "ok":
             raise damaged(self.path, found)
@@ -92,7 +92,7 @@ class Database:
         self._db.close()
 
     def write(self, sql: str, values: Sequence[object] = ()) -> int:
-        """How many rows it changed."""
+        """Run a statement; return how many rows it changed."""
         with explained(self.path):
             if not self._writing:
                 self._db.execute("BEGIN IMMEDIATE")
@@ -140,7 +140,7 @@ class Database:
     # -- backups --------------------------------------------------------------------------------
 
     def back_up(self, to: Path) -> None:
-        """A copy of all but artifacts, whole or not at all, as of the last commit."""
+        """Copy all but artifacts, whole or not at all, as of the last commit."""
         draft = to.with_name(f"{to.name}.new")
         draft.unlink(missing_ok=True)
         self.commit()
@@ -156,7 +156,7 @@ class Database:
 
 
 def restore(path: Path, backup: Path) -> Path | None:
-    """Put a backup's jobs in the place of a database, which is put aside; where it is then, if there was one."""
+    """Put a backup's jobs in the place of a database, which is put aside; return where it is then, if there was one."""
     if not backup.exists():
         raise StateUnusable(f"There is no backup {str(backup)!r}.", "Give another folder with --state DIR.")
     aside = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
@@ -192,7 +192,7 @@ def peek(path: Path, sql: str) -> list[tuple[Any, ...]]:
 
 @contextlib.contextmanager
 def explained(path: Path | None) -> Iterator[None]:
-    """SQLite's errors as ours."""
+    """Raise SQLite's errors as ours: StateDamaged, StateUnusable."""
     try:
         yield
     except sqlite3.Error as error:

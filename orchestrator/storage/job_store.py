@@ -25,7 +25,7 @@ class Store:
     """The only place where the orchestrator keeps what must outlive it."""
 
     def __init__(self, database: Path | None, artifacts: Path) -> None:
-        """No database: nothing outlives it. StateDamaged, StateUnusable."""
+        """Open the store; without a database nothing outlives it. StateDamaged, StateUnusable."""
         self._db = Database(database)
         self.artifacts = Artifacts(self._db, artifacts)
         self._changed: dict[int, LiveJob] = {}  # to be written at the next commit, however often they changed
@@ -50,12 +50,12 @@ class Store:
         self._db.reclaim()
 
     def write_anew(self) -> None:
-        """The database's file was removed beneath it: write it again, with all that was committed."""
+        """Write the database's file again, which was removed beneath it, with all that was committed."""
         self.commit()
         self._db.write_anew()
 
     def back_up(self, to: Path) -> None:
-        """A copy of the jobs, beside the database."""
+        """Copy the jobs, beside the database."""
         self.commit()
         self._db.back_up(to)
 
@@ -81,7 +81,7 @@ class Store:
         self._noted.pop(job.number, None)
 
     def note(self, job: LiveJob) -> None:
-        """A change that a crash may take back: nobody was promised it, but whoever looks sees it."""
+        """Note a change that a crash may take back: nobody was promised it, but whoever looks sees it."""
         (self._changed if job.number in self._changed else self._noted)[job.number] = job
 
     def _flush(self) -> None:
@@ -107,7 +107,7 @@ class Store:
     def newest(
         self, states: Sequence[JobState], limit: int, owner: Principal | None = None, before: int = 0
     ) -> Iterator[LiveJob]:
-        """Newest first; of one owner, or of all; those with numbers below `before`, 0: of all."""
+        """Find jobs, newest first; of one owner, or of all; those with numbers below `before`, 0: of all."""
         wanted = [f"state IN ({','.join('?' * len(states))})"] if states else []
         values: list[object] = [*states]
         if owner is not None:
@@ -167,7 +167,7 @@ class Store:
         self._db.write("INSERT OR REPLACE INTO workspaces VALUES(?,?)", (key, size))
 
     def remember_step_seconds(self, key: str, seconds: float) -> None:
-        """The shortest that a stage's step took; see `experience`."""
+        """Keep the shortest seconds that a stage's step took; see `experience`."""
         self._db.write(
             "INSERT INTO paces VALUES(?,?) ON CONFLICT(key) DO UPDATE SET seconds=min(seconds, excluded.seconds)",
             (key, seconds),

@@ -153,7 +153,7 @@ class Child:
             os.close(end)
 
     def _is_hopeless(self, code: int, before: str) -> bool:
-        """Whether another start would end as this one, and the one `before`."""
+        """Return whether another start would end as this one, and the one `before`."""
         if code in UNRECOVERABLE:
             return not self.ever_proven or (not self.essential and self.failures >= MOST_REFUSED)
         if self.ever_proven:
@@ -175,7 +175,7 @@ class Child:
         )
 
     def open_log(self) -> BinaryIO:
-        """To append to; its folder is made again if somebody has removed it."""
+        """Open the log to append to; its folder is made again if somebody has removed it."""
         self.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return self.log.open("ab")
 
@@ -188,7 +188,7 @@ class Child:
 
 
 def exit_reason(code: int, log: Path) -> str:
-    """Why a process ended that left no report, with the last line of its log where it failed by itself."""
+    """Say why a process ended that left no report, with the last line of its log where it failed by itself."""
     if code < 0:
         return f"killed by signal {-code}"
     if code == 0:

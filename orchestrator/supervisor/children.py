@@ -111,7 +111,7 @@ class Children:
         return min(due + [at for _, at in self.leaving], default=None)
 
     def _spawn(self, child: Child, report: int) -> Process | None:
-        """By the fork server, which is itself followed by its twin; None: it has to start anew."""
+        """Start a child by the fork server, which is itself followed by its twin; None: it has to start anew."""
         if child is self.forks.child:
             return self.forks.succeed()
         return self.forks.spawn(child, report) if child.forked else None
@@ -146,7 +146,7 @@ class Children:
             self.leaving.append((child, time.monotonic() + GRACE_SECONDS))
 
     def prove(self, pids: tuple[int, ...]) -> None:
-        """The orchestrator says that these processes work."""
+        """Mark processes as proven, since the orchestrator says that they work."""
         for child in self:
             if child.process is not None and child.process.pid in pids:
                 child.proven = child.ever_proven = True

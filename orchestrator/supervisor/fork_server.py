@@ -23,7 +23,7 @@ AFTER_SECONDS = 10.0  # that a spare process leaves to the first workers
 
 
 class Forked:
-    """A process that is not this one's by birth, but by adoption; as subprocess.Popen, as far as it is used."""
+    """A process that is this one's child by adoption, not by birth; as subprocess.Popen, as far as it is used."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -80,7 +80,7 @@ class ForkServer:
 
     @staticmethod
     def possible() -> bool:
-        """Whether this system can hand a grandchild over to its supervisor; asks it to. TRIPTYCH_FORK=0 says no."""
+        """Ask this system to give grandchildren to their supervisor; return whether it can. TRIPTYCH_FORK=0 says no."""
         return (
             os.environ.get("TRIPTYCH_FORK") != "0"
             and sys.platform == "linux"
@@ -92,7 +92,7 @@ class ForkServer:
         return self.child.state == "running" and not self.ready
 
     def _connect(self) -> None:
-        """Before each start of the child: a new pair of sockets."""
+        """Make a new pair of sockets, before each start of the child."""
         self._hang_up()
         self.link, self._far_end = socket.socketpair(socket.AF_UNIX, self.kind)
         descriptor = self._far_end.fileno()
@@ -111,7 +111,7 @@ class ForkServer:
                 self.ready = len(self.link.recv(PID.size, socket.MSG_DONTWAIT)) == PID.size
 
     def keep_twin(self) -> None:
-        """See that there is one; call often."""
+        """See that there is a twin; call often."""
         if self._twin and self._twin[0].poll() is not None:
             self._twin[1].close()
             self._twin = None
@@ -129,7 +129,7 @@ class ForkServer:
             far.close()
 
     def succeed(self) -> Process | None:
-        """The twin, in its place; None if there is none."""
+        """Put the twin in its place and return it; None if there is none."""
         if self._twin is None:
             return None
         self._hang_up()
@@ -137,7 +137,7 @@ class ForkServer:
         return process
 
     def spawn(self, child: Child, report: int) -> Process | None:
-        """A worker's process, which gets the write end `report`; None if the server is gone."""
+        """Fork a worker's process, which gets the write end `report`; None if the server is gone."""
         if not self.ready or self.link is None:
             return None
         request = msgpack.packb([child.spec.encode(), child.environment])
@@ -150,7 +150,7 @@ class ForkServer:
             return None
 
     def _give_up(self) -> None:
-        """It forks nothing, or too late, so that its answers can no longer be told apart."""
+        """Kill the server: it forks nothing, or too late, so that its answers can no longer be told apart."""
         self.child.put_down("it did not fork")
         self.lost()
 
@@ -183,7 +183,7 @@ class ForkServer:
 
 
 class Spare(ForkServer):
-    """One process that has imported everything waits for the next worker to be started, and becomes it.
+    """A process that has imported everything, waits for the next worker to be started, and becomes it.
 
     It comes once the workers of a new stack have started by themselves, which they do side by side.
     """
@@ -198,11 +198,11 @@ class Spare(ForkServer):
 
     @property
     def starting(self) -> bool:
-        """Nobody waits for it."""
+        """Return False: no child waits for it."""
         return False
 
     def keep_twin(self) -> None:
-        """It forks nothing."""
+        """Do nothing: a spare process forks nothing."""
 
     def _started(self, link: socket.socket) -> Process | None:
         process, self.child.process = self.child.process, None

@@ -36,7 +36,7 @@ class OrchestratorLink:
         self._stopped.append(pid)
 
     def hello_again(self) -> None:
-        """Another orchestrator comes: say hello to it at once."""
+        """Say hello at once, since another orchestrator comes."""
         self._said_hello = 0.0
 
     def tell(self, views: Sequence[ProcessView]) -> None:

@@ -61,7 +61,7 @@ class Supervisor:
         self._noticed: dict[str, str] = {}  # why children ended last, by name: what lasts is said once
 
     def run(self) -> int:
-        """Until a signal, whose number it returns, or `stop()`: 0. Raises what keeps a stage from ever starting."""
+        """Run until a signal, whose number it returns, or `stop()`: 0. Raises what keeps a stage from ever starting."""
         with self._signals(), contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self.folder.lock("supervisor"))
             try:
@@ -95,7 +95,7 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
 
     def _look_down(self, stack: contextlib.ExitStack) -> None:
-        """Once a second: logs that have grown long, and the lock, which somebody may have removed with its folder."""
+        """Look once a second at logs that have grown long, and at the lock, which may be removed with its folder."""
         now = time.monotonic()
         if now - self._looked_down < HELLO_SECONDS:
             return
@@ -112,7 +112,7 @@ class Supervisor:
         log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
 
     def _wait(self) -> None:
-        """Until a signal, a child's end, a message, or the next thing that is due."""
+        """Wait for a signal, a child's end, a message, or the next thing that is due."""
         due = [child.stopped + STOPPED_SECONDS for child in self._children if child.stopped]
         if (next_start := self._children.next_due()) is not None:
             due.append(next_start)
@@ -207,7 +207,7 @@ class Supervisor:
                 self._children.prove(pids)
 
     def _shut_down(self) -> None:
-        """Workers first, so that they hand back what they have; the orchestrator commits and goes last."""
+        """Stop workers first, so that they hand back what they have; the orchestrator commits and goes last."""
         self.notice("stopping")
         children, deadline = self._children, time.monotonic() + GRACE_SECONDS
         workers = [child for stage in STAGES for child in children.workers[stage]]

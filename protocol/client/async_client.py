@@ -42,7 +42,7 @@ class AsyncInbox:
 
 
 class AsyncLink:
-    """One socket, read by a task of its own; many questions and listeners may be open at once."""
+    """A socket, read by a task of its own; many questions and listeners may be open at once."""
 
     def __init__(self, where: str, key: Any, timeout: float) -> None:
         self._where, self._key, self._timeout = where, key, timeout
@@ -129,7 +129,7 @@ class AsyncLink:
 
 
 class AsyncClient(Calls):
-    """As Client, with every method awaited. Use it as an async context manager."""
+    """A client like Client, with every method awaited. Use it as an async context manager."""
 
     def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
         where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)

@@ -95,7 +95,7 @@ class Calls:
         return accepted
 
     async def job(self, job_id: str) -> Job:
-        """How a job stands; NotFound."""
+        """Return a job as it stands; NotFound."""
         return (await self._jobs(GetJobs, jobs=(job_id,)))[0]
 
     async def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:

@@ -76,7 +76,7 @@ class BlockingLink:
         return None
 
     def keep(self, jobs: Sequence[str]) -> None:
-        """All events are kept here: they come only of jobs that are watched."""
+        """Do nothing: all events are kept here, and they come only of jobs that are watched."""
 
     @contextlib.contextmanager
     def listen(self, jobs: Container[str]) -> Iterator["BlockingLink"]:
@@ -148,7 +148,7 @@ class Client:
         return run(self._calls.submit_many(requests, timeout, watch))
 
     def job(self, job_id: str) -> Job:
-        """How a job stands; NotFound."""
+        """Return a job as it stands; NotFound."""
         return run(self._calls.job(job_id))
 
     def jobs(self, states: Sequence[JobState] = (), limit: int = 100) -> list[Job]:
@@ -211,5 +211,5 @@ class Client:
 
 
 def milliseconds(limit: float) -> int:
-    """From now to a moment of the monotonic clock."""
+    """Return the milliseconds from now to a moment of the monotonic clock."""
     return max(0, int((limit - time.monotonic()) * 1000) + 1)

@@ -49,7 +49,7 @@ def reach(state: Path | None) -> tuple[str, PeerKey | None]:
 
 
 def no_answer(endpoint: str, key: PeerKey | None) -> NoStack:
-    """Nothing came of the connection. A server says nothing to keys that it doesn't let in."""
+    """Return the error for a failed connection. A server says nothing to keys that it doesn't let in."""
     if key is None:
         return no_stack(f"at {endpoint}")
     return NoStack(

@@ -103,7 +103,7 @@ def chunks(requests: Sequence[JobRequest]) -> list[tuple[int, dict[str, Any]]]:
 
 @contextlib.contextmanager
 def located(start: int, accepted: Sequence[Job]) -> Iterator[None]:
-    """Errors of a part of a submission, as of the whole; what was accepted before is told."""
+    """Raise errors of a part of a submission as those of the whole; what was accepted before is told."""
     try:
         yield
     except TriptychError as error:

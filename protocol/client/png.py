@@ -1,4 +1,4 @@
-"""From the frame that a stack sends to Pillow images, and PNG files that carry their whole recipe."""
+"""Pillow images from the frame that a stack sends, and PNG files that carry their whole recipe."""
 
 import contextlib
 import json
@@ -57,7 +57,7 @@ def quoted(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """How a PNG's picture was made: which one of a job's it is, counted from 0, and what each stage ran on."""
+    """The making of a PNG's picture: which one of a job's it is, counted from 0, and what each stage ran on."""
 
     recipe: Recipe
     index: int
@@ -100,7 +100,7 @@ def put_in_place(path: Path) -> Iterator[Path]:
 
 
 def read_recipe(path: Path) -> Made:
-    """How the picture in a PNG that Triptych wrote was made; BadRequest."""
+    """Return how the picture in a PNG that Triptych wrote was made; BadRequest."""
     try:
         with Image.open(path, formats=("PNG",)) as image:  # its header and texts, within Pillow's limits; no pixels
             chunk = image.info.get(CHUNK)

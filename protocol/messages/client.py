@@ -100,7 +100,7 @@ class Jobs(Message):
 
 
 class JobEvent(Message):
-    """Something moved in a watched job; `step` counts within `state`."""
+    """A change in a watched job; `step` counts within `state`."""
 
     kind = "job-event"
     job: JobId
@@ -153,7 +153,7 @@ class Collected(Message):
 
 
 class Done(Message):
-    """It was done; nothing more to say."""
+    """The answer to a question that was done, with nothing more to say."""
 
     kind = "done"
     request: Count

@@ -38,7 +38,7 @@ class Error(Message):
 
 
 class Heartbeat(Message):
-    """From the worker's own loop, every second or so."""
+    """A sign of life from the worker's own loop, every second or so."""
 
     kind = "heartbeat"
     rss_bytes: Count
@@ -51,14 +51,14 @@ class Welcome(Message):
 
 
 class Beat(Message):
-    """Answer to a heartbeat, or to the supervisor's hello: who hears none knows that something is wrong."""
+    """Answer to a heartbeat, or to the supervisor's hello: a peer that hears none knows that something is wrong."""
 
     kind = "beat"
     proven: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()  # processes that work; to a supervisor
 
 
 class TaskKey(Message):
-    """Which try of which stage of which job a message is about."""
+    """The job, the stage and the number of the try that a message is about."""
 
     job: JobId
     stage: Stage

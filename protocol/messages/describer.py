@@ -20,7 +20,7 @@ class DescriberHello(Message):
 
 
 class TokenCounts(Message):
-    """How many tokens each text of a question has; none, and why, where they can't be counted."""
+    """The number of tokens of each text of a question; none, and the reason, where they can't be counted."""
 
     kind = "token-counts"
     request: Count

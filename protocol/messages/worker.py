@@ -46,7 +46,7 @@ class WorkerHello(Message):
 class Ready(Message):
     """The model is loaded and the worker is free: exactly one task, or a lease, may come.
 
-    With `current_task` they are not: a worker that has come back still works at that task, or has its result.
+    With `current_task` it is not: a worker that has come back still works at that task, or has its result.
     """
 
     kind = "ready"
@@ -109,7 +109,7 @@ class WorkerGoodbye(Message):
 
 
 class Task(TaskKey):
-    """One stage of one job; the tensors of the stage before it lie beside it."""
+    """A stage of a job to be done; the tensors of the stage before it lie beside it."""
 
     kind = "task"
     recipe: Recipe
@@ -117,7 +117,7 @@ class Task(TaskKey):
 
 
 class SetLease(Message):
-    """From now on a worker may use so much of its GPUs; of nothing, it gives all back. Only free workers get it."""
+    """The bytes of its GPUs that a worker may use from now on; of nothing, it gives all back. Only free ones get it."""
 
     kind = "lease"
     leases: Leases  # one for each GPU, all of them of something or all of nothing

@@ -152,7 +152,7 @@ class Bench:
         return tuple(text.run(self.recipe, (), quiet).tensors)
 
     def swaps(self, residency: Residency, link: float) -> None:
-        """Drivers clear memory in the background once it is let go, for which they use the GPU's copy engines, too."""
+        """Time swaps. Drivers clear memory in the background once it is let go, with the GPU's copy engines, too."""
         out: list[float] = []
         for pause, where in ((0.5, "free for half a second"), (0.0, "let go just now")):
             into = []
@@ -227,7 +227,7 @@ class Bench:
         row(what="whole picture, text and denoiser taking turns", s=seconds, goal_s=5.8, equal=equal)
 
     def save(self, path: Path, seconds: float) -> None:
-        """For the stack's rows, which come from another process."""
+        """Save the picture and its seconds for the stack's rows, which come from another process."""
         np.savez(path, picture=self.picture, seconds=seconds)
 
 

@@ -33,7 +33,7 @@ QUEUE = 6  # jobs for each GPU
 
 
 def reference_recipe(model: Path, device: str, size: int, steps: int, card: int, result: Path) -> None:
-    """The recipe, twice; and the same picture by one process on one GPU, whose pixels and seconds are kept."""
+    """Time the recipe, twice, and the same picture by one process on one GPU, whose pixels and seconds are kept."""
     cuda = device.startswith("cuda")
     options: dict[str, Any] = {"height": size, "width": size, "num_inference_steps": steps, "guidance_scale": GUIDANCE}
 
@@ -71,7 +71,7 @@ def reference_recipe(model: Path, device: str, size: int, steps: int, card: int,
 def recipe(
     model: Path, cuda: bool, card: int, options: dict[str, Any], generator: Any, release: Any, marks: list[float]
 ) -> Any:
-    """Its picture; `marks` gets the moments when its parts are done."""
+    """Run the recipe, and return its picture; `marks` gets the moments when its parts are done."""
     text = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=torch.bfloat16)
     text.to("cuda:0" if cuda else "cpu")
     embeds, pooled, _ = text.encode_prompt(PROMPT, None)

@@ -60,7 +60,7 @@ def tell_end(process: psutil.Process, killed: float, gone: list[float]) -> None:
 
 
 class StackBench:
-    """`plain` is what the same picture takes in one process, in seconds, and `picture` its pixels.
+    """Rows of whole stacks. `plain` is the seconds of the same picture in one process, and `picture` its pixels.
 
     Without CUDA a CPU plays all of `gpus`.
     """
@@ -119,7 +119,7 @@ class StackBench:
             row(what=worker.name, lease_GB=tuple(held), context_GB=tuple(contexts), **weights)
 
     def new_request(self, seed: int = 1) -> JobRequest:
-        """With a prompt that was never seen."""
+        """Make a request with a prompt that was never seen."""
         self.prompts += 1
         return JobRequest(prompt=f"a large red circle at the top left, number {self.prompts}", seed=seed, **self.recipe)
 
@@ -173,7 +173,7 @@ class StackBench:
         client.wait(job.id)
 
     def turns(self, budget: int, prompt: str) -> None:
-        """One GPU that can't hold text encoders and denoiser; new prompts, one after the other."""
+        """Measure one GPU that can't hold text encoders and denoiser; new prompts, one after the other."""
         with self.stack(budget) as client:
             differing = self.differing(client, prompt)
             times, stages = zip(*[self.one(client) for _ in range(3)], strict=True)

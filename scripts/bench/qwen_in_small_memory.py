@@ -38,7 +38,7 @@ SEED = 7
 
 
 def tokenizer() -> Qwen2Tokenizer:
-    """One token a byte: random weights know no words."""
+    """Make a tokenizer of one token a byte: random weights know no words."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = sorted(bytes_to_unicode().values())

@@ -90,7 +90,7 @@ def plain_pipeline() -> Callable[[str, int], Any]:
 
 
 def prompts(count: int, turn: str) -> list[str]:
-    """Different for every turn, so that no embedding is cached."""
+    """Return prompts, different for every turn, so that no embedding is cached."""
     return [f"{PROMPT.format(COLORS[i % len(COLORS)])} {turn} {i}" for i in range(count)]
 
 

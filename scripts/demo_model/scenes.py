@@ -75,7 +75,7 @@ JOINS = (" and ", " and ", " and ", ", ", " with ", " next to ", " plus ")
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object; an index of -1 stands for an attribute that the prompt leaves open."""
+    """An object; an index of -1 stands for an attribute that the prompt leaves open."""
 
     color: int
     shape: int
@@ -90,7 +90,7 @@ class Scene:
 
 
 def held_out(color: int, shape: int, size: int, place: int) -> bool:
-    """Combinations that training never shows: eight (color, shape) pairs, a tenth of (shape, size, place)."""
+    """Return whether training never shows this: eight (color, shape) pairs, a tenth of (shape, size, place)."""
     return shape == (3 * color + 1) % 8 or (shape * 31 + size * 17 + place * 7) % 10 == 0
 
 
@@ -182,7 +182,7 @@ def random_scene(rng: random.Random, full: bool = False) -> Scene:
 
 
 def overlaps(scene: Scene, margin: float = 0.02) -> bool:
-    """Whether two fully given objects would touch."""
+    """Return whether two fully given objects would touch."""
     if len(scene.things) < 2:
         return False
     (ax, ay), (bx, by) = (center_of(thing.place) for thing in scene.things)

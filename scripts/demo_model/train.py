@@ -34,7 +34,7 @@ DEFAULTS = {"width": 128, "height": 128, "num_inference_steps": 10, "max_sequenc
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """One shape of training batch; only the first is compiled, since compiling the rare ones costs what it gains."""
+    """A shape of training batch; only the first is compiled, since compiling the rare ones costs what it gains."""
 
     height: int
     width: int

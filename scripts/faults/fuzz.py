@@ -48,7 +48,7 @@ def pack(parts: Sequence[Part]) -> bytes:
 
 
 def parts_of(data: bytes) -> Iterator[Part]:
-    """Any bytes as a conversation."""
+    """Read any bytes as a conversation."""
     at = 0
     while at + 2 <= len(data):
         who, count = data[at] % (2 * PEERS), data[at + 1] % 8
@@ -85,7 +85,7 @@ class Finding(logging.Handler):
 
 
 def orchestrator() -> Callable[[bytes], None]:
-    """Whole, but for the sockets' other ends; anew for every thousand conversations."""
+    """Return a target: an orchestrator whole but for the sockets' other ends, anew for every thousand conversations."""
     logging.getLogger("orchestrator").addHandler(Finding())
     logging.getLogger("orchestrator").propagate = False
     room = tempfile.TemporaryDirectory(prefix="fuzz-")

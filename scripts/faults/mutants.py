@@ -24,7 +24,7 @@ QUEUES = ("tests/orchestrator/dispatch/test_transitions.py", "tests/orchestrator
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """In `file`, `old` becomes `new`; the tests at these paths should fail then."""
+    """A fault: `old` becomes `new` in `file`; the tests at these paths should fail then."""
 
     file: str
     old: str

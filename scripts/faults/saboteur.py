@@ -67,7 +67,7 @@ class Stack:
         return found
 
     def stop(self) -> int:
-        """As Ctrl-C does; its exit code."""
+        """Stop the stack as Ctrl-C does; its exit code."""
         self.remember()
         self.process.send_signal(signal.SIGINT)
         self.process.communicate(timeout=60)
@@ -75,7 +75,7 @@ class Stack:
 
 
 def patiently(action: Callable[[], object], seconds: float = PATIENCE_SECONDS) -> None:
-    """Until something is true, whatever is raised meanwhile."""
+    """Wait until something is true, whatever is raised meanwhile."""
     deadline = time.monotonic() + seconds
     error: Exception | None = None
     while time.monotonic() < deadline:
@@ -105,7 +105,7 @@ class Saboteur:
         return self._client
 
     def workers(self) -> Workers:
-        """As the orchestrator tells it."""
+        """Return the workers and processes, as the orchestrator tells them."""
         return self.client().workers()
 
     def pid_of(self, name: str) -> int | None:
@@ -120,7 +120,7 @@ class Saboteur:
         return found[0]
 
     def whole(self, workers: Workers) -> bool:
-        """All workers that the supervisor keeps are registered, and have their models loaded."""
+        """Return whether all workers that the supervisor keeps are registered, and have their models loaded."""
         wanted = {(p.name, p.pid) for p in workers.processes if p.stage is not None}
         there = {(w.name, w.pid) for w in workers.workers if w.state != "loading"}
         return bool(wanted) and wanted <= there
@@ -144,7 +144,7 @@ class Saboteur:
         return time.monotonic() - start
 
     def patiently(self, action: Callable[[], object]) -> None:
-        """With a new connection after each failure."""
+        """Wait until something is true, with a new connection after each failure."""
 
         def attempt() -> object:
             try:

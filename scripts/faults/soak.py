@@ -135,7 +135,7 @@ class Trouble:
         self._names = sorted(p.name for p in self._saboteur.workers().processes if p.stage is not None)
 
     def make(self) -> None:
-        """One fault, from its beginning to its end."""
+        """Make one fault, from its beginning to its end."""
         kind = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
         self._stack.remember()
         seconds: list[float] = []

@@ -73,7 +73,7 @@ def at(values: Sequence[float], weight_bytes: float) -> float:
 def simulate(
     plan: Plan, profile: ModelProfile, hardware: Hardware, terms: Terms, jobs: Sequence[Arrival]
 ) -> dict[str, tuple[Tally, float]]:
-    """By policy, with the seconds that it took to simulate."""
+    """Return the tallies by policy, with the seconds that each took to simulate."""
     runs = {
         "triptych": lambda: World(plan, profile, hardware, terms).run(jobs),
         "first come first served": lambda: first_come_first_served(profile, hardware, terms, jobs),

@@ -60,7 +60,7 @@ class Tally:
 
 
 def task_seconds(profile: StageProfile, card: Card, weights: int, compiled: bool) -> float:
-    """With so many bytes for weights."""
+    """Return the seconds of a task with so many bytes for weights."""
     how = streaming(load_of(profile), weights)
     assert how is not None
     return job_seconds(profile.flop / card.flops(profile.stage, compiled), profile.passes, how, card.rate.link)[1]
@@ -115,7 +115,7 @@ class World:
         self._seconds = functools.cache(self._task_seconds)
 
     def run(self, arrivals: Sequence[Arrival]) -> Tally:
-        """All of them, to the last picture."""
+        """Simulate all arrivals, to the last picture."""
         self._arrivals = arrivals
         coming = iter(enumerate(arrivals))
         following = next(coming, None)

@@ -1,4 +1,4 @@
-"""How a component's weights come to its stage's devices: a pure choice, by sizes alone."""
+"""The plan by which a component's weights come to its stage's devices: a pure choice, by sizes alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from workers.models.devices import Devices, choose
 
 @dataclass(frozen=True, slots=True)
 class InLeases:
-    """In host memory, until a lease says how much of a GPU it may use. A VAE is used `whole`, never streamed."""
+    """A component in host memory until a lease gives it room on a GPU. A VAE is used `whole`, never streamed."""
 
     whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class AmongRanks:
-    """Shared out among processes; this one's part is in at most `budget` bytes, None where all of it has room."""
+    """A component shared out among processes; this one's part is in at most `budget` bytes, None where all has room."""
 
     budget: int | None
     leased: bool
@@ -26,21 +26,21 @@ class AmongRanks:
 
 @dataclass(frozen=True, slots=True)
 class WholeOn:
-    """All of it on one device: a GPU beside the stage's first one, or, without one, where everything has room."""
+    """A whole component on one device: a GPU beside the stage's first, or, without one, where everything has room."""
 
     gpu: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Its layers over several GPUs, each with so many bytes at most."""
+    """A component's layers over several GPUs, each with so many bytes at most."""
 
     max_memory: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """On the stage's first GPU in at most `budget` bytes, streamed through them where it is larger."""
+    """A component on the stage's first GPU in at most `budget` bytes, streamed through them where it is larger."""
 
     gpu: int
     budget: int

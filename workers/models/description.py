@@ -22,7 +22,7 @@ LARGEST = 4  # times the default number of pixels
 
 
 def describe(source: Source) -> ModelDescription:
-    """Raises ModelMissing where the pipeline isn't one that makes pictures from prompts, or can't be built."""
+    """Describe a model; ModelMissing where its pipeline makes no pictures from prompts, or can't be built."""
     pipeline_class(source)
     try:
         return describe_pipeline(source, build_skeleton(source))
@@ -36,7 +36,7 @@ def describe(source: Source) -> ModelDescription:
 
 
 def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescription:
-    """By its configuration, its signature and its own code."""
+    """Describe a pipeline by its configuration, its signature and its own code."""
     defaults = source.settings().get("defaults", {})
     width, height = default_size(pipeline)
     width, height = int(defaults.get("width", width)), int(defaults.get("height", height))

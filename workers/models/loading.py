@@ -117,7 +117,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
 
 
 def _has_weights(source: Source, name: str) -> bool:
-    """Models have a config.json; tokenizers and schedulers name theirs otherwise."""
+    """Return whether a component is a model with a config.json; tokenizers and schedulers name theirs otherwise."""
     return (source.folder / name / "config.json").exists()
 
 
@@ -177,7 +177,7 @@ def load_weights(
     dtype: torch.dtype,
     speed: StageSpeedups,
 ) -> Placed:
-    """One component, by its plan; DoesNotFit, ModelMissing."""
+    """Load one component, by its plan; DoesNotFit, ModelMissing."""
     cls = component_class(source, name)
     arguments: dict[str, Any] = {"dtype": dtype} | speed.loading_arguments(cls)
     ranks = speed.together(devices.primary)

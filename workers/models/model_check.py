@@ -1,4 +1,4 @@
-"""Whether a model is whole, told from its configurations and the headers of its files before any weights are read.
+"""The check that a model is whole, by its configurations and its files' headers before any weights are read.
 
 Loading by the libraries is what decides: transformers gets a checkpoint of shapes alone and says what it misses, and
 what diffusers expects is its model's own list of tensors. A tensor that is missing would be filled at random, and a
@@ -74,7 +74,7 @@ def find_problems(source: Source, stages: Sequence[Stage] = STAGES) -> list[Prob
 
 @contextlib.contextmanager
 def noted(found: list[Problem], name: str) -> Iterator[None]:
-    """Whatever is raised becomes a problem of a component; a library's panic, too, which is no Exception."""
+    """Turn whatever is raised into a problem of a component; a library's panic, too, which is no Exception."""
     try:
         yield
     except Damaged as error:
@@ -113,7 +113,7 @@ def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES)
 
 
 def check_tokenizer(source: Source, name: str, cls: Any) -> None:
-    """It has a vocabulary, and knows how much its encoder can take."""
+    """Check that a tokenizer has a vocabulary, and knows how much its encoder can take."""
     folder = source.folder / name
     for file in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / file).exists() or (folder / file).is_symlink():
@@ -153,7 +153,7 @@ def shapes_of(tensors: Mapping[str, StoredTensor], file: str) -> dict[str, torch
 
 
 def compare_transformers(source: Source, name: str, cls: Any, tensors: Mapping[str, StoredTensor], file: str) -> None:
-    """By the library's own loading, with its renamings and exceptions, onto the meta device."""
+    """Compare by the library's own loading, with its renamings and exceptions, onto the meta device."""
     config = cls.config_class.from_pretrained(source.folder, subfolder=name)
     _, report = cls.from_pretrained(
         None, config=config, state_dict=shapes_of(tensors, f"{name}/{file}"), output_loading_info=True,
@@ -163,7 +163,7 @@ def compare_transformers(source: Source, name: str, cls: Any, tensors: Mapping[s
 
 
 def compare_diffusers(source: Source, name: str, cls: Any, tensors: Mapping[str, StoredTensor], file: str) -> None:
-    """By its model's own list of tensors, with deprecated names as it renames them."""
+    """Compare by the model's own list of tensors, with deprecated names as it renames them."""
     model = on_meta(source, name)
     stored = OrderedDict(shapes_of(tensors, f"{name}/{file}"))
     model._fix_state_dict_keys_on_load(stored)

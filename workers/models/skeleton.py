@@ -65,7 +65,7 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
 
 
 def refusal(cls: type[DiffusionPipeline]) -> str:
-    """Why a pipeline class can't be run as three stages from a prompt to pictures; empty if it can."""
+    """Return why a pipeline class can't be run as three stages from a prompt to pictures; empty if it can."""
     parameters = inspect.signature(cls.__call__).parameters
     needed = [
         name
@@ -122,7 +122,7 @@ def on_meta(source: Source, name: str) -> ModelMixin:
 
 
 def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
-    """With its tied weights tied."""
+    """Return a text encoder on the meta device, with its tied weights tied."""
     cls = component_class(source, name)
     with torch.device("meta"):
         model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder, subfolder=name))
@@ -155,7 +155,7 @@ def _load_buffers(vae: ModelMixin, source: Source, name: str) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Loading without the libraries' progress bars and advice."""
+    """Load without the libraries' progress bars and advice."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

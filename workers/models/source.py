@@ -105,7 +105,7 @@ def read(model: str, folder: Path, revision: str | None) -> Source:
 
 
 def hint(folder: Path) -> str:
-    """Return what was meant, maybe, by a folder that is no model."""
+    """Return a hint for a folder that is no model: what was meant, maybe."""
     nested = sorted(path.parent for path in folder.glob("*/model_index.json"))
     if nested:
         return f"A folder in it is: --model {nested[0]}"
@@ -116,7 +116,7 @@ def hint(folder: Path) -> str:
 
 @contextlib.contextmanager
 def explained(model: str, folder: Path) -> Iterator[None]:
-    """A damaged file of a model's folder as an error for a person."""
+    """Raise a damaged file of a model's folder as an error for a person."""
     try:
         yield
     except Damaged as error:
@@ -147,7 +147,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def lacks(folder: Path) -> bool:
-    """There are no weights in it."""
+    """Return whether there are no weights in a folder."""
     return not any(folder.glob("*.safetensors"))
 
 

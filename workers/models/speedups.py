@@ -50,14 +50,14 @@ class StageSpeedups:
         )  # fmt: skip
 
     def together(self, device: torch.device) -> Parallel | None:
-        """Return what this process does with others; `device` is its own."""
+        """Return how this process works in parallel with others, None if it doesn't; `device` is its own."""
         kind, _, size = self.parallel.partition("-")
         if kind == "tensor" or kind == "context":
             return Parallel(kind, int(size), device)  # type: ignore[arg-type]  # mypy does not narrow the parts
         return None
 
     def loading_arguments(self, cls: type) -> dict[str, Any]:
-        """For `from_pretrained` of a component."""
+        """Return the arguments for `from_pretrained` of a component."""
         if not self.quantize:
             return {}
         if importlib.util.find_spec("torchao") is None:
@@ -69,7 +69,7 @@ class StageSpeedups:
         return {"quantization_config": library.TorchAoConfig(quantization(self.quantize))}
 
     def after_loading(self, module: Any) -> None:
-        """While its weights are in host memory; BadRequest where the model or this machine can't do it."""
+        """Change a model while its weights are in host memory; BadRequest where it or this machine can't do it."""
         if self.attention:
             try:
                 module.set_attention_backend(self.attention)
@@ -80,7 +80,7 @@ class StageSpeedups:
             fuse(module)
 
     def in_place(self, pipeline: DiffusionPipeline, residencies: dict[str, Residency]) -> None:
-        """Once the pipeline stands."""
+        """Compile the denoisers and enable their step caches, once the pipeline stands."""
         if not (self.compiled or self.cache):
             return
         for name, module in pipeline.components.items():
@@ -115,7 +115,7 @@ def quantization(kind: str) -> Any:
 
 
 def fuse(module: Any) -> None:
-    """One product for query, key and value; the three separate weights go."""
+    """Fuse query, key and value into one product; the three separate weights go."""
     if not hasattr(module, "fuse_qkv_projections"):
         raise BadRequest(f"{type(module).__name__} can't fuse its query, key and value.", "Leave fuse-qkv out.")
     with torch.no_grad():
@@ -128,7 +128,7 @@ def fuse(module: Any) -> None:
 
 
 def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
-    """One of diffusers' step caches; BadRequest for a model that takes none."""
+    """Enable one of diffusers' step caches; BadRequest for a model that takes none."""
     kind, _, threshold = text.partition(":")
     if not hasattr(module, "enable_cache"):
         reason = f"{type(module).__name__} can't use the step cache {kind!r}, nor any other of diffusers'."
@@ -157,6 +157,6 @@ def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
 
 
 def keep_compiled_code() -> None:
-    """On disk, so that a restarted worker need not compile again; of all sizes, on all GPUs that blocks are on."""
+    """Keep compiled code on disk, of all sizes and for all GPUs with blocks: a restart need not compile again."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_path("triptych") / "compiled"))

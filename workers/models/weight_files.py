@@ -33,7 +33,7 @@ class Damaged(Exception):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """As a header describes it: its dtype by safetensors' name, its shape, and where its bytes begin and end."""
+    """A tensor as a header describes it: its dtype by safetensors' name, its shape, and its bytes' begin and end."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -161,7 +161,7 @@ def header_of(path: Path) -> dict[str, StoredTensor]:
 
 
 def stored(entry: Any) -> StoredTensor:
-    """Raises ValueError, KeyError or TypeError where the entry is not as the format wants it."""
+    """Return an entry's tensor; ValueError, KeyError or TypeError where it is not as the format wants it."""
     (start, end), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), str(entry["dtype"])
     if not all(isinstance(n, int) and n >= 0 for n in (start, end, *shape)):
         raise ValueError("offsets and sizes are whole numbers")

@@ -51,7 +51,7 @@ def cached(key: list[Any], make: Callable[[], ModelProfile]) -> ModelProfile:
 
 
 def code() -> str:
-    """A digest of what finds them, which may change between versions."""
+    """Return a digest of the code that finds a profile, which may change between versions."""
     parts = (Path(__file__), Path(__file__).with_name("meta_run.py"))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
@@ -71,7 +71,7 @@ def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
 
 
 def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
-    """As `profile_of`, found once for each model, dtype and size by the same versions."""
+    """Return `profile_of`'s result, found once for each model, dtype and size by the same versions."""
     request = JobRequest(prompt=PROMPT, seed=1, **wanted)
     key = [str(source.folder), source.revision, dtype, sorted(wanted.items())]
     return cached(key, lambda: profile_of(source, dtype, request))

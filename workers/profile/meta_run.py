@@ -45,7 +45,7 @@ class Seen:
 
 @contextlib.contextmanager
 def on_shapes(seen: Seen, name: str, model: torch.nn.Module) -> Iterator[None]:
-    """A model that is called like one on the CPU."""
+    """Let a model on shapes be called like one on the CPU."""
     real = model.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -91,7 +91,7 @@ class MetaRun:
 
     @torch.no_grad()
     def stages(self) -> tuple[StageProfile, ...]:
-        """In the order in which a job goes through them."""
+        """Return the stages' profiles, in the order in which a job goes through them."""
         text, embeddings = self._text()
         denoise, decoding = self._denoise(embeddings)
         return text, denoise, self._vae(decoding)
@@ -102,7 +102,7 @@ class MetaRun:
         return self._figures("text", seen, 1), embeddings
 
     def _denoise(self, embeddings: dict[str, Any]) -> tuple[StageProfile, Decoding]:
-        """The pipeline's own loop, of one step."""
+        """Run the pipeline's own loop, of one step."""
         stage = DenoiseStage(Loaded(self.pipeline, ()), HERE)
         recipe = self.recipe.model_copy(update={"steps": 1})
         arguments = stage.arguments(recipe, tuple(pack(embeddings)), Steps(unheard, 1))
@@ -114,7 +114,7 @@ class MetaRun:
 
     @contextlib.contextmanager
     def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
-        """The pipeline runs on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
+        """Let the pipeline run on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
         seen = Seen()
         self.pipeline.register_modules(**dict(self._models[stage]))
         with contextlib.ExitStack() as stack:
@@ -184,7 +184,7 @@ def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen
 
 
 def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:
-    """Bytes of those layers that are its."""
+    """Yield the bytes of each named layer that is the component's."""
     for name in (name for name in names if name.startswith(f"{component}.")):
         yield model_bytes(model.get_submodule(name.removeprefix(f"{component}.")))
 
@@ -214,7 +214,7 @@ def looking(model: torch.nn.Module, component: str, seen: Seen) -> Iterator[None
 
 
 def said_to_be_here(model: torch.nn.Module) -> torch.nn.Module:
-    """The pipeline puts its latents where it finds its first model. The class keeps its name, by which it is known."""
+    """Let a model say that it is on the CPU, where a pipeline then puts its latents. Its class keeps its known name."""
     cls = type(model)
     known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     model.__class__ = type(cls.__name__, (cls,), {**known, "device": property(lambda _: HERE)})

@@ -41,7 +41,7 @@ BEAT_SECONDS = 0.5
 
 
 class Describer:
-    """Its conversation with the orchestrator. `count` gives the tokens of a text."""
+    """The describer's conversation with the orchestrator. `count` gives the number of tokens of a text."""
 
     def __init__(self, endpoint: str, hello: DescriberHello, count: Counter) -> None:
         self._endpoint, self._hello, self._count = endpoint, hello, count
@@ -54,7 +54,7 @@ class Describer:
         self._stopping = True
 
     def run(self) -> None:
-        """Until told to stop."""
+        """Run until told to stop."""
         self._connect()
         while not self._stopping:
             assert self._socket is not None
@@ -76,7 +76,7 @@ class Describer:
         self._say(self._hello)
 
     def _say(self, message: Message) -> None:
-        """A lost link is noticed by silence."""
+        """Send a message; a lost link is noticed by silence."""
         assert self._socket is not None
         if self._socket.poll(1000, zmq.POLLOUT):
             send(self._socket, wire.encode(message))

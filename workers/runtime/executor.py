@@ -50,7 +50,7 @@ class Measured:
 
 
 def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Measured:
-    """Run a stage once, with its time and its peak of GPU memory, which it shares where several jobs are at once."""
+    """Run a stage once, and measure its time and its peak of GPU memory, which jobs that run at once share."""
     cuda = runner.device.type == "cuda"
     if cuda:
         for gpu in range(torch.cuda.device_count()):
@@ -68,7 +68,7 @@ def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...
 
 
 def workspace_of(runner: StageRunner, peaks: Mapping[int, int]) -> int:
-    """The most that was in use of a GPU beside weights, by the most of all."""
+    """Return the most bytes that a GPU had in use beside weights, from the peak of all its use."""
     weights = dict.fromkeys(peaks, 0)
     for residency in runner.residencies:
         if residency.device.index in weights:
@@ -77,12 +77,12 @@ def workspace_of(runner: StageRunner, peaks: Mapping[int, int]) -> int:
 
 
 def refusals() -> int:
-    """How often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
+    """Return how often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
     return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
 
 
 class Executor:
-    """One task at a time. What happens comes out of `events`, and a byte on `wake` says that something did."""
+    """A thread that does one task at a time. Messages and errors go to `events`; a byte on `wake` announces them."""
 
     def __init__(
         self, load: Load, turns: Path | None, gpu_leases: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
@@ -113,7 +113,7 @@ class Executor:
         self._emit(error)
 
     def ring(self) -> None:
-        """Wake whoever listens."""
+        """Wake the listener on `wake`."""
         with contextlib.suppress(BlockingIOError):  # a full bell has rung already
             self.bell.send(b"!")
 
@@ -194,7 +194,7 @@ class Executor:
 
 
 def changed(runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], lease: SetLease) -> Leased:
-    """After a lease, with no other job on its way."""
+    """Apply a lease while no other job is on its way, and return the outcome."""
     parts = runner.split if isinstance(runner, DenoiseStage) else None
     with parts.to_oneself() if parts else contextlib.nullcontext():
         leased = apply_leases(gpu_leases, lease.leases)

@@ -57,7 +57,7 @@ def end_with_supervisor() -> None:
 
 
 def serve(link: socket.socket, spare: bool = False) -> None:
-    """Until the supervisor is gone."""
+    """Serve the supervisor's requests until it is gone."""
     link.send(PID.pack(os.getpid()))
     while True:
         request, descriptors, _, _ = socket.recv_fds(link, MAX_REQUEST, 3)

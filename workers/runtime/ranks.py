@@ -1,8 +1,8 @@
 """Several processes that do one job together, one a GPU. The first is the worker that the stack knows.
 
 The others are forked from it before it touches a GPU, get each job through a socket, and go step by step with it: after
-each step it says whether to go on, so that all leave the loop at the same one. They live and die together: who loses
-one, ends, and the supervisor starts them anew as one.
+each step it says whether to go on, so that all leave the loop at the same one. They live and die together: if one
+ends, so do the others, and the supervisor starts them anew as one.
 
 Longer than other files, since both ends of one conversation are in it.
 """
@@ -51,7 +51,7 @@ class RankLost(Exception):
 
 @dataclass(slots=True)
 class Group:
-    """One process's view: its rank, how many there are, and its links, the first one's to all, others' to the first."""
+    """A process's view: its rank, the group's size, and its links, the first one's to all, others' to the first."""
 
     rank: int
     size: int
@@ -169,7 +169,7 @@ def take_part(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...], 
 
 
 def stops(link: socket.socket) -> bool:
-    """The first rank's job fails, too: it says so soon."""
+    """Return whether the first rank's job fails, too; it says so soon."""
     link.settimeout(FAIL_SECONDS)
     try:
         while (kind := link.recv(1)) == GO:
@@ -182,7 +182,7 @@ def stops(link: socket.socket) -> bool:
 
 
 def receive(link: socket.socket) -> list[Any] | None:
-    """Frames; None at the end. What is left of the last job's steps comes before them, and is passed over."""
+    """Receive a message's frames, and skip what is left of the last job's steps before them; None at the end."""
     while True:
         kind = link.recv(1)
         if not kind:
@@ -198,7 +198,7 @@ def frames_of(link: socket.socket) -> list[Any]:
 
 
 def tell(link: socket.socket, message: Message, tensors: tuple[Tensor, ...] = ()) -> None:
-    """A message as its frames."""
+    """Send a message as its frames."""
     frames = wire.encode(message, tensors)
     link.sendall(LENGTH.pack(len(frames)))
     for frame in frames:
@@ -230,7 +230,7 @@ class FollowerLease:
         return self._ready.needs[0]
 
     def take(self, size: int, weights: int) -> None:
-        """As a share's own: DoesNotFit, having given everything back."""
+        """Take the lease as `GpuLease` does; DoesNotFit, having given everything back."""
         if reason := self._ask(Lease(bytes=size, weight_bytes=weights)).reason:
             raise DoesNotFit(reason, "Give it more memory, more GPUs, or the CPU.")
 
@@ -244,7 +244,7 @@ class FollowerLease:
         return self._ready.context_bytes[0]
 
     def heard(self, ready: Ready) -> None:
-        """It has done a job."""
+        """Keep the context's bytes, which the rank tells after each job."""
         self._ready = self._ready.model_copy(update={"context_bytes": ready.context_bytes})
 
     def _ask(self, lease: Lease) -> Leased:
@@ -258,7 +258,7 @@ class FollowerLease:
 
 
 class LeadStage:
-    """A denoise stage whose jobs the other ranks do with it; to be used as that."""
+    """A denoise stage whose jobs the other ranks do with it, to be used like any other."""
 
     def __init__(self, stage: DenoiseStage, group: Group) -> None:
         self.pipeline, self.device, self.residencies = stage.pipeline, stage.device, stage.residencies
@@ -271,11 +271,11 @@ class LeadStage:
 
     @property
     def gpu_leases(self) -> Sequence[AnyGpuLease]:
-        """The others', where they work in leases."""
+        """The leases of the other ranks' GPUs, where they work in leases."""
         return self._gpu_leases
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
-        """As the stage's own; RankLost where the others no longer follow."""
+        """Run a job as the stage does, with the other ranks; RankLost where they no longer follow."""
         self._say(DONE)
         for link in self._group.links:
             tell(link, Task(job="ranks", stage="denoise", attempt=0, recipe=recipe), tensors)

@@ -62,7 +62,7 @@ class Session:
         signal.set_wakeup_fd(self._executor.bell.fileno(), warn_on_full_buffer=False)
 
     def run(self) -> None:
-        """Until it is stopped; raises what loading the stage raised."""
+        """Run until it is stopped; raise what loading the stage raised."""
         self._executor.start()
         self._connect()
         while not self._stop_reason:
@@ -79,7 +79,7 @@ class Session:
         self._stop_reason = signal.Signals(number).name
 
     def stop(self, reason: str) -> None:
-        """From any thread."""
+        """Stop the session, from any thread."""
         self._stop_reason = reason
         self._executor.ring()
 
@@ -162,7 +162,7 @@ class Session:
                 pass
 
     def _say_what_is(self) -> None:
-        """To an orchestrator that may know nothing: what is held, the current task, and its result if there is one."""
+        """Tell an orchestrator that may know nothing what is held, the current task, and its result if there is one."""
         if not self._loaded:
             return
         task = self._result[0] if self._result else self._task
@@ -202,5 +202,5 @@ class Session:
                 self._say(message, tensors)
 
     def _remember(self, message: Message, *names: str) -> None:
-        """For the Ready of a later hello."""
+        """Keep fields of a message for the Ready of a later hello."""
         self._ready = self._ready.model_copy(update={name: getattr(message, name) for name in names})

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class WarmUp:
-    """Begins at once, beside whatever goes on; nothing at all on other devices than GPUs."""
+    """The warm-up of a GPU, in a thread that starts at once; nothing at all on other devices."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self._device, self._dtype = torch.device(device), dtype
@@ -37,7 +37,7 @@ class WarmUp:
 
 @torch.no_grad()
 def compute_a_little(device: torch.device, dtype: torch.dtype) -> None:
-    """One of each kind of computation, on next to nothing."""
+    """Do one computation of each kind, on next to nothing."""
     square = torch.zeros(256, 256, dtype=dtype, device=device)
     functional.linear(square, square, square[0])
     heads = square.view(1, 2, 256, 128)

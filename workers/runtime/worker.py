@@ -1,4 +1,4 @@
-"""From a worker's spec to a stage that runs: find the model, describe it, load it onto its devices."""
+"""The way from a worker's spec to a stage that runs: find the model, describe it, load it onto its devices."""
 
 import functools
 import importlib.metadata
@@ -101,7 +101,7 @@ class Prepared:
         return load()
 
     def loaders(self) -> list[Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]]:
-        """For each job at once, what loads its stage; the weights are loaded once, by whoever comes first."""
+        """Return a loader of the stage for each job at once; the first one that runs loads the weights for all."""
         if not self.spec.cut:
             return [lambda: self._stage(*self.weights())]
         once = Once(self.weights)
@@ -229,13 +229,13 @@ def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
 
 
 def ranks_of(spec: WorkerSpec) -> int:
-    """Processes that this worker is."""
+    """Return the number of processes that this worker is."""
     _, _, size = StageSpeedups.of(spec.stage, spec.speedups).parallel.partition("-")
     return int(size or 1)
 
 
 def run_together(sessions: Sequence[Session]) -> None:
-    """One process that is several workers: the first one hears signals, and they all end with any of them."""
+    """Run several workers in one process: the first one hears signals, and they all end with any of them."""
     first, *others = sessions
 
     def attend(loop: Session) -> None:

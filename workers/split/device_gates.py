@@ -27,11 +27,11 @@ class DeviceGate:
 
     @property
     def locked(self) -> bool:
-        """A job is in it."""
+        """Return whether a job is in the gate."""
         return self.lock.locked()
 
     def enter(self, before: torch.cuda.Event | None) -> None:
-        """Once what was queued `before`, by the same job on another device, is done."""
+        """Enter once the work queued `before`, by the same job on another device, is done."""
         if before is not None:
             before.synchronize()
         self.lock.acquire()
@@ -39,7 +39,7 @@ class DeviceGate:
             torch.cuda.current_stream(self.device).wait_event(self.last)
 
     def leave(self) -> torch.cuda.Event | None:
-        """The end of what is queued by now."""
+        """Leave the gate, and return the end of the work that is queued by now."""
         try:
             if self.device.type == "cuda":
                 self.last = torch.cuda.current_stream(self.device).record_event()
@@ -57,9 +57,9 @@ class Passage(threading.local):
 
 
 class DeviceGates:
-    """`parts` are the devices, each with how many of the model's rows of blocks lie there, in order.
+    """The gates of a model's devices: `parts` are these, each with the number of blocks that lie there, in order.
 
-    `entered` hears of each job that has passed a gate, in its thread: of which one, by its number.
+    `entered` is called in a job's thread with the number of each gate that the job has passed.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class DeviceGates:
         self._passage.gate = self._gates[index]
 
     def leave(self) -> None:
-        """Wherever this thread's job is; also where it ended in the middle."""
+        """Leave the gate that this thread's job is in, also where the job ended in the middle."""
         if self._passage.gate is not None:
             self._passage.before = self._passage.gate.leave()
             self._passage.gate = None
@@ -112,7 +112,7 @@ class DeviceGates:
 
     @contextlib.contextmanager
     def job(self) -> Iterator[None]:
-        """Around a job in this thread."""
+        """Surround a job in this thread."""
         if not self._passage.ready:
             for device in self.devices:
                 if device.type == "cuda":

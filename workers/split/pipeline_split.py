@@ -77,7 +77,7 @@ class Stay:
 
 
 class JobGate:
-    """Jobs at once, and now and then one that must be alone."""
+    """A gate for jobs at once, and now and then for one that must be alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -109,12 +109,12 @@ class JobGate:
 
 
 class PipelineSplit:
-    """`parts` are the devices, each with its number of blocks, and with its bytes for weights."""
+    """A denoiser cut into `parts`: the devices, each with its number of blocks, and with its bytes for weights."""
 
     def __init__(
         self, name: str, module: torch.nn.Module, parts: Sequence[tuple[torch.device, int, int]], leased: bool = False
     ) -> None:
-        """From a module in host memory, where it stays if memory is to be `leased`; BadRequest or DoesNotFit."""
+        """Cut a module in host memory, where it stays if memory is to be `leased`; BadRequest or DoesNotFit."""
         self.module, self.rows = module, block_rows(module)
         self.places = places_of(module, [count for _, count, _ in parts])
         devices = [device for device, _, _ in parts]
@@ -148,14 +148,14 @@ class PipelineSplit:
         return any(residency.compiled for residency in self.residencies)
 
     def map(self) -> list[tuple[str, str]]:
-        """Which of its modules is where; parts that a CPU plays by their numbers."""
+        """Return the place of each module; parts that a CPU plays are told by their numbers."""
         devices = [residency.device for residency in self.residencies]
         names = [str(d) if d.type == "cuda" else f"{d} (part {n + 1})" for n, d in enumerate(devices)]
         return [(part, names[number]) for part, number in self.places.items()]
 
     @contextlib.contextmanager
     def job(self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable) -> Iterator[None]:
-        """Around a job of `model`, one of those that share the blocks, in this thread.
+        """Surround a job of `model`, one of those that share the blocks, in this thread.
 
         One to learn from is alone; so is the first of a `shape` where blocks are compiled, since torch compiles in one
         thread at a time.
@@ -187,7 +187,7 @@ class PipelineSplit:
 
     @contextlib.contextmanager
     def to_oneself(self) -> Iterator[None]:
-        """While no job is on its way."""
+        """Wait until no job is on its way, and let none begin meanwhile."""
         with self._job_gate.joined(lambda: True):
             yield
 
@@ -206,7 +206,7 @@ class PipelineSplit:
                 moved.copies.clear()
 
     def _turn(self, number: int) -> None:
-        """This thread's job has its turn in a part."""
+        """Give this thread's job its turn in a part."""
         self._moved[number].copies.clear()
         ahead, modulation = self._current.ahead, self.residencies[number].modulation
         if ahead and modulation:

@@ -20,7 +20,7 @@ from workers.weights.sharded import sharded
 
 @dataclass(frozen=True, slots=True)
 class Parallel:
-    """How many processes do what together, of which `device` is this one's."""
+    """A kind of parallelism, the number of processes that take part, and this one's `device`."""
 
     kind: Literal["tensor", "context"]
     size: int
@@ -47,7 +47,7 @@ class Parallel:
             self._share_out(module)
 
     def _share_out(self, module: Any) -> None:
-        """As `from_pretrained` does with a parallel_config, but for the place: each rank's parts stay in the files."""
+        """Share out as `from_pretrained` does with a parallel_config, but leave each rank's parts in the files."""
         heads = getattr(module.config, "num_attention_heads", self.size)
         if heads % self.size:
             raise BadRequest(f"{heads} heads of attention can't be shared out among {self.size}.", "Name fewer GPUs.")
@@ -67,7 +67,7 @@ class Parallel:
         tensor_parallel.apply_tensor_parallel(module, config, module._tp_plan, weights_already_sharded=True)
 
     def _resolve(self, model: Any, config: Any) -> ParallelConfig:
-        """As diffusers does it, on a CPU, too, and with what is not shared out left in host memory."""
+        """Resolve as diffusers does, but on a CPU, too, and leave what is not shared out in host memory."""
         if isinstance(config, ContextParallelConfig):
             config = ParallelConfig(context_parallel_config=config)
         elif isinstance(config, TensorParallelConfig):

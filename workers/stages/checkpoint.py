@@ -32,7 +32,7 @@ class Unstorable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """After `step` steps; `scheduler` has those of its variables that have changed since the loop began."""
+    """The state after `step` steps; `scheduler` has those of its variables that have changed since the loop began."""
 
     step: int
     latents: torch.Tensor
@@ -69,7 +69,7 @@ def check_storable(value: Any) -> None:
 
 
 def put_aside(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> int:
-    """A copy on the host, which from a GPU is there once the work queued so far is done."""
+    """Copy to the host, and return the copy's index; from a GPU it is there once the work queued so far is done."""
     on_gpu = tensor.device.type == "cuda"
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
     copy.copy_(tensor.detach(), non_blocking=on_gpu)
@@ -199,7 +199,7 @@ def version_of(value: object) -> int:
 
 
 def has_changed(value: object, begun: tuple[object, int] | None) -> bool:
-    """Since the loop began; lists and arrays may always have."""
+    """Return whether a value has changed since the loop began; lists and arrays may always have."""
     if begun is None or isinstance(value, list | np.ndarray):
         return True
     before, version = begun
@@ -220,7 +220,7 @@ class ResumeForward:
         return self._forward(*args, **kwargs) if self.over else self.checkpoint.results.zeros(Call(args, kwargs))
 
     def arrive(self, scheduler: Any, latents: torch.Tensor) -> None:
-        """The loop has done as many steps: what was saved takes the place of what came of zeros."""
+        """Put the saved state in the place of what came of zeros, now that the loop has done as many steps."""
         variables = vars(scheduler)
         for name in variables:
             if name in self.checkpoint.scheduler:
@@ -230,7 +230,7 @@ class ResumeForward:
 
 
 class Steps:
-    """A job's step ends: on the way to where it goes on, nothing; then reports, with checkpoints."""
+    """The step ends of a job: up to the step where it resumes, nothing; from there on reports, with checkpoints."""
 
     def __init__(
         self, report: Report, steps: int, recorder: Recorder | None = None, resume: ResumeForward | None = None

@@ -17,7 +17,7 @@ class Saved:
 
 class Report(Protocol):
     def __call__(self, step: int, steps: int, saved: Saved | None = None) -> None:
-        """So many steps of so many are done; a checkpoint may come along, of this step or the one before.
+        """Report that `step` of `steps` steps are done; a checkpoint may come along, of this step or the one before.
 
         Raises Cancelled at a step boundary.
         """

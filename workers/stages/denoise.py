@@ -49,7 +49,7 @@ class DenoiseStage:
 
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:
-        """Around a job: what it needs of the weights is on the device when it is needed."""
+        """Surround a job: the weights that it needs are on the device when they are needed."""
         with contextlib.ExitStack() as stack:
             if self.split:
                 (twin,) = self.denoisers()
@@ -82,7 +82,7 @@ class DenoiseStage:
             yield Steps(report, recipe.steps, recorder, resume)
 
     def denoiser(self) -> torch.nn.Module | None:
-        """The one whose work can be gone on with: not one of two, nor one whose step cache has a memory of its own."""
+        """Return the denoiser that can be resumed: not one of two, nor one whose step cache has a memory of its own."""
         found = self.denoisers()
         return None if len(found) != 1 or getattr(found[0], "is_cache_enabled", False) else found[0]
 
@@ -140,7 +140,7 @@ class TwoForwardsDone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class JobForwards:
-    """A job told before it goes, by its own loop."""
+    """The forwards of a job before it makes them, found by its own loop."""
 
     stage: DenoiseStage
     denoiser: torch.nn.Module
@@ -150,7 +150,7 @@ class JobForwards:
 
     @property
     def whole(self) -> bool:
-        """It can be watched from its first step on, and has a second."""
+        """Return whether it can be watched from its first step on, and has a second."""
         return self.begins and self.recipe.steps > 1
 
     def foresee(self, results: Results) -> list[Call]:
@@ -166,7 +166,7 @@ class JobForwards:
         return calls
 
     def rehearse(self) -> None:
-        """The job's first two forwards, and no more."""
+        """Run the job's first two forwards, and no more."""
         done = 0
 
         def count(*_: object) -> None:
@@ -189,12 +189,12 @@ class JobForwards:
 
 
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
-    """Return what jobs have in common whose tensors have the same shapes."""
+    """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
     return recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:
-    """A loop that was left, at its decoding or before, leaves the denoiser's step caches full."""
+    """Empty the denoiser's step caches: a loop that was left, at its decoding or before, leaves them full."""
     for component in pipeline.components.values():
         reset = getattr(component, "_reset_stateful_cache", None)
         if reset is not None:

@@ -47,7 +47,7 @@ class TextStage:
         return {name: value for name, value in found.items() if name in taken}
 
     def encode(self, recipe: Recipe, prompt: str, negative: str | None, true_cfg: bool) -> dict[str, Value]:
-        """One call of `encode_prompt`, by the names of its parameters; defaults are `__call__`'s where it has them."""
+        """Call `encode_prompt` by the names of its parameters; defaults are `__call__`'s where it has them."""
         known: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative,

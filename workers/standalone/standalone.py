@@ -1,4 +1,4 @@
-"""One stage on its own, for debugging: no orchestrator, files in and out, and everything about the run printed."""
+"""A stage on its own, for debugging: no orchestrator, files in and out, and everything about the run printed."""
 
 import contextlib
 import pdb
@@ -54,7 +54,7 @@ def run_standalone(
 
 
 def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
-    """The first stage has a recipe and no tensors yet."""
+    """Make the first stage's input: a recipe, and no tensors yet."""
     counter = token_counter(prepared.source)
     return resolve(
         JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.spec.speedups
@@ -62,7 +62,7 @@ def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tu
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
-    """The file of the stage before; the options of this call override its recipe where they still can."""
+    """Read the file of the stage before; the options of this call override its recipe where they still can."""
     stage = prepared.spec.stage
     before = USUAL_BEFORE[stage]
     assert path is not None
@@ -124,7 +124,7 @@ def write_output(stage: Stage, output: Path, recipe: Recipe, tensors: list[Tenso
 
 @contextlib.contextmanager
 def stop_at_errors(wanted: bool) -> Iterator[None]:
-    """With --pdb, a debugger at the line that failed."""
+    """Start a debugger at the line that failed, with --pdb."""
     try:
         yield
     except Exception:
@@ -136,7 +136,7 @@ def stop_at_errors(wanted: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def profiled(path: Path | None) -> Iterator[None]:
-    """With --profile, a trace for chrome://tracing or Perfetto."""
+    """Write a trace for chrome://tracing or Perfetto, with --profile."""
     if path is None:
         yield
         return

@@ -106,5 +106,5 @@ BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights thems
 
 
 def copy_stream_for(device: torch.device, locks: PageLocks | None) -> CopyStream:
-    """`locks` are those of the weights that a GPU's lane is to carry."""
+    """Return a device's copy stream; `locks` are those of the weights that a GPU's stream is to copy."""
     return HostCopyStream(device) if locks is None else CudaCopyStream(device, locks)

@@ -43,7 +43,7 @@ class Results:
         )
 
     def plain(self) -> list[list[object]]:
-        """As lists and plain values, for a checkpoint."""
+        """Return the results as lists and plain values, for a checkpoint."""
         return [[str(dtype).removeprefix("torch."), list(sizes)] for dtype, sizes in self.tensors]
 
     @staticmethod
@@ -113,7 +113,7 @@ class ForwardTrace:
         self.inputs = {name: [tensor.cpu() for tensor in seen] for name, seen in self.inputs.items()}
 
     def layers(self) -> list[str]:
-        """Those that got the first one's input in both forwards; empty where it isn't worth it or can't be told."""
+        """Return layers that got the first one's input in both forwards; none if not worth it, or it can't be told."""
         if self.forwards < 2 or self.results is None or not self.inputs:
             return []
         first = next(iter(self.inputs.values()))
@@ -123,7 +123,7 @@ class ForwardTrace:
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal in all values, on whichever devices."""
+    """Return whether two tensors are equal in all values, on whichever devices."""
     return torch.equal(one, other.to(one.device))
 
 
@@ -173,7 +173,7 @@ def around_blocks(module: torch.nn.Module, rows: Sequence[str]) -> tuple[list[st
 
 @contextlib.contextmanager
 def uncompiled(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """For a look inside blocks, which compiled code doesn't allow. What accelerate has hooked on stays."""
+    """Run blocks uncompiled, for a look inside, which compiled code doesn't allow. Accelerate's hooks stay."""
     compiled = [(block, name, block.__dict__[name]) for block in blocks if (name := place_of(block)) in block.__dict__]
     for block, name, _ in compiled:
         setattr(block, name, types.MethodType(type(block).forward, block))
@@ -191,7 +191,7 @@ def place_of(block: torch.nn.Module) -> str:
 
 @contextlib.contextmanager
 def standing_in(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for a while; what else is hooked on comes back after it."""
+    """Replace a module's forward for a while; what else is hooked on comes back after it."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -216,7 +216,7 @@ def remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether arguments are equal, tensors in all their values."""
+    """Return whether arguments are equal, tensors in all their values."""
     if one is other:
         return True
     if type(one) is not type(other):

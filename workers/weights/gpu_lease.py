@@ -1,6 +1,6 @@
 """A worker's lease of a GPU: taken as the orchestrator says, kept to, and given back.
 
-Who lies on several GPUs has a share of each, and takes all of them or none.
+A worker on several GPUs has a lease of each, and takes all of them or none.
 """
 
 import functools
@@ -40,7 +40,7 @@ class AnyGpuLease(Protocol):
 
 @dataclass(slots=True)
 class GpuLease:
-    """`workspace` is what the stage takes beside its weights for a picture of 1024 × 1024, in bytes, erring high."""
+    """A lease of one GPU; `workspace` is the stage's bytes beside weights for a picture of 1024 × 1024, erring high."""
 
     device: torch.device
     residencies: Sequence[Residency]
@@ -144,7 +144,7 @@ def driver_handle(device: torch.device) -> Any:
 
 
 def apply_leases(gpu_leases: Sequence[AnyGpuLease], leases: Sequence[Lease]) -> Leased:
-    """Do what a lease says of each, and tell how it is now: what can't be taken whole is given back whole."""
+    """Apply a lease to each GPU, and return the outcome: where not all can be taken, all is given back."""
     start, reason = time.perf_counter(), ""
     try:
         for gpu_lease, lease in zip(gpu_leases, leases, strict=True):

@@ -89,7 +89,7 @@ def host_weights(module: torch.nn.Module, name: str, mine: Callable[[str], bool]
 
 
 def plain_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter | LocalPart]:
-    """Without those that are quantized, which are no single piece of memory."""
+    """Return a module's parameters but for quantized ones, which are no single piece of memory."""
     found: dict[str, torch.nn.Parameter | LocalPart] = {}
     for name, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):
@@ -152,7 +152,7 @@ def lock(address: int, size: int) -> int:
 
 @functools.cache
 def locker() -> ThreadPoolExecutor:
-    """The driver locks for one thread at a time."""
+    """Return the thread for page-locking: the driver locks for one thread at a time."""
     return ThreadPoolExecutor(1, "page-lock")
 
 
@@ -207,7 +207,7 @@ _locking = threading.Lock()
 
 
 def locked_file(path: str, address: int, size: int, device: torch.device) -> LockedFile:
-    """Once in a process, for all its GPUs."""
+    """Return a file's page-locked mapping, made once in a process, for all its GPUs."""
     with _locking:
         if address not in _locked:
             _locked[address] = LockedFile(path, address, size, device)
@@ -215,7 +215,7 @@ def locked_file(path: str, address: int, size: int, device: torch.device) -> Loc
 
 
 def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:
-    """Begin with files that are about to be loaded, as they are, where they will be recognised then."""
+    """Begin to page-lock files that are about to be loaded as they are, in mappings that loading will recognise."""
     found = {
         (path, inode): file
         for path in map(os.path.realpath, paths)
@@ -229,7 +229,7 @@ def lock_ahead(paths: Iterable[Path], device: torch.device) -> None:
 
 
 class PageLocks:
-    """Which of a module's weights are page-locked, or will be."""
+    """The weights of a module that are page-locked, or will be."""
 
     def __init__(self, weights: HostWeights, device: torch.device) -> None:
         """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
@@ -240,7 +240,7 @@ class PageLocks:
             self._pieces += locked_file(path, file.data_ptr(), file.nbytes, device).pieces
 
     def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
-        """A contiguous weight's bytes as they may be copied, each part once it has had its turn."""
+        """Yield a contiguous weight's bytes in parts that may be copied, each once its locking has had its turn."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
         mapped = False

@@ -33,7 +33,7 @@ class Owner:
 
 
 class LooseTensors:
-    """Those of a module whose names, as in `named_buffers`, are `mine`."""
+    """The loose tensors of a module whose names, as in `named_buffers`, are `mine`."""
 
     def __init__(self, module: torch.nn.Module, mine: Callable[[str], bool] = lambda _: True) -> None:
         self._buffers: list[Buffer] = []
@@ -109,7 +109,7 @@ def restore(owner: Owner, name: str, value: Any) -> None:
 
 
 def caches_of(kind: type) -> list[Callable[[], None]]:
-    """Return what empties the caches (functools.lru_cache) on a class's methods, also behind a wrapper of diffusers."""
+    """Return functions that empty a class's method caches (functools.lru_cache), also behind a wrapper of diffusers."""
     found: dict[int, Callable[[], None]] = {}
     for cls in kind.__mro__:
         if cls is torch.nn.Module:

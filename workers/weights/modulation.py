@@ -22,7 +22,7 @@ SLOTS = 3
 
 @dataclass(slots=True)
 class PrecomputedJob:
-    """One job's modulation: the vectors of all its forwards, and what each layer has made of them."""
+    """The modulation of one job: the vectors of all its forwards, and each layer's results for them."""
 
     vectors: list[torch.Tensor]
     catch_up: Callable[[Call], torch.Tensor]  # the vector of a forward that was not foreseen
@@ -31,7 +31,7 @@ class PrecomputedJob:
     _copies: dict[torch.device, list[torch.Tensor]] = field(default_factory=dict)
 
     def vectors_on(self, device: torch.device) -> list[torch.Tensor]:
-        """The same, each moved there once."""
+        """Return the vectors on a device, each moved there once."""
         copies = self._copies.setdefault(device, [])
         copies += [vector.to(device) for vector in self.vectors[len(copies) :]]
         return copies
@@ -113,7 +113,7 @@ class Modulation:
         return self._slot * min(SLOTS, len(self._layers))
 
     def stay(self) -> None:
-        """The layers' weights are on the device to stay."""
+        """Note that the layers' weights are on the device to stay."""
         self._passing = False
 
     def pass_through(self) -> None:
@@ -127,7 +127,7 @@ class Modulation:
                 offset += room(tensor.nbytes)
 
     def put(self, several: bool = False) -> None:
-        """Results that are looked up take the layers' places, for one job, or for `several` that take turns."""
+        """Put looked-up results in the layers' places, for one job, or for `several` that take turns."""
         self._several = several
         self._replace(self._precomputed)
         for block, indices in self._of_row:
@@ -135,7 +135,7 @@ class Modulation:
                 self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
 
     def take_away(self) -> None:
-        """Every layer is itself again."""
+        """Put every layer back in its place."""
         for hook in self._hooks:
             hook.remove()
         self._replace(self._linear)
@@ -154,7 +154,7 @@ class Modulation:
             self._fetch(index)
 
     def turn(self, ahead: PrecomputedJob) -> None:
-        """From now on it is this job's present forward that is looked up, until another has its turn."""
+        """Look up this job's present forward from now on, until another job has its turn."""
         self._ahead = ahead
         places: list[torch.Tensor] = []
         results: list[torch.Tensor] = []
@@ -173,7 +173,7 @@ class Modulation:
             torch._foreach_copy_(places, results)
 
     def _fill(self, indices: Sequence[int]) -> None:
-        """At a block's first run in a job: its layers' results for all forwards."""
+        """Compute, at a block's first run in a job, its layers' results for all forwards."""
         ahead = self._ahead
         if ahead is None:
             return
@@ -193,7 +193,7 @@ class Modulation:
                 self._fetch(index + SLOTS)
 
     def _straight(self, index: int, vector: torch.Tensor) -> torch.Tensor:
-        """One forward more than foreseen: a layer's result, with its weights straight from host memory."""
+        """Return a layer's result for a forward not foreseen, with its weights straight from host memory."""
         source = self._sources[index]
         weight, bias = (None if (t := source.get(leaf)) is None else t.to(vector.device) for leaf in ("weight", "bias"))
         assert weight is not None

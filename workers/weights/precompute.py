@@ -16,7 +16,7 @@ class JobForwards(Protocol):
 
     @property
     def whole(self) -> bool:
-        """It begins with its first forward, and has a second."""
+        """Return whether the job begins with its first forward, and has a second."""
 
     def foresee(self, results: Results) -> Sequence[Call]:
         """The forwards that it will make, if each gives such results."""
@@ -50,7 +50,7 @@ class Precompute:
 
     @property
     def active(self) -> bool:
-        """There are layers to be run ahead."""
+        """Return whether there are layers to be run ahead."""
         return bool(self._first)
 
     def learn(self, trace: ForwardTrace) -> None:

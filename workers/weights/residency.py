@@ -78,7 +78,7 @@ class Residency:
         self._budget = 0
 
     def has(self, name: str) -> bool:
-        """Whether a parameter or a buffer is among its own."""
+        """Return whether a parameter or a buffer is among its own."""
         return not f"{name}.".startswith(self._elsewhere)
 
     @property
@@ -171,7 +171,7 @@ class Residency:
             torch.cuda.empty_cache()
 
     def start(self) -> None:
-        """Before a run: let the first blocks' weights be on their way."""
+        """Send the first blocks' weights on their way, before a run."""
         if self._ring:
             self._ring.start()
 
@@ -225,7 +225,7 @@ class Residency:
         return modulation if fits else None
 
     def gains(self, modulation: Modulation) -> bool:
-        """There is less to stream with it."""
+        """Return whether there is less to stream with a modulation."""
         after = self._plan_with(modulation, self._budget)
         return self.plan is not None and after is not None and after.streamed_bytes < self.plan.streamed_bytes
 
@@ -235,7 +235,7 @@ class Residency:
             self.swap_in(self._budget)
 
     def _copy_in(self, names: Sequence[str]) -> None:
-        """One piece of device memory for all that stays, filled in large pieces: a file's neighbours stay such."""
+        """Copy all that stays into one piece of device memory, in large pieces: a file's neighbours stay such."""
         size = sum(room(self._host[name].nbytes) for name in names)
         self._slab = slab = memory_of_its_own(size, self.device)
         offset = 0
@@ -272,7 +272,7 @@ def block_rows(module: torch.nn.Module) -> list[str]:
 
 
 def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, backend: str = "inductor") -> None:
-    """Each block by itself, without what is hooked on around it: blocks of one kind share their code."""
+    """Compile each block by itself, without what is hooked on around it: blocks of one kind share their code."""
     for row in block_rows(module) if rows is None else rows:
         block = module.get_submodule(row)
         name = place_of(block)
@@ -298,7 +298,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
 
 
 def streamable(module: torch.nn.Module, rows: Sequence[str]) -> list[Block]:
-    """Blocks by the bytes of their own weights; those that others share stay on the device."""
+    """Return blocks with the bytes of their own weights; weights that others share stay on the device."""
     users = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     plain = plain_parameters(module)
     return [

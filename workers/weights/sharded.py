@@ -21,7 +21,7 @@ class LocalPart:
 
     @data.setter
     def data(self, place: torch.Tensor) -> None:
-        """As a tensor with a storage of its own on the same memory: torch.compile can't trace parts of a common one."""
+        """Set a tensor with its own storage on the same memory: torch.compile can't trace parts of a common one."""
         self._parameter._local_tensor = from_dlpack(place)
 
 

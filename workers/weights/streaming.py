@@ -48,14 +48,14 @@ def view_of(memory: torch.Tensor, offset: int, source: torch.Tensor) -> torch.Te
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One of a row of modules that run one after the other, and its weights' sizes by their names in the model."""
+    """A module of a row that is run in order, and its weights' sizes by their names in the model."""
 
     name: str
     weights: Mapping[str, int]  # bytes
 
     @property
     def large(self) -> dict[str, int]:
-        """Those worth a copy of their own."""
+        """The weights that are worth a copy of their own."""
         least = LEAST_SHARE * max(self.weights.values(), default=0)
         return {name: size for name, size in self.weights.items() if size >= least}
 
@@ -96,7 +96,7 @@ def least_bytes(blocks: Sequence[Block], total: int) -> int:
 
 
 def plan_with(blocks: Sequence[Block], total: int, budget: int, slots: int) -> StreamPlan | None:
-    """The same with a ring of so many of its largest pieces."""
+    """Plan as `plan_stream` does, with a ring of `slots` of its largest pieces."""
     extra = 0  # the ring's own bytes must be streamed away, too, and what is left of weights that can't be divided
     for _ in range(50):
         plan = lay_out(spread(blocks, total - budget + extra), slots, blocks)
@@ -239,6 +239,6 @@ class Ring:
                 self._fetch(other, done)
 
     def close(self) -> None:
-        """Take the hooks off; the weights' places are free once the lane is idle."""
+        """Take the hooks off; the weights' places are free once the copy stream is idle."""
         for hook in self._hooks:
             hook.remove()
