@@ -20,6 +20,7 @@ from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.quotas import Quotas
+from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from orchestrator.dispatch.task_dispatch import TaskDispatch
@@ -52,12 +53,13 @@ class Engine:
         settings: OrchestratorSettings,
         accounts: Mapping[GpuId, Account],
         disk: Path,
+        delays: RetryDelays | None = None,
     ) -> None:
         self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.subscriptions, self.catalogue = Fleet(), Subscriptions(), Catalogue(store)
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
-        self.job_queue = JobQueue(store, quotas)
+        self.job_queue = JobQueue(store, quotas, delays or RetryDelays())
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
         self.admission = Admission(store, self.job_queue, quotas, self.leasing, self.catalogue)
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)

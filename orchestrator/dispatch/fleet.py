@@ -1,7 +1,7 @@
 """The workers that have said hello, and what each is doing. A worker has one task at a time."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,6 +74,7 @@ class Worker:
 
 @dataclass(slots=True)
 class Fleet:
+    clock: Callable[[], float] = time.monotonic
     workers: dict[bytes, Worker] = field(default_factory=dict)
     _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
 
@@ -81,7 +82,7 @@ class Fleet:
         return iter(self.workers.values())
 
     def hello(self, identity: bytes, hello: WorkerHello) -> Worker:
-        worker = Worker(identity, hello, time.time(), time.monotonic())
+        worker = Worker(identity, hello, time.time(), self.clock())
         self.workers[identity] = worker
         return worker
 
@@ -89,25 +90,25 @@ class Fleet:
         """The worker behind an identity; hearing from it counts as a sign of life."""
         worker = self.workers.get(identity)
         if worker:
-            worker.heard = time.monotonic()
+            worker.heard = self.clock()
         return worker
 
     def beat(self, worker: Worker, beat: Heartbeat) -> None:
         worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
 
     def ready(self, worker: Worker) -> None:
-        worker.state, worker.task, worker.idle_since = "idle", None, time.monotonic()
+        worker.state, worker.task, worker.idle_since = "idle", None, self.clock()
         self._idle[worker.identity] = worker
 
     def swap(self, worker: Worker) -> None:
         """Mark a worker whose lease changes as swapping; it says when it is done."""
         del self._idle[worker.identity]
-        worker.state, worker.pace, worker.moved = "swapping", None, time.monotonic()
+        worker.state, worker.pace, worker.moved = "swapping", None, self.clock()
 
     def give(self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None) -> None:
         self._idle.pop(worker.identity, None)
         worker.state, worker.task, worker.pace = "busy", task, pace
-        worker.step, worker.moved = 0, time.monotonic()
+        worker.step, worker.moved = 0, self.clock()
 
     def remove(self, worker: Worker) -> None:
         self.workers.pop(worker.identity, None)
@@ -137,7 +138,7 @@ class Fleet:
         return max(w.idle_since for w in all_of_it) if resting else None
 
     def silent(self) -> list[Worker]:
-        now = time.monotonic()
+        now = self.clock()
         limits = {"loading": LOADING_SECONDS}
         return [worker for worker in self if now - worker.heard > limits.get(worker.state, SILENCE_SECONDS)]
 

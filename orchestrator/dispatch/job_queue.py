@@ -12,12 +12,12 @@ from protocol.job import JobState
 
 
 class JobQueue:
-    def __init__(self, store: Store, quotas: Quotas) -> None:
+    def __init__(self, store: Store, quotas: Quotas, delays: RetryDelays) -> None:
         self._store, self._quotas = store, quotas
         self.jobs: dict[str, LiveJob] = {}
         self.queues = StageQueues()
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
-        self._delays = RetryDelays()
+        self._delays = delays
         self._by_text: dict[str, set[str]] = {}
 
     def find(self, job_id: str) -> LiveJob | None:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from orchestrator.job import LiveJob
@@ -21,8 +21,15 @@ LOOK_SECONDS = 1.0  # between two looks at the disk
 class Quotas:
     """Counts the unfinished jobs, all together and by owner."""
 
-    def __init__(self, settings: OrchestratorSettings, store: Store, disk: Path) -> None:
-        self._settings, self._store, self._disk = settings, store, disk
+    def __init__(
+        self,
+        settings: OrchestratorSettings,
+        store: Store,
+        disk: Path,
+        free: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    ) -> None:
+        """`free` gives the bytes that are left on a path's disk."""
+        self._settings, self._store, self._disk, self._free_of = settings, store, disk, free
         self.jobs = 0
         self.request_bytes = 0
         self._of: defaultdict[Principal, int] = defaultdict(int)  # by owner
@@ -69,7 +76,7 @@ class Quotas:
         """Bytes left on the disk, as of the last look."""
         now = time.monotonic()
         if now - self._looked >= LOOK_SECONDS:
-            self._free, self._looked = shutil.disk_usage(self._disk).free, now
+            self._free, self._looked = self._free_of(self._disk), now
         return self._free
 
     def _check_holder(self, owner: KeyHolder, count: int) -> None:

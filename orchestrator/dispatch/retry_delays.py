@@ -2,12 +2,14 @@
 
 import heapq
 import time
+from collections.abc import Sequence
 
 BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)  # after the first failure of a stage, the second …
 
 
 class RetryDelays:
-    def __init__(self) -> None:
+    def __init__(self, backoff_seconds: Sequence[float] = BACKOFF_SECONDS) -> None:
+        self._backoff_seconds = backoff_seconds
         self._due: dict[str, float] = {}  # by job, monotonic seconds
         self._heap: list[tuple[float, str]] = []
 
@@ -16,7 +18,8 @@ class RetryDelays:
 
     def add(self, job_id: str, failures: int) -> bool:
         """Let a job wait, if it has to after so many failures."""
-        seconds = BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1] if failures else 0.0
+        backoff = self._backoff_seconds
+        seconds = backoff[min(failures, len(backoff)) - 1] if failures else 0.0
         if seconds:
             self._due[job_id] = due = time.monotonic() + seconds
             heapq.heappush(self._heap, (due, job_id))

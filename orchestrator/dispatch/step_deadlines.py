@@ -1,7 +1,7 @@
 """Deadlines of a task's steps, learned as steps come; and the workers that have been at one for too long."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from orchestrator.dispatch.fleet import Worker
 from orchestrator.job import ModelKey
@@ -14,9 +14,9 @@ Key = tuple[Stage, ModelKey, int]  # pixels of all pictures of a job
 
 
 class StepDeadlines:
-    def __init__(self, unknown: float) -> None:
+    def __init__(self, unknown: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`unknown`: seconds that a step may take of which nothing is known, or the first task of a process."""
-        self._unknown = unknown
+        self._unknown, self._clock = unknown, clock
         self._longest: dict[Key, float] = {}
 
     @staticmethod
@@ -25,7 +25,7 @@ class StepDeadlines:
 
     def moved(self, worker: Worker, recipe: Recipe, step: int) -> None:
         """Note that a worker has come to a step of its task."""
-        now = time.monotonic()
+        now = self._clock()
         if worker.task and step > worker.step:
             key = self.key(worker.task.stage, recipe)
             took = (now - worker.moved) / (step - worker.step)
@@ -34,7 +34,7 @@ class StepDeadlines:
 
     def overdue(self, workers: Iterable[Worker]) -> list[tuple[Worker, float]]:
         """Workers that have shown no progress for too long, and for how many seconds."""
-        now = time.monotonic()
+        now = self._clock()
         return [
             (worker, now - worker.moved)
             for worker in workers

@@ -66,6 +66,7 @@ class Child:
     process: Process | None = None
     report: ExitReport | None = None  # of the last end, where the process wrote one
     descriptors: tuple[int, ...] = ()  # that it gets besides
+    log_limit: int = LOG_LIMIT
     prepare: Callable[[], None] | None = None  # called before it is started anew
     _report_end: int | None = None  # the pipe's read end for the present process's report
 
@@ -182,7 +183,7 @@ class Child:
     def rotate_log(self) -> None:
         """Put a long log aside; the process goes on writing to the same file, which is empty then."""
         with contextlib.suppress(OSError):
-            if self.log.stat().st_size > LOG_LIMIT:
+            if self.log.stat().st_size > self.log_limit:
                 shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
                 os.truncate(self.log, 0)
 

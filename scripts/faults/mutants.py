@@ -95,7 +95,7 @@ MUTANTS = (
         f"{DISPATCH}/standstill.py",
         "if acts or meetings.tick != tick:",
         "if meetings.tick != tick:",
-        ("tests/orchestrator/dispatch/test_progress.py",),
+        ("tests/orchestrator/dispatch/test_standstill.py",),
     ),
     Mutant(
         "orchestrator/supervisor/child.py",

@@ -130,14 +130,11 @@ def process(stack: RunningStack, name: str) -> int | None:
     return next((p.pid for p in stack.client.workers().processes if p.name == name), None)
 
 
-def test_logs_are_put_aside_while_their_process_goes_on_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(child, "LOG_LIMIT", 1000)
+def test_logs_are_put_aside_while_their_process_goes_on_writing(tmp_path: Path) -> None:
     go_on = tmp_path / "go-on"
     code = f"import os; print('x' * 2000, flush=True)\nwhile not os.path.exists({str(go_on)!r}): pass\nprint('after')"
     reading, _ = pipe = os.pipe()
-    talker = child.Child("talker", None, ("-c", code), "", tmp_path / "talker.log", reading)
+    talker = child.Child("talker", None, ("-c", code), "", tmp_path / "talker.log", reading, log_limit=1000)
     try:
         talker.start()
         assert talker.process

@@ -30,6 +30,8 @@ def recipe(model: ModelDescription = DEV, **fields: Any) -> Any:
         ({"width": 0}, BadRequest, "width is 0"),
         ({"height": -16}, BadRequest, "height is -16"),
         ({"width": 1000, "height": 1000}, BadRequest, "nearest is 992x992"),
+        ({"width": 1024, "height": 1000}, BadRequest, "nearest is 1024x992"),
+        ({"width": 1000, "height": 1024}, BadRequest, "nearest is 992x1024"),
         ({"width": 100_000, "height": 100_000}, DoesNotFit, "2048x2048"),
         ({"steps": 0}, BadRequest, "from 1 to 1000"),
         ({"num_images": 0}, BadRequest, "from 1 to 16"),

@@ -102,6 +102,7 @@ HOSTILE: dict[str, list[bytes]] = {
     "tensor without a frame": [b"\x01ready", frame({}, [["x", "uint8", [4]]])],
     "frame without a tensor": [b"\x01ready", frame({}), b"xxxx"],
     "lying size": [b"\x01ready", frame({}, [["x", "float32", [1024, 1024]]]), b"xxxx"],
+    "frame too long": [b"\x01ready", frame({}, [["x", "uint8", [3]]]), b"xxxx"],
     "overflowing shape": [b"\x01ready", frame({}, [["x", "uint8", [2**62, 2**62, 2**62]]]), b"xxxx"],
     "negative shape": [b"\x01ready", frame({}, [["x", "uint8", [-2, -2]]]), b"xxxx"],
     "bool shape": [b"\x01ready", frame({}, [["x", "uint8", [True, 4]]]), b"xxxx"],

@@ -1,8 +1,11 @@
-"""A lane as unkind as can be."""
+"""Stand-ins that are as unkind as can be: a copy stream, and forwards that are not all foreseen."""
 
 import torch
 
+from workers.stages.denoise import PipelineForwards
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark
+from workers.weights.forward_trace import Call, Results
+from workers.weights.host_weights import PageLocks
 
 
 class WorstCopyStream(HostCopyStream):
@@ -22,3 +25,12 @@ class WorstCopyStream(HostCopyStream):
         for place, source in self.ordered:
             place.copy_(source)
         self.ordered = []
+
+
+def worst_copy_stream(device: torch.device, locks: PageLocks | None) -> WorstCopyStream:
+    return WorstCopyStream(device)
+
+
+class OneForgotten(PipelineForwards):
+    def foresee(self, results: Results) -> list[Call]:
+        return super().foresee(results)[:-1]

@@ -8,6 +8,7 @@ import torch
 
 from protocol.errors import BadRequest, TriptychError
 from protocol.stages import Stage
+from workers.weights.copy_stream import CopyStreams, copy_stream_for
 
 # What a stage needs on a GPU beside its weights, in bytes: activations at about 1024 × 1024, erring high.
 WORKSPACE: dict[Stage, int] = {"text": 600_000_000, "denoise": 1_600_000_000, "vae": 3_430_000_000}
@@ -28,12 +29,24 @@ class Devices:
     leased: bool = False
     cut: tuple[int, ...] = ()  # blocks of the denoiser on each of its GPUs
     workspace: int | None = None  # bytes to be left beside weights; None: an estimate
+    copy_stream: CopyStreams = copy_stream_for
 
     def workspace_of(self, stage: Stage) -> int:
         """Bytes to be left free on each GPU."""
         if self.workspace is not None:
             return self.workspace
         return WORKSPACE[stage] if self.primary.type == "cuda" else 0
+
+    def parts(self, stage: Stage) -> list[tuple[torch.device, int, int]]:
+        """Return the parts that a denoiser is cut into: devices, each with its number of blocks and its bytes."""
+        cuda, workspace = self.primary.type == "cuda", self.workspace_of(stage)
+        room = self.room or dict.fromkeys(range(len(self.cut)), sys.maxsize)  # a CPU's
+        if len(room) != len(self.cut):
+            raise BadRequest(f"--cut has {len(self.cut)} parts for {len(room)} GPU(s).", "Give one for each.")
+        return [
+            (torch.device("cuda", gpu) if cuda else self.primary, count, size - workspace)
+            for (gpu, size), count in zip(room.items(), self.cut, strict=True)
+        ]
 
     @staticmethod
     def of(
@@ -70,18 +83,6 @@ class Devices:
             if limits and not leased:
                 torch.cuda.set_per_process_memory_fraction(min(1.0, limits[i] / total), gpu)
         return Devices(torch.device("cuda", next(iter(room))), room, len(max_memory) < 2, leased, cut, workspace)
-
-
-def parts_of(devices: Devices, stage: Stage) -> list[tuple[torch.device, int, int]]:
-    """Return the parts that a denoiser is cut into: devices, each with its number of blocks and its bytes."""
-    cuda, workspace = devices.primary.type == "cuda", devices.workspace_of(stage)
-    room = devices.room or dict.fromkeys(range(len(devices.cut)), sys.maxsize)  # a CPU's
-    if len(room) != len(devices.cut):
-        raise BadRequest(f"--cut has {len(devices.cut)} parts for {len(room)} GPU(s).", "Give one for each.")
-    return [
-        (torch.device("cuda", gpu) if cuda else devices.primary, count, size - workspace)
-        for (gpu, size), count in zip(room.items(), devices.cut, strict=True)
-    ]
 
 
 def choose(size: int, room: Mapping[int, int], workspace: int) -> int | dict[int, int] | None:

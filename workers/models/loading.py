@@ -31,7 +31,7 @@ from workers.models.component_plan import (
     needs_size,
     plan_component,
 )
-from workers.models.devices import Devices, parts_of
+from workers.models.devices import Devices
 from workers.models.layer_spread import spread_layers
 from workers.models.model_check import judge
 from workers.models.skeleton import (
@@ -47,7 +47,7 @@ from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import PipelineSplit
-from workers.weights.host_weights import lock_ahead
+from workers.weights.host_weights import PAGE_LOCKER
 from workers.weights.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
     split: PipelineSplit | None = None
     room: Mapping[int, int] = devices.room
     if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
-        lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
+        PAGE_LOCKER.lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
     with quiet():
         for name in sorted(expected_components(cls)):
             if name in wanted and _has_weights(source, name) and devices.cut:
@@ -155,7 +155,7 @@ def load_split(
     """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
     module = load_module(source, name, component_class(source, name), {"dtype": dtype})
     speed.after_loading(module)
-    return PipelineSplit(name, module, parts_of(devices, stage), devices.leased)
+    return PipelineSplit(name, module, devices.parts(stage), devices.leased, devices.copy_stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +195,13 @@ def load_weights(
             module = from_host()
             if ranks:
                 ranks.after_loading(module)
-            residency = Residency(name, module, devices.primary)
+            residency = Residency(name, module, devices.primary, copy_stream=devices.copy_stream)
             if not leased:
                 residency.swap_in(min(residency.total_bytes, residency.total_bytes if budget is None else budget))
             return Placed(module, [(name, f"{devices.primary} ({speed.parallel})")], residency)
         case InLeases(whole):
             module = from_host()
-            residency = Residency(name, module, devices.primary, whole=whole)
+            residency = Residency(name, module, devices.primary, whole=whole, copy_stream=devices.copy_stream)
             return Placed(module, [(name, str(devices.primary))], residency)
         case WholeOn(gpu):
             if gpu is None:
@@ -215,7 +215,7 @@ def load_weights(
             speed.after_loading(module)
             return Placed(module, spread)
         case Resident(gpu, budget):
-            residency = Residency(name, from_host(), devices.primary)
+            residency = Residency(name, from_host(), devices.primary, copy_stream=devices.copy_stream)
             residency.swap_in(min(residency.total_bytes, budget))
             log.info("%s is %s on %s with %s", name, residency.state, devices.primary,
                      format_bytes(residency.device_bytes))  # fmt: skip

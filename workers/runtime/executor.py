@@ -81,18 +81,26 @@ def refusals() -> int:
     return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
 
 
+Run = Callable[[StageRunner, Recipe, tuple[Tensor, ...], Report], Measured]
+
+
 class Executor:
     """A thread that does one task at a time. Messages and errors go to `events`; a byte on `wake` announces them."""
 
     def __init__(
-        self, load: Load, turns: Path | None, gpu_leases: Shares = lambda _: (), warm: Callable[[], None] = lambda: None
+        self,
+        load: Load,
+        turns: Path | None,
+        gpu_leases: Shares = lambda _: (),
+        warm: Callable[[], None] = lambda: None,
+        run: Run = run_measured,
     ) -> None:
         """`gpu_leases` are given where it works in leases; `warm` waits until the device is ready to compute."""
         self.events: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._gpu_leases, self._warm = load, turns, gpu_leases, warm
+        self._load, self._turns, self._gpu_leases, self._warm, self._run = load, turns, gpu_leases, warm, run
         self._orders: queue.SimpleQueue[tuple[Task | SetLease, tuple[Tensor, ...]]] = queue.SimpleQueue()
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
@@ -166,7 +174,7 @@ class Executor:
         try:
             self._warm()
             with turn(self._turns):
-                done = run_measured(runner, task.recipe, tensors, report)
+                done = self._run(runner, task.recipe, tensors, report)
             if done.short and not task.allow_tiling:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
         except RankLost:

@@ -150,7 +150,13 @@ def follow(
         os._exit(code)
 
 
-def take_part(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...], link: socket.socket) -> None:
+def take_part(
+    stage: DenoiseStage,
+    recipe: Recipe,
+    tensors: tuple[Tensor, ...],
+    link: socket.socket,
+    fail_seconds: float = FAIL_SECONDS,
+) -> None:
     def report(step: int, steps: int, saved: Saved | None = None) -> None:
         if link.recv(1) != GO:
             raise Cancelled
@@ -161,16 +167,16 @@ def take_part(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...], 
         pass
     except Exception:
         log.exception("a job failed in this rank")
-        if not stops(link):
+        if not stops(link, fail_seconds):
             raise  # the first rank waits for what this one will never send
     if stage.device.type == "cuda":
         torch.cuda.synchronize(stage.device)  # what was queued for a job must not be met by the next one's
     link.sendall(DONE)
 
 
-def stops(link: socket.socket) -> bool:
-    """Return whether the first rank's job fails, too; it says so soon."""
-    link.settimeout(FAIL_SECONDS)
+def stops(link: socket.socket, seconds: float) -> bool:
+    """Return whether the first rank's job fails, too; it says so within some seconds."""
+    link.settimeout(seconds)
     try:
         while (kind := link.recv(1)) == GO:
             pass

@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply
 
 from protocol.errors import BadRequest
 from workers.split.device_gates import DeviceGates
+from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import around_blocks
 from workers.weights.modulation import PrecomputedJob
 from workers.weights.precompute import JobForwards, Precompute
@@ -112,7 +113,12 @@ class PipelineSplit:
     """A denoiser cut into `parts`: the devices, each with its number of blocks, and with its bytes for weights."""
 
     def __init__(
-        self, name: str, module: torch.nn.Module, parts: Sequence[tuple[torch.device, int, int]], leased: bool = False
+        self,
+        name: str,
+        module: torch.nn.Module,
+        parts: Sequence[tuple[torch.device, int, int]],
+        leased: bool = False,
+        copy_stream: CopyStreams = copy_stream_for,
     ) -> None:
         """Cut a module in host memory, where it stays if memory is to be `leased`; BadRequest or DoesNotFit."""
         self.module, self.rows = module, block_rows(module)
@@ -123,7 +129,7 @@ class PipelineSplit:
             add_hook_to_module(module.get_submodule(part), Arrival(devices[number], moved[number]))
         add_hook_to_module(module, Return(devices[0]))
         self.residencies = [
-            Residency(f"{name}, part {number + 1}", module, device, elsewhere=self._elsewhere(number))
+            Residency(f"{name}, part {number + 1}", module, device, False, self._elsewhere(number), copy_stream)
             for number, device in enumerate(devices)
         ]
         for residency, (_, _, room) in zip(self.residencies, parts, strict=True):

@@ -23,11 +23,17 @@ from workers.weights.forward_trace import Call, Results, standing_in
 
 
 class DenoiseStage:
-    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = None) -> None:
+    def __init__(
+        self,
+        loaded: Loaded,
+        device: torch.device,
+        checkpoint_seconds: float | None = None,
+        forwards: "type[PipelineForwards] | None" = None,
+    ) -> None:
         """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
         self.pipeline, self.device = loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
-        self.checkpoint_seconds = checkpoint_seconds
+        self.checkpoint_seconds, self._forwards = checkpoint_seconds, forwards or PipelineForwards
         self.split = loaded.split
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
@@ -53,11 +59,11 @@ class DenoiseStage:
         with contextlib.ExitStack() as stack:
             if self.split:
                 (twin,) = self.denoisers()
-                forwards = JobForwards(self, twin, recipe, embeddings, begins)
+                forwards = self._forwards(self, twin, recipe, embeddings, begins)
                 stack.enter_context(self.split.job(twin, forwards, shape_of(recipe)))
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
-                stack.enter_context(residency.job(JobForwards(self, residency.module, recipe, embeddings, begins)))
+                stack.enter_context(residency.job(self._forwards(self, residency.module, recipe, embeddings, begins)))
             else:
                 for residency in self.residencies:
                     stack.enter_context(residency.job(None))
@@ -139,7 +145,7 @@ class TwoForwardsDone(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class JobForwards:
+class PipelineForwards:
     """The forwards of a job before it makes them, found by its own loop."""
 
     stage: DenoiseStage

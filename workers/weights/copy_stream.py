@@ -1,6 +1,6 @@
 """Copies beside computation: a stream of its own on a GPU; on a CPU the same calls, each done when it returns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -102,6 +102,7 @@ class CudaCopyStream:
         torch.cuda.synchronize(self.device)
 
 
+CopyStreams = Callable[[torch.device, PageLocks | None], CopyStream]
 BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
 
 

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.tensors import flat_bytes
-from workers.weights.copy_stream import copy_stream_for
+from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
 from workers.weights.loose_tensors import LooseTensors
@@ -49,6 +49,7 @@ class Residency:
         device: torch.device,
         whole: bool = False,
         elsewhere: Sequence[str] = (),
+        copy_stream: CopyStreams = copy_stream_for,
     ) -> None:
         """A component that is used `whole` is never streamed. Modules and weights that are `elsewhere` are not its."""
         self.name, self.module, self.device = name, module, device
@@ -60,7 +61,7 @@ class Residency:
         self._host = weights.tensors
         self._parameters = {name: p for name, p in plain_parameters(module).items() if name in self._host}
         self._quantized = quantized_parameters(module)
-        self._copy_stream = copy_stream_for(device, locks)
+        self._copy_stream = copy_stream(device, locks)
         self.rows = [row for row in block_rows(module) if self.has(row)]
         self.blocks = streamable(module, self.rows)
         self._loose = LooseTensors(module, self.has)

@@ -1,6 +1,5 @@
 """What is let in, for whom, and by which model it is judged."""
 
-from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -52,12 +51,14 @@ def test_a_key_has_a_share_of_the_queue_and_the_local_user_has_all_of_it(tmp_pat
     mine.check([REQUEST] * 1, BOB)
 
 
-def test_a_full_disk_refuses_before_anything_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10))
+def test_a_full_disk_refuses_before_anything_is_accepted(tmp_path: Path) -> None:
+    def with_floor(size: int) -> Quotas:
+        settings = OrchestratorSettings(disk_floor=size)
+        return Quotas(settings, Store(None, tmp_path), tmp_path, lambda path: 10)
+
     with pytest.raises(QueueFull, match="has 10 B left"):
-        quotas(tmp_path, disk_floor=11).check([REQUEST], LOCAL_USER)
-    quotas(tmp_path, disk_floor=10).check([REQUEST], LOCAL_USER)
+        with_floor(11).check([REQUEST], LOCAL_USER)
+    with_floor(10).check([REQUEST], LOCAL_USER)
 
 
 def test_a_bucket_fills_at_its_rate_and_no_further() -> None:

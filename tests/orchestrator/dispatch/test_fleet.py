@@ -1,10 +1,5 @@
 """The fleet knows who is idle, who is silent, and which workers are one process."""
 
-from types import SimpleNamespace
-
-import pytest
-
-from orchestrator.dispatch import fleet as fleet_module
 from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, Fleet
 from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
@@ -17,10 +12,10 @@ from tests.protocol.test_recipe import recipe
 
 
 class Clock:
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: object) -> None:
-        self.now = 1000.0
-        clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now)
-        monkeypatch.setattr(module, "time", clock)
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def hello(name: str, pid: int = 1, host: str = "h", **fields: object) -> WorkerHello:
@@ -68,8 +63,8 @@ def test_gpus_of_two_hosts_with_the_same_number_are_two() -> None:
     assert there.gpus == (GpuId("other", 0),)
 
 
-def test_silence_is_long_for_one_that_loads(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, fleet = Clock(monkeypatch, fleet_module), Fleet()
+def test_silence_is_long_for_one_that_loads() -> None:
+    fleet = Fleet(clock := Clock())
     loading, idle = fleet.hello(b"1", hello("a", 1)), fleet.hello(b"2", hello("b", 2))
     fleet.ready(idle)
     clock.now += SILENCE_SECONDS + 0.1
@@ -92,11 +87,8 @@ def test_a_worker_is_proven_by_a_task_or_by_time() -> None:
     assert worker.proven
 
 
-def test_a_step_is_overdue_by_what_steps_of_its_kind_took(monkeypatch: pytest.MonkeyPatch) -> None:
-    from orchestrator.dispatch import step_deadlines
-
-    clock, fleet, deadlines = Clock(monkeypatch, step_deadlines), Fleet(), StepDeadlines(unknown=600.0)
-    monkeypatch.setattr(fleet_module, "time", SimpleNamespace(monotonic=lambda: clock.now, time=lambda: clock.now))
+def test_a_step_is_overdue_by_what_steps_of_its_kind_took() -> None:
+    fleet, deadlines = Fleet(clock := Clock()), StepDeadlines(600.0, clock)
     kind: Recipe = recipe(seed=1)
     worker = fleet.hello(b"1", hello("a"))
     fleet.give(worker, task(), StepDeadlines.key("denoise", kind))

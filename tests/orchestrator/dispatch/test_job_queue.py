@@ -22,7 +22,7 @@ from tests.orchestrator.storage.test_job_store import job as stored_job
 
 def queue(folder: Path) -> JobQueue:
     store = Store(None, folder)
-    return JobQueue(store, Quotas(OrchestratorSettings(), store, folder))
+    return JobQueue(store, Quotas(OrchestratorSettings(), store, folder), RetryDelays())
 
 
 @examples(30)

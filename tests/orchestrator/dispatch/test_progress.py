@@ -7,14 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.dispatch import retry_delays as delays
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import Worker
 from orchestrator.dispatch.outbox import Outbox
+from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.standstill import TICK_SECONDS, Standstill, quiet_ticks
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import Need
@@ -86,7 +85,8 @@ class World:
         self.outbox = Outbox()
         account = Account(self.budget, used=self.used if self.driver else lambda: None)
         settings = OrchestratorSettings(queue_limit=1000)
-        self.engine = Engine(store, self.outbox, settings, {GpuId("h", 0): account}, self.folder)
+        at_once = RetryDelays((0.0,))
+        self.engine = Engine(store, self.outbox, settings, {GpuId("h", 0): account}, self.folder, at_once)
         self.engine.leasing._standstill = Standstill(lambda: self.now)
         for sim in self.sims:
             self.join(sim)
@@ -173,11 +173,6 @@ class World:
                 break
             self.round()
         return self.as_they_are(jobs)
-
-
-@pytest.fixture(autouse=True)
-def without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delays, "BACKOFF_SECONDS", (0.0,))
 
 
 sizes = st.integers(20, 4000).map(lambda megabytes: megabytes * MB)

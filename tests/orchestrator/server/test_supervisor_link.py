@@ -40,6 +40,22 @@ def test_workers_are_restarted_one_after_the_other() -> None:
     assert told(outbox) == [RestartProcess(name="denoise-2")]
 
 
+def test_the_worker_that_is_to_go_does_not_count_as_back() -> None:
+    outbox, fleet = Outbox(), Fleet()
+    link = SupervisorLink(outbox, fleet)
+    link.hello(b"s")
+    link.keeps(Processes(processes=(view("denoise-1", 1), view("denoise-2", 2))))
+    fleet.ready(fleet.hello(b"1", hello("denoise-1", pid=1)))
+    link.restart("denoise")
+    link.roll()
+    assert told(outbox) == [RestartProcess(name="denoise-1")]
+    link.roll()
+    assert told(outbox) == []  # it has not ended yet
+    fleet.ready(fleet.hello(b"2", hello("denoise-1", pid=11)))
+    link.roll()
+    assert told(outbox) == [RestartProcess(name="denoise-2")]
+
+
 def test_a_worker_that_is_gone_holds_up_no_other() -> None:
     outbox = Outbox()
     link = SupervisorLink(outbox, Fleet())

@@ -13,7 +13,6 @@ import torch
 from protocol.messages.worker import Ready
 from tests import tiny
 from tests.tiny import needs_gpus
-from workers.runtime import ranks
 from workers.runtime.ranks import DONE, GO, STOP, take_part, tell, told_ready
 
 
@@ -30,13 +29,12 @@ def failing(*_: object) -> None:
 
 
 def test_a_rank_that_fails_alone_ends_and_one_that_fails_with_the_first_goes_on(
-    link: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+    link: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = link
     stage = SimpleNamespace(run=failing, device=torch.device("cpu"))
-    monkeypatch.setattr(ranks, "FAIL_SECONDS", 0.05)
     with pytest.raises(torch.OutOfMemoryError):
-        take_part(stage, None, (), far)
+        take_part(stage, None, (), far, fail_seconds=0.05)
     near.sendall(GO + GO + STOP)
     take_part(stage, None, (), far)
     assert near.recv(1) == DONE

@@ -13,7 +13,7 @@ from protocol.tensors import Tensor
 from protocol.worker_spec import WorkerSpec
 from tests import tiny
 from workers.errors import Cancelled
-from workers.models.devices import Devices, parts_of
+from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import locate
 from workers.runtime.worker import prepare
@@ -128,5 +128,5 @@ def test_blocks_go_where_the_cut_says_and_the_rest_to_the_ends() -> None:
         with pytest.raises(BadRequest, match="there are 9"):
             places_of(model, wrong)
     with pytest.raises(BadRequest, match="3 parts for 1"):
-        parts_of(Devices(CPU, {0: 1}, cut=(1, 2, 3)), "denoise")
+        Devices(CPU, {0: 1}, cut=(1, 2, 3)).parts("denoise")
     assert DeviceGates(model, [(CPU, 9)]).devices == [CPU]

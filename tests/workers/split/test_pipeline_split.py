@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,22 @@ from protocol.errors import BadRequest, DoesNotFit
 from protocol.gpu_memory import Lease
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
+from protocol.stages import Stage
 from protocol.tensors import Tensor
 from tests import tiny
 from tests.tiny import needs_gpus
-from tests.workers.worst_stream import WorstCopyStream
+from tests.workers.worst_stream import OneForgotten, worst_copy_stream
 from workers.errors import Cancelled
-from workers.models import loading
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.split.pipeline_split import JobGate
 from workers.stages.contract import Outcome, Saved
-from workers.stages.denoise import DenoiseStage, JobForwards
+from workers.stages.denoise import DenoiseStage, PipelineForwards
 from workers.stages.text import TextStage
-from workers.weights import residency as residency_module
-from workers.weights.copy_stream import CopyStream, copy_stream_for
+from workers.weights.copy_stream import copy_stream_for
 from workers.weights.gpu_lease import GpuLease, apply_leases
-from workers.weights.host_weights import PageLocks
 from workers.weights.residency import block_rows
 
 CPU = torch.device("cpu")
@@ -36,15 +35,19 @@ Job = tuple[Recipe, tuple[Tensor, ...]]
 
 
 @pytest.fixture(autouse=True)
-def worst_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whatever is read before it has arrived, or after its place is taken, is NaN."""
-
-    def copy_stream(device: torch.device, locks: PageLocks | None) -> CopyStream:
-        return WorstCopyStream(device) if device.type == "cpu" else copy_stream_for(device, locks)
-
-    monkeypatch.setattr(residency_module, "copy_stream_for", copy_stream)
+def nothing_compiled() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+@dataclass(frozen=True)
+class GivenParts(Devices):
+    """Devices of a cut denoiser that are given, each with its blocks and bytes, on machines with fewer GPUs, too."""
+
+    given: tuple[tuple[torch.device, int, int], ...] = ()
+
+    def parts(self, stage: Stage) -> list[tuple[torch.device, int, int]]:
+        return list(self.given)
 
 
 def made(model: str, folder: Path) -> Source:
@@ -79,11 +82,17 @@ def part_bytes(source: Source, cut: tuple[int, ...]) -> list[int]:
     return [residency.total_bytes for residency in loaded.residencies.values()]
 
 
-def stages(source: Source, cut: tuple[int, ...], shares: Sequence[float], count: int = 2) -> list[DenoiseStage]:
+def stages(
+    source: Source,
+    cut: tuple[int, ...],
+    shares: Sequence[float],
+    count: int = 2,
+    forwards: type[PipelineForwards] = PipelineForwards,
+) -> list[DenoiseStage]:
     """For so many jobs at once, in a share of each part's weights."""
     room = {i: int(size * share) for i, (size, share) in enumerate(zip(part_bytes(source, cut), shares, strict=True))}
-    loaded = load(source, "denoise", Devices(CPU, room, cut=cut), torch.float32)
-    return [DenoiseStage(loaded.another(), CPU) for _ in range(count)]
+    loaded = load(source, "denoise", Devices(CPU, room, cut=cut, copy_stream=worst_copy_stream), torch.float32)
+    return [DenoiseStage(loaded.another(), CPU, forwards=forwards) for _ in range(count)]
 
 
 def together(stages: Sequence[DenoiseStage], work: Sequence[Job]) -> list[bytes]:
@@ -132,7 +141,7 @@ def test_jobs_at_once_have_the_bits_of_one_alone(
     ],
 )
 def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
-    where: tuple[str, str], model: str, shares: tuple[float, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: tuple[str, str], model: str, shares: tuple[float, float], tmp_path: Path
 ) -> None:
     source = made(model, tmp_path)
     work = [job for _ in range(4) for job in jobs(source, False)]
@@ -141,9 +150,8 @@ def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
     blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
     cut = (blocks // 2, blocks - blocks // 2)
     rooms = [int(size * share) for size, share in zip(part_bytes(source, cut), shares, strict=True)]
-    parts = list(zip((first, second), cut, rooms, strict=True))
-    monkeypatch.setattr(loading, "parts_of", lambda devices, stage: parts)
-    loaded = load(source, "denoise", Devices(first, dict(enumerate(rooms)), cut=cut), torch.float32)
+    devices = GivenParts(first, cut=cut, given=tuple(zip((first, second), cut, rooms, strict=True)))
+    loaded = load(source, "denoise", devices, torch.float32)
     several = [DenoiseStage(loaded.another(), first) for _ in range(3)]
     assert together(several, work) == wanted
     assert together(several, work[::-1]) == wanted[::-1]
@@ -155,17 +163,17 @@ def test_jobs_at_once_on_gpus_have_the_bits_of_one_alone(
     "where",
     [pytest.param(("cpu", "cpu"), id="cpu"), pytest.param(("cuda:0", "cuda:1"), marks=needs_gpus(2), id="cuda")],
 )
-def test_leases_come_and_go_between_jobs_and_bits_stay(
-    where: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leases_come_and_go_between_jobs_and_bits_stay(where: tuple[str, str], tmp_path: Path) -> None:
     source = made("flux", tmp_path)
     work = jobs(source, False)
     first, second = map(torch.device, where)
     wanted = alone(source, work, first)
     cut = (5, 7)
     whole = part_bytes(source, cut)
-    monkeypatch.setattr(loading, "parts_of", lambda *_: [(first, 5, whole[0]), (second, 7, whole[1])])
-    loaded = load(source, "denoise", Devices(first, leased=True, cut=cut), torch.float32)
+    given = ((first, 5, whole[0]), (second, 7, whole[1]))
+    copy_stream = worst_copy_stream if first == CPU else copy_stream_for
+    devices = GivenParts(first, leased=True, cut=cut, copy_stream=copy_stream, given=given)
+    loaded = load(source, "denoise", devices, torch.float32)
     assert loaded.split is not None
     several = [DenoiseStage(loaded.another(), first) for _ in range(2)]
     most = [whole[0], int(whole[1] * 0.9)]
@@ -221,12 +229,10 @@ def test_a_job_that_breaks_off_while_weights_pass_leaves_the_others_right(tmp_pa
     assert together([one, other], work) == wanted
 
 
-def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path) -> None:
     source = made("flux", tmp_path)
     work = jobs(source, False)
-    foresee = JobForwards.foresee
-    monkeypatch.setattr(JobForwards, "foresee", lambda *arguments: foresee(*arguments)[:-1])
-    several = stages(source, (6, 6), (0.8, 0.8))
+    several = stages(source, (6, 6), (0.8, 0.8), forwards=OneForgotten)
     assert together(several, work) == alone(source, work)
     assert several[0].split is not None
     assert several[0].split.residencies[0].modulation is not None

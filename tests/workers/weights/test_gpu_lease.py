@@ -1,4 +1,4 @@
-"""A worker's share of a GPU, on a CPU that stands in for it: taken, kept to, given back; and hands that obey leases."""
+"""A lease of a GPU, on a CPU that stands in for it: taken, kept to, given back; and an executor that obeys leases."""
 
 import contextlib
 import gc
@@ -18,8 +18,7 @@ from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.runtime import executor as hands_module
-from workers.runtime.executor import Event, Executor, Load, Measured
+from workers.runtime.executor import Event, Executor, Load, Measured, Run, run_measured
 from workers.stages.contract import Outcome
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
@@ -70,11 +69,13 @@ Start = Callable[..., Executor]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Hands at work, given how to load and, in leases, a workspace; a test ends when they rest."""
+    """Executors at work, given how to load, and a lease of each GPU if they work in leases."""
     with contextlib.ExitStack() as stack:
 
-        def started(load: Load, leased: bool = False) -> Executor:
-            executor = Executor(load, None, lambda runner: [GpuLease(CPU, runner.residencies, 1)] if leased else [])
+        def started(load: Load, lease: type[GpuLease] | None = None, run: Run = run_measured) -> Executor:
+            executor = Executor(
+                load, None, lambda runner: [lease(CPU, runner.residencies, 1)] if lease else [], run=run
+            )
             stack.enter_context(executor.wake).settimeout(30)
             stack.enter_context(executor.bell)
             executor.start()
@@ -103,11 +104,11 @@ def task(source: Source, allow_tiling: bool) -> Task:
     return Task(job="j", stage="text", attempt=1, recipe=recipe, allow_tiling=allow_tiling)
 
 
-def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Start) -> None:
+def test_an_executor_obeys_leases_and_tells_what_could_not_be(source: Source, start: Start) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    executor = start(loading, leased=True)
+    executor = start(loading, GpuLease)
     ready = next_of(executor)
     assert isinstance(ready, Ready)
     assert ready.needs
@@ -128,10 +129,12 @@ def test_hands_obey_leases_and_tell_what_could_not_be(source: Source, start: Sta
 
 
 def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can_be_had(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
+    source: Source, start: Start
 ) -> None:
-    monkeypatch.setattr(hands_module, "run_measured", lambda *_: Measured(Outcome([]), 0.1, 1, 1, short=True))
-    executor = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()))
+    short = Measured(Outcome([]), 0.1, 1, 1, short=True)
+    executor = start(
+        lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()), run=lambda *_: short
+    )
     assert isinstance(next_of(executor), Ready)
     executor.give(task(source, allow_tiling=False), ())
     failed = next_of(executor)
@@ -163,14 +166,16 @@ def test_a_vae_does_not_tile_while_more_memory_can_be_had(
     assert isinstance(next_of(executor), Ready)
 
 
-def test_whatever_goes_wrong_in_the_hands_ends_the_worker(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class BrokenLease(GpuLease):
+    def take(self, size: int, weights: int) -> None:
+        raise ZeroDivisionError
+
+
+def test_whatever_goes_wrong_in_the_executor_ends_the_worker(source: Source, start: Start) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
 
-    executor = start(loading, leased=True)
+    executor = start(loading, BrokenLease)
     next_of(executor)
-    monkeypatch.setattr(hands_module, "apply_leases", lambda *_: 1 / 0)
     executor.give(lease_of(1), ())
     assert isinstance(next_event(executor), ZeroDivisionError)

@@ -1,6 +1,5 @@
 """Bits are the same wherever the weights are; planned from sizes, run on the CPU with the same code as on a GPU."""
 
-import contextlib
 import itertools
 import threading
 from collections.abc import Callable
@@ -20,17 +19,16 @@ from protocol.recipe import resolve
 from tests import tiny
 from tests.chance import examples
 from tests.tiny import needs_gpus
-from tests.workers.worst_stream import WorstCopyStream
+from tests.workers.worst_stream import OneForgotten, worst_copy_stream
 from workers.models import devices
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.stages.denoise import DenoiseStage, JobForwards
+from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights import host_weights as mapped
-from workers.weights import residency as residency_module
-from workers.weights.host_weights import HostWeights, PageLocks, host_weights
+from workers.weights.copy_stream import HostCopyStream
+from workers.weights.host_weights import HostWeights, PageLocker, PageLocks, host_weights
 from workers.weights.residency import Residency, block_rows
 from workers.weights.streaming import Block, plan_stream, room
 
@@ -117,28 +115,24 @@ def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(fol
 
 
 @pytest.mark.parametrize("cfg", [False, True])
-def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(
-    cfg: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(cfg: bool, tmp_path: Path) -> None:
     source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
-    monkeypatch.setattr(residency_module, "copy_stream_for", lambda device, locked: WorstCopyStream(device))
     total = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
     for share in (0.9, 0.75, 0.6):
-        loaded = load(source, "denoise", Devices(cpu, {0: int(total.total_bytes * share)}), torch.float32)
+        devices = Devices(cpu, {0: int(total.total_bytes * share)}, copy_stream=worst_copy_stream)
+        loaded = load(source, "denoise", devices, torch.float32)
         assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, cfg), wanted))
         assert loaded.residencies["transformer"].modulation is not None
 
 
-def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path) -> None:
     source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
-    foresee = JobForwards.foresee
-    monkeypatch.setattr(JobForwards, "foresee", lambda *arguments: foresee(*arguments)[:-1])
     loaded = load(source, "denoise", Devices(cpu, {0: wanted_bytes(source, 0.75)}), torch.float32)
-    assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, False), wanted))
+    assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu, forwards=OneForgotten), tmp_path, False), wanted))
     assert loaded.residencies["transformer"].modulation is not None
 
 
@@ -149,17 +143,24 @@ def wanted_bytes(source: Source, share: float) -> int:
 
 
 @torch.no_grad()
-def test_a_swap_in_that_fails_leaves_nothing_on_the_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    residency = Residency("t5", T5EncoderModel.from_pretrained(folder / "t5").eval(), torch.device("cpu"))
+def test_a_swap_in_that_fails_leaves_nothing_on_the_device(folder: Path) -> None:
+    class Full(HostCopyStream):
+        full = True
+
+        def synchronize(self) -> None:
+            if self.full:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    cpu = torch.device("cpu")
+    copy_stream = Full(cpu)
+    residency = Residency(
+        "t5", T5EncoderModel.from_pretrained(folder / "t5").eval(), cpu, copy_stream=lambda *_: copy_stream
+    )
     wanted = text(T5EncoderModel.from_pretrained(folder / "t5").eval(), "cpu")
 
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(residency_module, "Ring", full)
-        with pytest.raises(torch.OutOfMemoryError):
-            residency.swap_in(int(residency.total_bytes * 0.7))
+    with pytest.raises(torch.OutOfMemoryError):
+        residency.swap_in(int(residency.total_bytes * 0.7))
+    copy_stream.full = False
     assert (residency.state, residency.device_bytes, residency._slab) == ("out", 0, None)
     assert len({p.untyped_storage().data_ptr() for p in residency.module.parameters()}) == 1  # the file's
     assert torch.equal(text(residency.module, "cpu"), wanted)
@@ -196,23 +197,19 @@ def test_loading_leaves_weights_in_the_mapped_file_and_a_cast_makes_a_private_co
     assert cast.private_bytes == sum(tensor.nbytes for tensor in mapped.tensors.values()) // 2
 
 
-def test_pieces_of_files_are_page_locked_in_order_and_only_what_is_refused_takes_the_buffer(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pieces_of_files_are_page_locked_in_order_and_only_what_is_refused_takes_the_buffer(folder: Path) -> None:
     weights = [host_weights(cls.from_pretrained(folder / case), case) for case, (cls, _) in CASES.items()]
     both = HostWeights(weights[0].tensors | weights[1].tensors, weights[0].files | weights[1].files, frozenset())
     refused, go, order = next(iter(weights[1].files.values())), threading.Event(), []
 
-    def lock(address: int, size: int) -> int:
+    def register(address: int, size: int, device: torch.device) -> int:
         go.wait(30)
         order.append((address, size))
         return 1 if refused.data_ptr() <= address < refused.data_ptr() + refused.nbytes else 0
 
-    monkeypatch.setattr(mapped, "lock", lock)
-    monkeypatch.setattr(mapped, "PIECE_BYTES", 50_000)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    mapped.lock_ahead([Path(path) for path in both.files], torch.device("cpu"))
-    locks = PageLocks(both, torch.device("cpu"))
+    locker = PageLocker(register, piece_bytes=50_000)
+    locker.lock_ahead([Path(path) for path in both.files], torch.device("cpu"))
+    locks = PageLocks(both, torch.device("cpu"), locker)
     assert order == []  # nobody waited
     go.set()
     several = 0
