@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 
 from orchestrator.cli.options import json_option, state_folder, state_option
 from orchestrator.gpu_driver import list_gpus
+from orchestrator.short_process import EndedWithoutAnswer, answer_of
 from protocol.client.client import Client
 from protocol.errors import TriptychError
 from protocol.units import format_bytes
@@ -115,13 +115,12 @@ def model_findings(model: str) -> list[Finding]:
 
 def examined(folder: str, text: str) -> list[Finding]:
     """Ask a process without weights about a model: all that is wrong with it, each with its remedy."""
-    done = subprocess.run([sys.executable, "-m", "workers.runtime.describer", folder], capture_output=True, check=False)
     try:
-        found = json.loads(done.stdout.splitlines()[-1])
-        problems = [str(problem) for problem in found["problems"]]
-    except (ValueError, KeyError, TypeError, IndexError):
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
-        problems = [f"looking at it ended in: {last[0]}"]
+        problems = [
+            str(problem) for problem in json.loads(answer_of("workers.runtime.describer", [folder]))["problems"]
+        ]
+    except EndedWithoutAnswer as error:
+        problems = [f"looking at it ended in: {error}"]
     return [Finding("model", problem, False) for problem in problems] or [Finding("model", f"{text}, and whole")]
 
 

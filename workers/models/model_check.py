@@ -194,7 +194,7 @@ def judge(report: Mapping[str, Any], file: str) -> None:
         raise Damaged(file, f"has another shape than its config.json wants: {some(mismatched, shapes)}", remedy)
     if unexpected := sorted(report.get("unexpected_keys", ())):
         raise Damaged(file, f"holds what its model has no use for: {some(unexpected, str)}", remedy)
-    if errors := [*report.get("error_msgs", ()), *dict(report.get("conversion_errors") or {}).values()]:
+    if errors := report.get("error_msgs"):
         raise Damaged(file, f"can't be loaded: {errors[0]}", remedy)
 
 

@@ -6,6 +6,7 @@ prints a `ModelProfile` as JSON. Of a hub model only the small files are needed.
 cache folder, so that asking again takes no time; nothing slow is imported before that is clear.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,9 +18,9 @@ from typing import Any
 
 import click
 
-from protocol.errors import TriptychError
 from protocol.job import JobRequest
 from protocol.model_profile import ModelProfile
+from protocol.process import report_end
 from workers.models.source import Source, locate
 
 log = logging.getLogger(__name__)
@@ -88,10 +89,11 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.option("--cfg-scale", type=float)
 def main(model: str, revision: str | None, dtype: str, **wanted: Any) -> None:
     try:
-        print(profile_for(locate(model, revision, None), dtype, **wanted).model_dump_json())
-    except TriptychError as error:
-        print(json.dumps({"code": error.code, "message": error.message, "hint": error.hint}), file=sys.stderr)
-        sys.exit(error.exit_code)
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
+            found = profile_for(locate(model, revision, None), dtype, **wanted)
+        print(found.model_dump_json())
+    except Exception as error:
+        sys.exit(report_end(error))
 
 
 if __name__ == "__main__":

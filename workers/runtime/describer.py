@@ -6,6 +6,7 @@ checks a model alone and prints JSON: its description, or all that is wrong with
 is read by the orchestrator itself: what a broken file does to a library ends this process, which comes back.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -176,8 +177,8 @@ def main(model: str, revision: str | None) -> None:
     from workers.models.source import locate
 
     try:
-        source = locate(model, revision, None)
-        with quiet():
+        with quiet(), contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
+            source = locate(model, revision, None)
             problems = find_problems(source, STAGES)
             found: dict[str, Any] = {"problems": [str(problem) for problem in problems]}
             if not problems:
@@ -185,7 +186,6 @@ def main(model: str, revision: str | None) -> None:
     except TriptychError as error:
         found = {"problems": [str(error)]}
     print(json.dumps(found))
-    sys.exit(4 if found["problems"] else 0)
 
 
 if __name__ == "__main__":
