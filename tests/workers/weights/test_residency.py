@@ -149,18 +149,16 @@ def test_a_swap_in_that_fails_leaves_nothing_on_the_device(folder: Path) -> None
 
         def synchronize(self) -> None:
             if self.full:
+                self.full = False
                 raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    cpu = torch.device("cpu")
-    copy_stream = Full(cpu)
-    residency = Residency(
-        "t5", T5EncoderModel.from_pretrained(folder / "t5").eval(), cpu, copy_stream=lambda *_: copy_stream
-    )
+    module = T5EncoderModel.from_pretrained(folder / "t5").eval()
+    copy_stream = Full(torch.device("cpu"))
+    residency = Residency("t5", module, copy_stream.device, copy_stream=lambda *_: copy_stream)
     wanted = text(T5EncoderModel.from_pretrained(folder / "t5").eval(), "cpu")
 
     with pytest.raises(torch.OutOfMemoryError):
         residency.swap_in(int(residency.total_bytes * 0.7))
-    copy_stream.full = False
     assert (residency.state, residency.device_bytes, residency._slab) == ("out", 0, None)
     assert len({p.untyped_storage().data_ptr() for p in residency.module.parameters()}) == 1  # the file's
     assert torch.equal(text(residency.module, "cpu"), wanted)
