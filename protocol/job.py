@@ -11,6 +11,9 @@ from protocol.stages import STAGES, Stage
 JobState = Literal["queued", "text", "denoise", "vae", "done", "failed", "cancelled"]
 ENDED: frozenset[JobState] = frozenset(("done", "failed", "cancelled"))
 JOB_STATES: tuple[JobState, ...] = ("queued", *STAGES, "done", "failed", "cancelled")
+Kept = Literal["text", "latents", ""]  # with the results of jobs of the same text, of this job alone, or nothing
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a picture, see pictures.py
+MAX_IMAGES_IN = 16  # pictures that a job may begin from
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 MAX_SEED = 2**63 - 1
 
@@ -28,8 +31,16 @@ class JobRequest(Data):
     seed: Int64 | None = None  # None: one is drawn and recorded
     num_images: Int64 = 1
     max_sequence_length: Int64 | None = None  # tokens
+    images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
+    mask: Digest | None = None  # white where the picture is to be made anew
+    strength: float | None = None  # how much of the picture goes, from 0 to 1
     priority: Int64 = 0  # higher goes first
     id: JobId | None = None  # the client's own name for it; submitting it twice is harmless
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """Digests of all pictures that it begins from."""
+        return (*self.images, *((self.mask,) if self.mask else ()))
 
 
 class Recipe(Data):
@@ -48,18 +59,17 @@ class Recipe(Data):
     model: str
     revision: str  # commit of a hub model, fingerprint of a folder
     dtype: str
+    images: tuple[Digest, ...] = ()
+    mask: Digest | None = None
+    strength: float | None = None
+    sized: bool = True  # width and height are given to the pipeline; else it finds its own, and these are an estimate
     tier: Tier = "exact"
     speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py
 
     @property
-    def true_cfg(self) -> bool:
-        """Return whether the denoiser runs twice a step, with the negative prompt, too."""
-        return uses_true_cfg(self.cfg_scale)
-
-
-def uses_true_cfg(cfg_scale: float | None) -> bool:
-    """Return whether a scale of classifier-free guidance has an effect; None is that of a model without."""
-    return cfg_scale is not None and cfg_scale > 1
+    def pictures(self) -> tuple[str, ...]:
+        """Digests of all pictures that it begins from."""
+        return (*self.images, *((self.mask,) if self.mask else ()))
 
 
 class StageRecord(Data):
@@ -74,6 +84,7 @@ class StageRecord(Data):
     warnings: tuple[str, ...] = ()
     device_kind: str = ""  # cpu, or a GPU's name: what equal bits depend on
     versions: str = ""  # of the libraries that computed it
+    kept: Kept = ""  # what it left for the stages to come
 
 
 class Job(Data):

@@ -3,6 +3,18 @@
 from protocol.data import Data, Positive
 
 
+class PictureTask(Data):
+    """What a pipeline takes beside a picture; defaults as in ModelDescription."""
+
+    pipeline: str  # class name in diffusers
+    several: bool = False  # pictures
+    steps: Positive
+    guidance: float | None
+    cfg_scale: float | None
+    strength: float | None = None  # default; None where it takes none
+    sized: bool = True  # it takes a width and a height; else the result has the picture's size
+
+
 class ModelDescription(Data):
     """The inputs that a model takes, and its defaults, read from its configuration without weights."""
 
@@ -17,6 +29,9 @@ class ModelDescription(Data):
     guidance: float | None  # default; None where the denoiser takes none
     cfg_scale: float | None  # default; None where the pipeline has no true CFG
     negative_prompt: bool
+    own_size: bool = False  # its files say a size, which holds for what is made of pictures, too
     max_sequence_length: int | None  # default; None where the pipeline has no such argument
     max_sequence_limit: Positive  # tokens that fit a prompt at most
+    image: PictureTask | None = None  # what is made of a picture; None: nothing
+    inpaint: PictureTask | None = None  # what is made of a picture and a mask
     demo: bool = False

@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Callable
 
 from protocol.errors import BadRequest, DoesNotFit
-from protocol.job import MAX_SEED, JobRequest, Recipe, uses_true_cfg
-from protocol.model import ModelDescription
+from protocol.job import MAX_SEED, JobRequest, Recipe
+from protocol.model import ModelDescription, PictureTask
 from protocol.speedups import tier_of
 
 MAX_STEPS = 1000
@@ -33,31 +33,40 @@ def resolve(
     dtype: str,
     count_tokens: CountTokens | None,
     speedups: tuple[str, ...] = (),
+    picture_size: tuple[int, int] | None = None,
 ) -> Recipe:
     """The recipe of a request, in a stack with these speedups.
+
+    `picture_size` is that of the first picture that it begins from, (width, height) in pixels.
 
     Raises:
         BadRequest: something in it can't be right.
         DoesNotFit: the picture, the number of pictures or the prompt is larger than the model takes.
     """
-    width, height = check_size(request.width, request.height, model)
+    task = check_pictures(request, model)
+    width, height, sized = check_sizes(request, model, task, picture_size)
     check_range("steps", request.steps, 1, MAX_STEPS)
     check_range("num_images", request.num_images, 1, MAX_IMAGES)
     check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     check_range("seed", request.seed, DRAWN, MAX_SEED)
     length = check_prompts(request, model, count_tokens)
-    guidance, cfg_scale, negative = check_guidance(request, model)
+    defaults = task or model
+    guidance, cfg_scale = check_guidance(request, model, defaults)
     return Recipe(
         prompt=request.prompt,
-        negative_prompt=negative,
+        negative_prompt=request.negative_prompt,
         width=width,
         height=height,
-        steps=model.steps if request.steps is None else request.steps,
+        steps=defaults.steps if request.steps is None else request.steps,
         guidance=guidance,
         cfg_scale=cfg_scale,
         seed=secrets.randbelow(2**32) if request.seed in (None, DRAWN) else request.seed,
         num_images=request.num_images,
         max_sequence_length=length,
+        images=request.images,
+        mask=request.mask,
+        strength=request.strength,
+        sized=sized,
         model=model.model,
         revision=model.revision,
         dtype=dtype,
@@ -69,6 +78,44 @@ def resolve(
 def check_range(name: str, value: float | None, low: float, high: float) -> None:
     if value is not None and not (math.isfinite(value) and low <= value <= high):
         raise BadRequest(f"{name} is {value}.", f"It goes from {low:g} to {high:g}.")
+
+
+def check_pictures(request: JobRequest, model: ModelDescription) -> PictureTask | None:
+    """Return what is to be done with a request's pictures; None where it has none. BadRequest."""
+    if not request.images:
+        if request.mask is not None:
+            raise BadRequest("There is a mask without a picture.", "Give the picture, too: --image FILE.")
+        if request.strength is not None:
+            raise BadRequest("A strength has no meaning without a picture.", "Give one: --image FILE.")
+        return None
+    task = model.image if request.mask is None else model.inpaint
+    if task is None:
+        what = "pictures" if request.mask is None else "masks"
+        raise BadRequest(f"{model.pipeline} takes no {what}.", "Leave them out, or run another model.")
+    if len(request.images) > 1 and not task.several:
+        raise BadRequest(f"{task.pipeline} takes one picture; {len(request.images)} were given.", "Give one.")
+    check_range("strength", request.strength, 0, 1)
+    if request.strength is not None and task.strength is None:
+        raise BadRequest(f"{task.pipeline} takes no strength.", "Leave it out.")
+    return task
+
+
+def check_sizes(
+    request: JobRequest, model: ModelDescription, task: PictureTask | None, picture: tuple[int, int] | None
+) -> tuple[int, int, bool]:
+    """Width and height in pixels, and whether they are given to the pipeline; else they are an estimate."""
+    given = request.width is not None or request.height is not None
+    if task is None or (given and task.sized) or (model.own_size and task.sized):
+        return *check_size(request.width, request.height, model), True
+    if given:
+        raise BadRequest(f"{task.pipeline} makes a picture of the size of the one given.", "Leave the size out.")
+    width, height = (model.width, model.height) if task.sized or picture is None else picture
+    if width * height > model.max_pixels:
+        raise DoesNotFit(
+            f"The picture has {width}x{height} pixels; {task.pipeline} makes one of the same size.",
+            f"At most {model.max_pixels} fit: make it smaller.",
+        )
+    return width, height, False
 
 
 def check_size(width: int | None, height: int | None, model: ModelDescription) -> tuple[int, int]:
@@ -127,24 +174,20 @@ def texts_to_count(request: JobRequest, model: ModelDescription) -> list[str]:
     return [text for _, text in prompts_of(request) if not surely_fits(text, length)]
 
 
-def check_guidance(request: JobRequest, model: ModelDescription) -> tuple[float | None, float | None, str | None]:
-    """Distilled guidance, true CFG scale and negative prompt, each None where the model or job has none.
-
-    No negative prompt is not an empty one: what a pipeline does without one is its own affair.
-    """
+def check_guidance(
+    request: JobRequest, model: ModelDescription, defaults: ModelDescription | PictureTask
+) -> tuple[float | None, float | None]:
+    """Distilled guidance and true CFG scale, each None where the model has none. What they mean is the pipeline's."""
     check_range("guidance", request.guidance, 0, MAX_SCALE)
     check_range("cfg_scale", request.cfg_scale, 0, MAX_SCALE)
-    if request.guidance is not None and model.guidance is None:
+    if request.guidance is not None and defaults.guidance is None:
         raise BadRequest(f"{model.model!r} takes no distilled guidance.", "Leave --guidance out.")
-    if request.cfg_scale is not None and model.cfg_scale is None:
+    if request.cfg_scale is not None and defaults.cfg_scale is None:
         raise BadRequest(f"{model.pipeline} has no true classifier-free guidance.", "Leave --cfg-scale out.")
-    cfg_scale = model.cfg_scale if request.cfg_scale is None else request.cfg_scale
-    true_cfg = uses_true_cfg(cfg_scale)
-    if request.negative_prompt and not true_cfg:
-        hint = "Leave it out." if model.cfg_scale is None else "Add --cfg-scale with a number above 1, or leave it out."
-        raise BadRequest("A negative prompt has no effect without true classifier-free guidance.", hint)
-    negative = request.negative_prompt if true_cfg else None
-    return (model.guidance if request.guidance is None else request.guidance), cfg_scale, negative
+    if request.negative_prompt is not None and not model.negative_prompt:
+        raise BadRequest(f"{model.pipeline} takes no negative prompt.", "Leave it out.")
+    cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
+    return (defaults.guidance if request.guidance is None else request.guidance), cfg_scale
 
 
 def text_key(recipe: Recipe) -> str:
@@ -153,10 +196,12 @@ def text_key(recipe: Recipe) -> str:
         recipe.revision,
         recipe.dtype,
         recipe.prompt,
-        recipe.negative_prompt if recipe.true_cfg else None,
-        recipe.true_cfg,
+        recipe.negative_prompt,
+        recipe.cfg_scale,  # which may decide whether the negative prompt is encoded, too
         recipe.max_sequence_length,
         recipe.num_images,
+        *recipe.pictures,
+        *((recipe.width, recipe.height, recipe.sized) if recipe.images else ()),  # what an encoder may see of a picture
         *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

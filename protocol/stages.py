@@ -1,4 +1,4 @@
-"""The stages that a job may visit, as data: what each owns, how far it may run ahead, and what its visits leave.
+"""The stages that a job may visit, as data: what each owns, and how far it may run ahead.
 
 No order is fixed here: a visit's result names the next stage, and a job's records are its visits so far. What is said
 of distances is where a job starts from, until results know better.
@@ -17,18 +17,29 @@ FIRST: Stage = "text"  # where a job begins
 class StageTraits:
     """The facts of a stage beside its work."""
 
-    components: tuple[str, ...]  # how names of the pipeline's components begin that it owns
+    # How names of the pipeline's components with weights begin that it owns; denoise owns what no other does.
+    components: tuple[str, ...]
     ahead: int  # jobs nearer to their end that may wait, before no more of its tasks are started
     distance: int  # visits from here to the end of a job, this one included, where no result has told
-    leaves: Literal["text", "latents"]  # the kind of artifact that a visit leaves, but for a job's last: its pictures
     resumes: bool = False  # its tasks make checkpoints, from which another worker goes on
 
 
+TEXT_COMPONENTS = (
+    "text_encoder", "text_model", "image_encoder", "mllm", "vision_language_encoder", "prompt_enhancer", "connectors",
+    "prior_text_encoder", "prior_image_encoder",
+)  # fmt: skip
+VAE_COMPONENTS = (
+    "vae", "vqvae", "movq", "audio_vae", "vocoder", "condition_image_encoder", "safety_checker", "image_upscaler",
+)  # fmt: skip
+# Components without weights, which every stage has.
+SHARED_COMPONENTS = (
+    "scheduler", "tokenizer", "feature_extractor", "processor", "text_processor", "image_processor", "guider",
+    "prior_tokenizer", "prior_scheduler", "prior_image_processor",
+)  # fmt: skip
 TRAITS: Mapping[Stage, StageTraits] = {
     # Finished embeddings (4 MB each for FLUX.1) must not pile up on disk while the denoiser works through them.
-    "text": StageTraits(("text_encoder", "tokenizer", "text_processor", "processor"), 64, 3, "text"),
-    "denoise": StageTraits(("transformer", "unet", "prior", "decoder"), 256, 2, "latents", resumes=True),
-    "vae": StageTraits(("vae", "vqvae", "movq"), 256, 1, "latents"),
+    "text": StageTraits(TEXT_COMPONENTS, 64, 3),
+    "denoise": StageTraits((), 256, 2, resumes=True),
+    "vae": StageTraits(VAE_COMPONENTS, 256, 1),
 }
 USUAL_NEXT: Mapping[Stage, Stage | None] = {"text": "denoise", "denoise": "vae", "vae": None}  # from prompt to picture
-USUAL_BEFORE: Mapping[Stage, Stage] = {following: stage for stage, following in USUAL_NEXT.items() if following}

@@ -18,7 +18,7 @@ from protocol.tensors import Buffer, Tensor, checked
 VERSION = 1
 MAX_KIND_BYTES = 32
 MAX_HEADER_BYTES = 8 << 20
-MAX_TENSORS = 64
+MAX_TENSORS = 256
 MAX_FRAME_BYTES = 256 << 20
 MAX_DEPTH = 8
 

@@ -256,7 +256,7 @@ def pixart(depth: int = 1) -> DiffusionPipeline:
 
     torch.manual_seed(0)
     transformer = PixArtTransformer2DModel(
-        sample_size=SIZE // 2,
+        sample_size=32,  # one of those that its pipeline knows
         num_layers=depth,
         patch_size=2,
         attention_head_dim=8,

@@ -9,7 +9,7 @@ import click
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
 from protocol.errors import BadRequest
 from protocol.speedups import canonical, parse_speedup
-from protocol.stages import USUAL_BEFORE, Stage
+from protocol.stages import FIRST, Stage
 from protocol.units import parse_bytes
 from protocol.worker_spec import WorkerSpec
 
@@ -63,7 +63,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
     "-o", "--output", type=click.Path(path_type=Path), help="Where to write. [default: STAGE.safetensors or out.png]"
 )
 @click.option("-p", "--prompt", help="What to picture.")
-@click.option("--negative-prompt", help="What to keep out; needs --cfg-scale.")
+@click.option("--negative-prompt", help="What to keep out.")
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--steps", "--num-inference-steps", "steps", type=int)
@@ -108,10 +108,10 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     from workers.standalone.standalone import Debugging, run_standalone
 
     model, dtype = options["model"], options["dtype"]
-    if stage in USUAL_BEFORE and options["input_path"] is not None:
+    if options["input_path"] is not None:
         from workers.standalone.stage_file import read
 
-        recipe, _ = read(options["input_path"], USUAL_BEFORE[stage])
+        recipe, _ = read(options["input_path"], stage)
         model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
@@ -121,17 +121,12 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
     """Check that the stage's input is there; BadRequest."""
-    if stage not in USUAL_BEFORE:
-        if "prompt" not in given:
-            raise BadRequest("The text stage needs a prompt.", 'Give one: --prompt "a red circle".')
-        return
-    before = USUAL_BEFORE[stage]
-    if path is None:
-        raise BadRequest(
-            f"The {stage} stage needs the output of the {before} stage.", "Give it with -i FILE.safetensors."
-        )
-    if not path.exists():
-        raise BadRequest(f"There is no file {str(path)!r}.", f"triptych worker {before} --standalone makes it.")
+    if path is None and stage != FIRST:
+        raise BadRequest(f"The {stage} stage needs what an earlier stage wrote.", "Give it with -i FILE.safetensors.")
+    if path is None and "prompt" not in given:
+        raise BadRequest(f"The {stage} stage needs a prompt.", 'Give one: --prompt "a red circle".')
+    if path is not None and not path.exists():
+        raise BadRequest(f"There is no file {str(path)!r}.", f"Begin with: triptych worker {FIRST} --standalone.")
 
 
 def join(stage: Stage, name: str, options: dict[str, Any]) -> None:

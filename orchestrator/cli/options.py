@@ -11,8 +11,10 @@ import click
 
 from orchestrator.cli.prompts import read_prompts
 from protocol.client.endpoints import default_folder
+from protocol.client.input_pictures import picture_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
+from protocol.tensors import Tensor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,7 +37,7 @@ timeout_option = click.option(
 )  # fmt: skip
 
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-                 "max_sequence_length", "priority")  # fmt: skip
+                 "max_sequence_length", "strength", "priority")  # fmt: skip
 
 
 def state_folder(state: Path | None) -> Path:
@@ -52,16 +54,30 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
         raise click.BadParameter(f"{value!r} is not a size; write it as 1024x768.") from None
 
 
+def picture_options(command: Command) -> Command:
+    """The options for pictures that a job begins from."""
+    for option in (
+        click.option("--mask", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Paint anew what is white in it, and keep the rest of --image."),
+        click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+                     help="A picture to begin from (PNG, JPEG, WebP); several where the model takes them."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def recipe_options(command: Command) -> Command:
     """The options that make up a job, by the names that diffusers' and mflux's users know."""
     for option in reversed((
-        click.option("--negative-prompt", help="What to keep out; needs --cfg-scale above 1."),
+        click.option("--negative-prompt", help="What to keep out."),
         click.option("--steps", "--num-inference-steps", "steps", type=int, help="Denoising steps."),
         click.option("--guidance", "--guidance-scale", "guidance", type=float, help="Distilled guidance (FLUX.1-dev)."),
         click.option("--cfg-scale", "--true-cfg-scale", "cfg_scale", type=float, help="True classifier-free guidance."),
         click.option("--width", type=int, help="Pixels."),
         click.option("--height", type=int, help="Pixels."),
         click.option("--size", callback=parse_size, metavar="WxH", help="Width and height in one: 1024x768."),
+        picture_options,
+        click.option("--strength", type=float, help="How much of --image goes, from 0 to 1."),
         click.option("--seed", type=int, help="Same seed, same picture. [default, or -1: a random one, recorded]"),
         click.option("-n", "--num-images", "num_images", type=int, help="Pictures of each prompt."),
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
@@ -91,11 +107,14 @@ class Asked:
     request: JobRequest
     where: str = ""
     picture: int | None = None  # the only one that is wanted of its pictures, counted from 0
+    inputs: tuple[Tensor, ...] = ()  # pictures that it begins from
 
 
 def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Asked]:
     """Make one request a prompt, from arguments and file; a line's own settings win over the flags."""
     given = given_recipe(options)
+    inputs = given_pictures(options)
+    given |= {name: value for name, value in named(inputs, options).items() if value}
     rows: list[tuple[str, dict[str, Any]]] = [("", {"prompt": prompt}) for prompt in prompts]
     if options.get("prompts_file"):
         rows += read_prompts(options["prompts_file"])
@@ -103,7 +122,19 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
             raise BadRequest(f"{str(options['prompts_file'])!r} holds no prompt.")
     if not rows:
         raise BadRequest("There is no prompt.", 'Give one: triptych submit "a large red circle", or --prompts FILE.')
-    return [Asked(make_request({**given, **row}, where), where) for where, row in rows]
+    return [Asked(make_request({**given, **row}, where), where, inputs=inputs) for where, row in rows]
+
+
+def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Read the pictures of --image and --mask; BadRequest."""
+    images = [picture_of(path) for path in options.get("images") or ()]
+    return (*images, *([picture_of(options["mask"], mask=True)] if options.get("mask") else ()))
+
+
+def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """A request's fields that name its pictures by their digests."""
+    digests, count = tuple(picture.name for picture in inputs), len(options.get("images") or ())
+    return {"images": digests[:count], "mask": digests[count] if options.get("mask") else None}
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:

@@ -12,7 +12,9 @@ import click
 from orchestrator.cli.display import make_display
 from orchestrator.cli.options import (
     Asked,
+    given_pictures,
     json_option,
+    picture_options,
     quiet_option,
     recipe_options,
     requests_from,
@@ -25,9 +27,10 @@ from orchestrator.cli.table import print_lines
 from protocol.client.client import Client
 from protocol.client.exchange import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
-from protocol.job import ENDED, Job, JobRequest
+from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.messages.client import Stack
 from protocol.recipe import MAX_IMAGES
+from protocol.tensors import Tensor
 from protocol.views import WorkerView
 
 if TYPE_CHECKING:
@@ -74,7 +77,10 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
     if client.stack().model is None and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
     try:
-        jobs = client.submit_many([a.request for a in asked], timeout=MODEL_SECONDS, watch=not options["no_wait"])
+        pictures = {picture.name: picture for a in asked for picture in a.inputs}
+        jobs = client.submit_many(
+            [a.request for a in asked], MODEL_SECONDS, watch=not options["no_wait"], pictures=[*pictures.values()]
+        )
     except TriptychError as error:
         if error.item is not None:
             error.message = f"{asked[error.item].where}{error.message}"
@@ -149,6 +155,7 @@ def names_for_jobs(output: Path | None, jobs: Sequence[Job]) -> Names:
 @output_option
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
 @click.option("--anyway", is_flag=True, help="Make a PNG's picture again although this stack may give other bits.")
+@picture_options
 @timeout_option
 @json_option
 @quiet_option
@@ -160,7 +167,8 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
         raise BadRequest("Jobs and PNG files don't go together.", "Give one kind at a time.")
     with Client(state_folder(state)) as client:
         if files:
-            asked = [asked_again(client, path, anyway) for path in files]
+            pictures = given_pictures(options)
+            asked = [asked_again(client, path, anyway, pictures) for path in files]
             names = {} if options["no_wait"] else names_for_requests(options["output"], asked)
             make(client, asked, names, options)
             return
@@ -173,7 +181,7 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
             collect(client, jobs, names, options)
 
 
-def asked_again(client: Client, path: Path, anyway: bool) -> Asked:
+def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor, ...]) -> Asked:
     """The request that makes a PNG's picture again, if this stack makes the same bits; BadRequest, NoStack."""
     from protocol.client.png import read_recipe
 
@@ -187,11 +195,33 @@ def asked_again(client: Client, path: Path, anyway: bool) -> Asked:
             f"this stack runs {stack.model.model!r} at {stack.model.revision}.",
             f"Start one with: triptych up --model {recipe.model}",
         )
+    check_same_pictures(path, recipe, pictures)
     if not anyway:
         check_same_bits(path, made, stack, client.workers().workers)
-    kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(type(recipe).model_fields))
+    found = set(JobRequest.model_fields) & set(type(recipe).model_fields)
+    kept = recipe.model_dump(include=found if recipe.sized else found - {"width", "height"})
     request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
-    return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None)
+    return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None, pictures)
+
+
+def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]) -> None:
+    """Raise BadRequest where a picture was made of others than these."""
+    wanted, given = list(recipe.pictures), [picture.name for picture in pictures]
+    if wanted == given:
+        return
+    options = " ".join([*(["--image FILE"] * len(recipe.images)), *(["--mask FILE"] if recipe.mask else [])])
+    if len(wanted) != len(given):
+        raise BadRequest(
+            f"{str(path)!r} was made of {len(wanted) or 'no'} pictures; {len(given) or 'none'} were given.",
+            f"Give those that it was made of: {options}." if wanted else "Leave --image and --mask out.",
+        )
+    number = next(i for i, pair in enumerate(zip(wanted, given, strict=True)) if pair[0] != pair[1])
+    what = f"picture {number + 1}" if number < len(recipe.images) else "the mask"
+    raise BadRequest(
+        f"{str(path)!r} was made of another picture: {what} has the digest {given[number][:12]}…, not "
+        f"{wanted[number][:12]}….",
+        "Give the very one that it was made of.",
+    )
 
 
 def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[WorkerView]) -> None:

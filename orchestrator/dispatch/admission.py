@@ -2,6 +2,8 @@
 
 import secrets
 import time
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
 
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.job_queue import JobQueue
@@ -10,9 +12,24 @@ from orchestrator.dispatch.quotas import Quotas
 from orchestrator.job import LiveJob
 from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
-from protocol.errors import Conflict, TriptychError
+from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve, text_key
+from protocol.tensors import Tensor
+
+Pictures = Mapping[str, Tensor]  # that came along, by their digests
+KEPT_INPUTS = 1_000_000_000  # bytes of pictures that no unfinished job begins from
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """What is in one container or another."""
+
+    one: Container[str]
+    other: Container[str]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.one or name in self.other
 
 
 class Admission:
@@ -22,22 +39,42 @@ class Admission:
         self._store, self._job_queue, self._quotas = store, job_queue, quotas
         self._leasing, self._catalogue = leasing, catalogue
 
-    def admit(self, requests: tuple[JobRequest, ...], owner: Principal) -> tuple[list[LiveJob], list[LiveJob]]:
+    def admit(
+        self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
+    ) -> tuple[list[LiveJob], list[LiveJob]]:
         """The requests' jobs, and those of them that are new; those that are here already count as accepted."""
-        named, fresh, recipes = self._settle(requests, owner)
+        named, fresh, recipes = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner)
         self._quotas.spend(len(fresh), owner)
+        for digest in {digest for recipe in recipes for digest in recipe.pictures}:
+            self._keep_picture(digest, pictures)
         new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
         made = iter(new)
         return [known or next(made) for known in named], new
 
-    def judge(self, requests: tuple[JobRequest, ...], owner: Principal, earlier: int) -> None:
+    def judge(self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures, earlier: int) -> None:
         """Raise what `admit` would, if so many `earlier` ones had come before them."""
-        _, fresh, _ = self._settle(requests, owner)
+        _, fresh, _ = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner, earlier)
 
+    def _keep_picture(self, digest: str, pictures: Pictures) -> None:
+        artifacts = self._store.artifacts
+        if artifacts.has("input", digest):
+            artifacts.touch("input", digest)
+        else:
+            artifacts.put("input", digest, (pictures[digest],))
+            artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), pictures))
+
+    def _shape(self, digest: str, pictures: Pictures) -> tuple[int, int]:
+        """Return a picture's (width, height); BadRequest where it did not come along and isn't here."""
+        kept = () if digest in pictures else self._store.artifacts.get("input", digest)
+        if kept is None:
+            raise BadRequest("A picture that the job begins from did not come with it.", "Send it along.")
+        height, width, _ = (kept[0] if kept else pictures[digest]).shape
+        return width, height
+
     def _settle(
-        self, requests: tuple[JobRequest, ...], owner: Principal
+        self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
     ) -> tuple[list[LiveJob | None], list[JobRequest], list[Recipe]]:
         """The jobs that are here already, None for others; those others, and their recipes."""
         entry = self._catalogue.default()
@@ -51,7 +88,13 @@ class Admission:
             if named[item] is not None:
                 continue
             try:
-                recipes.append(resolve(request, entry.description, entry.dtype, entry.tokens.count, entry.speedups))
+                sizes = [self._shape(digest, pictures) for digest in request.pictures]
+                recipes.append(
+                    resolve(
+                        request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
+                        sizes[0] if request.images else None,
+                    )
+                )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipes[-1], entry.description)
             except TriptychError as error:
                 error.item = item

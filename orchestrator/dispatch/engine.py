@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.dispatch import transitions
-from orchestrator.dispatch.admission import Admission
+from orchestrator.dispatch.admission import Admission, Pictures
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
@@ -32,16 +32,17 @@ from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import Conflict
 from protocol.gpu_memory import GpuId
-from protocol.job import JobRequest, StageRecord
+from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
 from protocol.messages.worker import CancelTask, Committed, Leased, Progress, Ready, Result, TaskFailed
-from protocol.stages import TRAITS, USUAL_NEXT, Stage
+from protocol.stages import FIRST, USUAL_NEXT, Stage
 from protocol.tensors import CHECKPOINT, Tensor
 
 log = logging.getLogger(__name__)
 
 LOST_NUMBERS = 2  # attempts that a killed orchestrator may have handed out without keeping their numbers
+NO_PICTURES: Pictures = {}
 PICTURES = "pictures"  # name of the tensor that a job's last visit gives
 
 
@@ -193,9 +194,11 @@ class Engine:
 
     # -- accepting and handing out --------------------------------------------------------------
 
-    def accept(self, requests: tuple[JobRequest, ...], owner: Principal) -> list[LiveJob]:
+    def accept(
+        self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures = NO_PICTURES
+    ) -> list[LiveJob]:
         """Accept all of the requests or none; those that are here already count as accepted."""
-        jobs, new = self.admission.admit(requests, owner)
+        jobs, new = self.admission.admit(requests, owner, pictures)
         for job in new:
             self.job_queue.count(job.state, +1)
             self._adopt(job)
@@ -207,8 +210,9 @@ class Engine:
 
     def _skip_text_if_known(self, job: LiveJob) -> LiveJob:
         """Skip the text stage where the prompt's embeddings are there."""
-        following = USUAL_NEXT["text"]
-        if job.stage != "text" or following is None or not self.store.artifacts.has("text", job.text_key):
+        following: Stage | None = "vae" if job.recipe.images else USUAL_NEXT[FIRST]  # a guess; the worker knows better
+        begins = job.stage == FIRST and not job.records
+        if not begins or following is None or not self.store.artifacts.has("text", job.text_key):
             return job
         self.store.artifacts.touch("text", job.text_key)
         return self.happened(job, transitions.EmbeddingsKnown(following))
@@ -245,28 +249,32 @@ class Engine:
         self.leasing.learn(worker, job.recipe, result.workspace_bytes)
         self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
         self.deadlines.moved(worker, job.recipe, worker.step + 1)
+        kept = self._keep(job, result, tensors)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
-            versions=worker.hello.versions,
+            versions=worker.hello.versions, kept=kept,
         )  # fmt: skip
-        self._keep(job, result, tensors)
         self.happened(job, transitions.StageDone(record, result.next, time.time(), result.visits_left))
         if result.next is None:
             self._make_room_for_pictures(job.id)
-        elif result.stage == "text":
+        elif kept == "text":
             self._share_embeddings(job)
 
-    def _keep(self, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> None:
-        """Keep what a visit leaves, before anybody hears of it."""
+    def _keep(self, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> Kept:
+        """Keep what a visit leaves, before anybody hears of it; return where."""
         artifacts = self.store.artifacts
         if result.next is None:
             artifacts.put("pictures", job.id, tensors)
-        elif TRAITS[result.stage].leaves == "text":
+            return ""
+        if not tensors:
+            return ""
+        if result.stage == FIRST and not job.records:
             artifacts.put("text", job.text_key, tensors)
             artifacts.shrink("text", self.settings.embedding_cache, spare=self.job_queue.texts())
-        else:
-            artifacts.put("latents", job.id, tensors)
+            return "text"
+        artifacts.put("latents", job.id, tensors)
+        return "latents"
 
     def _share_embeddings(self, job: LiveJob) -> None:
         for other in self.job_queue.of_text(job.text_key):

@@ -1,5 +1,6 @@
 """Unfinished jobs: by their ids, by the text that they share, waiting at their stages or for a moment, and counted."""
 
+from collections import Counter
 from collections.abc import Container
 
 from orchestrator.dispatch.quotas import Quotas
@@ -19,6 +20,7 @@ class JobQueue:
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}
+        self._inputs: Counter[str] = Counter()  # jobs that begin from a picture, by its digest
 
     def find(self, job_id: str) -> LiveJob | None:
         """A job, ended ones too."""
@@ -34,6 +36,10 @@ class JobQueue:
         """Keys of embeddings that some job needs, or will."""
         return self._by_text.keys()
 
+    def inputs(self) -> Container[str]:
+        """Digests of the pictures that some job begins from."""
+        return self._inputs.keys()
+
     def of_text(self, key: str) -> list[LiveJob]:
         return [self.jobs[job_id] for job_id in self._by_text.get(key, ())]
 
@@ -44,6 +50,7 @@ class JobQueue:
         self.jobs[job.id] = job
         self._quotas.add(job)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
+        self._inputs.update(job.recipe.pictures)
         self.queues.add(job)
 
     def replace(self, before: LiveJob, after: LiveJob) -> None:
@@ -69,6 +76,10 @@ class JobQueue:
     def _remove(self, job: LiveJob) -> None:
         del self.jobs[job.id]
         self._quotas.add(job, -1)
+        for digest in job.recipe.pictures:
+            self._inputs[digest] -= 1
+            if not self._inputs[digest]:
+                del self._inputs[digest]
         same_text = self._by_text[job.text_key]
         same_text.discard(job.id)
         if not same_text:

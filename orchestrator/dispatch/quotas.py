@@ -70,7 +70,7 @@ class Quotas:
         """Bytes on disk and in memory that unfinished jobs hold, embeddings that wait to be used included."""
         sizes = self._store.artifacts.bytes_of
         spare = max(0, sizes["text"] - self._settings.embedding_cache)
-        return self.request_bytes + sizes["latents"] + sizes["checkpoint"] + spare
+        return self.request_bytes + sizes["latents"] + sizes["checkpoint"] + sizes["input"] + spare
 
     def free(self) -> int:
         """Bytes left on the disk, as of the last look."""

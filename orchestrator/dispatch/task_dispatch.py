@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.fleet import Fleet, Worker
@@ -16,6 +17,7 @@ from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease
 from orchestrator.storage.job_store import Store
 from protocol.messages.worker import Task
+from protocol.pictures import IMAGE, MASK
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
 
@@ -77,6 +79,10 @@ class TaskDispatch:
             log.warning("an artifact of the visit before %s is gone; going back", job.stage, extra={"job": job.id})
             self._happened(job, transitions.InputLost())
             return
+        pictures = self._pictures(job)
+        if pictures is None:
+            self.blame(job, "a picture that it begins from is gone; submit it again", retry=False)
+            return
         checkpoint = self._store.artifacts.get("checkpoint", job.id) if job.saved and TRAITS[job.stage].resumes else ()
         if checkpoint is None:
             job = self._happened(job, transitions.CheckpointDropped())
@@ -87,15 +93,28 @@ class TaskDispatch:
             allow_tiling=not self._leasing.more(worker),
         )  # fmt: skip
         self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
-        self._outbox.to_worker(worker.identity, task, (*tensors, *(checkpoint or ())))
+        self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ())))
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
         """Return what the visit before has left; None where it is gone or damaged."""
-        if not job.records:
-            return ()
-        if job.records[-1].stage == "text":
-            return self._store.artifacts.get("text", job.text_key)
-        return self._store.artifacts.get("latents", job.id)
+        match job.records[-1].kept if job.records else "":
+            case "text":
+                return self._store.artifacts.get("text", job.text_key)
+            case "latents":
+                return self._store.artifacts.get("latents", job.id)
+        return ()
+
+    def _pictures(self, job: LiveJob) -> list[Tensor] | None:
+        """Return the pictures that a job begins from, named for its worker; None where one is gone."""
+        recipe = job.recipe
+        names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
+        found: list[Tensor] = []
+        for name, digest in zip(names, recipe.pictures, strict=True):
+            kept = self._store.artifacts.get("input", digest)
+            if kept is None:
+                return None
+            found.append(replace(kept[0], name=name))
+        return found
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
         """Let a job's attempt fail, or its wait for one."""

@@ -13,6 +13,7 @@ from protocol.stages import FIRST, TRAITS, Stage
 
 MAX_ATTEMPTS = 3  # tries of one stage at the same point
 MAX_SHORTAGES = 12  # tries of one stage that found too little memory; each asks for half as much again
+MAX_VISITS = 32  # of stages in a job, before its way is taken to go in circles
 KEEP_REASONS = 16
 ArtifactKind = Literal["checkpoint", "latents", "pictures"]  # of a job by its id
 
@@ -145,7 +146,9 @@ def after(job: LiveJob, event: Event) -> Changes:
         case StageDone():
             return _stage_done(job, event)
         case EmbeddingsKnown(following):
-            record = StageRecord(stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True)
+            record = StageRecord(
+                stage="text", worker="cache", attempt=job.attempt, seconds=0.0, cached=True, kept="text"
+            )  # fmt: skip
             return Changes(_visited(job, record, following, cached=True))
         case HandedBack():
             return Changes(_handed_back(job))
@@ -176,6 +179,9 @@ def _stage_done(job: LiveJob, event: StageDone) -> Changes:
     if event.next is None:
         pictures = job.recipe.num_images
         return _ended(job, "done", event.now, records=(*job.records, event.record), pictures=pictures)
+    if len(job.records) >= MAX_VISITS:
+        reason = f"{job.stage} sends it to {event.next} again, after {MAX_VISITS} visits; its pipeline can't be split"
+        return _failed(job, Failed(reason, retry=False, now=event.now))
     over = job.saved and TRAITS[job.stage].resumes
     saved = 0 if over else job.saved
     following = _visited(

@@ -13,8 +13,13 @@ def pixels_at_once(stage: Stage, recipe: Recipe) -> int:
     """Pixels that a stage works on at once."""
     if stage == "text":
         return MEGAPIXEL
-    passes = 2 if stage == "denoise" and recipe.true_cfg else 1
+    passes = 2 if stage == "denoise" and guided(recipe) else 1
     return recipe.width * recipe.height * recipe.num_images * passes
+
+
+def guided(recipe: Recipe) -> bool:
+    """Return whether a denoiser may take its steps twice, for classifier-free guidance; an estimate."""
+    return recipe.cfg_scale not in (None, 0, 1)
 
 
 def place_key(stage: Stage, model: ModelKey) -> str:
@@ -30,4 +35,4 @@ def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
 def step_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
     """Return the key of the seconds of a step; a text encoder's don't depend on the picture."""
     size = (recipe.width, recipe.height, recipe.num_images) if stage != "text" else ()
-    return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, recipe.true_cfg, gpu])
+    return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, guided(recipe), gpu])

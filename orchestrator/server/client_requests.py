@@ -37,7 +37,8 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import Error, Message
-from protocol.tensors import Buffer
+from protocol.pictures import check_picture
+from protocol.tensors import Buffer, Tensor
 from protocol.views import WorkerView
 
 log = logging.getLogger(__name__)
@@ -71,13 +72,15 @@ def error_message(error: TriptychError, request: int = 0) -> Error:
 class ClientRequests:
     def __init__(self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink) -> None:
         self.engine, self._describer, self._supervisor = engine, describer, supervisor
-        self._parked: dict[tuple[Peer, int], Submit] = {}  # by client and question, until they can be judged
+        # By client and question, until they can be judged.
+        self._parked: dict[tuple[Peer, int], tuple[Submit, tuple[Tensor, ...]]] = {}
         self._started = time.time()
 
     def handle(self, client: bytes, principal: Principal, frames: list[Buffer]) -> None:
         """Answer what a client has sent; whatever it is, the others go on."""
         try:
-            self.answer(Peer(client, principal), wire.decode(frames, FROM_CLIENT).message)
+            envelope = wire.decode(frames, FROM_CLIENT)
+            self.answer(Peer(client, principal), envelope.message, envelope.tensors)
         except StateUnusable:
             raise
         except TriptychError as error:
@@ -86,11 +89,16 @@ class ClientRequests:
             log.exception("a client's question could not be answered")
             self._reply(client, Error(code="error", message="The orchestrator failed at this question."))
 
-    def answer(self, peer: Peer, question: Message) -> None:
+    def answer(self, peer: Peer, question: Message, tensors: tuple[Tensor, ...] = ()) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
         assert isinstance(question, Question)
         try:
-            self._answer(peer, question)
+            if isinstance(question, Submit):
+                for tensor in tensors:
+                    check_picture(tensor)
+                self._submit(peer, question, tensors)
+            else:
+                self._answer(peer, question)
         except StateUnusable:
             raise
         except TriptychError as error:
@@ -99,8 +107,8 @@ class ClientRequests:
     def unpark(self) -> None:
         """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
         parked, self._parked = self._parked, {}
-        for (peer, _), submit in parked.items():
-            self.answer(peer, submit)
+        for (peer, _), (submit, tensors) in parked.items():
+            self.answer(peer, submit, tensors)
 
     def _reply(self, client: bytes, message: Message) -> None:
         self.engine.outbox.to_client(client, message)
@@ -110,8 +118,6 @@ class ClientRequests:
         if isinstance(question, ADMINISTRATION) and not peer.local:
             raise Forbidden(f"A client's key is not for {question.kind!r}.", "Do it on the stack's own host.")
         match question:
-            case Submit():
-                self._submit(peer, question)
             case Watch(jobs=ids):
                 jobs = [self._own(peer, job_id) for job_id in ids]
                 self._watch(client, [job.id for job in jobs if not job.ended])
@@ -173,18 +179,18 @@ class ClientRequests:
         job = self.engine.job_queue.jobs.get(view.job) if view.job else None
         return view if peer.local or (job and peer.may_see(job)) else view.model_copy(update={"job": None})
 
-    def _submit(self, peer: Peer, submit: Submit) -> None:
-        client = peer.identity
+    def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
+        client, pictures = peer.identity, {tensor.name: tensor for tensor in tensors}
         if not self._describer.ready_for(submit.jobs):
             if len(self._parked) >= MAX_PARKED:
                 raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
-            self._parked[peer, submit.request] = submit
+            self._parked[peer, submit.request] = submit, tensors
             return
         if submit.judge:
-            self.engine.admission.judge(submit.jobs, peer.principal, submit.earlier)
+            self.engine.admission.judge(submit.jobs, peer.principal, pictures, submit.earlier)
             self._reply(client, Done(request=submit.request))
             return
-        jobs = self.engine.accept(submit.jobs, peer.principal)
+        jobs = self.engine.accept(submit.jobs, peer.principal, pictures)
         self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
         if submit.watch:
             self._watch(client, [job.id for job in jobs if not job.ended])

@@ -23,9 +23,9 @@ from protocol.tensors import ITEMSIZE, Tensor, checked
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["text", "checkpoint", "latents", "pictures"]
-KINDS: tuple[Kind, ...] = ("text", "checkpoint", "latents", "pictures")
-OF_A_JOB: tuple[Kind, ...] = ("checkpoint", "latents", "pictures")  # by its id; embeddings are many jobs'
+Kind = Literal["text", "checkpoint", "latents", "pictures", "input"]
+KINDS: tuple[Kind, ...] = ("text", "checkpoint", "latents", "pictures", "input")
+OF_A_JOB: tuple[Kind, ...] = ("checkpoint", "latents", "pictures")  # by its id; others are many jobs'
 INLINE_BYTES = 128 << 10  # up to here SQLite is faster than a file of its own
 
 

@@ -25,6 +25,7 @@ from protocol.client.exchange import CONNECT_SECONDS, REPEATABLE, RESEND_SECONDS
 from protocol.errors import NoStack, TriptychError
 from protocol.messages.client import JobEvent, Question
 from protocol.sockets import dealer
+from protocol.tensors import Tensor
 from protocol.wire import Envelope
 
 
@@ -67,8 +68,10 @@ class AsyncLink:
         self._socket.close(linger=0)
         self._context.term()
 
-    async def ask(self, cls: type[Question], timeout: float | None, **fields: Any) -> Envelope:
-        number, frames = self._exchange.ask(cls, **fields)
+    async def ask(
+        self, cls: type[Question], timeout: float | None, tensors: Sequence[Tensor] = (), **fields: Any
+    ) -> Envelope:
+        number, frames = self._exchange.ask(cls, tensors, **fields)
         limit = time.monotonic() + (timeout or self._timeout)
         answer: asyncio.Future[Envelope] = asyncio.get_running_loop().create_future()
         self._answers[number] = answer

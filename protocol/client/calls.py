@@ -56,7 +56,9 @@ class Inbox(Protocol):
 class Link(Protocol):
     """A connection to a stack."""
 
-    async def ask(self, cls: type[Question], timeout: float | None, **fields: Any) -> Envelope:
+    async def ask(
+        self, cls: type[Question], timeout: float | None, tensors: Sequence[Tensor] = (), **fields: Any
+    ) -> Envelope:
         """The answer to a question; or the error that it stands for, raised. NoStack after `timeout` seconds."""
 
     def keep(self, jobs: Sequence[str]) -> None:
@@ -73,19 +75,29 @@ class Calls:
     # -- jobs -----------------------------------------------------------------------------------
 
     async def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
-        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit."""
-        return (await self.submit_many([request_of(prompt, options)]))[0]
+        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
+
+        `images` and `mask` may be paths, the bytes of files, or Pillow images.
+        """
+        request, pictures = request_of(prompt, options)
+        return (await self.submit_many([request], pictures=pictures))[0]
 
     async def submit_many(
-        self, requests: Sequence[JobRequest], timeout: float | None = None, watch: bool = False
+        self,
+        requests: Sequence[JobRequest],
+        timeout: float | None = None,
+        watch: bool = False,
+        pictures: Sequence[Tensor] = (),
     ) -> list[Job]:
         """Accept many jobs, all or none. Waits for the stack to know its model.
+
+        `pictures` are those that the requests name by their digests, as `picture_of` makes them.
 
         With `watch`, `events` of these jobs misses nothing of what happens before it is called. An error's `item` says
         which request is at fault.
         """
         accepted: list[Job] = []
-        for start, fields in chunks(requests):
+        for start, fields in chunks(requests, pictures):
             if watch:
                 self._link.keep([request.id for request in fields["jobs"]])
             with located(start, accepted):

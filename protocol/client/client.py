@@ -51,8 +51,10 @@ class BlockingLink:
         self._socket.close(linger=0)
         self._context.term()
 
-    async def ask(self, cls: type[Question], timeout: float | None, **fields: Any) -> Envelope:
-        number, frames = self._exchange.ask(cls, **fields)
+    async def ask(
+        self, cls: type[Question], timeout: float | None, tensors: Sequence[Tensor] = (), **fields: Any
+    ) -> Envelope:
+        number, frames = self._exchange.ask(cls, tensors, **fields)
         limit = time.monotonic() + (timeout or self._timeout)
         while (now := time.monotonic()) < limit:
             connected_by = limit if self._answered else min(limit, now + CONNECT_SECONDS)
@@ -138,14 +140,24 @@ class Client:
         self._link.close()
 
     def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
-        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit."""
+        """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
+
+        `images` and `mask` may be paths, the bytes of files, or Pillow images.
+        """
         return run(self._calls.submit(prompt, **options))
 
     def submit_many(
-        self, requests: Sequence[JobRequest], timeout: float | None = None, watch: bool = False
+        self,
+        requests: Sequence[JobRequest],
+        timeout: float | None = None,
+        watch: bool = False,
+        pictures: Sequence[Tensor] = (),
     ) -> list[Job]:
-        """Accept many jobs, all or none. With `watch`, `events` of these jobs misses nothing."""
-        return run(self._calls.submit_many(requests, timeout, watch))
+        """Accept many jobs, all or none. With `watch`, `events` of these jobs misses nothing.
+
+        `pictures` are those that the requests name by their digests, as `picture_of` makes them.
+        """
+        return run(self._calls.submit_many(requests, timeout, watch, pictures))
 
     def job(self, job_id: str) -> Job:
         """Return a job as it stands; NotFound."""

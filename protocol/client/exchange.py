@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from pydantic import ValidationError
 
 from protocol import wire
+from protocol.client.input_pictures import picture_of
 from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, from_wire
 from protocol.job import Job, JobRequest
 from protocol.messages.client import (
@@ -27,8 +29,9 @@ from protocol.messages.client import (
 )
 from protocol.messages.common import MAX_JOBS, Error
 from protocol.sockets import new_identity
-from protocol.tensors import Buffer
+from protocol.tensors import Buffer, Tensor
 
+MOST_PICTURES = 64  # in one question
 CONNECT_SECONDS = 2.0  # for the first contact; a stack that has answered before is waited for
 RESEND_SECONDS = 2.0  # without an answer or news, ask again: a question in flight dies with the orchestrator
 PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is restarted
@@ -45,11 +48,11 @@ class Exchange:
         self.identity = new_identity()
         self._numbers = itertools.count(1)
 
-    def ask(self, cls: type[Question], **fields: Any) -> tuple[int, list[Buffer]]:
+    def ask(self, cls: type[Question], tensors: Sequence[Tensor] = (), **fields: Any) -> tuple[int, list[Buffer]]:
         """A question's number and frames; BadRequest where its fields can't be right."""
         number = next(self._numbers)
         try:
-            return number, wire.encode(cls(request=number, **fields))
+            return number, wire.encode(cls(request=number, **fields), tensors)
         except ValidationError as error:
             fault = error.errors(include_url=False, include_context=False)[0]
             what = "a job's id" if fault["loc"][:1] in (("jobs",), ("job",)) else ".".join(map(str, fault["loc"]))
@@ -77,8 +80,15 @@ class Exchange:
         return envelope
 
 
-def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> JobRequest:
-    return prompt if isinstance(prompt, JobRequest) else JobRequest(prompt=prompt, **options)
+def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRequest, list[Tensor]]:
+    """A request, and the pictures that it begins from; those are read where they are given by path or as images."""
+    if isinstance(prompt, JobRequest):
+        return prompt, []
+    given, mask = options.pop("images", ()), options.pop("mask", None)
+    pictures = [picture_of(one) for one in ([given] if isinstance(given, str | bytes | PathLike) else given)]
+    masks = [] if mask is None else [picture_of(mask, mask=True)]
+    named: dict[str, Any] = {"images": tuple(p.name for p in pictures), "mask": masks[0].name if masks else None}
+    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks]
 
 
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:
@@ -86,19 +96,34 @@ def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:
     return tuple(r if r.id else r.model_copy(update={"id": secrets.token_hex(6)}) for r in requests)
 
 
-def chunks(requests: Sequence[JobRequest]) -> list[tuple[int, dict[str, Any]]]:
-    """The questions of one submission, each with how many jobs come before it.
+def chunks(requests: Sequence[JobRequest], pictures: Sequence[Tensor] = ()) -> list[tuple[int, dict[str, Any]]]:
+    """The questions of one submission, each with how many jobs come before it, and with the pictures of its own jobs.
 
     Several at once are judged first, all of them, so that none is accepted where one can't be.
     """
-    named = with_ids(requests)
-    starts = range(0, len(named), MAX_JOBS)
-    rounds = (True, False) if len(starts) > 1 else (False,)
+    named, by_digest = with_ids(requests), {picture.name: picture for picture in pictures}
+    parts = list(in_parts(named, by_digest))
+    rounds = (True, False) if len(parts) > 1 else (False,)
     return [
-        (start, {"jobs": named[start : start + MAX_JOBS], "judge": judge, "earlier": start if judge else 0})
+        (start, {"jobs": jobs, "tensors": own, "judge": judge, "earlier": start if judge else 0})
         for judge in rounds
-        for start in starts
+        for start, jobs, own in parts
     ]
+
+
+def in_parts(
+    requests: tuple[JobRequest, ...], pictures: Mapping[str, Tensor]
+) -> Iterator[tuple[int, tuple[JobRequest, ...], list[Tensor]]]:
+    """Yield requests that fit a message, each part with its start and its pictures."""
+    start = 0
+    own: dict[str, Tensor] = {}
+    for index, request in enumerate(requests):
+        more = {digest: pictures[digest] for digest in request.pictures if digest in pictures}
+        if index > start and (index - start == MAX_JOBS or len(own | more) > MOST_PICTURES):
+            yield start, requests[start:index], list(own.values())
+            start, own = index, {}
+        own |= more
+    yield start, requests[start:], list(own.values())
 
 
 @contextlib.contextmanager

@@ -23,8 +23,10 @@ from typing import Any
 
 import click
 import numpy as np
+from PIL import Image
 
 from protocol.client.client import Client
+from protocol.client.input_pictures import picture_of
 from protocol.errors import TriptychError
 from protocol.job import ENDED, JobRequest
 from protocol.stages import Stage
@@ -55,13 +57,26 @@ class Account:
 
 
 def recipes(rng: random.Random, count: int) -> list[JobRequest]:
+    """Make jobs, every third of which begins from a picture, and every sixth with a mask besides."""
+    image, mask = (picture.name for picture in PICTURES)
     return [
         JobRequest(
             prompt=f"a {rng.choice(WORDS[0])} {rng.choice(WORDS[1])}", seed=rng.randrange(1000), width=64, height=64,
-            steps=rng.choice((6, 10, 20)), num_images=rng.choice((1, 1, 2)),
+            steps=rng.choice((6, 10, 20)), num_images=rng.choice((1, 1, 2)), images=() if number % 3 else (image,),
+            mask=None if number % 6 else mask,
         )
-        for _ in range(count)
+        for number in range(count)
     ]  # fmt: skip
+
+
+def half() -> Image.Image:
+    """A mask of the right half."""
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    return mask
+
+
+PICTURES = (picture_of(Image.radial_gradient("L").convert("RGB")), picture_of(half(), mask=True))
 
 
 def digest_of(client: Client, job: str) -> str:
@@ -106,7 +121,8 @@ class Load(threading.Thread):
             if self._pending is None:
                 self._count += 1
                 self._pending = self._rng.choice(self._pool).model_copy(update={"id": f"soak{self._count}"})
-            client.submit(self._pending)  # again, if the answer was lost: the id makes that harmless
+            # Again, if the answer was lost: the id makes that harmless.
+            client.submit_many([self._pending], pictures=PICTURES)
             job_id = str(self._pending.id)
             self._account.accepted[job_id] = self._wanted[key_of(self._pending)]
             self._open.add(job_id)
@@ -220,7 +236,8 @@ def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> d
     with Client(stack.state, timeout=60) as client:
         wanted = {}
         for request in pool:
-            wanted[key_of(request)] = digest_of(client, client.wait(client.submit(request).id, 120).id)
+            (job,) = client.submit_many([request], pictures=PICTURES)
+            wanted[key_of(request)] = digest_of(client, client.wait(job.id, 120).id)
     print(f"{len(pool)} undisturbed pictures; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
     load, trouble = Load(stack, wanted, pool, seed + 1, account), Trouble(stack, rng, account)
     start = time.monotonic()

@@ -109,7 +109,7 @@ HOSTILE: dict[str, list[bytes]] = {
     "too many dimensions": [b"\x01ready", frame({}, [["x", "uint8", [1] * 9]]), b"x"],
     "unknown dtype": [b"\x01ready", frame({}, [["x", "object", [4]]]), b"xxxx"],
     "no name": [b"\x01ready", frame({}, [["", "uint8", [4]]]), b"xxxx"],
-    "too many tensors": [b"\x01ready", frame({}, [["x", "uint8", [0]]] * 65), *[b""] * 65],
+    "too many tensors": [b"\x01ready", frame({}, [["x", "uint8", [0]]] * 257), *[b""] * 257],
 }  # fmt: skip
 
 

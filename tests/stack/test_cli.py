@@ -30,7 +30,6 @@ SMALL = ("--size", "32x32", "--steps", "2")
         (("x", "--size", "big"), 2, "1024x768"),
         (("x", "--size", "32x32", "--width", "32"), 2, "--size and --width"),
         (("x", "--steps", "many"), 2, "not a valid integer"),
-        (("x", "--negative-prompt", "y"), 2, "--cfg-scale"),
         (("x", "-o", "nowhere/x.png"), 2, "no folder"),
         (("x", "-o", "x.jpg"), 2, "FILE.png"),
         (("x", "-n", "0"), 2, "num_images is 0"),

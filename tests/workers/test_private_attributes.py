@@ -35,6 +35,9 @@ NAMES = (  # that can be looked up as they are; what stands in parentheses in th
     "diffusers.ModelMixin.device",
     "diffusers.AutoencoderKL.decode",
     "diffusers.configuration_utils.FrozenDict",
+    "diffusers.models.autoencoders.vae.DiagonalGaussianDistribution",
+    "diffusers.models.autoencoders.vae.IdentityDistribution",
+    "diffusers.pipelines.auto_pipeline._get_task_class",
     "diffusers.ModelMixin._fix_state_dict_keys_on_load",
     "diffusers.ModelMixin._keys_to_ignore_on_load_unexpected",
     "diffusers.ModelMixin._tp_plan",
@@ -158,12 +161,12 @@ CHECKS: dict[str, Callable[[Path], object]] = {  # each gets an empty folder
     "diffusers.DiffusionPipeline.current_timestep": lambda _: FLUX.current_timestep,
     "diffusers.DiffusionPipeline.vae_scale_factor": lambda _: "vae_scale_factor" in named_in(FLUX.__init__),
     "diffusers.DiffusionPipeline.default_sample_size": lambda _: "default_sample_size" in named_in(FLUX.__init__),
-    "diffusers.DiffusionPipeline.image_processor": lambda _: "image_processor" in named_in(FLUX.__init__),
     "diffusers.DiffusionPipeline.check_inputs": lambda _: (
         "if height % (self.vae_scale_factor * 2) != 0" in inspect.getsource(FLUX.check_inputs)
     ),
-    "diffusers.DiffusionPipeline.encode_prompt": lambda _: (
-        "return prompt_embeds, pooled_prompt_embeds, text_ids" in inspect.getsource(inspect.unwrap(FLUX.encode_prompt))
+    "diffusers.DiffusionPipeline.encode_prompt": lambda _: FLUX.encode_prompt,
+    "diffusers.DiffusionPipeline._interrupt": lambda _: (
+        {"_interrupt", "interrupt", "progress_bar"} <= set(named_in(inspect.unwrap(FLUX.__call__)))
     ),
     "diffusers.DiffusionPipeline.__call__": lambda _: (
         {"prompt", "height", "width", "num_inference_steps"} <= inspect.signature(FLUX.__call__).parameters.keys()

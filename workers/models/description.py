@@ -7,16 +7,18 @@ defaults, its denoiser's configuration whether distilled guidance is an input.
 import ast
 import inspect
 import textwrap
+from collections.abc import Mapping
 from functools import reduce
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from protocol.errors import ModelMissing, TriptychError
-from protocol.model import ModelDescription
+from protocol.model import ModelDescription, PictureTask
 from workers.errors import cause_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
+from workers.models.tasks import image_class, inpaint_class
 
 LARGEST = 4  # times the default number of pixels
 
@@ -40,7 +42,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
     defaults = source.settings().get("defaults", {})
     width, height = default_size(pipeline)
     width, height = int(defaults.get("width", width)), int(defaults.get("height", height))
-    parameters = call_parameters(pipeline)
+    parameters, cls = call_parameters(pipeline), type(pipeline)
     true_cfg, distilled = guidance_arguments(pipeline)
 
     def default(name: str | None) -> Any:
@@ -61,7 +63,33 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         negative_prompt="negative_prompt" in parameters,
         max_sequence_length=length,
         max_sequence_limit=max(parameters["max_sequence_length"].default, length) if length else clip_length(pipeline),
+        own_size="width" in defaults,
+        image=picture_task(image_class(cls), pipeline, defaults),
+        inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
         demo=source.model == DEMO,
+    )
+
+
+def picture_task(
+    cls: type[DiffusionPipeline] | None, pipeline: DiffusionPipeline, defaults: Mapping[str, Any]
+) -> PictureTask | None:
+    """Describe what a pipeline class takes beside a picture, over the weights of `pipeline`; which may take several."""
+    if cls is None:
+        return None
+    known = inspect.signature(cls.__call__).parameters
+    true_cfg, distilled = guidance_arguments(pipeline, cls)
+
+    def default(name: str | None) -> Any:
+        return defaults.get(name, known[name].default) if name and name in known else None
+
+    return PictureTask(
+        pipeline=cls.__name__,
+        several=cls is type(pipeline),
+        steps=int(default("num_inference_steps")),
+        guidance=_float(default(distilled)),
+        cfg_scale=_float(default(true_cfg)),
+        strength=_float(default("strength")),
+        sized={"height", "width"} <= set(known),
     )
 
 
@@ -73,13 +101,17 @@ def call_parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]
     return dict(inspect.signature(type(pipeline).__call__).parameters)
 
 
-def guidance_arguments(pipeline: DiffusionPipeline) -> tuple[str | None, str | None]:
-    """Names of the arguments for true CFG and for distilled guidance; the two are never merged.
+def guidance_arguments(
+    pipeline: DiffusionPipeline, cls: type[DiffusionPipeline] | None = None
+) -> tuple[str | None, str | None]:
+    """Names of a call's arguments for true CFG and for distilled guidance; the two are never merged.
+
+    The call is that of `cls`, if given, over the weights of `pipeline`.
 
     `guidance_scale` is distilled where the denoiser's configuration says that it embeds guidance, or where the
     pipeline has a `true_cfg_scale` beside it; then it counts only if the denoiser embeds it.
     """
-    parameters = call_parameters(pipeline)
+    parameters = inspect.signature((cls or type(pipeline)).__call__).parameters
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     embeds = getattr(denoiser.config, "guidance_embeds", None) if denoiser is not None else None
     scale = "guidance_scale" if "guidance_scale" in parameters else None

@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from protocol.errors import BadRequest, ModelMissing
+from protocol.job import Recipe
 from protocol.stages import Stage
 from protocol.units import format_bytes
 from workers.errors import cause_of
@@ -40,11 +41,13 @@ from workers.models.skeleton import (
     pipeline_class,
     plain_settings,
     quiet,
-    stub_vae,
+    without_weights,
 )
 from workers.models.source import Source, stages_of
 from workers.models.speedups import EXACT, StageSpeedups
+from workers.models.tasks import class_for
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
+from workers.replay.boundaries import install
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import PipelineSplit
 from workers.weights.host_weights import PAGE_LOCKER
@@ -61,6 +64,25 @@ class Loaded:
     device_map: tuple[tuple[str, str], ...]
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
     split: PipelineSplit | None = None  # of a denoiser that is cut, which several jobs go through at once
+    _others: dict[type, DiffusionPipeline] = field(default_factory=dict)  # for jobs with pictures, by class
+
+    def pipeline_for(self, recipe: Recipe) -> DiffusionPipeline:
+        """Return the pipeline for what a job's pictures ask for, over the same components; made once."""
+        base: Any = type(self.pipeline).__base__
+        cls = class_for(base, recipe)
+        if cls is base:
+            return self.pipeline
+        if cls not in self._others:
+            parts = {name: self.pipeline.components.get(name) for name in expected_components(cls)}
+            _, optional = cls._get_signature_keys(cls)
+            settings = {name: self.pipeline.config[name] for name in optional if name in self.pipeline.config}
+            pipeline = on_device(cls, self.pipeline.device)(
+                **parts, **{n: v for n, v in settings.items() if n not in parts}
+            )
+            install_boundaries(pipeline)
+            pipeline.set_progress_bar_config(disable=True)
+            self._others[cls] = pipeline
+        return self._others[cls]
 
     def another(self) -> "Loaded":
         """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
@@ -73,12 +95,13 @@ class Loaded:
                     self.split.gates.around(parts[name])
         settings = {name: value for name, value in self.pipeline.config.items() if name not in parts and name[0] != "_"}
         pipeline = type(self.pipeline)(**parts, **settings)
+        install_boundaries(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         return Loaded(pipeline, self.device_map, self.residencies, self.split)
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups = EXACT) -> Loaded:
-    """Load what the stage needs; the other components are None, but for a stub VAE in the denoiser."""
+    """Load what the stage needs; placeholders stand for other components with weights."""
     cls = pipeline_class(source)
     wanted = source.components(stage)
     components: dict[str, Any] = {}
@@ -104,16 +127,24 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
                 room = {gpu: size - placed.taken.get(gpu, 0) for gpu, size in room.items()}
                 if placed.residency:
                     residencies[name] = placed.residency
-            elif name in wanted:
-                components[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
-            elif stage == "denoise" and name in source.index and stages_of(name) == ("vae",):
-                components[name] = stub_vae(source, name, dtype, devices.primary)
             else:
-                components[name] = None
-        pipeline = cls(**components, **plain_settings(source, cls))
+                components[name] = without_weights(source, name, devices.primary, dtype)
+        pipeline = on_device(cls, devices.primary)(**components, **plain_settings(source, cls))
+        install_boundaries(pipeline)
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
     return Loaded(pipeline, tuple(spread), residencies, split)
+
+
+def on_device(cls: type[DiffusionPipeline], device: torch.device) -> type[DiffusionPipeline]:
+    """Return a pipeline's class, with the device on which it computes, wherever its weights are between two jobs."""
+    where = property(lambda self: device)
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), {**known, "device": where, "_execution_device": where})
+
+
+def install_boundaries(pipeline: DiffusionPipeline) -> None:
+    install(pipeline, {name: stages_of(name)[0] for name in pipeline.components if len(stages_of(name)) == 1})
 
 
 def _has_weights(source: Source, name: str) -> bool:

@@ -1,11 +1,8 @@
-"""A pipeline object without weights: real classes and configurations, parameters on the meta device.
-
-The stub VAE in it is how a stage boundary is found: the pipeline's own unpacking and denormalising code runs, and
-what it would have decoded comes out as an exception.
-"""
+"""A pipeline object without weights: real classes and configurations, parameters on the meta device."""
 
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 from collections.abc import Iterator
@@ -18,28 +15,22 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 
 from protocol.errors import ModelMissing
-from workers.models.source import Source, stages_of
+from workers.models.source import Source
+from workers.replay.placeholder import said_to_be
 
 VIDEO = {"num_frames", "video_length", "frames", "video"}  # arguments of pipelines whose results are videos
 PICTURE = ("prompt", "height", "width", "num_inference_steps")  # arguments of pipelines from prompts to pictures
 
 
-class Decoding(Exception):
-    """Not an error: the moment at which a pipeline would decode. Carries `decode`'s arguments."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__("decode")
-        self.arguments, self.keywords = args, kwargs
-
-
 def component_class(source: Source, name: str) -> Any:
     """The class that model_index.json names for a component, from diffusers or transformers and nowhere else."""
     library, cls = source.index[name]
-    if library not in ("diffusers", "transformers"):
+    own = library not in ("diffusers", "transformers")
+    if own and importlib.util.find_spec("diffusers.pipelines." + library.partition(".")[0]) is None:
         raise ModelMissing(
             f"{source.model!r} wants {cls} from {library!r}.", "Only diffusers and transformers are used."
         )
-    found = getattr(importlib.import_module(library), cls, None)
+    found = getattr(importlib.import_module(f"diffusers.pipelines.{library}" if own else library), cls, None)
     if found is None:
         raise ModelMissing(f"{source.model!r} wants {library}.{cls}, which this {library} doesn't have.", "Update it.")
     return found
@@ -85,22 +76,27 @@ def refusal(cls: type[DiffusionPipeline]) -> str:
     return ""
 
 
-def build_skeleton(source: Source) -> DiffusionPipeline:
-    """The pipeline with tokenizers and scheduler real, VAE and denoiser on meta, text encoders None."""
+def build_skeleton(source: Source, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """Build the pipeline with placeholders for all components with weights, said to be on the CPU."""
     cls = pipeline_class(source)
-    parts: dict[str, Any] = {}
-    for name in expected_components(cls):
-        if name not in source.index:
-            parts[name] = None
-        elif stages_of(name) == ("vae",):
-            parts[name] = stub_vae(source, name, torch.float32, torch.device("cpu"))
-        elif stages_of(name) == ("denoise",):
-            parts[name] = on_meta(source, name)
-        elif name == "scheduler" or name.startswith("tokenizer"):
-            parts[name] = component_class(source, name).from_pretrained(source.folder, subfolder=name)
-        else:
-            parts[name] = None
+    parts = {name: without_weights(source, name, torch.device("cpu"), dtype) for name in expected_components(cls)}
     return cls(**parts, **plain_settings(source, cls))
+
+
+def without_weights(source: Source, name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """Return a component for a stage that hasn't its weights: a placeholder, or itself if it has none; None if there
+    is no such component."""
+    if name not in source.index:
+        return None
+    cls: Any = component_class(source, name)
+    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+        return cls.from_pretrained(source.folder, subfolder=name)
+    if issubclass(cls, ModelMixin):
+        with init_empty_weights(include_buffers=False):
+            module = of_config(cls, source, name)
+        _load_buffers(module, source, name)
+        return said_to_be(module.to(dtype), device, dtype)
+    return said_to_be(text_encoder_on_meta(source, name), device, dtype)
 
 
 def expected_components(cls: type[DiffusionPipeline]) -> set[str]:
@@ -116,9 +112,13 @@ def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, An
 
 
 def on_meta(source: Source, name: str) -> ModelMixin:
-    cls = component_class(source, name)
     with init_empty_weights():
-        return cls.from_config(cls.load_config(source.folder, subfolder=name))
+        return of_config(component_class(source, name), source, name)
+
+
+def of_config(cls: Any, source: Source, name: str) -> ModelMixin:
+    model: ModelMixin = cls.from_config(cls.load_config(source.folder, subfolder=name))
+    return model
 
 
 def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
@@ -129,22 +129,8 @@ def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
     return model
 
 
-def stub_vae(source: Source, name: str, dtype: torch.dtype, device: torch.device) -> ModelMixin:
-    """The real VAE class with its real configuration and buffers, whose `decode` raises Decoding."""
-    cls = component_class(source, name)
-
-    def decode(self: ModelMixin, *args: Any, **kwargs: Any) -> None:
-        raise Decoding(args, kwargs)
-
-    stub: Any = type(cls.__name__, (cls,), {"decode": decode, "device": property(lambda self: device)})
-    with init_empty_weights(include_buffers=False):
-        vae: ModelMixin = stub.from_config(cls.load_config(source.folder, subfolder=name))
-    _load_buffers(vae, source, name)
-    return vae.to(dtype)
-
-
-def _load_buffers(vae: ModelMixin, source: Source, name: str) -> None:
-    wanted = dict(vae.named_buffers())
+def _load_buffers(model: torch.nn.Module, source: Source, name: str) -> None:
+    wanted = dict(model.named_buffers())
     if not wanted:
         return
     for path in sorted((source.folder / name).glob("*.safetensors")):

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ModelMissing
-from protocol.stages import STAGES, TRAITS, Stage
+from protocol.stages import SHARED_COMPONENTS, STAGES, TRAITS, Stage
 from workers.models.weight_files import Damaged, check_file, read_json
 
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
-OWNERS_FIRST: tuple[Stage, ...] = ("text", "vae", "denoise")  # in which names are compared
 SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
 SAMPLE_BYTES = 65536
 
@@ -51,11 +50,10 @@ class Source:
 
 
 def stages_of(component: str) -> tuple[Stage, ...]:
-    """Return the stages that need a component of a pipeline, by the names that diffusers uses throughout."""
-    if component == "scheduler":
+    """Return the stages that load a component of a pipeline, by the names that diffusers uses throughout."""
+    if component.startswith(SHARED_COMPONENTS):
         return STAGES
-    owner = next((stage for stage in OWNERS_FIRST if component.startswith(TRAITS[stage].components)), None)
-    return (owner,) if owner else ()
+    return (next((stage for stage in STAGES if component.startswith(TRAITS[stage].components)), "denoise"),)
 
 
 def locate(model: str, revision: str | None, stage: Stage | None) -> Source:
@@ -90,9 +88,8 @@ def read(model: str, folder: Path, revision: str | None) -> Source:
     with explained(model, folder):
         raw = read_json(path)
     pipeline = raw.get("_class_name")
-    entries = {name: value for name, value in raw.items() if not name.startswith("_") and isinstance(value, list)}
-    pairs = [value for value in entries.values() if value != [None, None]]
-    if not isinstance(pipeline, str) or not all(len(p) == 2 and all(isinstance(n, str) for n in p) for p in pairs):
+    entries = {name: value for name, value in raw.items() if not name.startswith("_") and is_component(value)}
+    if not isinstance(pipeline, str):
         raise ModelMissing(
             f"{model!r} is not a model in the diffusers layout: its model_index.json names no pipeline and components.",
             "Save one there with pipeline.save_pretrained(FOLDER), or download it again.",
@@ -102,6 +99,14 @@ def read(model: str, folder: Path, revision: str | None) -> Source:
         raise ModelMissing(f"{model!r} names a component {odd[0]!r}, which is no name of a folder.", "Rename it.")
     with explained(model, folder):
         return Source(model, folder, revision or fingerprint(folder), pipeline, index, frozenset(entries))
+
+
+def is_component(value: object) -> bool:
+    """Return whether an entry of model_index.json is a component; other lists are settings of the pipeline."""
+    match value:
+        case [str(), str()] | [None, None]:
+            return True
+    return False
 
 
 def hint(folder: Path) -> str:

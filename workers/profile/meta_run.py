@@ -15,14 +15,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from protocol.job import Recipe
 from protocol.model_profile import BlockProfile, StageProfile
 from protocol.stages import Stage
-from workers.models.loading import Loaded
-from workers.models.skeleton import Decoding, build_skeleton, on_meta, text_encoder_on_meta
+from workers.models.loading import install_boundaries
+from workers.models.skeleton import build_skeleton, on_meta, text_encoder_on_meta
 from workers.models.source import Source, stages_of
-from workers.stages.checkpoint import Steps
-from workers.stages.contract import unheard
-from workers.stages.denoise import DenoiseStage
-from workers.stages.text import TextStage
-from workers.tensors import DTYPES, pack
+from workers.replay.boundaries import Stopped
+from workers.replay.call_record import CallRecord
+from workers.stages.pipeline_call import arguments_of, new_run, until_stop
+from workers.tensors import DTYPES
 from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.modulation import SLOTS
@@ -79,11 +78,13 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
 class MetaRun:
     def __init__(self, source: Source, recipe: Recipe) -> None:
         self.source, self.recipe, self.dtype = source, recipe, DTYPES[recipe.dtype]
-        self.pipeline: Any = build_skeleton(source)
+        self.pipeline: Any = build_skeleton(source, self.dtype)
+        install_boundaries(self.pipeline)
+        self._record = CallRecord()
         self._models: dict[Stage, list[tuple[str, torch.nn.Module]]] = {"text": [], "denoise": [], "vae": []}
         for name in sorted(source.index):
-            (stage, *_), has_weights = stages_of(name) or ("",), (source.folder / name / "config.json").exists()
-            if stage in self._models and has_weights and not name.startswith("tokenizer"):
+            stage, *others = stages_of(name)
+            if not others and name in self.pipeline.components:
                 make = text_encoder_on_meta if stage == "text" else on_meta
                 model = make(source, name).to(device=META, dtype=self.dtype).eval()
                 self._models[stage].append((name, said_to_be_here(model)))
@@ -92,22 +93,19 @@ class MetaRun:
     @torch.no_grad()
     def stages(self) -> tuple[StageProfile, ...]:
         """Return the stages' profiles, in the order in which a job goes through them."""
-        text, embeddings = self._text()
-        denoise, decoding = self._denoise(embeddings)
+        text = self._figures("text", self._stage("text")[0], 1)
+        denoise, decoding = self._denoise()
         return text, denoise, self._vae(decoding)
 
-    def _text(self) -> tuple[StageProfile, dict[str, Any]]:
-        with self._on_shapes("text") as seen:
-            embeddings: dict[str, Any] = TextStage(Loaded(self.pipeline, ()), HERE).embeddings(self.recipe)
-        return self._figures("text", seen, 1), embeddings
-
-    def _denoise(self, embeddings: dict[str, Any]) -> tuple[StageProfile, Decoding]:
-        """Run the pipeline's own loop, of one step."""
-        stage = DenoiseStage(Loaded(self.pipeline, ()), HERE)
+    def _stage(self, stage: Stage) -> tuple[Seen, Any]:
+        """Run the pipeline's own call, of one step, up to what is another stage's."""
         recipe = self.recipe.model_copy(update={"steps": 1})
-        arguments = stage.arguments(recipe, tuple(pack(embeddings)), Steps(unheard, 1))
-        with self._on_shapes("denoise") as seen:
-            decoding = stage.until_decoding(arguments)
+        with self._on_shapes(stage) as seen:
+            run = new_run(stage, self._record, HERE, recipe)
+            return seen, until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe))
+
+    def _denoise(self) -> tuple[StageProfile, Stopped]:
+        seen, decoding = self._stage("denoise")
         passes = max(1, seen.runs)
         seen.flop /= passes
         return self._figures("denoise", seen, passes * self.recipe.steps), decoding
@@ -115,15 +113,15 @@ class MetaRun:
     @contextlib.contextmanager
     def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
         """Let the pipeline run on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
-        seen = Seen()
+        seen, placeholders = Seen(), {name: self.pipeline.components[name] for name, _ in self._models[stage]}
         self.pipeline.register_modules(**dict(self._models[stage]))
         with contextlib.ExitStack() as stack:
             for name, model in self._models[stage]:
                 stack.enter_context(on_shapes(seen, name, model))
             yield seen
-        self.pipeline.register_modules(**{name: None for name, _ in self._models[stage]})
+        self.pipeline.register_modules(**placeholders)
 
-    def _vae(self, decoding: Decoding) -> StageProfile:
+    def _vae(self, decoding: Stopped) -> StageProfile:
         (name, vae), *_ = self._models["vae"]
         decode: Any = vae.decode
         args, kwargs = tree_map(on_meta_device, (decoding.arguments, decoding.keywords))

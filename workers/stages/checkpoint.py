@@ -246,7 +246,7 @@ class Steps:
         return values
 
     def _end(self, scheduler: Any, done: int, latents: object, steps: int) -> None:
-        steps = max(steps, self._steps)
+        steps = steps or self._steps
         if self._resume and not self._resume.over:
             if done == self._resume.checkpoint.step:
                 assert isinstance(latents, torch.Tensor)

@@ -1,4 +1,4 @@
-"""Embeddings → latents, by the pipeline's own `__call__`, stopped at the moment when it would decode."""
+"""The denoise stage: the pipeline's own call up to the moment when it would decode."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,15 +10,17 @@ from diffusers import DiffusionPipeline
 from torch.nn import Module
 
 from protocol.job import Recipe
-from protocol.tensors import CHECKPOINT, Tensor
+from protocol.tensors import Tensor
 from workers.errors import StageError
-from workers.models.description import call_parameters, guidance_arguments
+from workers.models.description import call_parameters
 from workers.models.loading import Loaded
-from workers.models.skeleton import Decoding
 from workers.models.source import stages_of
+from workers.replay.boundaries import Stopped, tensors_of
+from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import Checkpoint, Recorder, ResumeForward, Steps, is_one, read
 from workers.stages.contract import Outcome, Report, unheard
-from workers.tensors import Value, pack, unpack
+from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
+from workers.tensors import to_wire
 from workers.weights.forward_trace import Call, Results, standing_in
 
 
@@ -31,39 +33,47 @@ class DenoiseStage:
         forwards: "type[PipelineForwards] | None" = None,
     ) -> None:
         """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
-        self.pipeline, self.device = loaded.pipeline, device
+        self.loaded, self.pipeline, self.device = loaded, loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
         self.checkpoint_seconds, self._forwards = checkpoint_seconds, forwards or PipelineForwards
         self.split = loaded.split
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
-        """Return what the pipeline would have decoded: `decode:0` is the latents, as `vae.decode` wants them.
+        """Return the record of the stages so far as shapes, with what the pipeline would have decoded.
 
         With a checkpoint among the tensors it goes on from there.
         """
         saved = read(tensors, self.device) if is_one(tensors) else None
-        embeddings = tuple(tensor for tensor in tensors if not tensor.name.startswith(CHECKPOINT))
+        record = CallRecord.unpack(tensors)
+        run = new_run("denoise", record, self.device, recipe)
         try:
             with contextlib.ExitStack() as stack:
-                stack.enter_context(self.weights(recipe, embeddings, begins=saved is None))
+                stack.enter_context(self.weights(recipe, tensors, record, begins=saved is None))
                 steps = stack.enter_context(self.course(recipe, report, saved))
                 steps.begin()
-                decoding = self.until_decoding(self.arguments(recipe, embeddings, steps))
+                result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
         finally:
             reset_caches(self.pipeline)
-        return Outcome(pack(self.travelling(decoding)), next="vae")
+        if not isinstance(result, Stopped):  # it works on pixels
+            return Outcome([to_wire("pictures", pictures_of(result))])
+        if result.decodes:
+            check_finite(result)
+            record = run.ended_at(result)
+        return Outcome(record.pack(), next=result.owner)
 
     @contextlib.contextmanager
-    def weights(self, recipe: Recipe, embeddings: tuple[Tensor, ...], begins: bool) -> Iterator[None]:
+    def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord, begins: bool) -> Iterator[None]:
         """Surround a job: the weights that it needs are on the device when they are needed."""
         with contextlib.ExitStack() as stack:
             if self.split:
                 (twin,) = self.denoisers()
-                forwards = self._forwards(self, twin, recipe, embeddings, begins)
+                forwards = self._forwards(self, twin, recipe, tensors, record, begins)
                 stack.enter_context(self.split.job(twin, forwards, shape_of(recipe)))
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
-                stack.enter_context(residency.job(self._forwards(self, residency.module, recipe, embeddings, begins)))
+                stack.enter_context(
+                    residency.job(self._forwards(self, residency.module, recipe, tensors, record, begins))
+                )
             else:
                 for residency in self.residencies:
                     stack.enter_context(residency.job(None))
@@ -97,47 +107,21 @@ class DenoiseStage:
         components = self.pipeline.components.items()
         return [part for name, part in components if stages_of(name) == ("denoise",) and isinstance(part, Module)]
 
-    def until_decoding(self, arguments: dict[str, Any]) -> Decoding:
-        try:
-            self.pipeline(**arguments)
-        except Decoding as decoding:
-            return decoding
-        raise StageError(f"{type(self.pipeline).__name__} came to its end without decoding anything")
-
     def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], steps: Steps) -> dict[str, Any]:
-        parameters = call_parameters(self.pipeline)
-        true_cfg, distilled = guidance_arguments(self.pipeline)
-        arguments: dict[str, Any] = {
-            **unpack(tensors, self.device),
-            "height": recipe.height,
-            "width": recipe.width,
-            "num_inference_steps": recipe.steps,
-            "generator": torch.Generator("cpu").manual_seed(recipe.seed),
-        }
-        if true_cfg and recipe.cfg_scale is not None:
-            arguments[true_cfg] = recipe.cfg_scale
-        if distilled and recipe.guidance is not None:
-            arguments[distilled] = recipe.guidance
-        if recipe.max_sequence_length is not None:
-            arguments["max_sequence_length"] = recipe.max_sequence_length
-        # Embeddings stand in for the prompts, which some pipelines' defaults would put beside them.
-        arguments |= {name: None for name in ("prompt", "negative_prompt") if name in parameters}
-        if "use_resolution_binning" in parameters:
-            arguments["use_resolution_binning"] = False  # it would resize after decoding; the size asked for is made
+        pipeline = self.loaded.pipeline_for(recipe)
+        parameters, arguments = call_parameters(pipeline), arguments_of(pipeline, recipe, tensors)
         if "callback_on_step_end" in parameters:
             arguments["callback_on_step_end"] = steps.end
         elif "callback" in parameters:
             arguments["callback"] = steps.ended(self.pipeline.scheduler)
         return arguments
 
-    def travelling(self, decoding: Decoding) -> dict[str, Value]:
-        """The tensors among decode's arguments; a generator or a flag has no part in decoding."""
-        named = {str(i): value for i, value in enumerate(decoding.arguments)} | decoding.keywords
-        found: dict[str, Value] = {f"decode:{n}": v for n, v in named.items() if isinstance(v, torch.Tensor)}
-        for value in found.values():
-            if isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
-                raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
-        return found
+
+def check_finite(stopped: Stopped) -> None:
+    """Raise StageError where not all numbers that are to be decoded are finite."""
+    for value in tensors_of([*stopped.arguments, *stopped.keywords.values()]):
+        if not torch.isfinite(value).all():
+            raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
 
 
 class TwoForwardsDone(Exception):
@@ -152,6 +136,7 @@ class PipelineForwards:
     denoiser: torch.nn.Module
     recipe: Recipe
     tensors: tuple[Tensor, ...]
+    record: CallRecord
     begins: bool  # at the first step
 
     @property
@@ -190,13 +175,18 @@ class PipelineForwards:
             hook.remove()
 
     def _run(self) -> None:
-        steps = Steps(unheard, self.recipe.steps)
-        self.stage.until_decoding(self.stage.arguments(self.recipe, self.tensors, steps))
+        record = CallRecord(self.record.calls, tensors=self.record.tensors)
+        run = new_run("denoise", record, self.stage.device, self.recipe)
+        arguments = self.stage.arguments(self.recipe, self.tensors, Steps(unheard, self.recipe.steps))
+        until_stop(self.stage.loaded.pipeline_for(self.recipe), run, arguments)
 
 
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
     """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
-    return recipe.width, recipe.height, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length
+    return (
+        recipe.width, recipe.height, recipe.sized, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length,
+        recipe.pictures, recipe.negative_prompt,
+    )  # fmt: skip
 
 
 def reset_caches(pipeline: DiffusionPipeline) -> None:

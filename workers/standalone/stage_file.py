@@ -13,17 +13,17 @@ from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.tensors import from_wire, to_wire
 
-FORMAT = "triptych-stage-1"
+FORMAT = "triptych-stage-2"
 
 
-def write(path: Path, stage: Stage, recipe: Recipe, tensors: list[Tensor]) -> None:
-    """Save what `stage` made."""
-    metadata = {"format": FORMAT, "stage": stage, "recipe": recipe.model_dump_json()}
+def write(path: Path, following: Stage, recipe: Recipe, tensors: list[Tensor]) -> None:
+    """Save the record of the stages so far, for the one that is next."""
+    metadata = {"format": FORMAT, "next": following, "recipe": recipe.model_dump_json()}
     save_file({t.name: from_wire(t).clone() for t in tensors}, path, metadata)
 
 
-def read(path: Path, expected: Stage) -> tuple[Recipe, tuple[Tensor, ...]]:
-    """The recipe and tensors that the stage `expected` left; BadRequest for any other file."""
+def read(path: Path, stage: Stage) -> tuple[Recipe, tuple[Tensor, ...]]:
+    """Read the recipe and the record that were left for a stage; BadRequest for any other file."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -31,14 +31,15 @@ def read(path: Path, expected: Stage) -> tuple[Recipe, tuple[Tensor, ...]]:
             tensors: list[tuple[str, torch.Tensor]] = [(name, file.get_tensor(name)) for name in names]
         if metadata.get("format") != FORMAT:
             raise BadRequest(
-                f"{str(path)!r} was not written by a stage.", f"It should come from: triptych worker {expected}."
+                f"{str(path)!r} was not written by a stage.", "Begin with: triptych worker text --standalone."
             )
         recipe = Recipe.model_validate_json(metadata["recipe"])
     except (OSError, SafetensorError, ValidationError, ValueError, KeyError) as error:
         raise BadRequest(f"{str(path)!r} can't be read as a stage's output: {error}".splitlines()[0]) from error
-    if metadata["stage"] != expected:
+    if metadata["next"] != stage:
         raise BadRequest(
-            f"{str(path)!r} was written by the {metadata['stage']} stage.", f"This needs the {expected} stage's."
+            f"{str(path)!r} is for the {metadata['next']} stage.",
+            f"Continue with: triptych worker {metadata['next']} --standalone -i {path}.",
         )
     return recipe, tuple(to_wire(name, tensor) for name, tensor in tensors)
 

@@ -15,16 +15,16 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from protocol.speedups import canonical
-from protocol.stages import USUAL_BEFORE, Stage
+from protocol.stages import Stage
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from workers.runtime.describer import token_counter
 from workers.runtime.executor import Measured, StageRunner, resident_bytes, run_measured
 from workers.runtime.worker import Prepared
-from workers.stages.contract import Saved
+from workers.stages.contract import Outcome, Saved
 from workers.standalone import stage_file
 
-BOUND_TO_TEXT = ("prompt", "negative_prompt", "num_images", "max_sequence_length")
+BOUND_TO_RECORD = ("prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def run_standalone(
 ) -> None:
     """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given."""
     stage = prepared.spec.stage
-    recipe, tensors = make_input(prepared, given) if stage == "text" else read_input(prepared, given, input_path)
+    recipe, tensors = read_input(prepared, given, input_path) if input_path else make_input(prepared, given)
     runner, device_map = prepared.load()
     for part, where in device_map:
         say(f"{part or 'model'}: {where}")
@@ -49,8 +49,10 @@ def run_standalone(
             measured = run_measured(runner, recipe, tensors, report_steps)
         say(timing(stage, measured, runner, turn, debugging.repeat))
     show("out", measured.outcome.tensors)
-    for line in write_output(stage, output, recipe, measured.outcome.tensors):
+    for line in write_output(output, recipe, measured.outcome):
         print(line)
+    if following := measured.outcome.next:
+        say(f"next: triptych worker {following} --standalone -i {output}")
 
 
 def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
@@ -61,24 +63,19 @@ def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tu
     ), ()
 
 
-def read_input(prepared: Prepared, given: dict[str, object], path: Path | None) -> tuple[Recipe, tuple[Tensor, ...]]:
+def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tuple[Recipe, tuple[Tensor, ...]]:
     """Read the file of the stage before; the options of this call override its recipe where they still can."""
     stage = prepared.spec.stage
-    before = USUAL_BEFORE[stage]
-    assert path is not None
-    recipe, tensors = stage_file.read(path, before)
+    recipe, tensors = stage_file.read(path, stage)
     if recipe.revision != prepared.source.revision:
         raise BadRequest(f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}.", "Use the same --model.")
-    fixed = [name for name in given if stage == "vae" or name in BOUND_TO_TEXT]
+    fixed = [name for name in given if stage == "vae" or name in BOUND_TO_RECORD]
     if fixed:
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
     request = JobRequest.model_validate({**kept, **given})
     speedups = canonical({*recipe.speedups, *prepared.spec.speedups})
-    changed = resolve(request, prepared.description, recipe.dtype, None, speedups)
-    if changed.negative_prompt != recipe.negative_prompt:
-        raise BadRequest("--cfg-scale turns true CFG on or off; the embeddings are made for that.", "Give it to text.")
-    return changed, tensors
+    return resolve(request, prepared.description, recipe.dtype, None, speedups), tensors
 
 
 def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:
@@ -105,13 +102,13 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def write_output(stage: Stage, output: Path, recipe: Recipe, tensors: list[Tensor]) -> list[str]:
-    """Write the stage's outcome; the paths written."""
+def write_output(output: Path, recipe: Recipe, outcome: Outcome) -> list[str]:
+    """Write the stage's outcome; return the paths written."""
     try:
-        if stage != "vae":
-            stage_file.write(output, stage, recipe, tensors)
+        if outcome.next:
+            stage_file.write(output, outcome.next, recipe, outcome.tensors)
             return [str(output)]
-        images = to_images(tensors[0])
+        images = to_images(outcome.tensors[0])
         paths = [output if len(images) == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(images))]
         for i, (image, path) in enumerate(zip(images, paths, strict=True)):
             save_png(image, path, recipe, "standalone", i)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protocol.stages import STAGES
 from tests import tiny
 from tests.stacks import triptych
 from tests.tiny import needs_gpus
@@ -76,10 +77,18 @@ def test_layers_spread_over_two_gpus_give_the_bits_of_one(flux_dev: Path, monkey
 
 
 def test_components_belong_to_stages_by_their_names() -> None:
-    assert stages_of("text_encoder_2") == stages_of("tokenizer") == ("text",)
-    assert stages_of("transformer_2") == stages_of("unet") == ("denoise",)
-    assert stages_of("vae") == ("vae",)
-    assert stages_of("safety_checker") == ()
+    assert stages_of("text_encoder_2") == stages_of("image_encoder") == ("text",)
+    assert stages_of("transformer_2") == stages_of("unet") == stages_of("controlnet") == ("denoise",)
+    assert stages_of("vae") == stages_of("safety_checker") == ("vae",)
+    assert stages_of("tokenizer_2") == stages_of("scheduler") == STAGES
+
+
+def test_lists_in_the_index_that_are_no_components_are_settings(flux_dev: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "listed"
+    shutil.copytree(flux_dev, folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"layers": [9, 18, 27], "names": ["a", "b", "c"]}))
+    assert set(read("x", folder, None).index) == set(read("y", flux_dev, None).index)
 
 
 def test_the_demo_model_ships_and_says_what_it_takes() -> None:
@@ -122,7 +131,7 @@ def test_a_hub_model_is_used_from_the_cache_with_its_commit_as_revision(
     )
     done = triptych(*run, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    recipe, _ = stage_file.read(tmp_path / "e.st", "text")
+    recipe, _ = stage_file.read(tmp_path / "e.st", "denoise")
     assert (recipe.model, recipe.revision) == ("tiny/flux", snapshot.name)
     next((snapshot / "text_encoder_2").glob("*.safetensors")).unlink()
     missing = triptych(*run, cwd=tmp_path)

@@ -53,6 +53,7 @@ import torch
 from protocol.gpu_memory import Lease
 from protocol.job import JobRequest
 from protocol.recipe import resolve
+from tests.records import latents_of
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
@@ -71,8 +72,7 @@ text = TextStage(load(source, "text", Devices(device), torch.float32), device)
 embeddings = tuple(text.run(recipe, (), lambda *_: None).tensors)
 
 def latents(stage):
-    found = stage.run(recipe, embeddings, lambda *_: None).tensors[0]
-    return torch.frombuffer(bytearray(found.data), dtype=torch.float32)
+    return latents_of(stage.run(recipe, embeddings, lambda *_: None).tensors)
 
 wanted = latents(DenoiseStage(load(source, "denoise", Devices(device), torch.float32), device))
 loaded = load(source, "denoise", Devices(device, leased=True), torch.float32, StageSpeedups(parallel="tensor-1"))

@@ -12,6 +12,7 @@ from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from protocol.worker_spec import WorkerSpec
 from tests import tiny
+from tests.records import bits, latents_of
 from workers.errors import Cancelled
 from workers.models.devices import Devices
 from workers.models.loading import load
@@ -52,7 +53,7 @@ def jobs(model: Path, count: int) -> list[tuple[Recipe, tuple[Tensor, ...]]]:
 
 
 def latents(outcome: Outcome) -> bytes:
-    return bytes(outcome.tensors[0].data)
+    return bits(latents_of(outcome.tensors))
 
 
 def test_jobs_in_flight_have_the_bits_of_single_ones_and_no_part_works_on_two_at_once(deep: Path) -> None:

@@ -15,6 +15,8 @@ from protocol.recipe import resolve
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from tests import tiny
+from tests.pictures import as_task, noise
+from tests.records import before_denoising, bits, latents_of
 from tests.tiny import needs_gpus
 from tests.workers.worst_stream import OneForgotten, worst_copy_stream
 from workers.errors import Cancelled
@@ -68,8 +70,20 @@ def jobs(source: Source, cfg: bool) -> list[Job]:
     return found
 
 
+def picture_jobs(source: Source) -> list[Job]:
+    """Jobs that begin from pictures, and one that doesn't."""
+    description, found = describe(source), jobs(source, False)[:1]
+    for seed, (strength, steps) in enumerate(((0.5, 4), (0.9, 3), (0.5, 4))):
+        request = JobRequest(
+            prompt="a star", width=32, height=32, steps=steps, seed=seed, images=("0" * 64,), strength=strength
+        )  # fmt: skip
+        recipe = resolve(request, description, "float32", None, picture_size=(32, 32))
+        found.append((recipe, before_denoising(source, recipe, as_task(noise(seed=seed)))))
+    return found
+
+
 def latents(outcome: Outcome) -> bytes:
-    return bytes(outcome.tensors[0].data)
+    return bits(latents_of(outcome.tensors))
 
 
 def alone(source: Source, work: Sequence[Job], device: torch.device = CPU) -> list[bytes]:
@@ -115,7 +129,9 @@ def together(stages: Sequence[DenoiseStage], work: Sequence[Job]) -> list[bytes]
 
 @pytest.mark.parametrize("cfg", [False, True])
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (0.9, 1.0), (0.8, 0.75)])
-@pytest.mark.parametrize(("model", "ahead"), [("flux", True), ("sd3", True), ("pixart", False)])
+@pytest.mark.parametrize(
+    ("model", "ahead"), [("flux", True), ("sd3", True), pytest.param("pixart", False, marks=pytest.mark.all)]
+)
 def test_jobs_at_once_have_the_bits_of_one_alone(
     model: str, ahead: bool, shares: tuple[float, float], cfg: bool, tmp_path: Path
 ) -> None:
@@ -129,6 +145,19 @@ def test_jobs_at_once_have_the_bits_of_one_alone(
     assert [residency.state for residency in parts.residencies] == ["in" if s == 1.0 else "streamed" for s in shares]
     learned = ahead and min(shares) < 1.0
     assert [residency.modulation is not None for residency in parts.residencies] == [learned, learned]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.75)])
+def test_jobs_at_once_that_begin_from_pictures_have_the_bits_of_one_alone(
+    shares: tuple[float, float], tmp_path: Path
+) -> None:
+    source = made("flux", tmp_path)
+    work = picture_jobs(source)
+    several = stages(source, (6, 6), shares)
+    assert together(several, work) == alone(source, work)
+    assert together(several, work[::-1]) == alone(source, work)[::-1]
+    assert several[0].split is not None
+    assert (several[0].split.residencies[0].modulation is not None) == (min(shares) < 1.0)
 
 
 @pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.75)])

@@ -1,6 +1,6 @@
 """The generic split: text, denoise and vae apart give the plain pipeline's pictures, in any family."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +8,25 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
-from tests import tiny
+from protocol.stages import FIRST, STAGES, Stage
+from protocol.tensors import Tensor
+from tests import tiny, tiny_families
+from tests.pictures import as_task, half, noise, plain_of_picture
+from tests.records import latents_of
 from workers.errors import Cancelled, StageError
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
+from workers.replay.call_record import CallRecord
+from workers.replay.placeholder import is_placeholder
 from workers.stages.contract import Saved, unheard
 from workers.stages.denoise import DenoiseStage
-from workers.stages.text import TextStage, returned_names
+from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
-from workers.tensors import to_wire
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -30,7 +36,11 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sd3": tiny.sd3,
     "chroma": tiny.chroma,
     "pixart": tiny.pixart,
+    "qwen_image": tiny_families.qwen_image,
+    "z_image": tiny_families.z_image,
+    "flux2_klein": tiny_families.flux2_klein,
 }
+TRUE_CFG = ("flux", "qwen_image")  # pipelines whose scale is `true_cfg_scale`
 
 
 def stages(source: Source, dtype: torch.dtype = torch.float32) -> tuple[TextStage, DenoiseStage, VaeStage]:
@@ -39,35 +49,85 @@ def stages(source: Source, dtype: torch.dtype = torch.float32) -> tuple[TextStag
     return TextStage(text, CPU), DenoiseStage(denoise, CPU), VaeStage(vae, CPU)
 
 
-def through(source: Source, recipe: Recipe) -> torch.Tensor:
-    tensors: tuple[Any, ...] = ()
-    for stage in stages(source):
-        tensors = tuple(stage.run(recipe, tensors, unheard).tensors)
-    (pictures,) = tensors
+def through(source: Source, recipe: Recipe, given: Sequence[Tensor] = ()) -> torch.Tensor:
+    """Go through the stages in whatever order they name."""
+    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
+    outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
+    while outcome.next:
+        outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
+    (pictures,) = outcome.tensors
     return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
 
 
-@pytest.mark.parametrize("guided", [False, True], ids=["plain", "true-cfg"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_three_stages_equal_the_plain_pipeline(family: str, guided: bool, tmp_path: Path) -> None:
-    folder = tiny.save(FAMILIES[family](), tmp_path / family)
-    source = read(str(folder), folder, None)
-    model = describe(source)
-    scale = 3.0 if guided else (1.0 if model.cfg_scale and model.cfg_scale > 1 else None)
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = request.param
+    return tiny.save(FAMILIES[name](), tmp_path_factory.mktemp("families") / name)
+
+
+SMALL = {"width": tiny.SIZE, "height": tiny.SIZE, "seed": 11}
+
+
+def test_a_prompt_alone_gives_the_picture_of_the_plain_pipeline(family: Path) -> None:
+    source = read(str(family), family, None)
+    recipe = resolve(JobRequest(prompt="a red circle", steps=2, **SMALL), describe(source), "float32", None)
+    plain = tiny.plain(family, prompt="a red circle", num_inference_steps=2, **SMALL)
+    assert torch.equal(through(source, recipe), plain)
+
+
+@pytest.mark.parametrize(
+    ("scale", "negative"),
+    [
+        (3.0, "blurry"),
+        (0.5, ""),
+        *(pytest.param(s, n, marks=pytest.mark.all) for s in (0.0, 1.0, 3.0) for n in (None, "", "blurry")),
+    ],
+)
+def test_guidance_and_negative_prompts_are_the_pipelines_own(family: Path, scale: float, negative: str | None) -> None:
+    source = read(str(family), family, None)
     request = JobRequest(
-        prompt="a red circle", negative_prompt="blurry" if guided else None, cfg_scale=scale, steps=3, seed=11,
-        width=tiny.SIZE, height=tiny.SIZE, num_images=2,
+        prompt="a red circle", negative_prompt=negative, cfg_scale=scale, steps=2, num_images=2, **SMALL
     )  # fmt: skip
-    recipe = resolve(request, model, "float32", None)
-    theirs: dict[str, Any] = {"prompt": "a red circle", "height": tiny.SIZE, "width": tiny.SIZE, "seed": 11}
-    theirs |= {"num_inference_steps": 3, "num_images_per_prompt": 2}
-    if guided:
-        theirs["negative_prompt"] = "blurry"
-    if family == "pixart":
-        theirs["use_resolution_binning"] = False
-    if scale is not None:
-        theirs["true_cfg_scale" if family == "flux" else "guidance_scale"] = scale
-    assert torch.equal(through(source, recipe), tiny.plain(folder, **theirs))
+    if family.name == "flux2_klein":  # distilled: it has neither, and says so before anything is queued
+        with pytest.raises(BadRequest):
+            resolve(request, describe(source), "float32", None)
+        return
+    theirs: dict[str, Any] = {"num_inference_steps": 2, "num_images_per_prompt": 2, **SMALL}
+    theirs["true_cfg_scale" if family.name in TRUE_CFG else "guidance_scale"] = scale
+    if negative is not None:
+        theirs["negative_prompt"] = negative
+    recipe = resolve(request, describe(source), "float32", None)
+    assert torch.equal(through(source, recipe), tiny.plain(family, prompt="a red circle", **theirs))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
+@pytest.mark.parametrize(
+    "name",
+    ["flux", "sdxl", *(pytest.param(n, marks=pytest.mark.all) for n in ("sd15", "sd3", "qwen_image", "z_image"))],
+)
+def test_a_picture_and_a_mask_give_what_the_plain_pipelines_make(name: str, masked: bool, tmp_path: Path) -> None:
+    folder = tiny.save(FAMILIES[name](), tmp_path / name)
+    source = read(str(folder), folder, None)
+    model, image, mask = describe(source), noise(), half() if masked else None
+    task = model.inpaint if masked else model.image
+    assert task is not None
+    size = {"width": tiny.SIZE, "height": tiny.SIZE} if task.sized else {}
+    given = as_task(image, mask)
+    request = JobRequest(
+        prompt="a red circle", images=("0" * 64,), mask="0" * 64 if masked else None, steps=4, strength=0.5, seed=11,
+        **size,
+    )  # fmt: skip
+    recipe = resolve(request, model, "float32", None, picture_size=image.size)
+    if (name, masked) == ("sd3", True):
+        with pytest.raises(ValueError, match="should have 16 input channels"):  # as of the plain pipeline
+            through(source, recipe, given)
+        return
+    plain = plain_of_picture(
+        folder, image, mask, prompt="a red circle", num_inference_steps=4, strength=0.5, seed=11, **size
+    )  # fmt: skip
+    assert torch.equal(through(source, recipe, given), plain)
+    other = as_task(noise(seed=1), mask)
+    assert not torch.equal(through(source, recipe, other), plain)
 
 
 def test_each_stage_loads_only_its_own_weights(flux_dev: Path) -> None:
@@ -75,13 +135,10 @@ def test_each_stage_loads_only_its_own_weights(flux_dev: Path) -> None:
     text, denoise, vae = (
         load(source, stage, Devices(CPU), torch.float32).pipeline for stage in ("text", "denoise", "vae")
     )
-    assert text.transformer is None
-    assert text.vae is None
-    assert denoise.text_encoder is None
-    assert denoise.text_encoder_2 is None
-    assert vae.transformer is None
-    assert vae.text_encoder_2 is None
-    assert all(parameter.is_meta for parameter in denoise.vae.parameters())
+    for pipeline, own in ((text, {"text_encoder", "text_encoder_2"}), (denoise, {"transformer"}), (vae, {"vae"})):
+        models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        assert {name for name, model in models.items() if not is_placeholder(model)} == own
+        assert all(p.is_meta == (name not in own) for name, model in models.items() for p in model.parameters())
 
 
 def test_description_is_read_from_configuration_and_code(flux_dev: Path, flux_schnell: Path, tmp_path: Path) -> None:
@@ -126,29 +183,18 @@ def test_cancel_stops_at_a_step_boundary_and_the_stage_goes_on(flux_dev: Path) -
     assert seen == [0, 1, 2]
     undisturbed = denoise.run(recipe, embeddings, unheard)
     fresh = stages(source)[1].run(recipe, embeddings, unheard)
-    assert undisturbed.tensors[0].data == fresh.tensors[0].data
+    assert torch.equal(latents_of(undisturbed.tensors), latents_of(fresh.tensors))
 
 
 def test_nan_is_a_failure_and_never_a_black_picture(flux_dev: Path) -> None:
     source = read(str(flux_dev), flux_dev, None)
     _, denoise, vae = stages(source)
     recipe = resolve(JobRequest(prompt="a", steps=1, seed=1, width=32, height=32), describe(source), "float32", None)
-    bad = to_wire("decode:0", torch.full((1, 4, 16, 16), torch.nan))
+    broken = CallRecord()
+    broken.add("encode_prompt", (torch.full((1, 512, 32), torch.inf), torch.zeros(1, 32), torch.zeros(512, 3)), CPU)
     with pytest.raises(StageError, match="NaN"):
-        vae.run(recipe, (bad,), unheard)
-    embeddings = (
-        to_wire("prompt_embeds", torch.full((1, 512, 32), torch.inf)),
-        to_wire("pooled_prompt_embeds", torch.zeros(1, 32)),
-    )
+        denoise.run(recipe, tuple(broken.pack()), unheard)
+    latents = torch.full((1, 4, 16, 16), torch.nan)
+    broken.add_decode("vae.decode", ((latents,), {"return_dict": False}, None), CPU)
     with pytest.raises(StageError, match="NaN"):
-        denoise.run(recipe, embeddings, unheard)
-
-
-def test_returned_names_are_those_of_the_last_return() -> None:
-    def encode(a: int) -> tuple[int, int]:
-        if a:
-            return a, a
-        prompt_embeds = pooled = a
-        return prompt_embeds, pooled
-
-    assert returned_names(encode) == ["prompt_embeds", "pooled"]
+        vae.run(recipe, tuple(broken.pack()), unheard)

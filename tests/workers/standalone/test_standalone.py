@@ -13,7 +13,8 @@ def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Pat
     model = ("--standalone", "--model", str(flux_dev), "--device", "cpu")
     text = triptych("worker", "text", *model, "--prompt", "a red star", "-o", "e.safetensors", cwd=tmp_path)
     assert text.returncode == 0, text.stderr
-    assert "prompt_embeds float32 [1, 512, 32]" in text.stderr
+    assert "float32 [1, 512, 32]" in text.stderr
+    assert "next: triptych worker denoise --standalone -i e.safetensors" in text.stderr
     size = ("--width", "32", "--height", "32", "--steps", "3", "--seed", "1")
     denoise = triptych(
         "worker", "denoise", "--standalone", "-i", "e.safetensors", *size, "-o", "l.safetensors", "--device", "cpu",

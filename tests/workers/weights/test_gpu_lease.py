@@ -18,6 +18,7 @@ from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
+from workers.replay.call_record import CallRecord
 from workers.runtime.executor import Event, Executor, Load, Measured, Run, run_measured
 from workers.stages.contract import Outcome
 from workers.stages.text import TextStage
@@ -148,18 +149,19 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     assert isinstance(next_of(executor), Ready)
 
 
-def test_a_vae_does_not_tile_while_more_memory_can_be_had(
-    source: Source, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, start: Start) -> None:
     stage = VaeStage(load(source, "vae", Devices(CPU), torch.float32), CPU)
 
-    def cramped(*_: object, **__: object) -> None:
+    def cramped(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(stage.vae, "decode", cramped)
+    stage.vae.decoder.register_forward_pre_hook(cramped)
+    record = CallRecord()
+    record.add("encode_prompt", (torch.zeros(1, 512, 32), torch.zeros(1, 32), torch.zeros(512, 3)), CPU)
+    record.add_decode("vae.decode", ((torch.zeros(1, 4, 16, 16),), {"return_dict": False}, None), CPU)
     executor = start(lambda: (stage, ()))
     next_of(executor)
-    executor.give(task(source, allow_tiling=False), ())
+    executor.give(task(source, allow_tiling=False), tuple(record.pack()))
     failed = next_of(executor)
     assert isinstance(failed, TaskFailed)
     assert not stage.may_tile

@@ -1,0 +1,228 @@
+"""Boundaries: the calls of a pipeline into its components, answered from a record, made, or left to another stage.
+
+They are installed once, as a stage is loaded. Each run has its own record and place in it, so that jobs in flight and
+dry runs inside of a job share the components. Without a run they do what they did before.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from protocol.stages import Stage
+from workers.errors import StageError
+from workers.replay.call_record import CallRecord
+from workers.replay.placeholder import is_placeholder
+
+OUTSIDE_FORWARD = ("generate", "get_image_features", "get_text_features")  # entries of an encoder beside its forward
+
+
+class Stopped(BaseException):
+    """Not an error: the next call is another stage's. Nothing of a pipeline's own may catch it."""
+
+    def __init__(
+        self, owner: Stage, label: str, arguments: tuple[Any, ...], keywords: dict[str, Any], decodes: bool = False
+    ) -> None:
+        super().__init__(f"{label} is for the {owner} stage")
+        self.owner, self.label, self.arguments, self.keywords = owner, label, arguments, keywords
+        self.decodes = decodes  # denoising is over
+
+
+@dataclass(slots=True)
+class Run:
+    """A run of a pipeline's call in a stage, from its first argument on; what it makes is added to the record."""
+
+    stage: Stage
+    record: CallRecord
+    device: torch.device
+    finishes: bool = False  # the record has a decode's arguments: come to the end with them, without denoising
+    skips: bool = True  # it comes to the end by skipping the denoising loop, not by zeros for the denoisers' results
+    generator: torch.Generator | None = None  # of the call's random numbers
+    _next: int = 0  # call of the record
+    _inside: int = 0  # calls that are being made
+    _decoded: int = 0
+    _forwards: int = 0
+
+    def call(self, owner: Stage, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer a call that is recorded, make one that is this stage's, or stop."""
+        if self._inside:
+            return real(*args, **kwargs)
+        if self._next < len(self.record.calls):
+            known = self.record.calls[self._next]
+            if known.label != label:
+                raise StageError(f"{label} is called where {known.label} is recorded; another stage ran otherwise")
+            self._next += 1
+            return self.record.value(known, self.device)
+        if owner != self.stage:
+            raise Stopped(owner, label, args, kwargs)
+        result = self._make(real, args, kwargs)
+        self.record.add(label, result, self.device)
+        self._next += 1
+        return self.record.value(self.record.calls[-1], self.device)
+
+    def decode(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Decode what is recorded, in the vae stage; any other stage stops."""
+        if self._inside:
+            return real(*args, **kwargs)
+        if not self.finishes:
+            over = self.stage == "denoise"
+            raise Stopped("vae" if over else "denoise", label, args, kwargs, over)
+        if self._decoded == len(self.record.decodes):
+            raise StageError(f"{label} is called again, which another stage has not prepared")
+        known = self.record.decodes[self._decoded]
+        if known.label != label:
+            raise StageError(f"{label} is called where {known.label} is recorded; another stage ran otherwise")
+        self._decoded += 1
+        args, kwargs, state = self.record.value(known, self.device)
+        args = tuple(self.generator if is_generator(value) else value for value in args)
+        kwargs = {name: self.generator if is_generator(value) else value for name, value in kwargs.items()}
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state.cpu())
+        result = self._make(real, args, kwargs)
+        if not all(torch.isfinite(tensor).all() for tensor in tensors_of(result)):
+            raise StageError("the decoded picture holds NaN or infinity; another --dtype may help")
+        return result
+
+    def ended_at(self, stopped: Stopped) -> CallRecord:
+        """Return the record with which the vae stage decodes what a run has stopped at, by the same random numbers."""
+        record = self.record.shapes_only()
+        args = [GENERATOR if isinstance(value, torch.Generator) else value for value in stopped.arguments]
+        kwargs = {n: GENERATOR if isinstance(v, torch.Generator) else v for n, v in stopped.keywords.items()}
+        state = None if self.generator is None else self.generator.get_state()
+        record.add_decode(stopped.label, (args, kwargs, state), self.device)
+        return record
+
+    def denoise(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a denoiser where it is; in the vae stage zeros of its results' shapes stand in for it."""
+        if self._inside or self.stage == "denoise":
+            return real(*args, **kwargs)
+        if not self.finishes:
+            raise Stopped("denoise", label, args, kwargs)
+        result = self.record.forward(self._forwards, self.device)
+        self._forwards += 1
+        return result
+
+    def _make(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._inside += 1
+        try:
+            return real(*args, **kwargs)
+        finally:
+            self._inside -= 1
+
+
+GENERATOR = {"generator": True}  # in the place of the call's own among a decode's arguments
+
+
+def is_generator(value: Any) -> bool:
+    return isinstance(value, dict) and value == GENERATOR
+
+
+_current: ContextVar[Run | None] = ContextVar("run", default=None)
+
+
+@contextlib.contextmanager
+def running(pipeline: DiffusionPipeline, run: Run) -> Iterator[None]:
+    """Let boundaries heed a run meanwhile. What the pipeline notes of itself during a call is taken back."""
+    token = _current.set(run)
+    before = dict(vars(pipeline))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+        vars(pipeline).clear()
+        vars(pipeline).update(before)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors of floating-point numbers in a component's result."""
+    match value:
+        case torch.Tensor() if value.is_floating_point():
+            yield value
+        case list() | tuple():
+            for item in value:
+                yield from tensors_of(item)
+        case Mapping():
+            yield from tensors_of(list(value.values()))
+
+
+# -- installing ---------------------------------------------------------------------------------------
+
+
+def install(pipeline: DiffusionPipeline, owners: Mapping[str, Stage]) -> None:
+    """Install the boundaries of a pipeline, and of those of its components (`owners`: by name) that have none yet."""
+    if hasattr(pipeline, "encode_prompt"):
+        wrap(pipeline, "encode_prompt", "text", "encode_prompt")
+    if can_skip(type(pipeline).__call__):
+        pipeline.__dict__["progress_bar"] = skipping(pipeline, pipeline.progress_bar)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and not hasattr(component, "_triptych_boundaries"):
+            component.__dict__["_triptych_boundaries"] = True
+            install_component(name, component, owners.get(name, "denoise"))
+
+
+def install_component(name: str, component: torch.nn.Module, owner: Stage) -> None:
+    match owner:
+        case "text":
+            for entry in ("forward", *OUTSIDE_FORWARD):
+                if hasattr(component, entry):
+                    wrap(component, entry, owner, f"{name}.{entry}")
+        case "vae":
+            if hasattr(component, "encode"):
+                wrap(component, "encode", owner, f"{name}.encode")
+            if hasattr(component, "decode"):  # what else comes after it, such as a safety checker, is run as it comes
+                wrap(component, "decode", owner, f"{name}.decode", Run.decode)
+        case "denoise":
+            if is_placeholder(component):  # where its weights are, its forward is left as it is
+                wrap(component, "forward", owner, f"{name}.forward", Run.denoise)
+            else:
+                component.register_forward_hook(note_shapes)
+
+
+def note_shapes(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    """A forward hook of a denoiser."""
+    run = _current.get()
+    if run is not None and not run.finishes:
+        run.record.add_forward(result, run.device)
+
+
+@functools.cache
+def can_skip(call: Callable[..., Any]) -> bool:
+    """Return whether a pipeline's call leaves its loop's steps out once it is told to (`_interrupt`)."""
+    return "self.interrupt" in inspect.getsource(inspect.unwrap(call))
+
+
+def skipping(pipeline: DiffusionPipeline, real: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `progress_bar`, with which its loop begins: a run that finishes leaves the loop out."""
+
+    @functools.wraps(real)
+    def progress_bar(*args: Any, **kwargs: Any) -> Any:
+        run = _current.get()
+        if run is not None and run.finishes and run.skips:
+            pipeline._interrupt = True
+        return real(*args, **kwargs)
+
+    return progress_bar
+
+
+def wrap(target: Any, entry: str, owner: Stage, label: str, how: Callable[..., Any] | None = None) -> None:
+    """Put a boundary around a method of a pipeline or a component."""
+    real = getattr(target, entry)
+
+    @functools.wraps(real)
+    def boundary(*args: Any, **kwargs: Any) -> Any:
+        run = _current.get()
+        if run is None:
+            return real(*args, **kwargs)
+        if how is None:
+            return run.call(owner, label, real, *args, **kwargs)
+        return how(run, label, real, *args, **kwargs)
+
+    with contextlib.suppress(TypeError, ValueError):
+        boundary.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
+    target.__dict__[entry] = boundary

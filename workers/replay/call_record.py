@@ -1,0 +1,95 @@
+"""The record of a job: the results of its calls into components, in order, as one stage after the other made them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+import torch
+
+from protocol.tensors import Tensor
+from workers.replay.values import freeze, shapes_only, thaw
+from workers.tensors import from_wire, to_wire
+
+RECORD = "record:"  # begins the names of the tensors that a record is made of
+STATE = f"{RECORD}state"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call into a component, or of `encode_prompt`, and its result as msgpack knows it."""
+
+    label: str  # such as `vae.encode`
+    result: Any
+
+
+@dataclass(slots=True)
+class CallRecord:
+    calls: list[Call] = field(default_factory=list)
+    decodes: list[Call] = field(default_factory=list)  # the arguments of a VAE's decode, in the place of a result
+    forwards: list[list[Any]] = field(
+        default_factory=list
+    )  # [times, shapes] of denoisers' results, one after the other
+    tensors: list[torch.Tensor] = field(default_factory=list)  # on the host
+
+    def _put_aside(self, tensor: torch.Tensor) -> int:
+        self.tensors.append(tensor.detach().to("cpu"))
+        return len(self.tensors) - 1
+
+    def add(self, label: str, result: Any, device: torch.device) -> None:
+        self.calls.append(Call(label, freeze(result, device, self._put_aside)))
+
+    def add_decode(self, label: str, arguments: Any, device: torch.device) -> None:
+        self.decodes.append(Call(label, freeze(arguments, device, self._put_aside)))
+
+    def add_forward(self, result: Any, device: torch.device) -> None:
+        """Note the shapes of a denoiser's result."""
+        given: list[torch.Tensor] = []
+
+        def put_aside(tensor: torch.Tensor) -> int:
+            given.append(tensor)
+            return len(given) - 1
+
+        frozen = shapes_only(freeze(result, device, put_aside), given, lambda tensor: -1)
+        if self.forwards and self.forwards[-1][1] == frozen:
+            self.forwards[-1][0] += 1
+        else:
+            self.forwards.append([1, frozen])
+
+    def forward(self, number: int, device: torch.device) -> Any:
+        """Return zeros of the shapes of a denoiser's result, by its number; ValueError where there were not so many."""
+        for times, frozen in self.forwards:
+            if number < times:
+                return thaw(frozen, (), device)
+            number -= times
+        raise ValueError("a denoiser ran less often in its own stage")
+
+    def value(self, call: Call, device: torch.device) -> Any:
+        return thaw(call.result, self.tensors, device)
+
+    def shapes_only(self) -> "CallRecord":
+        """Return what is needed to come to the end once a decode's arguments are there; its values have no effect."""
+        made = CallRecord(forwards=self.forwards)
+        made.calls = [Call(c.label, shapes_only(c.result, self.tensors, made._put_aside)) for c in self.calls]
+        return made
+
+    # -- on the wire ----------------------------------------------------------------------------
+
+    def pack(self) -> list[Tensor]:
+        calls, decodes = ([[c.label, c.result] for c in calls] for calls in (self.calls, self.decodes))
+        packed = msgpack.packb({"calls": calls, "decodes": decodes, "forwards": self.forwards})
+        state = Tensor(STATE, "uint8", (len(packed),), packed)
+        return [state, *(to_wire(f"{RECORD}{i}", tensor) for i, tensor in enumerate(self.tensors))]
+
+    @staticmethod
+    def unpack(tensors: Sequence[Tensor]) -> "CallRecord":
+        """Read a record from received tensors, an empty one where there is none; ValueError."""
+        mine = {tensor.name: tensor for tensor in tensors if tensor.name.startswith(RECORD)}
+        state = mine.pop(STATE, None)
+        if state is None:
+            return CallRecord()
+        match msgpack.unpackb(state.data):
+            case {"calls": list(calls), "decodes": list(decodes), "forwards": list(forwards)}:
+                values = [from_wire(mine[f"{RECORD}{i}"]) for i in range(len(mine))]
+                return CallRecord([Call(*call) for call in calls], [Call(*call) for call in decodes], forwards, values)
+        raise ValueError("a record doesn't hold what it should")

@@ -1,0 +1,33 @@
+"""Components of other stages: real classes and configurations on the meta device, said to be on the stage's own."""
+
+from typing import Any
+
+import torch
+
+MARK = "_triptych_placeholder"
+
+
+def is_placeholder(component: torch.nn.Module) -> bool:
+    return MARK in component.__dict__
+
+
+def said_to_be(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """Let a module on the meta device say that it is on `device`, as pipelines ask; `to` changes but its dtype.
+
+    Its class keeps its name and module, by which pipelines and libraries know it.
+    """
+    cls = type(module)
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            found = value.dtype if isinstance(value, torch.Tensor) else value
+            if isinstance(found, torch.dtype):
+                self.__dict__[MARK] = found
+                cls.to(self, dtype=found)
+        return self
+
+    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    answers = {"device": property(lambda self: device), "dtype": property(lambda self: self.__dict__[MARK]), "to": to}
+    module.__class__ = type(cls.__name__, (cls,), {**known, **answers})
+    module.__dict__[MARK] = dtype
+    return module.eval()
