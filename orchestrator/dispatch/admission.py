@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
-from orchestrator.dispatch.quotas import Quotas
+from orchestrator.dispatch.quotas import KEPT_INPUTS, Quotas
 from orchestrator.job import LiveJob
 from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
@@ -18,7 +18,6 @@ from protocol.recipe import resolve, text_key
 from protocol.tensors import Tensor
 
 Pictures = Mapping[str, Tensor]  # that came along, by their digests
-KEPT_INPUTS = 1_000_000_000  # bytes of pictures that no unfinished job begins from
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +45,7 @@ class Admission:
         named, fresh, recipes = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner)
         self._quotas.spend(len(fresh), owner)
-        for digest in {digest for recipe in recipes for digest in recipe.pictures}:
-            self._keep_picture(digest, pictures)
+        self._keep_pictures({digest for recipe in recipes for digest in recipe.pictures}, pictures)
         new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
         made = iter(new)
         return [known or next(made) for known in named], new
@@ -57,21 +55,28 @@ class Admission:
         _, fresh, _ = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner, earlier)
 
-    def _keep_picture(self, digest: str, pictures: Pictures) -> None:
+    def _keep_pictures(self, wanted: set[str], pictures: Pictures) -> None:
         artifacts = self._store.artifacts
-        if artifacts.has("input", digest):
-            artifacts.touch("input", digest)
-        else:
-            artifacts.put("input", digest, (pictures[digest],))
-            artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), pictures))
+        for digest in wanted:
+            if artifacts.has("input", digest):
+                artifacts.touch("input", digest)
+            else:
+                artifacts.put("input", digest, (pictures[digest],))
+        artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), wanted))
 
-    def _shape(self, digest: str, pictures: Pictures) -> tuple[int, int]:
-        """Return a picture's (width, height); BadRequest where it did not come along and isn't here."""
+    def _picture_size(self, request: JobRequest, pictures: Pictures) -> tuple[int, int] | None:
+        """Return the (width, height) of the first picture; BadRequest where one isn't here, or is of another kind."""
+        shapes = [self._shape(digest, pictures) for digest in request.pictures]
+        kinds = [channels for _, _, channels in shapes]
+        if kinds != [3] * len(request.images) + [1] * (request.mask is not None):
+            raise BadRequest("Pictures have three channels, and masks have one.", "Give them as such.")
+        return (shapes[0][1], shapes[0][0]) if shapes else None
+
+    def _shape(self, digest: str, pictures: Pictures) -> tuple[int, ...]:
         kept = () if digest in pictures else self._store.artifacts.get("input", digest)
         if kept is None:
             raise BadRequest("A picture that the job begins from did not come with it.", "Send it along.")
-        height, width, _ = (kept[0] if kept else pictures[digest]).shape
-        return width, height
+        return (kept[0] if kept else pictures[digest]).shape
 
     def _settle(
         self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
@@ -88,11 +93,10 @@ class Admission:
             if named[item] is not None:
                 continue
             try:
-                sizes = [self._shape(digest, pictures) for digest in request.pictures]
                 recipes.append(
                     resolve(
                         request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
-                        sizes[0] if request.images else None,
+                        self._picture_size(request, pictures),
                     )
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipes[-1], entry.description)

@@ -15,6 +15,7 @@ from protocol.errors import QueueFull
 from protocol.job import JobRequest
 from protocol.units import format_bytes
 
+KEPT_INPUTS = 1_000_000_000  # bytes of pictures to begin from that are kept when no unfinished job needs them
 LOOK_SECONDS = 1.0  # between two looks at the disk
 
 
@@ -69,8 +70,8 @@ class Quotas:
     def held(self) -> int:
         """Bytes on disk and in memory that unfinished jobs hold, embeddings that wait to be used included."""
         sizes = self._store.artifacts.bytes_of
-        spare = max(0, sizes["text"] - self._settings.embedding_cache)
-        return self.request_bytes + sizes["latents"] + sizes["checkpoint"] + sizes["input"] + spare
+        spare = max(0, sizes["text"] - self._settings.embedding_cache) + max(0, sizes["input"] - KEPT_INPUTS)
+        return self.request_bytes + sizes["latents"] + sizes["checkpoint"] + spare
 
     def free(self) -> int:
         """Bytes left on the disk, as of the last look."""

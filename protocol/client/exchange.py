@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 from pydantic import ValidationError
@@ -85,7 +84,7 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRe
     if isinstance(prompt, JobRequest):
         return prompt, []
     given, mask = options.pop("images", ()), options.pop("mask", None)
-    pictures = [picture_of(one) for one in ([given] if isinstance(given, str | bytes | PathLike) else given)]
+    pictures = [picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])]
     masks = [] if mask is None else [picture_of(mask, mask=True)]
     named: dict[str, Any] = {"images": tuple(p.name for p in pictures), "mask": masks[0].name if masks else None}
     return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks]

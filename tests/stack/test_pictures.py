@@ -27,7 +27,7 @@ def test_a_picture_and_a_mask_give_the_bits_of_the_plain_pipelines(demo: Running
     image, mask = noise(SIZE), half(SIZE)
     for ours, theirs in (({}, (image,)), ({"mask": mask}, (image, mask))):
         wanted = plain_of_picture(DEMO_FOLDER, *theirs, prompt=PROMPT, strength=0.5, seed=3, **DEFAULTS)
-        job, first = demo.picture(PROMPT, images=[image], strength=0.5, seed=3, **ours)
+        job, first = demo.picture(PROMPT, images=image, strength=0.5, seed=3, **ours)
         assert torch.equal(first, wanted)
         again, second = demo.picture(PROMPT, images=[image], strength=0.5, seed=3, **ours)
         assert torch.equal(second, wanted)
@@ -48,6 +48,9 @@ def test_several_jobs_of_a_submission_share_a_picture_that_is_sent_once(demo: Ru
     unknown = JobRequest(prompt=PROMPT, images=("0" * 64,))
     with pytest.raises(BadRequest, match="did not come with it"):
         demo.client.submit_many([unknown])
+    swapped = JobRequest(prompt=PROMPT, images=(picture.name,), mask=picture.name)
+    with pytest.raises(BadRequest, match="masks have one"):
+        demo.client.submit_many([swapped], pictures=[picture])
 
 
 def test_a_png_made_of_a_picture_is_made_again_from_the_very_same_one(demo: RunningStack, tmp_path: Path) -> None:
