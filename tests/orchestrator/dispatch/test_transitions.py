@@ -7,6 +7,7 @@ from orchestrator.dispatch.transitions import (
     KEEP_REASONS,
     MAX_ATTEMPTS,
     MAX_SHORTAGES,
+    MAX_VISITS,
     Cancelled,
     CheckpointDropped,
     Claimed,
@@ -108,6 +109,13 @@ def test_a_stage_may_be_visited_again_and_a_result_knows_how_far_it_is() -> None
     assert (job.stage, job.distance, [r.stage for r in job.records]) == ("text", 4, ["vae"])
     job = after(job._replace(worker="w"), StageDone(record("text"), "vae", 1.0, visits_left=3)).job
     assert (job.stage, job.distance, len(job.records)) == ("vae", 3, 2)
+
+
+def test_a_way_that_goes_in_circles_ends_with_the_reason() -> None:
+    job = at("denoise", *(["text", "denoise"] * (MAX_VISITS // 2)), worker="w")
+    ended = after(job, StageDone(record("denoise"), "text", 1.0)).job
+    assert ended.state == "failed"
+    assert "after 32 visits" in ended.reasons[-1]
 
 
 def test_three_failures_at_the_same_point_end_a_job_and_progress_begins_anew() -> None:
