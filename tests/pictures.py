@@ -32,11 +32,16 @@ def as_task(image: Image.Image, mask: Image.Image | None = None) -> list[Tensor]
 
 
 def plain_of_picture(
-    folder: Path, image: Image.Image, mask: Image.Image | None = None, **arguments: Any
+    folder: Path,
+    image: Image.Image,
+    mask: Image.Image | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **arguments: Any,
 ) -> torch.Tensor:
     """Pictures of the plain pipeline for a picture, with a mask or without, uint8 (n, height, width, 3)."""
     auto = AutoPipelineForImage2Image if mask is None else AutoPipelineForInpainting
-    pipeline = auto.from_pretrained(folder, dtype=torch.float32)
+    pipeline = auto.from_pretrained(folder, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(arguments.pop("seed"))
     given = {"image": image} if mask is None else {"image": image, "mask_image": mask}

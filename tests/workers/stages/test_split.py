@@ -16,6 +16,7 @@ from protocol.tensors import Tensor
 from tests import tiny, tiny_families
 from tests.pictures import as_task, half, noise, plain_of_picture
 from tests.records import latents_of
+from tests.tiny import needs_gpus
 from workers.errors import Cancelled, StageError
 from workers.models.description import describe
 from workers.models.devices import Devices
@@ -43,15 +44,23 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
 TRUE_CFG = ("flux", "qwen_image")  # pipelines whose scale is `true_cfg_scale`
 
 
-def stages(source: Source, dtype: torch.dtype = torch.float32) -> tuple[TextStage, DenoiseStage, VaeStage]:
-    devices = Devices(CPU)
+def stages(
+    source: Source, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> tuple[TextStage, DenoiseStage, VaeStage]:
+    devices = Devices(device)
     text, denoise, vae = (load(source, stage, devices, dtype) for stage in ("text", "denoise", "vae"))
-    return TextStage(text, CPU), DenoiseStage(denoise, CPU), VaeStage(vae, CPU)
+    return TextStage(text, device), DenoiseStage(denoise, device), VaeStage(vae, device)
 
 
-def through(source: Source, recipe: Recipe, given: Sequence[Tensor] = ()) -> torch.Tensor:
+def through(
+    source: Source,
+    recipe: Recipe,
+    given: Sequence[Tensor] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> torch.Tensor:
     """Go through the stages in whatever order they name."""
-    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
+    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source, dtype, device), strict=True))
     outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
     while outcome.next:
         outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
@@ -128,6 +137,26 @@ def test_a_picture_and_a_mask_give_what_the_plain_pipelines_make(name: str, mask
     assert torch.equal(through(source, recipe, given), plain)
     other = as_task(noise(seed=1), mask)
     assert not torch.equal(through(source, recipe, other), plain)
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["flux", "sdxl", "z_image"])
+def test_a_picture_and_a_mask_on_cuda(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = tiny.save(FAMILIES[name](), tmp_path / name)
+    source, image = read(str(folder), folder, None), noise()
+    model = describe(source)
+    for mask, task in ((None, model.image), (half(), model.inpaint)):
+        assert task is not None
+        size = {"width": tiny.SIZE, "height": tiny.SIZE} if task.sized else {}
+        request = JobRequest(
+            prompt="a red circle", images=("0" * 64,), mask="0" * 64 if mask else None, steps=4, strength=0.5, seed=11,
+            **size,
+        )  # fmt: skip
+        recipe = resolve(request, model, "bfloat16", None, picture_size=image.size)
+        asked = {"prompt": "a red circle", "num_inference_steps": 4, "strength": 0.5, "seed": 11, **size}
+        plain = plain_of_picture(folder, image, mask, dtype, "cuda", **asked)
+        assert torch.equal(through(source, recipe, as_task(image, mask), dtype, torch.device("cuda:0")), plain)
 
 
 def test_each_stage_loads_only_its_own_weights(flux_dev: Path) -> None:
