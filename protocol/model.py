@@ -4,7 +4,7 @@ from protocol.data import Data, Positive
 
 
 class PictureTask(Data):
-    """What a pipeline takes beside a picture; defaults as in ModelDescription."""
+    """The inputs that a pipeline takes beside a picture; defaults as in ModelDescription."""
 
     pipeline: str  # class name in diffusers
     several: bool = False  # pictures

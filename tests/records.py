@@ -1,4 +1,4 @@
-"""What a denoise stage leaves, for tests."""
+"""Reading what stages leave, for tests."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 
 def before_denoising(source: Source, recipe: Recipe, given: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
-    """What the stages before the denoiser leave for it, with the pictures that the job begins from."""
+    """Run the stages before the denoiser; return its input, with the pictures that the job begins from."""
     cpu = torch.device("cpu")
     text = TextStage(load(source, "text", Devices(cpu), torch.float32), cpu)
     outcome = text.run(recipe, tuple(given), unheard)

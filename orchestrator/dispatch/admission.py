@@ -22,7 +22,7 @@ Pictures = Mapping[str, Tensor]  # that came along, by their digests
 
 @dataclass(frozen=True, slots=True)
 class Either:
-    """What is in one container or another."""
+    """The union of two containers, to look things up in."""
 
     one: Container[str]
     other: Container[str]

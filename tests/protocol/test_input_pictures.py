@@ -1,4 +1,4 @@
-"""What becomes of a user's picture before it is sent, and what a stack takes."""
+"""A user's picture is read, turned and converted before it is sent, and a stack takes no others."""
 
 import io
 from dataclasses import replace

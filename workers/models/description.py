@@ -18,7 +18,7 @@ from protocol.model import ModelDescription, PictureTask
 from workers.errors import cause_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
-from workers.models.tasks import image_class, inpaint_class
+from workers.models.tasks import image_class, inpaint_class, parameters_of
 
 LARGEST = 4  # times the default number of pixels
 
@@ -76,7 +76,7 @@ def picture_task(
     """Describe what a pipeline class takes beside a picture, over the weights of `pipeline`; which may take several."""
     if cls is None:
         return None
-    known = inspect.signature(cls.__call__).parameters
+    known = parameters_of(cls)
     true_cfg, distilled = guidance_arguments(pipeline, cls)
 
     def default(name: str | None) -> Any:
@@ -97,8 +97,8 @@ def _float(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-def call_parameters(pipeline: DiffusionPipeline) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(type(pipeline).__call__).parameters)
+def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    return parameters_of(type(pipeline))
 
 
 def guidance_arguments(
@@ -111,7 +111,7 @@ def guidance_arguments(
     `guidance_scale` is distilled where the denoiser's configuration says that it embeds guidance, or where the
     pipeline has a `true_cfg_scale` beside it; then it counts only if the denoiser embeds it.
     """
-    parameters = inspect.signature((cls or type(pipeline)).__call__).parameters
+    parameters = parameters_of(cls or type(pipeline))
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     embeds = getattr(denoiser.config, "guidance_embeds", None) if denoiser is not None else None
     scale = "guidance_scale" if "guidance_scale" in parameters else None

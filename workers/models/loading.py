@@ -48,6 +48,7 @@ from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.tasks import class_for
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
 from workers.replay.boundaries import install
+from workers.replay.placeholder import of_the_same_name
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import PipelineSplit
 from workers.weights.host_weights import PAGE_LOCKER
@@ -75,10 +76,9 @@ class Loaded:
         if cls not in self._others:
             parts = {name: self.pipeline.components.get(name) for name in expected_components(cls)}
             _, optional = cls._get_signature_keys(cls)
-            settings = {name: self.pipeline.config[name] for name in optional if name in self.pipeline.config}
-            pipeline = on_device(cls, self.pipeline.device)(
-                **parts, **{n: v for n, v in settings.items() if n not in parts}
-            )
+            config = self.pipeline.config
+            settings = {name: config[name] for name in optional if name in config and name not in parts}
+            pipeline = on_device(cls, self.pipeline.device)(**parts, **settings)
             install_boundaries(pipeline)
             pipeline.set_progress_bar_config(disable=True)
             self._others[cls] = pipeline
@@ -139,8 +139,7 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
 def on_device(cls: type[DiffusionPipeline], device: torch.device) -> type[DiffusionPipeline]:
     """Return a pipeline's class, with the device on which it computes, wherever its weights are between two jobs."""
     where = property(lambda self: device)
-    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    return type(cls.__name__, (cls,), {**known, "device": where, "_execution_device": where})
+    return of_the_same_name(cls, device=where, _execution_device=where)
 
 
 def install_boundaries(pipeline: DiffusionPipeline) -> None:

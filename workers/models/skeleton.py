@@ -84,8 +84,7 @@ def build_skeleton(source: Source, dtype: torch.dtype = torch.float32) -> Diffus
 
 
 def without_weights(source: Source, name: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Return a component for a stage that hasn't its weights: a placeholder, or itself if it has none; None if there
-    is no such component."""
+    """Return a component for a stage without its weights: a placeholder, or itself if it has none; None if absent."""
     if name not in source.index:
         return None
     cls: Any = component_class(source, name)

@@ -20,6 +20,7 @@ from workers.models.skeleton import build_skeleton, on_meta, text_encoder_on_met
 from workers.models.source import Source, stages_of
 from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord
+from workers.replay.placeholder import of_the_same_name
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
 from workers.tensors import DTYPES
 from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
@@ -213,9 +214,7 @@ def looking(model: torch.nn.Module, component: str, seen: Seen) -> Iterator[None
 
 def said_to_be_here(model: torch.nn.Module) -> torch.nn.Module:
     """Let a model say that it is on the CPU, where a pipeline then puts its latents. Its class keeps its known name."""
-    cls = type(model)
-    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    model.__class__ = type(cls.__name__, (cls,), {**known, "device": property(lambda _: HERE)})
+    model.__class__ = of_the_same_name(type(model), device=property(lambda _: HERE))
     return model
 
 

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 
 from protocol.stages import Stage
 from workers.errors import StageError
-from workers.replay.call_record import CallRecord
+from workers.replay.call_record import Call, CallRecord
 from workers.replay.placeholder import is_placeholder
 
 OUTSIDE_FORWARD = ("generate", "get_image_features", "get_text_features")  # entries of an encoder beside its forward
@@ -45,20 +45,15 @@ class Run:
     skips: bool = True  # it comes to the end by skipping the denoising loop, not by zeros for the denoisers' results
     generator: torch.Generator | None = None  # of the call's random numbers
     _next: int = 0  # call of the record
-    _inside: int = 0  # calls that are being made
+    inside: bool = False  # a call is being made, and what it calls itself is a part of it
     _decoded: int = 0
     _forwards: int = 0
 
     def call(self, owner: Stage, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answer a call that is recorded, make one that is this stage's, or stop."""
-        if self._inside:
-            return real(*args, **kwargs)
         if self._next < len(self.record.calls):
-            known = self.record.calls[self._next]
-            if known.label != label:
-                raise StageError(f"{label} is called where {known.label} is recorded; another stage ran otherwise")
             self._next += 1
-            return self.record.value(known, self.device)
+            return self._recorded(self.record.calls[self._next - 1], label)
         if owner != self.stage:
             raise Stopped(owner, label, args, kwargs)
         result = self._make(real, args, kwargs)
@@ -68,18 +63,13 @@ class Run:
 
     def decode(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Decode what is recorded, in the vae stage; any other stage stops."""
-        if self._inside:
-            return real(*args, **kwargs)
         if not self.finishes:
             over = self.stage == "denoise"
             raise Stopped("vae" if over else "denoise", label, args, kwargs, over)
         if self._decoded == len(self.record.decodes):
             raise StageError(f"{label} is called again, which another stage has not prepared")
-        known = self.record.decodes[self._decoded]
-        if known.label != label:
-            raise StageError(f"{label} is called where {known.label} is recorded; another stage ran otherwise")
+        args, kwargs, state = self._recorded(self.record.decodes[self._decoded], label)
         self._decoded += 1
-        args, kwargs, state = self.record.value(known, self.device)
         args = tuple(self.generator if is_generator(value) else value for value in args)
         kwargs = {name: self.generator if is_generator(value) else value for name, value in kwargs.items()}
         if self.generator is not None and state is not None:
@@ -99,21 +89,25 @@ class Run:
         return record
 
     def denoise(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run a denoiser where it is; in the vae stage zeros of its results' shapes stand in for it."""
-        if self._inside or self.stage == "denoise":
-            return real(*args, **kwargs)
+        """Let zeros of its results' shapes stand in for a denoiser, in the vae stage; any other stage stops."""
         if not self.finishes:
             raise Stopped("denoise", label, args, kwargs)
         result = self.record.forward(self._forwards, self.device)
         self._forwards += 1
         return result
 
+    def _recorded(self, known: Call, label: str) -> Any:
+        """Return what is recorded of a call, which must be the one that is made now; StageError."""
+        if known.label != label:
+            raise StageError(f"{label} is called where {known.label} is recorded; another stage ran otherwise")
+        return self.record.value(known, self.device)
+
     def _make(self, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._inside += 1
+        self.inside = True
         try:
             return real(*args, **kwargs)
         finally:
-            self._inside -= 1
+            self.inside = False
 
 
 GENERATOR = {"generator": True}  # in the place of the call's own among a decode's arguments
@@ -217,7 +211,7 @@ def wrap(target: Any, entry: str, owner: Stage, label: str, how: Callable[..., A
     @functools.wraps(real)
     def boundary(*args: Any, **kwargs: Any) -> Any:
         run = _current.get()
-        if run is None:
+        if run is None or run.inside:
             return real(*args, **kwargs)
         if how is None:
             return run.call(owner, label, real, *args, **kwargs)

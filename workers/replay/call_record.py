@@ -27,9 +27,7 @@ class Call:
 class CallRecord:
     calls: list[Call] = field(default_factory=list)
     decodes: list[Call] = field(default_factory=list)  # the arguments of a VAE's decode, in the place of a result
-    forwards: list[list[Any]] = field(
-        default_factory=list
-    )  # [times, shapes] of denoisers' results, one after the other
+    forwards: list[list[Any]] = field(default_factory=list)  # [times, shapes] of denoisers' results, in order
     tensors: list[torch.Tensor] = field(default_factory=list)  # on the host
 
     def _put_aside(self, tensor: torch.Tensor) -> int:

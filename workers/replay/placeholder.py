@@ -11,6 +11,11 @@ def is_placeholder(component: torch.nn.Module) -> bool:
     return MARK in component.__dict__
 
 
+def of_the_same_name(cls: type, **attributes: Any) -> type:
+    """Return a subclass with some attributes, by the name and module that libraries know the class by."""
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **attributes})
+
+
 def said_to_be(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Let a module on the meta device say that it is on `device`, as pipelines ask; `to` changes but its dtype.
 
@@ -26,8 +31,7 @@ def said_to_be(module: torch.nn.Module, device: torch.device, dtype: torch.dtype
                 cls.to(self, dtype=found)
         return self
 
-    known = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-    answers = {"device": property(lambda self: device), "dtype": property(lambda self: self.__dict__[MARK]), "to": to}
-    module.__class__ = type(cls.__name__, (cls,), {**known, **answers})
+    dtype_now = property(lambda self: self.__dict__[MARK])
+    module.__class__ = of_the_same_name(cls, device=property(lambda self: device), dtype=dtype_now, to=to)
     module.__dict__[MARK] = dtype
     return module.eval()

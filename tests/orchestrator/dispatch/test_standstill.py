@@ -13,6 +13,7 @@ from orchestrator.scheduling.snapshot import (
     WaitingTask,
 )
 from protocol.gpu_memory import GpuId
+from tests.orchestrator.dispatch.test_fleet import Clock
 
 GPU, MODEL = GpuId("h", 0), ModelKey("r", "float32")
 IDLE = Busy((), (), ())
@@ -27,13 +28,6 @@ def snapshot(available: int) -> Snapshot:
     gpus = {GPU: GpuSpace(available, 0)}
     idle = [IdleWorker("w", "vae", MODEL)]
     return Snapshot({PLACE: [task]}, idle, {("vae", 1): 1}, {"w": holder}, gpus)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def looks(standstill: Standstill, clock: Clock, seconds: float, acts: bool, available: int = 1000) -> int:
