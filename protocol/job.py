@@ -29,8 +29,10 @@ class JobRequest(Data):
     guidance: float | None = None  # distilled guidance scale, an input of the denoiser
     cfg_scale: float | None = None  # true classifier-free guidance, a second pass with the negative prompt
     seed: Int64 | None = None  # None: one is drawn and recorded
-    num_images: Int64 = 1
+    num_images: Int64 = 1  # pictures, or videos
     max_sequence_length: Int64 | None = None  # tokens
+    frames: Int64 | None = None  # of a video
+    fps: float | None = None  # of a video: frames a second
     images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
     mask: Digest | None = None  # white where the picture is to be made anew
     strength: float | None = None  # how much of the picture goes, from 0 to 1
@@ -62,6 +64,8 @@ class Recipe(Data):
     images: tuple[Digest, ...] = ()
     mask: Digest | None = None
     strength: float | None = None
+    frames: Int64 | None = None  # of a video; None: pictures are made
+    fps: float | None = None  # of a video: frames a second
     sized: bool = True  # width and height are given to the pipeline; else it finds its own, and these are an estimate
     tier: Tier = "exact"
     speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py
@@ -102,4 +106,4 @@ class Job(Data):
     reasons: tuple[str, ...]  # why attempts failed
     created: float  # seconds since the epoch, UTC
     finished: float | None
-    pictures: int  # that can be fetched now
+    pictures: int  # or videos, that can be fetched now

@@ -1,5 +1,7 @@
 """The description of a model: found by the describer, used by the orchestrator to judge requests."""
 
+from typing import Literal
+
 from protocol.data import Data, Positive
 
 
@@ -13,6 +15,15 @@ class PictureTask(Data):
     cfg_scale: float | None
     strength: float | None = None  # default; None where it takes none
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
+
+
+class VideoTask(Data):
+    """The inputs of a pipeline that makes videos, beside those of a picture."""
+
+    frames: Positive  # default
+    multiple: Positive  # a video has one frame more than a multiple of this
+    fps: float  # default: frames a second
+    max_frames: Positive
 
 
 class ModelDescription(Data):
@@ -34,4 +45,6 @@ class ModelDescription(Data):
     max_sequence_limit: Positive  # tokens that fit a prompt at most
     image: PictureTask | None = None  # what is made of a picture; None: nothing
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
+    video: VideoTask | None = None  # it makes videos; None: pictures
+    needs: tuple[Literal["image", "mask"], ...] = ()  # that it can't do without
     demo: bool = False

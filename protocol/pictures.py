@@ -1,12 +1,38 @@
 """Pictures that jobs begin from, by content: pixels as tensors, named by their digests."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from protocol.errors import BadRequest
+from protocol.job import Recipe
 from protocol.tensors import Tensor
 
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
 IMAGE, MASK = "image", "mask"  # how the names of a task's pictures begin
+PICTURES = "pictures"  # name of the tensors that a job's last visit gives
+SOUND = "sound"  # name of the tensor of videos' sound
+PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
+
+
+def is_given_picture(tensor: Tensor) -> bool:
+    """Return whether a tensor beside a task is a picture that the job begins from."""
+    return tensor.name == MASK or tensor.name.startswith(f"{IMAGE}:")
+
+
+def as_given(recipe: Recipe, pictures: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the pictures that a job begins from, of those that are there by digest, named for its tasks; KeyError."""
+    names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
+    return [replace(pictures[digest], name=name) for name, digest in zip(names, recipe.pictures, strict=True)]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join parts of pictures, uint8 (n, height, width, 3), to one tensor."""
+    if len(parts) == 1:
+        return parts[0]
+    name, dtype, (_, *size) = parts[0].spec
+    count = sum(part.shape[0] for part in parts)
+    return Tensor(name, dtype, (count, *size), b"".join(part.data for part in parts))
 
 
 def digest_of(shape: tuple[int, ...], data: bytes | bytearray | memoryview) -> str:

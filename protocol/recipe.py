@@ -14,6 +14,7 @@ from protocol.speedups import tier_of
 MAX_STEPS = 1000
 MAX_IMAGES = 16
 MAX_SCALE = 100.0
+MAX_FPS = 240.0
 DRAWN = -1  # a seed that stands for a random one, as everywhere in this field
 MAX_PRIORITY = 1000
 
@@ -49,6 +50,7 @@ def resolve(
     check_range("num_images", request.num_images, 1, MAX_IMAGES)
     check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     check_range("seed", request.seed, DRAWN, MAX_SEED)
+    frames, fps = check_frames(request, model)
     length = check_prompts(request, model, count_tokens)
     defaults = task or model
     guidance, cfg_scale = check_guidance(request, model, defaults)
@@ -66,6 +68,8 @@ def resolve(
         images=request.images,
         mask=request.mask,
         strength=request.strength,
+        frames=frames,
+        fps=fps,
         sized=sized,
         model=model.model,
         revision=model.revision,
@@ -82,6 +86,10 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
 
 def check_pictures(request: JobRequest, model: ModelDescription) -> PictureTask | None:
     """Return what is to be done with a request's pictures; None where it has none. BadRequest."""
+    if "image" in model.needs and not request.images:
+        raise BadRequest(f"{model.pipeline} begins from a picture.", "Give it: --image FILE.")
+    if "mask" in model.needs and request.mask is None:
+        raise BadRequest(f"{model.pipeline} needs a mask: white where the picture is made anew.", "Give --mask FILE.")
     if not request.images:
         if request.mask is not None:
             raise BadRequest("There is a mask without a picture.", "Give the picture, too: --image FILE.")
@@ -116,6 +124,29 @@ def check_sizes(
             f"At most {model.max_pixels} fit: make it smaller.",
         )
     return width, height, False
+
+
+def check_frames(request: JobRequest, model: ModelDescription) -> tuple[int | None, float | None]:
+    """Frames, and frames a second, of a video; (None, None) where pictures are made. BadRequest, DoesNotFit."""
+    video = model.video
+    if video is None:
+        for name, value in (("frames", request.frames), ("fps", request.fps)):
+            if value is not None:
+                raise BadRequest(f"{model.pipeline} makes pictures, not videos.", f"Leave --{name} out.")
+        return None, None
+    check_range("fps", request.fps, 1, MAX_FPS)
+    frames = video.frames if request.frames is None else request.frames
+    if frames <= 0:
+        raise BadRequest(f"frames is {frames}.", f"It must be positive, such as {video.frames}.")
+    if frames > video.max_frames:
+        raise DoesNotFit(f"{frames} frames are too many for {model.pipeline}.", f"At most {video.max_frames} fit.")
+    if (frames - 1) % video.multiple and frames != video.frames:
+        below = (frames - 1) // video.multiple * video.multiple + 1
+        nearest = below if frames - below <= below + video.multiple - frames else below + video.multiple
+        raise BadRequest(
+            f"{frames} frames are not one more than a multiple of {video.multiple}.", f"The nearest are {nearest}."
+        )
+    return frames, video.fps if request.fps is None else request.fps
 
 
 def check_size(width: int | None, height: int | None, model: ModelDescription) -> tuple[int, int]:
@@ -201,7 +232,9 @@ def text_key(recipe: Recipe) -> str:
         recipe.max_sequence_length,
         recipe.num_images,
         *recipe.pictures,
-        *((recipe.width, recipe.height, recipe.sized) if recipe.images else ()),  # what an encoder may see of a picture
+        *(
+            (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.images else ()
+        ),  # what an encoder may see of a picture
         *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -7,6 +7,7 @@ from typing import Any, get_args
 import click
 
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
+from protocol.client.input_pictures import picture_of
 from protocol.errors import BadRequest
 from protocol.speedups import canonical, parse_speedup
 from protocol.stages import FIRST, Stage
@@ -15,7 +16,7 @@ from protocol.worker_spec import WorkerSpec
 
 LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
 RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-          "max_sequence_length")  # fmt: skip
+          "max_sequence_length", "frames", "fps", "strength")  # fmt: skip
 
 
 @click.command()
@@ -72,6 +73,11 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--seed", type=int)
 @click.option("-n", "--num-images", type=int)
 @click.option("--max-sequence-length", type=int)
+@click.option("--frames", "--num-frames", "frames", type=int, help="Of a video.")
+@click.option("--fps", type=float, help="Of a video: frames a second.")
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture to begin from.")
+@click.option("--mask", type=click.Path(path_type=Path), help="White where the picture is to be made anew.")
+@click.option("--strength", type=float, help="How much of the picture goes, from 0 to 1.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Write a torch profiler trace (JSON).")
 @click.option("--pdb", is_flag=True, help="Stop in the debugger at an error.")
@@ -116,7 +122,9 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
     debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
-    run_standalone(prepare(spec), given, options["input_path"], output, debugging)
+    pictures = [picture_of(path) for path in options["images"]]
+    masks = [picture_of(options["mask"], mask=True)] if options["mask"] else []
+    run_standalone(prepare(spec), given, (*pictures, *masks), options["input_path"], output, debugging)
 
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:

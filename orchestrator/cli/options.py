@@ -37,7 +37,7 @@ timeout_option = click.option(
 )  # fmt: skip
 
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-                 "max_sequence_length", "strength", "priority")  # fmt: skip
+                 "max_sequence_length", "strength", "frames", "fps", "priority")  # fmt: skip
 
 
 def state_folder(state: Path | None) -> Path:
@@ -52,6 +52,24 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
         return int(width), int(height if x else width)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a size; write it as 1024x768.") from None
+
+
+MOST_SEEDS = 1000
+
+
+def parse_seeds(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int]:
+    """Return the seeds of a list of numbers and ranges."""
+    found: list[int] = []
+    for part in value.split(",") if value else ():
+        first, dots, last = part.strip().partition("..")
+        try:
+            start, end = int(first), int(last if dots else first)
+        except ValueError:
+            raise click.BadParameter(f"{value!r} is not a list of seeds; write it as 1..4 or 1,5,9.") from None
+        if not 0 <= start <= end or end - start + len(found) >= MOST_SEEDS:
+            raise click.BadParameter(f"{part!r} is no range of at most {MOST_SEEDS} seeds from 0 on.")
+        found += range(start, end + 1)
+    return found
 
 
 def picture_options(command: Command) -> Command:
@@ -79,7 +97,11 @@ def recipe_options(command: Command) -> Command:
         picture_options,
         click.option("--strength", type=float, help="How much of --image goes, from 0 to 1."),
         click.option("--seed", type=int, help="Same seed, same picture. [default, or -1: a random one, recorded]"),
-        click.option("-n", "--num-images", "num_images", type=int, help="Pictures of each prompt."),
+        click.option("--seeds", callback=parse_seeds, metavar="A..B",
+                     help="One picture of each prompt for each seed: 1..4, or 1,5,9."),
+        click.option("-n", "--num-images", "num_images", type=int, help="Pictures, or videos, of each prompt."),
+        click.option("--frames", "--num-frames", "frames", type=int, help="Frames of a video."),
+        click.option("--fps", type=float, help="Frames a second of a video."),
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
         click.option("--priority", type=int, help="Higher goes first. [default: 0]"),
         click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -122,7 +144,16 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
             raise BadRequest(f"{str(options['prompts_file'])!r} holds no prompt.")
     if not rows:
         raise BadRequest("There is no prompt.", 'Give one: triptych submit "a large red circle", or --prompts FILE.')
-    return [Asked(make_request({**given, **row}, where), where, inputs=inputs) for where, row in rows]
+    seeds = options.get("seeds") or [None]
+    if seeds != [None] and "seed" in given:
+        raise BadRequest("--seed and --seeds say the same.", "Give one or the other.")
+    if "{seed" in (options.get("output_pattern") or ""):
+        given.setdefault("seed", secrets.randbelow(2**32))  # known before it is queued
+    return [
+        Asked(make_request({**given, **row} | ({} if seed is None else {"seed": seed}), where), where, inputs=inputs)
+        for where, row in rows
+        for seed in seeds
+    ]
 
 
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -1,9 +1,12 @@
 """The places where pictures go: every final name is known and checked before anything is queued."""
 
 import os
+import re
+import string
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,21 @@ class Wanted:
         return range(self.count) if self.only is None else (self.only,)
 
 
-Names = dict[str, list[tuple[int, Path]]]  # by job, its pictures' numbers and final names
+@dataclass(frozen=True, slots=True)
+class Name:
+    """The final name of a job's picture or video, counted from 0."""
+
+    index: int
+    path: Path
+    chosen: bool = True  # by the user; else its suffix is the usual one of what is made
+
+
+Names = dict[str, list[Name]]  # by job
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+VIDEOS = (".mp4", ".webm", ".gif")
+SEQUENCE = re.compile(r"%0?\d*d")  # in a name: of the number of a video's frame
+FIELDS = ("date", "time", "job", "seed", "prompt", "index")  # of --output-pattern
 
 
 def names_for(output: Path | None, jobs: Sequence[Wanted]) -> Names:
@@ -51,10 +68,8 @@ def names_for(output: Path | None, jobs: Sequence[Wanted]) -> Names:
         folder = output if output is not None and output.is_dir() else None
     except OSError as error:
         raise unwritable(output, error) from error
-    if output is not None and folder is None and output.suffix.lower() != ".png":
-        raise BadRequest(
-            f"-o {str(output)!r} is not a PNG file or a folder that is there.", "Name it FILE.png, or FOLDER/."
-        )
+    if output is not None and folder is None:
+        check_suffix(output, "-o")
     total = sum(len(job.indices) for job in jobs)
     found: Names = {}
     count = 0
@@ -67,13 +82,79 @@ def names_for(output: Path | None, jobs: Sequence[Wanted]) -> Names:
             else:
                 suffix = f"-{index + 1}" if job.count > 1 else ""
                 path = (folder or Path(".")) / f"triptych-{job.job}{suffix}.png"
-            found[job.job].append((index, path))
-    for rows in found.values():
-        for _, path in rows:
-            check(path)
-    for parent in {path.parent for rows in found.values() for _, path in rows}:
+            found[job.job].append(Name(index, path, output is not None and folder is None))
+    return checked(found)
+
+
+def checked(names: Names) -> Names:
+    """Return names that files can take; BadRequest."""
+    paths = [name.path for rows in names.values() for name in rows]
+    for path in paths:
+        check(path)
+    for parent in {path.parent for path in paths}:
         check_folder(parent)
-    return found
+    return names
+
+
+def check_suffix(path: Path, option: str) -> None:
+    if path.suffix.lower() not in (*PICTURES, *VIDEOS):
+        raise BadRequest(
+            f"{option} {str(path)!r} is not a picture, a video or a folder that is there.",
+            f"Name it FILE.png ({', '.join(PICTURES[1:])}), FILE.mp4 ({', '.join(VIDEOS[1:])}), or FOLDER/.",
+        )
+
+
+def names_of_pattern(pattern: str, jobs: Sequence[tuple[Wanted, Mapping[str, Any]]]) -> Names:
+    """A name for each picture by a pattern, such as "{date}-{seed}-{prompt:.40}.png"; two that are equal get numbers.
+
+    Each job comes with its fields of FIELDS. BadRequest.
+    """
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None]
+    except ValueError as error:
+        raise BadRequest(f"--output-pattern {pattern!r} can't be read: {error}.") from error
+    if unknown := sorted(set(fields) - set(FIELDS)):
+        raise BadRequest(f"--output-pattern has no {unknown[0]!r}.", f"It has {', '.join(FIELDS)}.")
+    check_suffix(Path(pattern), "--output-pattern")
+    now = datetime.now()
+    found: Names = {}
+    taken: set[Path] = set()
+    for job, values in jobs:
+        found[job.job] = []
+        for index in job.indices:
+            told = {"date": f"{now:%Y-%m-%d}", "time": f"{now:%H-%M-%S}", "job": job.job, "index": index + 1, **values}
+            told["prompt"] = re.sub(r"[^\w .,()+-]+", "_", str(told["prompt"])).strip() or "_"
+            try:
+                path = first = Path(pattern.format_map(told))
+            except (ValueError, LookupError, AttributeError) as error:
+                raise BadRequest(f"--output-pattern {pattern!r} can't be filled: {error}.") from error
+            number = 1
+            while path in taken:
+                number += 1
+                path = first.with_stem(f"{first.stem}-{number}")
+            taken.add(path)
+            found[job.job].append(Name(index, path))
+    return checked(found)
+
+
+def fit_to(names: Names, video: bool) -> Names:
+    """Return names for what is made; BadRequest where one that was chosen is for something else."""
+    return {job: [fitting(name, video) for name in rows] for job, rows in names.items()}
+
+
+def fitting(name: Name, video: bool) -> Name:
+    if not name.chosen:
+        return replace(name, path=name.path.with_suffix(".mp4" if video else ".png"))
+    fits = name.path.suffix.lower() in (VIDEOS if video else PICTURES)
+    if video and SEQUENCE.search(name.path.name):
+        fits = name.path.suffix.lower() in PICTURES
+    if not fits:
+        stem, shown = name.path.stem, str(name.path)
+        if video:
+            hint = f"Name it {stem}.mp4 ({', '.join(VIDEOS[1:])}), or {stem}-%04d.png for its frames."
+            raise BadRequest(f"{shown!r} is no name for a video, which this model makes.", hint)
+        raise BadRequest(f"{shown!r} is a video's name; this model makes pictures.", f"Name it {stem}.png.")
+    return name
 
 
 def check(path: Path) -> None:
@@ -103,17 +184,33 @@ def unwritable(path: Path | None, error: OSError) -> BadRequest:
     return BadRequest(f"{shown!r} can't be written: {error.strerror}.", "Choose another place with -o.")
 
 
-def write(job: Job, pictures: Tensor, names: Sequence[tuple[int, Path]]) -> tuple[list[Path], list[BadRequest]]:
-    """Write a job's pictures; return the files that were written, and why others were not."""
-    from protocol.client.png import save_png, to_images
+def write(
+    job: Job, pictures: Tensor, names: Sequence[Name], metadata: bool = True
+) -> tuple[list[Path], list[BadRequest]]:
+    """Write a job's pictures or videos; return the files that were written, and why others were not."""
+    from protocol.client.picture_files import metadata_of, save_picture, to_images
+    from protocol.client.video_files import save_video
 
-    images = to_images(pictures)
+    images, recipe = to_images(pictures), job.recipe
+    each = len(images) // recipe.num_images
     written: list[Path] = []
     errors: list[BadRequest] = []
-    for index, path in names:
+    for name in names:
+        told = metadata_of(recipe, job.id, name.index, job.records) if metadata else None
         try:
-            save_png(images[index], path, job.recipe, job.id, index, job.records)
-            written.append(path)
+            if recipe.frames is None:
+                save_picture(images[name.index], name.path, told)
+            elif name.path.suffix.lower() in VIDEOS:
+                save_video(images[name.index * each : (name.index + 1) * each], name.path, recipe.fps or 1, told)
+            else:
+                for number, frame in enumerate(images[name.index * each : (name.index + 1) * each], 1):
+                    save_picture(frame, name.path.with_name(numbered(name.path.name, number)), told)
+            written.append(name.path)
         except BadRequest as error:
             errors.append(error)
     return written, errors
+
+
+def numbered(name: str, number: int) -> str:
+    """Fill the place for a frame's number in the name of a sequence's file."""
+    return SEQUENCE.sub(lambda found: found[0] % number, name, count=1)

@@ -25,7 +25,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.cli.output import Names
 from orchestrator.cli.stack_options import stack_config, stack_options
-from orchestrator.cli.submit import make, names_for_requests, output_option
+from orchestrator.cli.submit import make, names_for_requests, output_options
 from orchestrator.cli.up import wait_for_stack, waiting_is_told
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.supervisor import Supervisor
@@ -39,7 +39,7 @@ SCRATCH = "triptych-run-"  # how the folders of such stacks begin, in the system
 @click.command()
 @click.argument("prompts", nargs=-1)
 @recipe_options
-@output_option
+@output_options
 @timeout_option
 @json_option
 @quiet_option
@@ -55,13 +55,13 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
     triptych run "a large red circle at the top left and a small blue star on a yellow background"
     triptych run "a lighthouse in a storm" --model black-forest-labs/FLUX.1-schnell --steps 4
     """
+    options |= {"no_wait": False, "kept": options["state"] is not None}
     asked = requests_from(prompts, options)
-    names = names_for_requests(options["output"], asked)
+    names = names_for_requests(asked, options)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
     if not options["quiet"]:
         print("Starting a stack …", file=sys.stderr, flush=True)
-    options |= {"no_wait": False, "kept": options["state"] is not None}
     with waiting_is_told(options["model"], options["quiet"]):
         if options["state"] is not None:
             make_pictures(options["state"], asked, names, options)

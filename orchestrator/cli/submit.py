@@ -12,6 +12,7 @@ import click
 from orchestrator.cli.display import make_display
 from orchestrator.cli.options import (
     Asked,
+    Command,
     given_pictures,
     json_option,
     picture_options,
@@ -22,7 +23,19 @@ from orchestrator.cli.options import (
     state_option,
     timeout_option,
 )
-from orchestrator.cli.output import Names, OutputPath, Wanted, names_for, write
+from orchestrator.cli.output import (
+    PICTURES,
+    VIDEOS,
+    Name,
+    Names,
+    OutputPath,
+    Wanted,
+    checked,
+    fit_to,
+    names_for,
+    names_of_pattern,
+    write,
+)
 from orchestrator.cli.table import print_lines
 from protocol.client.client import Client
 from protocol.client.exchange import raise_unless_done
@@ -34,19 +47,33 @@ from protocol.tensors import Tensor
 from protocol.views import WorkerView
 
 if TYPE_CHECKING:
-    from protocol.client.png import Made
+    from PIL.Image import Image
+
+    from protocol.client.picture_files import Made
 
 MODEL_SECONDS = 600.0  # to load a model's configuration, a download of it included
 
-output_option = click.option(
-    "-o", "--output", type=OutputPath(path_type=Path), help="A PNG file or a FOLDER/. [default: triptych-JOB.png here]"
-)
+
+def output_options(command: Command) -> Command:
+    """The options of the files that pictures and videos go to."""
+    for option in reversed((
+        click.option("-o", "--output", type=OutputPath(path_type=Path),
+                     help="FILE.png, .jpg, .webp, a video's .mp4, .webm, .gif or FILE-%04d.png, or a FOLDER/. "
+                     "[default: triptych-JOB.png or .mp4 here]"),
+        click.option("--output-pattern", metavar="PATTERN",
+                     help='Names with {date}, {time}, {job}, {seed}, {prompt} and {index}: "{seed}-{prompt:.40}.png".'),
+        click.option("--no-metadata", is_flag=True, help="Leave the recipe out of the files."),
+        click.option("--grid", type=click.Path(path_type=Path), metavar="FILE",
+                     help="Write a sheet of all pictures besides."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @click.command()
 @click.argument("prompts", nargs=-1)
 @recipe_options
-@output_option
+@output_options
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave; 'triptych wait JOB' gets the pictures.")
 @timeout_option
 @json_option
@@ -61,21 +88,41 @@ def submit(prompts: tuple[str, ...], state: Path | None, **options: Any) -> None
     triptych submit --prompts prompts.jsonl --no-wait
     """
     asked = requests_from(prompts, options)
-    names = {} if options["no_wait"] else names_for_requests(options["output"], asked)
+    names = names_for_requests(asked, options)
     with Client(state_folder(state)) as client:
         make(client, asked, names, options)
 
 
-def names_for_requests(output: Path | None, asked: Sequence[Asked]) -> Names:
-    """Return the names of pictures that are yet to be asked for; BadRequest."""
+def names_for_requests(asked: Sequence[Asked], options: dict[str, Any]) -> Names:
+    """Return the names of pictures that are yet to be asked for; none where nobody waits for them. BadRequest."""
+    if options["no_wait"]:
+        return {}
     counts = [max(1, min(a.request.num_images, MAX_IMAGES)) for a in asked]  # the stack refuses others
-    return names_for(output, [Wanted(str(a.request.id), n, a.picture) for a, n in zip(asked, counts, strict=True)])
+    wanted = [Wanted(str(a.request.id), n, a.picture) for a, n in zip(asked, counts, strict=True)]
+    check_grid(options)
+    if (pattern := options.get("output_pattern")) is None:
+        return names_for(options["output"], wanted)
+    if options["output"] is not None:
+        raise BadRequest("-o and --output-pattern say the same.", "Give one or the other.")
+    fields = [{"prompt": a.request.prompt, "seed": a.request.seed} for a in asked]
+    return names_of_pattern(pattern, list(zip(wanted, fields, strict=True)))
+
+
+def check_grid(options: dict[str, Any]) -> None:
+    """Raise BadRequest where a sheet of all pictures can't take its name."""
+    if (grid := options.get("grid")) is not None:
+        if grid.suffix.lower() not in PICTURES:
+            raise BadRequest(f"--grid {str(grid)!r} is no picture.", f"Name it FILE{PICTURES[0]}.")
+        checked({"": [Name(0, grid)]})
 
 
 def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str, Any]) -> None:
     """Submit, and unless told not to wait, follow the jobs and write their pictures under these names."""
-    if client.stack().model is None and not options["quiet"]:
+    model = client.stack().model
+    if model is None and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
+    if model is not None:
+        names = fit_to(names, model.video is not None)
     try:
         pictures = {picture.name: picture for a in asked for picture in a.inputs}
         jobs = client.submit_many(
@@ -88,7 +135,7 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
     if options["no_wait"]:
         tell(jobs, [], options)
     else:
-        collect(client, jobs, names, options)
+        collect(client, jobs, fit_to(names, jobs[0].recipe.frames is not None), options)
 
 
 def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, Any]) -> None:
@@ -98,20 +145,29 @@ def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, An
     """
     written: list[Path] = []
     lost: list[tuple[Job, BadRequest]] = []
+    cells: dict[str, list[Image]] = {}  # of a sheet of all, by job
     with make_display(jobs, options["quiet"]) as display:
         try:
             for event in client.events([job.id for job in jobs], options["timeout"]):
                 display.show(event)
                 if event.state == "done":
                     job, pictures = client.raw_pictures(event.job)
-                    paths, errors = write(job, pictures, names[job.id])
+                    paths, errors = write(job, pictures, names[job.id], not options.get("no_metadata"))
+                    if options.get("grid"):
+                        cells[job.id] = cells_of(job, pictures, names[job.id])
                     written += paths
                     lost += [(job, error) for error in errors]
         except KeyboardInterrupt:
             display.note(f"The jobs go on. Get them with: triptych wait {' '.join(job.id for job in jobs[:8])}")
             raise
     final = [client.job(job.id) for job in jobs]
-    tell(final, [str(path) for job in final for _, path in names[job.id] if path in written], options)
+    told = [str(name.path) for job in final for name in names[job.id] if name.path in written]
+    if sheet := [image for job in final for image in cells.get(job.id, ())]:
+        from protocol.client.picture_files import save_grid
+
+        save_grid(sheet, options["grid"])
+        told.append(str(options["grid"]))
+    tell(final, told, options)
     for job in final:
         for record in job.records:
             for warning in record.warnings:
@@ -121,6 +177,15 @@ def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, An
         raise BadRequest(error.message, hint.format("FILE.png"))
     for job in final:
         raise_unless_done(job)
+
+
+def cells_of(job: Job, pictures: Tensor, names: Sequence[Name]) -> "list[Image]":
+    """Return a job's pictures for a sheet; of a video its first frame."""
+    from protocol.client.picture_files import to_images
+
+    images = to_images(pictures)
+    each = len(images) // job.recipe.num_images
+    return [images[name.index * each] for name in names]
 
 
 def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
@@ -134,7 +199,7 @@ def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("job_ids", nargs=-1, metavar="JOB...")
-@output_option
+@output_options
 @timeout_option
 @json_option
 @quiet_option
@@ -143,37 +208,45 @@ def wait(job_ids: tuple[str, ...], state: Path | None, **options: Any) -> None:
     """Wait for JOBs and write their pictures."""
     with Client(state_folder(state)) as client:
         jobs = [client.job(job_id) for job_id in dict.fromkeys(job_ids)]
-        collect(client, jobs, names_for_jobs(options["output"], jobs), options)
+        collect(client, jobs, names_for_jobs(jobs, options), options)
 
 
-def names_for_jobs(output: Path | None, jobs: Sequence[Job]) -> Names:
-    return names_for(output, [Wanted(job.id, job.recipe.num_images) for job in jobs])
+def names_for_jobs(jobs: Sequence[Job], options: dict[str, Any]) -> Names:
+    """Return the names of jobs' pictures; BadRequest."""
+    check_grid(options)
+    wanted = [Wanted(job.id, job.recipe.num_images) for job in jobs]
+    videos = {job.id: job.recipe.frames is not None for job in jobs}
+    if (pattern := options.get("output_pattern")) is None:
+        names = names_for(options["output"], wanted)
+    else:
+        fields = [{"prompt": job.recipe.prompt, "seed": job.recipe.seed} for job in jobs]
+        names = names_of_pattern(pattern, list(zip(wanted, fields, strict=True)))
+    return {job: fit_to({job: rows}, videos[job])[job] for job, rows in names.items()}
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="JOB|PNG...")
-@output_option
+@click.argument("targets", nargs=-1, metavar="JOB|FILE...")
+@output_options
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
-@click.option("--anyway", is_flag=True, help="Make a PNG's picture again although this stack may give other bits.")
+@click.option("--anyway", is_flag=True, help="Make a file's picture again although this stack may give other bits.")
 @picture_options
 @timeout_option
 @json_option
 @quiet_option
 @state_option
 def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options: Any) -> None:
-    """Run failed or cancelled JOBs again from their last finished stage, or make a PNG's picture again, bit for bit."""
-    files = [Path(target) for target in targets if target.lower().endswith(".png")]
+    """Run failed or cancelled JOBs again from their last finished stage, or make a FILE's picture again, all bits."""
+    files = [Path(target) for target in targets if target.lower().endswith((*PICTURES, *VIDEOS))]
     if files and len(files) < len(targets):
-        raise BadRequest("Jobs and PNG files don't go together.", "Give one kind at a time.")
+        raise BadRequest("Jobs and files don't go together.", "Give one kind at a time.")
     with Client(state_folder(state)) as client:
         if files:
             pictures = given_pictures(options)
             asked = [asked_again(client, path, anyway, pictures) for path in files]
-            names = {} if options["no_wait"] else names_for_requests(options["output"], asked)
-            make(client, asked, names, options)
+            make(client, asked, names_for_requests(asked, options), options)
             return
         before = [client.job(job_id) for job_id in dict.fromkeys(targets)]
-        names = {} if options["no_wait"] else names_for_jobs(options["output"], before)
+        names = {} if options["no_wait"] else names_for_jobs(before, options)
         jobs = client.retry(*targets)
         if options["no_wait"]:
             tell(jobs, [], options)
@@ -183,7 +256,7 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
 
 def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor, ...]) -> Asked:
     """The request that makes a PNG's picture again, if this stack makes the same bits; BadRequest, NoStack."""
-    from protocol.client.png import read_recipe
+    from protocol.client.picture_files import read_recipe
 
     made = read_recipe(path)
     recipe, stack = made.recipe, client.stack()

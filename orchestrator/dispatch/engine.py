@@ -35,7 +35,8 @@ from protocol.gpu_memory import GpuId
 from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
-from protocol.messages.worker import CancelTask, Committed, Leased, Progress, Ready, Result, TaskFailed
+from protocol.messages.worker import CancelTask, Committed, Leased, Part, Progress, Ready, Result, TaskFailed
+from protocol.pictures import PICTURES, SOUND
 from protocol.stages import FIRST, USUAL_NEXT, Stage
 from protocol.tensors import CHECKPOINT, Tensor
 
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 LOST_NUMBERS = 2  # attempts that a killed orchestrator may have handed out without keeping their numbers
 NO_PICTURES: Pictures = {}
-PICTURES = "pictures"  # name of the tensor that a job's last visit gives
 
 
 class Engine:
@@ -235,6 +235,12 @@ class Engine:
             saved = task.saved
         self.happened(job, transitions.StepsDone(task.step, saved))
 
+    def part(self, worker: Worker, part: Part, tensors: tuple[Tensor, ...]) -> None:
+        """Keep a part of a job's pictures; it is there with the result that comes after it."""
+        job = self._current(worker, part)
+        if job is not None and [tensor.name for tensor in tensors] == [PICTURES]:
+            self.store.artifacts.put_part("pictures", job.id, part.number, tensors)
+
     def result(self, worker: Worker, result: Result, tensors: tuple[Tensor, ...]) -> None:
         """Commit a visit's outcome, once."""
         worker.done += 1
@@ -243,9 +249,13 @@ class Engine:
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
-        if result.next is None and [tensor.name for tensor in tensors] != [PICTURES]:
-            self._fail(worker, result, f"{worker.hello.name} ended the job without its pictures", retry=False)
-            return
+        if result.next is None:
+            if [tensor.name for tensor in tensors if tensor.name != SOUND] != [PICTURES]:
+                self._fail(worker, result, f"{worker.hello.name} ended the job without its pictures", retry=False)
+                return
+            if self.store.artifacts.parts("pictures", job.id) != list(range(1, result.parts + 1)):
+                self._fail(worker, result, f"{worker.hello.name} ended the job without all of its parts", retry=True)
+                return
         self.leasing.learn(worker, job.recipe, result.workspace_bytes)
         self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
         self.deadlines.moved(worker, job.recipe, worker.step + 1)

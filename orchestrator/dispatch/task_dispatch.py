@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import replace
 
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.fleet import Fleet, Worker
@@ -17,7 +16,7 @@ from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease
 from orchestrator.storage.job_store import Store
 from protocol.messages.worker import Task
-from protocol.pictures import IMAGE, MASK
+from protocol.pictures import as_given
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
 
@@ -106,15 +105,13 @@ class TaskDispatch:
 
     def _pictures(self, job: LiveJob) -> list[Tensor] | None:
         """Return the pictures that a job begins from, named for its worker; None where one is gone."""
-        recipe = job.recipe
-        names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
-        found: list[Tensor] = []
-        for name, digest in zip(names, recipe.pictures, strict=True):
+        found: dict[str, Tensor] = {}
+        for digest in job.recipe.pictures:
             kept = self._store.artifacts.get("input", digest)
             if kept is None:
                 return None
-            found.append(replace(kept[0], name=name))
-        return found
+            found[digest] = kept[0]
+        return as_given(job.recipe, found)
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
         """Let a job's attempt fail, or its wait for one."""

@@ -165,7 +165,8 @@ def after(job: LiveJob, event: Event) -> Changes:
         case Retried():
             return Changes(_revived(job))
         case PicturesLost():
-            return Changes(_revived(job._replace(stage=FIRST, pictures=0, records=(), visits_left=None)))
+            again = job._replace(stage=FIRST, pictures=0, records=(), visits_left=None)
+            return Changes(_revived(again), drop=("pictures",))
         case PicturesDropped():
             return Changes(job._replace(pictures=0), announce=False)
 
@@ -219,6 +220,8 @@ def _ended(job: LiveJob, state: JobState, now: float, **fields: Any) -> Changes:
     drop: tuple[ArtifactKind, ...] = ("checkpoint",) if job.saved else ()
     if state != "failed":
         drop = (*drop, "latents")
+    if state != "done":
+        drop = (*drop, "pictures")  # parts of them may be there
     return Changes(job._replace(state=state, finished=now, saved=0, worker=None, **fields), drop=drop)
 
 

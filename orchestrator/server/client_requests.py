@@ -129,8 +129,8 @@ class ClientRequests:
                 found = (self._own(peer, i) for i in ids) if ids else newest
                 live = (engine.job_queue.jobs.get(job.id, job) for job in found)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
-            case FetchPictures(job=job_id):
-                self._pictures(client, number, self._own(peer, job_id))
+            case FetchPictures(job=job_id, part=part):
+                self._pictures(client, number, self._own(peer, job_id), part)
             case Cancel(jobs=ids):
                 for job in [self._own(peer, job_id) for job_id in ids]:
                     if not job.ended:
@@ -201,11 +201,15 @@ class ClientRequests:
         for job_id in ids:
             self.engine.subscriptions.add(client, job_id)
 
-    def _pictures(self, client: bytes, number: int, job: LiveJob) -> None:
-        job_id = job.id
-        tensors = self.engine.store.artifacts.get("pictures", job_id) if job.pictures else None
+    def _pictures(self, client: bytes, number: int, job: LiveJob, part: int) -> None:
+        job_id, artifacts = job.id, self.engine.store.artifacts
+        parts = len(artifacts.parts("pictures", job_id)) + 1
+        if job.pictures and part >= parts:
+            raise NotFound(f"The pictures of job {job_id} have {parts} parts; there is no part {part}.")
+        tensors = artifacts.get_part("pictures", job_id, part) if job.pictures else None
         if tensors is not None:
-            self.engine.outbox.to_client(client, Pictures(request=number, job=job.view()), tensors)
+            answer = Pictures(request=number, job=job.view(), parts=parts)
+            self.engine.outbox.to_client(client, answer, tensors)
         elif job.pictures:
             self.engine.make_again(job)
             raise Conflict(

@@ -18,6 +18,7 @@ from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorH
 from protocol.messages.worker import (
     FROM_WORKER,
     Leased,
+    Part,
     Progress,
     Ready,
     Result,
@@ -96,6 +97,8 @@ class WorkerRequests:
                 self._answer(identity, Beat())
             case Progress() as task:
                 engine.progress(worker, task, envelope.tensors)
+            case Part() as part:
+                engine.part(worker, part, envelope.tensors)
             case Result() as result:
                 engine.result(worker, result, envelope.tensors)
             case TaskFailed() as failure:

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 Kind = Literal["text", "checkpoint", "latents", "pictures", "input"]
 KINDS: tuple[Kind, ...] = ("text", "checkpoint", "latents", "pictures", "input")
 OF_A_JOB: tuple[Kind, ...] = ("checkpoint", "latents", "pictures")  # by its id; others are many jobs'
+IN_PARTS: tuple[Kind, ...] = ("pictures",)
 INLINE_BYTES = 128 << 10  # up to here SQLite is faster than a file of its own
 
 
@@ -132,7 +133,25 @@ class Artifacts:
         """Count a use, so that what is used last is let go last."""
         self._db.write("UPDATE artifacts SET used = ? WHERE key = ?", (self._tick(), f"{kind}/{name}"))
 
+    def put_part(self, kind: Kind, name: str, number: int, tensors: Sequence[Tensor]) -> None:
+        """Keep a part of what lies under a name, from number 1 on; what lies there without a number is the first."""
+        self.put(kind, part_name(name, number), tensors)
+
+    def get_part(self, kind: Kind, name: str, number: int) -> tuple[Tensor, ...] | None:
+        """Return `get`'s result of a part; part 0 is what lies there without a number."""
+        return self.get(kind, part_name(name, number))
+
+    def parts(self, kind: Kind, name: str) -> list[int]:
+        """Return the numbers of the parts that are kept under a name, the first one left out; sorted."""
+        query = "SELECT key FROM artifacts WHERE key > ? AND key < ?"
+        rows: Any = self._db.read(query, (f"{kind}/{name}/", f"{kind}/{name}0"))  # "0" is what comes after "/"
+        return sorted(int(key.rpartition("/")[2]) for (key,) in rows)
+
     def drop(self, kind: Kind, name: str) -> None:
+        """Remove what lies under a name, with its parts."""
+        if kind in IN_PARTS and "/" not in name:
+            for number in self.parts(kind, name):
+                self.drop(kind, part_name(name, number))
         key = f"{kind}/{name}"
         row: Any = self._db.first("SELECT file, bytes FROM artifacts WHERE key = ?", (key,))
         if row is None:
@@ -152,11 +171,12 @@ class Artifacts:
         for key, size in rows:
             if left <= limit:
                 break
-            name = key.split("/", 1)[1]
+            name = key.split("/")[1]
             if name not in spare:
                 left -= size
                 gone.append(name)
         rows.close()
+        gone = list(dict.fromkeys(gone))  # a part goes with all others
         for name in gone:
             self.drop(kind, name)
         return gone
@@ -169,6 +189,10 @@ class Artifacts:
     def _tick(self) -> int:
         self._clock += 1
         return self._clock
+
+
+def part_name(name: str, number: int) -> str:
+    return f"{name}/{number}" if number else name
 
 
 def unwritable(path: Path, error: OSError) -> StateUnusable:

@@ -37,6 +37,7 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
+from protocol.pictures import joined
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from protocol.wire import Envelope
@@ -136,16 +137,19 @@ class Calls:
         return raise_unless_done(await self.job(job_id))
 
     async def pictures(self, job_id: str) -> "list[Image]":
-        """The pictures of a finished job as Pillow images; NotFound."""
-        from protocol.client.png import to_images
+        """The pictures of a finished job, or the frames of its videos in order, as Pillow images; NotFound."""
+        from protocol.client.picture_files import to_images
 
         return to_images((await self.raw_pictures(job_id))[1])
 
     async def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
-        """The job, and its pictures as uint8 (n, height, width, 3)."""
-        answer = await self._link.ask(FetchPictures, None, job=job_id)
-        assert isinstance(answer.message, Pictures)
-        return answer.message.job, answer.tensors[0]
+        """The job, and its pictures, or the frames of its videos in order, as uint8 (n, height, width, 3)."""
+        first = await self._link.ask(FetchPictures, None, job=job_id)
+        assert isinstance(first.message, Pictures)
+        parts = [first.tensors[0]]
+        for number in range(1, first.message.parts):
+            parts.append((await self._link.ask(FetchPictures, None, job=job_id, part=number)).tensors[0])
+        return first.message.job, joined(parts)
 
     async def events(self, job_ids: Sequence[str], timeout: float | None = None) -> AsyncIterator[JobEvent]:
         """Yield what moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from protocol.job import Job, JobId, JobRequest, JobState
-from protocol.messages.common import MAX_JOBS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
+from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
 from protocol.model import ModelDescription
 from protocol.stages import Stage
 from protocol.views import ProcessView, WorkerView
@@ -43,8 +43,11 @@ class GetJobs(Question):
 
 
 class FetchPictures(Question):
+    """A part of a job's pictures: of many, or of a video's frames, there are several."""
+
     kind = "fetch-pictures"
     job: JobId
+    part: Annotated[int, Field(ge=0, le=MAX_PARTS)] = 0
 
 
 class Cancel(Question):
@@ -114,11 +117,16 @@ class JobEvent(Message):
 
 
 class Pictures(Message):
-    """The frame `pictures` beside it is uint8 (n, height, width, 3), RGB."""
+    """The tensor `pictures` beside it is uint8 (n, height, width, 3), RGB: pictures, or frames of videos, in order.
+
+    `sound` beside the first part is float32 (videos, channels, samples).
+    """
 
     kind = "pictures"
     request: Count
     job: Job
+    parts: Count = 1  # that there are
+    sound_rate: Count = 0  # samples a second
 
 
 class Workers(Message):

@@ -10,6 +10,7 @@ from protocol.job import JobId
 from protocol.stages import Stage
 
 MAX_JOBS = 1024  # in one Submit, and ids in one question
+MAX_PARTS = 4096  # of a job's pictures
 MOST_LISTED = 1000  # jobs in one answer that weren't asked for by id
 Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]

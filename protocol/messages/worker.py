@@ -7,6 +7,7 @@ from pydantic import Field
 from protocol.gpu_memory import WeightNeed
 from protocol.job import JobId, Recipe
 from protocol.messages.common import (
+    MAX_PARTS,
     Beat,
     Count,
     Counts,
@@ -82,12 +83,20 @@ class Progress(TaskKey):
     saved: Count = 0
 
 
+class Part(TaskKey):
+    """A part of a job's pictures, beside it; the first one, of number 0, comes with the result, as the last."""
+
+    kind = "part"
+    number: Annotated[int, Field(ge=1, le=MAX_PARTS)]
+
+
 class Result(TaskKey):
     """A stage's outcome, its tensors beside it. Kept by the worker until the orchestrator says Committed."""
 
     kind = "result"
     seconds: float
     next: Stage | None = None  # the stage to visit; None: that was the last visit, and pictures lie beside this
+    parts: Annotated[int, Field(ge=0, le=MAX_PARTS)] = 0  # of pictures that came before this
     visits_left: Count | None = None  # to the end of the job, `next` included; None: as usual
     peak_bytes: Count = 0
     workspace_bytes: Count = 0  # of a GPU's memory beside the weights, at most
@@ -139,6 +148,7 @@ FROM_WORKER: tuple[type[Message], ...] = (
     Leased,
     Heartbeat,
     Progress,
+    Part,
     Result,
     TaskFailed,
     WorkerGoodbye,

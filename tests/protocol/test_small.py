@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.client.png import read_recipe, save_png, to_images
+from protocol.client.picture_files import metadata_of, read_recipe, save_picture, to_images
 from protocol.errors import BY_CODE, BadRequest, TriptychError, from_wire
 from protocol.sockets import check_endpoint
 from protocol.tensors import Tensor
@@ -53,7 +53,7 @@ def test_a_png_carries_its_recipe(tmp_path: Path) -> None:
     pixels = bytes(range(2 * 4 * 4 * 3))
     first, second = to_images(Tensor("pictures", "uint8", (2, 4, 4, 3), pixels))
     assert first.tobytes() + second.tobytes() == pixels
-    save_png(second, tmp_path / "x.png", made, "job", 1)
+    save_picture(second, tmp_path / "x.png", metadata_of(made, "job", 1))
     found = read_recipe(tmp_path / "x.png")
     assert (found.recipe, found.index) == (made, 1)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from protocol.client.png import read_recipe, save_png
+from protocol.client.picture_files import metadata_of, read_recipe, save_picture
 from tests.stacks import TRIPTYCH, RunningStack, triptych
 from tests.tiny import environment
 
@@ -79,8 +79,10 @@ def test_retry_of_a_png_makes_it_again_bit_for_bit(stack: RunningStack, tmp_path
     with Image.open(tmp_path / "x.png") as a, Image.open(tmp_path / "y.png") as b:
         assert a.tobytes() == b.tobytes()
         recipe = read_recipe(tmp_path / "x.png").recipe
-        save_png(a, tmp_path / "z.png", recipe.model_copy(update={"speedups": ("denoise:compile",)}), "job", 0)
-        save_png(a, tmp_path / "w.png", recipe.model_copy(update={"dtype": "bfloat16"}), "job", 0)
+        save_picture(
+            a, tmp_path / "z.png", metadata_of(recipe.model_copy(update={"speedups": ("denoise:compile",)}), "job", 0)
+        )
+        save_picture(a, tmp_path / "w.png", metadata_of(recipe.model_copy(update={"dtype": "bfloat16"}), "job", 0))
     other = triptych("retry", "z.png", folder=stack.folder, cwd=tmp_path)
     assert other.returncode == 2
     assert "made with denoise:compile" in other.stderr

@@ -5,26 +5,32 @@ defaults, its denoiser's configuration whether distilled guidance is an input.
 """
 
 import ast
+import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import DiffusionPipeline
 
 from protocol.errors import ModelMissing, TriptychError
-from protocol.model import ModelDescription, PictureTask
+from protocol.model import ModelDescription, PictureTask, VideoTask
 from workers.errors import cause_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
-from workers.models.tasks import image_class, inpaint_class, parameters_of
+from workers.models.tasks import FRAMES, RATE, first_of, image_class, inpaint_class, needs_of, parameters_of
 
-LARGEST = 4  # times the default number of pixels
+LARGEST = 4  # times the default number of pixels, or of frames
+NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
+TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
+SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+USUAL_FRAMES, USUAL_RATE = 16, 10  # of pipelines that don't say; the rate is that of diffusers' export_to_video
 
 
 def describe(source: Source) -> ModelDescription:
-    """Describe a model; ModelMissing where its pipeline makes no pictures from prompts, or can't be built."""
+    """Describe a model; ModelMissing where its pipeline can't be run in stages, or can't be built."""
     pipeline_class(source)
     try:
         return describe_pipeline(source, build_skeleton(source))
@@ -43,6 +49,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
     width, height = default_size(pipeline)
     width, height = int(defaults.get("width", width)), int(defaults.get("height", height))
     parameters, cls = call_parameters(pipeline), type(pipeline)
+    needs = needs_of(cls)
     true_cfg, distilled = guidance_arguments(pipeline)
 
     def default(name: str | None) -> Any:
@@ -66,8 +73,28 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         own_size="width" in defaults,
         image=picture_task(image_class(cls), pipeline, defaults),
         inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
+        video=video_task(pipeline, defaults),
+        needs=tuple(kind for kind, name in NEEDS.items() if name in needs),
         demo=source.model == DEMO,
     )
+
+
+def video_task(pipeline: DiffusionPipeline, defaults: Mapping[str, Any]) -> VideoTask | None:
+    """Describe the videos that a pipeline makes; None where it makes pictures."""
+    name = first_of(FRAMES, type(pipeline))
+    if name is None:
+        return None
+    frames = int(defaults.get("frames") or default_of(pipeline, name) or USUAL_FRAMES)
+    rate = first_of(RATE, type(pipeline))
+    told = defaults.get("fps") or (default_of(pipeline, rate) if rate else None) or example_rate(type(pipeline))
+    ratio = next((found for name in TEMPORAL if isinstance(found := getattr(pipeline, name, None), int)), 1)
+    return VideoTask(frames=frames, multiple=ratio, fps=float(told), max_frames=max(frames * LARGEST, 1))
+
+
+def example_rate(cls: type[DiffusionPipeline]) -> int:
+    """Return the frames a second with which a pipeline's own example writes its video."""
+    found = re.search(r"\bfps=(\d+)", cls.__call__.__doc__ or "")
+    return int(found[1]) if found else USUAL_RATE
 
 
 def picture_task(
@@ -123,7 +150,10 @@ def guidance_arguments(
 
 
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """(width, height) in pixels, as the pipeline's own `height or …` gives them."""
+    """(width, height) in pixels, as the pipeline's own call gives them."""
+    width, height = default_of(pipeline, "width"), default_of(pipeline, "height")
+    if width and height:
+        return int(width), int(height)
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
     sample = (
         getattr(pipeline, "default_sample_size", None)
@@ -131,8 +161,32 @@ def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
         or 128
     )
     rows, columns = sample if isinstance(sample, list | tuple) else (sample, sample)
-    scale = pipeline.vae_scale_factor
+    scale = vae_scale(pipeline)
     return int(columns * scale), int(rows * scale)
+
+
+def vae_scale(pipeline: DiffusionPipeline) -> int:
+    """Return the pixels of a picture's side that one of its latents stands for."""
+    return next((int(found) for name in SPATIAL if (found := getattr(pipeline, name, None))), 8)
+
+
+def default_of(pipeline: DiffusionPipeline, name: str) -> Any:
+    """Return the default of a call's argument: that of its signature, or as its own `name = name or …` gives it."""
+    parameter = call_parameters(pipeline).get(name)
+    if parameter is not None and parameter.default not in (None, parameter.empty):
+        return parameter.default
+    for node in ast.walk(_tree_of(inspect.unwrap(type(pipeline).__call__))):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=target)], value=ast.BoolOp(op=ast.Or(), values=[ast.Name(), own])) if (
+                target == name
+            ):
+                return _constant(own, pipeline)
+    return None
+
+
+@functools.cache
+def _tree_of(function: Any) -> ast.Module:
+    return ast.parse(textwrap.dedent(inspect.getsource(function)))
 
 
 def clip_length(pipeline: DiffusionPipeline) -> int:
@@ -145,13 +199,13 @@ def clip_length(pipeline: DiffusionPipeline) -> int:
 def size_multiple(pipeline: DiffusionPipeline) -> int:
     """The number that `check_inputs` divides the height by; twice the VAE's factor where it doesn't."""
     if check := getattr(type(pipeline), "check_inputs", None):
-        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(check)))):
+        for node in ast.walk(_tree_of(check)):
             match node:
                 case ast.BinOp(left=ast.Name(id="height"), op=ast.Mod(), right=divisor):
                     value = _constant(divisor, pipeline)
                     if value:
                         return value
-    return int(pipeline.vae_scale_factor) * 2
+    return vae_scale(pipeline) * 2
 
 
 def _constant(node: ast.expr, pipeline: DiffusionPipeline) -> int | None:

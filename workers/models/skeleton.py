@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +15,10 @@ from safetensors import safe_open
 
 from protocol.errors import ModelMissing
 from workers.models.source import Source
+from workers.models.tasks import needs_of, parameters_of
 from workers.replay.placeholder import said_to_be
 
-VIDEO = {"num_frames", "video_length", "frames", "video"}  # arguments of pipelines whose results are videos
-PICTURE = ("prompt", "height", "width", "num_inference_steps")  # arguments of pipelines from prompts to pictures
+GIVEN = ("image", "mask_image")  # beside the prompt, that a job can bring
 
 
 def component_class(source: Source, name: str) -> Any:
@@ -37,7 +36,7 @@ def component_class(source: Source, name: str) -> Any:
 
 
 def pipeline_class(source: Source) -> type[DiffusionPipeline]:
-    """The class that model_index.json names, if it makes pictures from prompts; else ModelMissing."""
+    """The class that model_index.json names, if it can be run in stages; else ModelMissing."""
     try:
         found = getattr(diffusers, source.pipeline, None)
     except (ImportError, RuntimeError) as error:  # of what it needs besides
@@ -50,29 +49,22 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
     if why := refusal(found):
         raise ModelMissing(
             f"{source.model!r} is a {source.pipeline}, which {why}.",
-            "Triptych runs diffusers pipelines that make pictures from prompts.",
+            "Triptych runs diffusers pipelines that make pictures or videos of prompts and pictures.",
         )
     return found
 
 
 def refusal(cls: type[DiffusionPipeline]) -> str:
-    """Return why a pipeline class can't be run as three stages from a prompt to pictures; empty if it can."""
-    parameters = inspect.signature(cls.__call__).parameters
-    needed = [
-        name
-        for name, parameter in parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        and name not in ("self", "prompt")
-    ]
-    if VIDEO & set(parameters):
-        return "makes videos; those are not supported yet"
-    if needed:
-        return f"can't start from a prompt alone: it needs {', '.join(needed)}"
-    if not hasattr(cls, "encode_prompt"):
-        return "has no encode_prompt, so that its text can't be encoded apart"
-    if lacking := [name for name in PICTURE if name not in parameters]:
-        return f"takes no {', '.join(lacking)}, so that it makes no pictures of a given size from prompts"
+    """Return why a pipeline class can't be run in stages; empty if it can."""
+    parameters = parameters_of(cls)
+    if needed := [name for name in needs_of(cls) if name not in GIVEN]:
+        return f"needs {', '.join(needed)}, which a job can't give"
+    if sound := [name for name in parameters if name in ("audio_length_in_s", "audio_end_in_s")]:
+        return f"makes sound alone ({sound[0]})"
+    if "prompt" not in parameters:
+        return "takes no prompt"
+    if "num_inference_steps" not in parameters:
+        return "takes no num_inference_steps, so that nothing can be told of its steps"
     return ""
 
 

@@ -2,9 +2,10 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.auto_pipeline import (
     AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
@@ -14,10 +15,20 @@ from diffusers.pipelines.auto_pipeline import (
 
 from protocol.job import Recipe
 
+FRAMES = ("num_frames", "video_length", "frames")  # names of the number of a video's frames
+RATE = ("frame_rate", "fps")  # names of frames a second, of pipelines that heed them
+# Of videos diffusers has no such table; these two say that both take the same weights.
+IMAGE_TO_VIDEO = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
+
 
 def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that makes something of a picture with the weights of `cls`; None where there is none."""
-    return cls if "image" in parameters_of(cls) else _of_task(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, cls)
+    if "image" in parameters_of(cls):
+        return cls
+    if name := IMAGE_TO_VIDEO.get(cls.__name__):
+        found: type[DiffusionPipeline] = getattr(diffusers, name)
+        return found
+    return _of_task(AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, cls)
 
 
 def inpaint_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
@@ -30,6 +41,22 @@ def class_for(cls: type[DiffusionPipeline], recipe: Recipe) -> type[DiffusionPip
     if recipe.mask is not None:
         return inpaint_class(cls) or cls
     return (image_class(cls) or cls) if recipe.images else cls
+
+
+def first_of(names: Sequence[str], cls: type[DiffusionPipeline]) -> str | None:
+    """Return the first of some names that a pipeline's call has a parameter of."""
+    return next((name for name in names if name in parameters_of(cls)), None)
+
+
+def needs_of(cls: type[DiffusionPipeline]) -> list[str]:
+    """Return the names of what a pipeline's call can't do without, the prompt left out."""
+    return [
+        name
+        for name, parameter in parameters_of(cls).items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and name not in ("self", "prompt")
+    ]
 
 
 def parameters_of(cls: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:

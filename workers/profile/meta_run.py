@@ -18,7 +18,6 @@ from protocol.stages import Stage
 from workers.models.loading import install_boundaries
 from workers.models.skeleton import build_skeleton, on_meta, text_encoder_on_meta
 from workers.models.source import Source, stages_of
-from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import of_the_same_name
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
@@ -29,6 +28,7 @@ from workers.weights.modulation import SLOTS
 from workers.weights.residency import block_rows, streamable
 from workers.weights.streaming import Block, least_bytes, room
 
+Decodes = list[tuple[str, Any]]  # that a denoising has prepared, see Run
 META, HERE = torch.device("meta"), torch.device("cpu")
 
 
@@ -95,21 +95,22 @@ class MetaRun:
     def stages(self) -> tuple[StageProfile, ...]:
         """Return the stages' profiles, in the order in which a job goes through them."""
         text = self._figures("text", self._stage("text")[0], 1)
-        denoise, decoding = self._denoise()
-        return text, denoise, self._vae(decoding)
+        denoise, decodes = self._denoise()
+        return text, denoise, self._vae(decodes)
 
-    def _stage(self, stage: Stage) -> tuple[Seen, Any]:
+    def _stage(self, stage: Stage) -> tuple[Seen, Decodes]:
         """Run the pipeline's own call, of one step, up to what is another stage's."""
         recipe = self.recipe.model_copy(update={"steps": 1})
         with self._on_shapes(stage) as seen:
             run = new_run(stage, self._record, HERE, recipe)
-            return seen, until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe))
+            until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe))
+            return seen, run.pending
 
-    def _denoise(self) -> tuple[StageProfile, Stopped]:
-        seen, decoding = self._stage("denoise")
+    def _denoise(self) -> tuple[StageProfile, Decodes]:
+        seen, decodes = self._stage("denoise")
         passes = max(1, seen.runs)
         seen.flop /= passes
-        return self._figures("denoise", seen, passes * self.recipe.steps), decoding
+        return self._figures("denoise", seen, passes * self.recipe.steps), decodes
 
     @contextlib.contextmanager
     def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
@@ -122,10 +123,11 @@ class MetaRun:
             yield seen
         self.pipeline.register_modules(**placeholders)
 
-    def _vae(self, decoding: Stopped) -> StageProfile:
-        (name, vae), *_ = self._models["vae"]
+    def _vae(self, decodes: Decodes) -> StageProfile:
+        label, (args, kwargs, _) = decodes[0]
+        name, vae = next((name, vae) for name, vae in self._models["vae"] if label.startswith(f"{name}."))
         decode: Any = vae.decode
-        args, kwargs = tree_map(on_meta_device, (decoding.arguments, decoding.keywords))
+        args, kwargs = tree_map(on_meta_device, (args, kwargs))
         latents = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         vae.to(latents.dtype)
         seen = Seen()

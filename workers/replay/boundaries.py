@@ -9,11 +9,13 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from torch.utils._pytree import tree_map
 
 from protocol.stages import Stage
 from workers.errors import StageError
@@ -26,12 +28,9 @@ OUTSIDE_FORWARD = ("generate", "get_image_features", "get_text_features")  # ent
 class Stopped(BaseException):
     """Not an error: the next call is another stage's. Nothing of a pipeline's own may catch it."""
 
-    def __init__(
-        self, owner: Stage, label: str, arguments: tuple[Any, ...], keywords: dict[str, Any], decodes: bool = False
-    ) -> None:
+    def __init__(self, owner: Stage, label: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         super().__init__(f"{label} is for the {owner} stage")
         self.owner, self.label, self.arguments, self.keywords = owner, label, arguments, keywords
-        self.decodes = decodes  # denoising is over
 
 
 @dataclass(slots=True)
@@ -46,6 +45,7 @@ class Run:
     generator: torch.Generator | None = None  # of the call's random numbers
     _next: int = 0  # call of the record
     inside: bool = False  # a call is being made, and what it calls itself is a part of it
+    pending: list[tuple[str, Any]] = field(default_factory=list)  # decodes that are left to the vae stage
     _decoded: int = 0
     _forwards: int = 0
 
@@ -54,7 +54,7 @@ class Run:
         if self._next < len(self.record.calls):
             self._next += 1
             return self._recorded(self.record.calls[self._next - 1], label)
-        if owner != self.stage:
+        if owner != self.stage or self.is_tainted(args, kwargs):
             raise Stopped(owner, label, args, kwargs)
         result = self._make(real, args, kwargs)
         self.record.add(label, result, self.device)
@@ -62,10 +62,15 @@ class Run:
         return self.record.value(self.record.calls[-1], self.device)
 
     def decode(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Decode what is recorded, in the vae stage; any other stage stops."""
+        """Decode what is recorded, in the vae stage.
+
+        The denoise stage puts the arguments aside for it and goes on with what has but the result's shape, to find
+        what else there is to decode. Any other stage stops.
+        """
+        if self.stage == "denoise":
+            return self._put_aside(label, real, args, kwargs)
         if not self.finishes:
-            over = self.stage == "denoise"
-            raise Stopped("vae" if over else "denoise", label, args, kwargs, over)
+            raise Stopped("denoise", label, args, kwargs)
         if self._decoded == len(self.record.decodes):
             raise StageError(f"{label} is called again, which another stage has not prepared")
         args, kwargs, state = self._recorded(self.record.decodes[self._decoded], label)
@@ -79,13 +84,24 @@ class Run:
             raise StageError("the decoded picture holds NaN or infinity; another --dtype may help")
         return result
 
-    def ended_at(self, stopped: Stopped) -> CallRecord:
-        """Return the record with which the vae stage decodes what a run has stopped at, by the same random numbers."""
-        record = self.record.shapes_only()
-        args = [GENERATOR if isinstance(value, torch.Generator) else value for value in stopped.arguments]
-        kwargs = {n: GENERATOR if isinstance(v, torch.Generator) else v for n, v in stopped.keywords.items()}
+    def _put_aside(self, label: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.is_tainted(args, kwargs):
+            raise Stopped("vae", label, args, kwargs)
+        kept = [GENERATOR if isinstance(value, torch.Generator) else value for value in args]
+        named = {n: GENERATOR if isinstance(v, torch.Generator) else v for n, v in kwargs.items()}
         state = None if self.generator is None else self.generator.get_state()
-        record.add_decode(stopped.label, (args, kwargs, state), self.device)
+        self.pending.append((label, (kept, named, state)))
+        return shape_of(real, args, kwargs)
+
+    def is_tainted(self, *given: Any) -> bool:
+        """Return whether values have come of a decode that is yet to be made."""
+        return bool(self.pending) and any(tensor.is_meta for tensor in tensors_of(list(given), every=True))
+
+    def for_decoding(self) -> CallRecord:
+        """Return the record with which the vae stage decodes what was put aside, by the same random numbers."""
+        record = self.record.shapes_only()
+        for label, arguments in self.pending:
+            record.add_decode(label, arguments, self.device)
         return record
 
     def denoise(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,16 +149,28 @@ def running(pipeline: DiffusionPipeline, run: Run) -> Iterator[None]:
         vars(pipeline).update(before)
 
 
-def tensors_of(value: Any) -> Iterator[torch.Tensor]:
-    """Yield the tensors of floating-point numbers in a component's result."""
+def tensors_of(value: Any, every: bool = False) -> Iterator[torch.Tensor]:
+    """Yield the tensors in a value, those of floating-point numbers or `every` one."""
     match value:
-        case torch.Tensor() if value.is_floating_point():
+        case torch.Tensor() if every or value.is_floating_point():
             yield value
         case list() | tuple():
             for item in value:
-                yield from tensors_of(item)
+                yield from tensors_of(item, every)
         case Mapping():
-            yield from tensors_of(list(value.values()))
+            yield from tensors_of(list(value.values()), every)
+
+
+def shape_of(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return a component's result on the meta device, where the component is; memoryless, and it taints what it meets.
+
+    None where its code can't be run so.
+    """
+    given, named = tree_map(lambda v: v.to("meta") if isinstance(v, torch.Tensor) else v, (args, kwargs))
+    try:
+        return real(*given, **named)
+    except Exception:  # whatever its code does of its own
+        return None
 
 
 # -- installing ---------------------------------------------------------------------------------------
@@ -154,10 +182,25 @@ def install(pipeline: DiffusionPipeline, owners: Mapping[str, Stage]) -> None:
         wrap(pipeline, "encode_prompt", "text", "encode_prompt")
     if can_skip(type(pipeline).__call__):
         pipeline.__dict__["progress_bar"] = skipping(pipeline, pipeline.progress_bar)
+    for processor in vars(pipeline).values():
+        if isinstance(processor, VaeImageProcessor):
+            install_processor(processor)
     for name, component in pipeline.components.items():
         if isinstance(component, torch.nn.Module) and not hasattr(component, "_triptych_boundaries"):
             component.__dict__["_triptych_boundaries"] = True
             install_component(name, component, owners.get(name, "denoise"))
+
+
+def install_processor(processor: VaeImageProcessor) -> None:
+    """Let what makes files' pictures of decoded tensors pass by what is yet to be decoded."""
+    for entry in ("postprocess", "postprocess_video"):
+        if (real := getattr(processor, entry, None)) is not None:
+            processor.__dict__[entry] = functools.partial(unless_tainted, real)
+
+
+def unless_tainted(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    run = _current.get()
+    return None if run is not None and run.is_tainted(args, kwargs) else real(*args, **kwargs)
 
 
 def install_component(name: str, component: torch.nn.Module, owner: Stage) -> None:
@@ -172,10 +215,18 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
             if hasattr(component, "decode"):  # what else comes after it, such as a safety checker, is run as it comes
                 wrap(component, "decode", owner, f"{name}.decode", Run.decode)
         case "denoise":
+            component.register_forward_pre_hook(refuse_tainted, with_kwargs=True)
             if is_placeholder(component):  # where its weights are, its forward is left as it is
                 wrap(component, "forward", owner, f"{name}.forward", Run.denoise)
             else:
                 component.register_forward_hook(note_shapes)
+
+
+def refuse_tainted(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward hook of a denoiser, before it runs."""
+    run = _current.get()
+    if run is not None and run.is_tainted(args, kwargs):
+        raise Stopped("vae", f"{type(module).__name__}.forward", args, kwargs)
 
 
 def note_shapes(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:

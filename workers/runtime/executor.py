@@ -193,7 +193,8 @@ class Executor:
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(
-                **key, seconds=done.seconds, next=done.outcome.next, peak_bytes=done.peak_bytes,
+                **key, seconds=done.seconds, next=done.outcome.next, parts=done.outcome.parts,
+                peak_bytes=done.peak_bytes,
                 workspace_bytes=done.workspace_bytes,
                 warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),
             )  # fmt: skip

@@ -8,6 +8,7 @@ import logging
 import signal
 import time
 from types import FrameType
+from typing import Any
 
 import zmq
 
@@ -20,6 +21,7 @@ from protocol.messages.worker import (
     CancelTask,
     Committed,
     Leased,
+    Part,
     Ready,
     Result,
     SetLease,
@@ -161,6 +163,14 @@ class Session:
             case Beat() | Error():
                 pass
 
+    def _say_result(self, result: Result, tensors: list[Tensor]) -> None:
+        """Send a result, the parts of its pictures before it."""
+        key: dict[str, Any] = {"job": result.job, "stage": result.stage, "attempt": result.attempt}
+        first, others = tensors[: len(tensors) - result.parts], tensors[len(tensors) - result.parts :]
+        for number, part in enumerate(others, 1):
+            self._say(Part(**key, number=number), [part])
+        self._say(result, first)
+
     def _say_what_is(self) -> None:
         """Tell an orchestrator that may know nothing what is held, the current task, and its result if there is one."""
         if not self._loaded:
@@ -169,7 +179,7 @@ class Session:
         if task:
             self._say(self._ready.model_copy(update={"current_task": (task.job, task.stage, task.attempt)}))
         if self._result:
-            self._say(*self._result)
+            self._say_result(*self._result)
         if self._idle:
             self._say(self._ready)
 
@@ -198,7 +208,9 @@ class Session:
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes
-            if self._welcome:
+            if self._welcome and isinstance(message, Result):
+                self._say_result(message, tensors)
+            elif self._welcome:
                 self._say(message, tensors)
 
     def _remember(self, message: Message, *names: str) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from protocol.pictures import PICTURES
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 
@@ -32,3 +33,8 @@ class Outcome:
     tensors: list[Tensor]
     next: Stage | None = None  # the stage to visit; None: these are the job's pictures
     warnings: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> int:
+        """Parts of the pictures after the first one, which travel on their own."""
+        return 0 if self.next else sum(tensor.name == PICTURES for tensor in self.tensors) - 1

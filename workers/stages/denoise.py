@@ -1,7 +1,7 @@
 """The denoise stage: the pipeline's own call up to the moment when it would decode."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import Checkpoint, Recorder, ResumeForward, Steps, is_one, read
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
-from workers.tensors import to_wire
 from workers.weights.forward_trace import Call, Results, standing_in
 
 
@@ -54,12 +53,12 @@ class DenoiseStage:
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
         finally:
             reset_caches(self.pipeline)
-        if not isinstance(result, Stopped):  # it works on pixels
-            return Outcome([to_wire("pictures", pictures_of(result))])
-        if result.decodes:
-            check_finite(result)
-            record = run.ended_at(result)
-        return Outcome(record.pack(), next=result.owner)
+        if run.pending:
+            check_finite(run.pending)
+            return Outcome(run.for_decoding().pack(), next="vae")
+        if isinstance(result, Stopped):
+            return Outcome(record.pack(), next=result.owner)
+        return Outcome(pictures_of(result))  # it works on pixels
 
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord, begins: bool) -> Iterator[None]:
@@ -117,9 +116,9 @@ class DenoiseStage:
         return arguments
 
 
-def check_finite(stopped: Stopped) -> None:
+def check_finite(pending: Sequence[tuple[str, Any]]) -> None:
     """Raise StageError where not all numbers that are to be decoded are finite."""
-    for value in tensors_of([*stopped.arguments, *stopped.keywords.values()]):
+    for value in tensors_of([arguments for _, arguments in pending]):
         if not torch.isfinite(value).all():
             raise StageError(f"the latents hold NaN or infinity ({value.dtype}); another --dtype may help")
 
@@ -184,8 +183,8 @@ class PipelineForwards:
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
     """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
     return (
-        recipe.width, recipe.height, recipe.sized, recipe.num_images, recipe.cfg_scale, recipe.max_sequence_length,
-        recipe.pictures, recipe.negative_prompt,
+        recipe.width, recipe.height, recipe.sized, recipe.frames, recipe.num_images, recipe.cfg_scale,
+        recipe.max_sequence_length, recipe.pictures, recipe.negative_prompt,
     )  # fmt: skip
 
 

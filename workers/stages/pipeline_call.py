@@ -1,5 +1,6 @@
 """A pipeline's own call, with a job's arguments, as far as a stage can make it."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,17 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import IMAGE, MASK
+from protocol.pictures import IMAGE, MASK, PART_BYTES, PICTURES, is_given_picture
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from workers.errors import StageError
+from workers.errors import Cancelled, StageError
 from workers.models.description import call_parameters, guidance_arguments
+from workers.models.tasks import FRAMES, RATE, first_of
 from workers.replay.boundaries import Run, Stopped, running
 from workers.replay.call_record import CallRecord
+from workers.tensors import to_wire
+
+log = logging.getLogger(__name__)
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
@@ -37,16 +42,20 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
         cfg_scale: recipe.cfg_scale,
         guidance: recipe.guidance,
         "strength": recipe.strength,
+        first_of(FRAMES, type(pipeline)): recipe.frames,
+        first_of(RATE, type(pipeline)): recipe.fps,
         **given_pictures(tensors),
     }
     if recipe.num_images != 1:
         known[next(name for name in IMAGES_PER_PROMPT if name in parameters)] = recipe.num_images
+    if parameters.get("output_type") and parameters["output_type"].default in ("np", "pt", "tensor"):
+        known["output_type"] = "pil"  # of the same bits, rounded to the levels of a file
     return {name: value for name, value in known.items() if name is not None and value is not None}
 
 
 def given_pictures(tensors: Sequence[Tensor]) -> dict[str, Any]:
     """Return the pictures that a job begins from, as the arguments that pipelines take them by."""
-    mine = {tensor.name: tensor for tensor in tensors if tensor.name.startswith((f"{IMAGE}:", MASK))}
+    mine = {tensor.name: tensor for tensor in tensors if is_given_picture(tensor)}
     images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(len(mine.keys() - {MASK}))]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]} if images else {}
     return found | ({"mask_image": image_of(mine[MASK])} if MASK in mine else {})
@@ -59,12 +68,28 @@ def image_of(tensor: Tensor) -> Image.Image:
 
 
 def until_stop(pipeline: DiffusionPipeline, run: Run, arguments: dict[str, Any]) -> Any:
-    """Run a pipeline's call; return where it stopped (`Stopped`), or its output where it came to its end."""
+    """Run a pipeline's call; return where it stopped (`Stopped`), or its output where it came to its end.
+
+    None where it can't go on without what is yet to be decoded.
+    """
     with running(pipeline, run):
         try:
             return pipeline(**arguments, generator=run.generator)
         except Stopped as stopped:
             return stopped
+        except Exception as error:
+            if not run.pending or not of_no_value(error):
+                raise
+            log.debug("after its decode: %s", error)
+            return None
+
+
+def of_no_value(error: Exception) -> bool:
+    """Return whether an error may come of a tensor on the meta device, or of None, in the place of a decoded one."""
+    if isinstance(error, Cancelled | StageError | torch.OutOfMemoryError):
+        return False
+    kinds = (NotImplementedError, TypeError, AttributeError, ValueError, LookupError, AssertionError)
+    return isinstance(error, kinds) or "meta" in str(error)
 
 
 def new_run(stage: Stage, record: CallRecord, device: torch.device, recipe: Recipe, **settings: Any) -> Run:
@@ -72,9 +97,16 @@ def new_run(stage: Stage, record: CallRecord, device: torch.device, recipe: Reci
     return Run(stage, record, device, generator=torch.Generator("cpu").manual_seed(recipe.seed), **settings)
 
 
-def pictures_of(output: Any) -> torch.Tensor:
-    """Return a pipeline's pictures as uint8 (n, height, width, 3), RGB; StageError where it made something else."""
+def pictures_of(output: Any) -> list[Tensor]:
+    """Return a pipeline's pictures, or the frames of its videos one after the other, in parts of PART_BYTES or less.
+
+    Each part is `pictures`, uint8 (n, height, width, 3), RGB. StageError where it made something else.
+    """
     images = getattr(output, "images", None)
-    if not isinstance(images, list) or not images:
+    if images is None:
+        images = [frame for video in getattr(output, "frames", None) or () for frame in video]
+    if not isinstance(images, list) or not images or not all(isinstance(image, Image.Image) for image in images):
         raise StageError(f"the pipeline made no pictures, but {type(output).__name__}")
-    return torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
+    each = max(1, PART_BYTES // (images[0].width * images[0].height * 3))
+    parts = (images[start : start + each] for start in range(0, len(images), each))
+    return [to_wire(PICTURES, torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in p]))) for p in parts]

@@ -13,7 +13,6 @@ from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
-from workers.tensors import to_wire
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ class VaeStage:
         self.may_tile = True  # where memory is short
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
-        """Return `pictures`, uint8 (n, height, width, 3), RGB; or, where nothing is to be decoded yet, the record."""
+        """Return the job's pictures in parts; or, where nothing is to be decoded yet, the record."""
         report(0, 1)
         try:
             return self.visit(recipe, tensors)
@@ -56,7 +55,7 @@ class VaeStage:
             run = new_run("vae", record, self.device, recipe, finishes=bool(record.decodes), skips=False)
             result = until_stop(pipeline, run, arguments)
         if not isinstance(result, Stopped):
-            return Outcome([to_wire("pictures", pictures_of(result))])
+            return Outcome(pictures_of(result))
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
         return Outcome(record.pack(), next=result.owner)

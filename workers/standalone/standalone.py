@@ -4,15 +4,17 @@ import contextlib
 import pdb
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from protocol.client.png import save_png, to_images
+from protocol.client.picture_files import metadata_of, save_picture, to_images
+from protocol.client.video_files import save_video
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
+from protocol.pictures import as_given, is_given_picture, joined
 from protocol.recipe import resolve
 from protocol.speedups import canonical
 from protocol.stages import Stage
@@ -24,7 +26,9 @@ from workers.runtime.worker import Prepared
 from workers.stages.contract import Outcome, Saved
 from workers.standalone import stage_file
 
-BOUND_TO_RECORD = ("prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale")
+BOUND_TO_RECORD = (
+    "prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale", "frames", "images", "mask"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +39,24 @@ class Debugging:
 
 
 def run_standalone(
-    prepared: Prepared, given: dict[str, object], input_path: Path | None, output: Path, debugging: Debugging
+    prepared: Prepared,
+    given: dict[str, object],
+    pictures: Sequence[Tensor],
+    input_path: Path | None,
+    output: Path,
+    debugging: Debugging,
 ) -> None:
-    """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given."""
+    """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given.
+
+    `pictures` are those to begin from, named by their digests, a mask of one channel as the last.
+    """
     stage = prepared.spec.stage
-    recipe, tensors = read_input(prepared, given, input_path) if input_path else make_input(prepared, given)
+    if pictures:
+        digests = [picture.name for picture in pictures]
+        masked = pictures[-1].shape[2] == 1
+        given |= {"images": tuple(digests[: len(digests) - masked]), "mask": digests[-1] if masked else None}
+    recipe, tensors = read_input(prepared, given, input_path) if input_path else make_input(prepared, given, pictures)
+    brought = [tensor for tensor in tensors if is_given_picture(tensor)]
     runner, device_map = prepared.load()
     for part, where in device_map:
         say(f"{part or 'model'}: {where}")
@@ -49,18 +66,21 @@ def run_standalone(
             measured = run_measured(runner, recipe, tensors, report_steps)
         say(timing(stage, measured, runner, turn, debugging.repeat))
     show("out", measured.outcome.tensors)
-    for line in write_output(output, recipe, measured.outcome):
+    for line in write_output(output, recipe, measured.outcome, brought):
         print(line)
     if following := measured.outcome.next:
         say(f"next: triptych worker {following} --standalone -i {output}")
 
 
-def make_input(prepared: Prepared, given: dict[str, object]) -> tuple[Recipe, tuple[Tensor, ...]]:
-    """Make the first stage's input: a recipe, and no tensors yet."""
+def make_input(
+    prepared: Prepared, given: dict[str, object], pictures: Sequence[Tensor]
+) -> tuple[Recipe, tuple[Tensor, ...]]:
+    """Make the first stage's input: a recipe, and the pictures that it begins from."""
     counter = token_counter(prepared.source)
-    return resolve(
-        JobRequest.model_validate(given), prepared.description, prepared.dtype, counter, prepared.spec.speedups
-    ), ()
+    size = (pictures[0].shape[1], pictures[0].shape[0]) if pictures else None
+    request = JobRequest.model_validate(given)
+    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size)
+    return recipe, tuple(as_given(recipe, {picture.name: picture for picture in pictures}))
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tuple[Recipe, tuple[Tensor, ...]]:
@@ -74,8 +94,11 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tupl
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
     request = JobRequest.model_validate({**kept, **given})
+    if not recipe.sized:
+        request = request.model_copy(update={"width": None, "height": None})
     speedups = canonical({*recipe.speedups, *prepared.spec.speedups})
-    return resolve(request, prepared.description, recipe.dtype, None, speedups), tensors
+    size = (recipe.width, recipe.height)
+    return resolve(request, prepared.description, recipe.dtype, None, speedups, size), tensors
 
 
 def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:
@@ -102,16 +125,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def write_output(output: Path, recipe: Recipe, outcome: Outcome) -> list[str]:
-    """Write the stage's outcome; return the paths written."""
+def write_output(output: Path, recipe: Recipe, outcome: Outcome, brought: Sequence[Tensor]) -> list[str]:
+    """Write the stage's outcome, and the pictures that the job begins from; return the paths written."""
     try:
         if outcome.next:
-            stage_file.write(output, outcome.next, recipe, outcome.tensors)
+            stage_file.write(output, outcome.next, recipe, [*outcome.tensors, *brought])
             return [str(output)]
-        images = to_images(outcome.tensors[0])
-        paths = [output if len(images) == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(len(images))]
-        for i, (image, path) in enumerate(zip(images, paths, strict=True)):
-            save_png(image, path, recipe, "standalone", i)
+        images = to_images(joined(outcome.tensors))
+        count = recipe.num_images
+        paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+        for i, path in enumerate(paths):
+            told = metadata_of(recipe, "standalone", i)
+            if recipe.frames is None:
+                save_picture(images[i], path, told)
+            else:
+                each = len(images) // count
+                save_video(images[i * each : (i + 1) * each], path, recipe.fps or 1, told)
         return [str(path) for path in paths]
     except OSError as error:
         raise BadRequest(

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from orchestrator.cli.options import make_request, requests_from
-from orchestrator.cli.output import Wanted, names_for
+from orchestrator.cli.output import Name, Wanted, names_for
 from orchestrator.cli.prompts import read_prompts
 from orchestrator.config import load_config
-from protocol.client.png import parameters_text, put_in_place, read_recipe, save_png
+from protocol.client.picture_files import metadata_of, parameters_text, put_in_place, read_recipe, save_picture
 from protocol.errors import BadRequest
 from protocol.job import Recipe
 from protocol.process import OnceASecond
@@ -93,7 +93,7 @@ def test_every_final_name_is_checked(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match=r"triptych-a-2.png' is a folder"):
         names_for(tmp_path, [Wanted("a", 2)])
     names = names_for(tmp_path / "r.png", [Wanted("a", 3, only=1)])
-    assert names == {"a": [(1, tmp_path / "r.png")]}
+    assert names == {"a": [Name(1, tmp_path / "r.png")]}
 
 
 def recipe(**fields: object) -> Recipe:
@@ -115,14 +115,14 @@ def test_a_picture_that_can_not_be_written_leaves_the_old_one_whole(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "keep.png"
-    save_png(Image.new("RGB", (8, 8)), path, recipe(), "j", 0)
+    save_picture(Image.new("RGB", (8, 8)), path, metadata_of(recipe(), "j", 0))
     before = path.read_bytes()
     with pytest.raises(OSError, match="No space"):
         half_written(path, before[:20])
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["keep.png"]
     (tmp_path / "link.png").symlink_to(path)
-    save_png(Image.new("RGB", (9, 9)), tmp_path / "link.png", recipe(), "j", 0)
+    save_picture(Image.new("RGB", (9, 9)), tmp_path / "link.png", metadata_of(recipe(), "j", 0))
     assert (tmp_path / "link.png").is_symlink()
     assert read_recipe(path).recipe == recipe()
 
