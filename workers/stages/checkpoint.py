@@ -1,14 +1,18 @@
-"""Checkpoints of a denoising loop between two steps: the latents and what its scheduler has come to. In any pipeline.
+"""Checkpoints of denoising between two steps: what a loop carries along, and what its scheduler has come to.
 
-Another worker goes on from there by running the pipeline's own loop again, with the denoiser giving zeros up to that
-step; then the saved state takes the place of what came of those. The generator draws as before, so noise matches, and
-the picture has the same bits. What is stored are plain values and tensors, never an object.
+Another worker goes on from there by running the pipeline's own call again, with the denoisers giving zeros up to that
+step; then the saved state takes the place of what came of those, as it does at the end of each loop before it. The
+generator draws as before, so noise matches, and the picture has the same bits. What is stored are plain values and
+tensors, never an object.
 """
 
 import functools
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import msgpack
@@ -16,11 +20,15 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
+from torch.utils._pytree import tree_map
 
 from protocol.tensors import CHECKPOINT, Tensor
+from workers.errors import StageError
+from workers.replay.call_record import CallRecord
 from workers.stages.contract import Report, Saved
+from workers.stages.loop_state import LoopState, loop_state
 from workers.tensors import from_wire, to_wire
-from workers.weights.forward_trace import Call, Results
+from workers.weights.forward_trace import standing_in
 
 STATE = f"{CHECKPOINT}state"
 COST_SHARE = 0.01  # of the time between two checkpoints that making one may take
@@ -31,13 +39,25 @@ class Unstorable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """The state after `step` steps; `scheduler` has those of its variables that have changed since the loop began."""
+class Mark:
+    """What the loop carries along after so many steps of the job, by the names of its variables."""
 
     step: int
-    latents: torch.Tensor
-    scheduler: Mapping[str, Any]
-    results: Results  # of the denoiser, for its stand-in
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state after `step` steps, of all loops that a call runs.
+
+    The marks are the ends of loops that are over, and that step. Of schedulers, by the names of the variables that hold
+    them ("" is the pipeline's own), there are the variables that may have changed since the first loop began.
+    """
+
+    step: int
+    marks: Sequence[Mark]
+    schedulers: Mapping[str, Mapping[str, Any]]
+    forwards: CallRecord  # with the shapes of the denoisers' results so far, for their stand-ins
 
 
 def freeze(value: Any, tensors: list[torch.Tensor]) -> Any:
@@ -117,15 +137,20 @@ def read(tensors: Sequence[Tensor], device: torch.device) -> Checkpoint:
     mine = [tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)]
     state = next(tensor for tensor in mine if tensor.name == STATE)
     values = [from_wire(tensor) for tensor in mine if tensor.name != STATE]
-    match msgpack.unpackb(state.data):
-        case {"step": int(step), "latents": latents, "scheduler": dict(scheduler), "results": list(results)}:
+    found = msgpack.unpackb(state.data)
+    match found:
+        case {"step": int(step), "marks": list(marks), "schedulers": dict(schedulers), "forwards": list(forwards)}:
             return Checkpoint(
                 step,
-                thaw(latents, values, device),
-                {name: thaw(value, values, device) for name, value in scheduler.items()},
-                Results.from_plain(results),
+                [Mark(count, thawed(kept, values, device)) for count, kept in marks],
+                {name: thawed(kept, values, device) for name, kept in schedulers.items()},
+                CallRecord(forwards=forwards),
             )
     raise ValueError("a checkpoint doesn't hold what it should")
+
+
+def thawed(kept: Mapping[str, Any], values: Sequence[torch.Tensor], device: torch.device) -> dict[str, Any]:
+    return {name: thaw(value, values, device) for name, value in kept.items()}
 
 
 def is_one(tensors: Sequence[Tensor]) -> bool:
@@ -135,50 +160,61 @@ def is_one(tensors: Sequence[Tensor]) -> bool:
 class Recorder:
     """Takes checkpoints of one job at its step ends, as often as costs less than COST_SHARE of the time."""
 
-    def __init__(self, scheduler: Any, device: torch.device, seconds: float) -> None:
-        """`seconds` lie between two checkpoints at least; 0 is for one at every step."""
-        self._scheduler, self._device, self._seconds = scheduler, device, seconds
+    def __init__(
+        self, scheduler: Any, device: torch.device, seconds: float, record: CallRecord, ends: Sequence[Mark] = ()
+    ) -> None:
+        """`seconds` lie between two checkpoints at least; 0 is for one at every step.
+
+        `record` is the job's; `ends` are those of loops that are over, where it resumes.
+        """
+        self._scheduler, self._device, self._seconds, self._record = scheduler, device, seconds, record
         self._begun: dict[str, tuple[object, int]] | None = None  # the scheduler's variables as the loop began
-        self._results: Results | None = None
+        self._ends = [*ends]  # of loops that are over
         self._draft: Draft | None = None
         self._last = time.monotonic()
         self._cost = 0.0  # seconds, of the last one
         self._off = False
 
-    def see(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """A forward hook of the denoiser."""
+    def see(self, module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """A forward hook of the denoisers."""
         if self._begun is None:
             self._begun = {name: (value, version_of(value)) for name, value in vars(self._scheduler).items()}
-            if isinstance(result, tuple) and all(isinstance(part, torch.Tensor) for part in result):
-                self._results = Results.of(Call(args, kwargs), result)
 
-    def step_end(self, step: int, steps: int, latents: object) -> Saved | None:
-        """The checkpoint that is ready now, if one is. `step` steps are done."""
+    def step_end(self, step: int, left: int, loop: LoopState | None) -> Saved | None:
+        """Return the checkpoint that is ready now, if one is. `step` steps of the job are done, `left` of the loop."""
         ready = self._deliver()
+        if loop is None or self._begun is None or self._off:
+            return ready
+        if left == 0:
+            self._ends.append(Mark(step, tree_map(clone, loop.values)))
+            return ready
         now = time.monotonic()
         pause = self._seconds and max(self._seconds, self._cost / COST_SHARE)
-        if self._begun is None or self._results is None or self._off or step == steps or now - self._last < pause:
+        if now - self._last < pause:
             return ready
-        self._draft = self._take(step, latents, self._results, self._begun)
+        self._draft = self._take(step, loop, self._begun)
         self._last, self._cost = now, time.monotonic() - now
         return ready if self._draft is None or self._draft.arrived else self._deliver()
 
-    def _take(
-        self, step: int, latents: object, results: Results, begun: Mapping[str, tuple[object, int]]
-    ) -> Draft | None:
+    def _take(self, step: int, loop: LoopState, begun: Mapping[str, tuple[object, int]]) -> Draft | None:
         tensors: list[torch.Tensor] = []
-        values = {name: v for name, v in vars(self._scheduler).items() if not isinstance(v, FrozenDict)}
-        changed = {name: v for name, v in values.items() if has_changed(v, begun.get(name))}
+        schedulers = {"": changed(self._scheduler, begun)} | {
+            name: changed(one, {}) for name, one in loop.schedulers.items()
+        }
         try:
-            if not isinstance(latents, torch.Tensor):
+            if not any(isinstance(value, torch.Tensor) for value in loop.values.values()):
                 raise Unstorable("no latents")
-            for value in values.values():
-                check_storable(value)  # what is none of these may change unseen
+            for one in (self._scheduler, *loop.schedulers.values()):
+                for value in plain_variables(one).values():
+                    check_storable(value)  # what is none of these may change unseen
+            marks = (*self._ends, Mark(step, loop.values))
             state = {
                 "step": step,
-                "latents": freeze(latents, tensors),
-                "scheduler": {name: freeze(value, tensors) for name, value in changed.items()},
-                "results": results.plain(),
+                "marks": [[mark.step, {n: freeze(v, tensors) for n, v in mark.values.items()}] for mark in marks],
+                "schedulers": {
+                    name: {n: freeze(value, tensors) for n, value in kept.items()} for name, kept in schedulers.items()
+                },
+                "forwards": self._record.forwards,
             }
         except Unstorable:
             self._off = True
@@ -192,6 +228,18 @@ class Recorder:
     def _deliver(self) -> Saved | None:
         draft, self._draft = self._draft, None
         return draft.finish() if draft else None
+
+
+def clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def plain_variables(scheduler: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(scheduler).items() if not isinstance(value, FrozenDict)}
+
+
+def changed(scheduler: Any, begun: Mapping[str, tuple[object, int]]) -> dict[str, Any]:
+    return {n: v for n, v in plain_variables(scheduler).items() if has_changed(v, begun.get(n))}
 
 
 def version_of(value: object) -> int:
@@ -208,52 +256,81 @@ def has_changed(value: object, begun: tuple[object, int] | None) -> bool:
     return value is not before or version_of(value) != version
 
 
-class ResumeForward:
-    """A denoiser's forward that gives zeros until the loop has come to a checkpoint."""
+class Resume:
+    """The way back to a checkpoint: denoisers give zeros until the loops have come there."""
 
-    def __init__(self, checkpoint: Checkpoint, forward: Callable[..., Any]) -> None:
-        self.checkpoint, self._forward = checkpoint, forward
-        self.over = False
-        functools.update_wrapper(self, forward)  # for pipelines that look at its parameters
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.checkpoint, self.over = checkpoint, False
+        self._device, self._forwards, self._marks = device, 0, list(checkpoint.marks)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs) if self.over else self.checkpoint.results.zeros(Call(args, kwargs))
+    def standing_in(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
+        """Let zeros stand in for a denoiser's results on the way."""
+        forward = denoiser.forward
 
-    def arrive(self, scheduler: Any, latents: torch.Tensor) -> None:
-        """Put the saved state in the place of what came of zeros, now that the loop has done as many steps."""
-        variables = vars(scheduler)
-        for name in variables:
-            if name in self.checkpoint.scheduler:
-                variables[name] = self.checkpoint.scheduler[name]
-        latents.copy_(self.checkpoint.latents)
-        self.over = True
+        @functools.wraps(forward)  # for pipelines that look at its parameters
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if self.over:
+                return forward(*args, **kwargs)
+            self._forwards += 1
+            return self.checkpoint.forwards.forward(self._forwards - 1, self._device)
+
+        return standing_in(denoiser, stand_in)
+
+    def step_end(self, step: int, scheduler: Any, loop: LoopState) -> None:
+        """Put saved values in the place of what came of zeros, where a loop ended or the checkpoint was taken."""
+        if not self._marks or self._marks[0].step != step:
+            return
+        for name, value in self._marks.pop(0).values.items():
+            put_back(loop.values.get(name), value)
+        if not self._marks:
+            for name, kept in self.checkpoint.schedulers.items():
+                variables = vars(loop.schedulers[name] if name else scheduler)
+                variables |= {n: value for n, value in kept.items() if n in variables}
+            self.over = True
+
+
+def put_back(now: Any, saved: Any) -> None:
+    """Write saved tensors over those that a loop has now; StageError where it has others. The rest comes by itself."""
+    match now, saved:
+        case torch.Tensor(), torch.Tensor() if (now.shape, now.dtype) == (saved.shape, saved.dtype):
+            now.copy_(saved)
+        case ((list() | tuple()), (list() | tuple())) if len(now) == len(saved):
+            for one, other in zip(now, saved, strict=True):
+                put_back(one, other)
+        case _, (torch.Tensor() | list() | tuple()):
+            raise StageError("a checkpoint is of another loop")
 
 
 class Steps:
-    """The step ends of a job: up to the step where it resumes, nothing; from there on reports, with checkpoints."""
+    """The step ends of a job, over all its loops: up to the step where it resumes, nothing; from there on reports."""
 
     def __init__(
-        self, report: Report, steps: int, recorder: Recorder | None = None, resume: ResumeForward | None = None
+        self, report: Report, steps: int, recorder: Recorder | None = None, resume: Resume | None = None
     ) -> None:
         self._report, self._steps, self._recorder, self._resume = report, steps, recorder, resume
+        self._done = 0
 
     def begin(self) -> None:
         self._report(self._resume.checkpoint.step if self._resume else 0, self._steps)
 
     def end(self, pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of a pipeline."""
-        self._end(pipeline.scheduler, step + 1, values.get("latents"), getattr(pipeline, "_num_timesteps", 0))
+        self._end(pipeline.scheduler, step, getattr(pipeline, "_num_timesteps", 0), inspect.currentframe())
         return values
 
-    def _end(self, scheduler: Any, done: int, latents: object, steps: int) -> None:
-        steps = steps or self._steps
+    def _end(self, scheduler: Any, step: int, of_loop: int, frame: FrameType | None) -> None:
+        caller = frame.f_back if frame else None
+        loop = loop_state(caller) if caller and (self._recorder or self._resume) else None
+        of_loop = of_loop or self._steps
+        self._done += 1
         if self._resume and not self._resume.over:
-            if done == self._resume.checkpoint.step:
-                assert isinstance(latents, torch.Tensor)
-                self._resume.arrive(scheduler, latents)
+            if loop is None:
+                raise StageError("a checkpoint is of another loop")
+            self._resume.step_end(self._done, scheduler, loop)
             return
-        self._report(done, steps, self._recorder.step_end(done, steps, latents) if self._recorder else None)
+        saved = self._recorder.step_end(self._done, of_loop - step - 1, loop) if self._recorder else None
+        self._report(self._done, max(self._done - step - 1 + of_loop, self._done), saved)
 
     def ended(self, scheduler: Any) -> Callable[..., None]:
         """`callback` of pipelines that have only the older one."""
-        return lambda step, timestep, latents: self._end(scheduler, step + 1, latents, 0)
+        return lambda step, timestep, latents: self._end(scheduler, step, 0, inspect.currentframe())

@@ -17,7 +17,7 @@ from workers.models.loading import Loaded
 from workers.models.source import stages_of
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
-from workers.stages.checkpoint import Checkpoint, Recorder, ResumeForward, Steps, is_one, read
+from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, is_one, read
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
@@ -48,7 +48,7 @@ class DenoiseStage:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.weights(recipe, tensors, record, begins=saved is None))
-                steps = stack.enter_context(self.course(recipe, report, saved))
+                steps = stack.enter_context(self.course(recipe, record, report, saved))
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
         finally:
@@ -79,27 +79,23 @@ class DenoiseStage:
             yield
 
     @contextlib.contextmanager
-    def course(self, recipe: Recipe, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
+    def course(self, recipe: Recipe, record: CallRecord, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
         """The job's steps: recorded as they go, and from a checkpoint on if there is one."""
-        denoiser = self.denoiser()
-        if denoiser is None:
+        denoisers = self.denoisers()
+        if any(getattr(one, "is_cache_enabled", False) for one in denoisers):  # a step cache has a memory of its own
             yield Steps(report, recipe.steps)
             return
-        recorder = None
+        recorder, ends = None, saved.marks[:-1] if saved else ()
         with contextlib.ExitStack() as stack:
             if self.checkpoint_seconds is not None:
-                recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds)
-                hook = denoiser.register_forward_hook(recorder.see, with_kwargs=True)
-                stack.callback(hook.remove)
-            resume = ResumeForward(saved, denoiser.forward) if saved else None
+                recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds, record, ends)
+                for denoiser in denoisers:
+                    stack.callback(denoiser.register_forward_hook(recorder.see).remove)
+            resume = Resume(saved, self.device) if saved else None
             if resume:
-                stack.enter_context(standing_in(denoiser, resume))
+                for denoiser in denoisers:
+                    stack.enter_context(resume.standing_in(denoiser))
             yield Steps(report, recipe.steps, recorder, resume)
-
-    def denoiser(self) -> torch.nn.Module | None:
-        """Return the denoiser that can be resumed: not one of two, nor one whose step cache has a memory of its own."""
-        found = self.denoisers()
-        return None if len(found) != 1 or getattr(found[0], "is_cache_enabled", False) else found[0]
 
     def denoisers(self) -> list[torch.nn.Module]:
         """The models that run in each step; most pipelines have one."""

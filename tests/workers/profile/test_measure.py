@@ -66,7 +66,7 @@ def test_what_is_run_once_a_job_is_what_a_job_shows(models: dict[str, Path], fam
     source = locate(str(models[family]), None, None)
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
-    model = stage.denoiser()
+    (model,) = stage.denoisers()
     assert model is not None
     trace = ForwardTrace(model, block_rows(model))
     with trace:

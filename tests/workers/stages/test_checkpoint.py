@@ -1,6 +1,6 @@
 """A job that another worker goes on with, from any step, gives the same bits: any family, any scheduler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,16 @@ from diffusers import DiffusionPipeline
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
-from tests import tiny
+from tests import tiny, tiny_videos
 from tests.pictures import as_task, noise
-from tests.records import before_denoising, bits, latents_of
+from tests.records import before_denoising, bits
 from tests.tiny import needs_gpus
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
+from workers.replay.boundaries import tensors_of
+from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import Unstorable, check_storable, freeze, thaw
 from workers.stages.contract import Saved
 from workers.stages.denoise import DenoiseStage
@@ -57,7 +59,13 @@ def run(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...]) -> tup
         if checkpoint:
             saved.append(checkpoint)
 
-    return bits(latents_of(stage.run(recipe, tensors, report).tensors)), saved, told
+    return decodes_of(stage.run(recipe, tensors, report).tensors), saved, told
+
+
+def decodes_of(tensors: Sequence[Tensor]) -> bytes:
+    """The bits of all that the vae stage is to decode."""
+    record = CallRecord.unpack(tensors)
+    return b"".join(bits(tensor) for tensor in tensors_of([record.value(call, CPU) for call in record.decodes]))
 
 
 def check_all(source: Source, recipe: Recipe, embeddings: tuple[Tensor, ...], device: torch.device = CPU) -> None:
@@ -94,6 +102,32 @@ def test_another_worker_goes_on_from_any_step_in_any_family(family: str, guided:
 @pytest.mark.parametrize("family", ["flux", "sd15"])
 def test_another_worker_goes_on_from_any_step_on_cuda(family: str, tmp_path: Path) -> None:
     check_all(*prepared(FAMILIES[family](), tmp_path), device=torch.device("cuda:0"))
+
+
+def cogvideox() -> DiffusionPipeline:
+    """A loop that carries a solver's last prediction along, beside the latents."""
+    pipeline = tiny_videos.cogvideox()
+    pipeline.scheduler = diffusers.CogVideoXDPMScheduler.from_config(pipeline.scheduler.config)
+    return pipeline
+
+
+VIDEOS: dict[str, tuple[Callable[[], DiffusionPipeline], int, bool]] = {  # frames, and whether it begins from a picture
+    "two experts": (lambda: tiny_videos.wan(experts=2), 5, False),
+    "a solver's last prediction": (cogvideox, 5, False),
+    "a loop for each section": (tiny_videos.framepack, 57, True),
+}
+
+
+@pytest.mark.parametrize("case", VIDEOS)
+def test_another_worker_goes_on_with_all_that_the_loops_of_a_video_carry_along(case: str, tmp_path: Path) -> None:
+    make, frames, of_picture = VIDEOS[case]
+    tiny.save(make(), tmp_path)
+    source = read("x", tmp_path, None)
+    images = ("0" * 64,) if of_picture else ()
+    size = (tiny.SIZE, tiny.SIZE)
+    request = JobRequest(prompt="a star", steps=3, seed=3, width=32, height=32, frames=frames, images=images)
+    recipe = resolve(request, describe(source), "float32", None, picture_size=size)
+    check_all(source, recipe, before_denoising(source, recipe, as_task(noise()) if of_picture else ()))
 
 
 @pytest.mark.parametrize("scheduler", FLOW)
