@@ -11,7 +11,7 @@ from protocol.tensors import Tensor
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
 IMAGE, MASK = "image", "mask"  # how the names of a task's pictures begin
 PICTURES = "pictures"  # name of the tensors that a job's last visit gives
-SOUND = "sound"  # name of the tensor of videos' sound
+SOUND, SOUND_RATE = "sound", "sound_rate"  # names of the tensors of videos' sound
 PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
 
 
@@ -24,6 +24,11 @@ def as_given(recipe: Recipe, pictures: Mapping[str, Tensor]) -> list[Tensor]:
     """Return the pictures that a job begins from, of those that are there by digest, named for its tasks; KeyError."""
     names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
     return [replace(pictures[digest], name=name) for name, digest in zip(names, recipe.pictures, strict=True)]
+
+
+def pictures_among(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the pictures, or a video's frames, of a job's last visit as one tensor, uint8 (n, height, width, 3)."""
+    return joined([tensor for tensor in tensors if tensor.name == PICTURES])
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ import click
 from orchestrator.state_folder import shortened
 from protocol.errors import BadRequest
 from protocol.job import Job
+from protocol.pictures import pictures_among
 from protocol.tensors import Tensor
 
 
@@ -185,13 +186,13 @@ def unwritable(path: Path | None, error: OSError) -> BadRequest:
 
 
 def write(
-    job: Job, pictures: Tensor, names: Sequence[Name], metadata: bool = True
+    job: Job, tensors: Sequence[Tensor], names: Sequence[Name], metadata: bool = True
 ) -> tuple[list[Path], list[BadRequest]]:
     """Write a job's pictures or videos; return the files that were written, and why others were not."""
     from protocol.client.picture_files import metadata_of, save_picture, to_images
-    from protocol.client.video_files import save_video
+    from protocol.client.video_files import save_video, sound_of
 
-    images, recipe = to_images(pictures), job.recipe
+    images, recipe = to_images(pictures_among(tensors)), job.recipe
     each = len(images) // recipe.num_images
     written: list[Path] = []
     errors: list[BadRequest] = []
@@ -201,7 +202,8 @@ def write(
             if recipe.frames is None:
                 save_picture(images[name.index], name.path, told)
             elif name.path.suffix.lower() in VIDEOS:
-                save_video(images[name.index * each : (name.index + 1) * each], name.path, recipe.fps or 1, told)
+                frames, sound = images[name.index * each : (name.index + 1) * each], sound_of(tensors, name.index)
+                save_video(frames, name.path, recipe.fps or 1, told, sound)
             else:
                 for number, frame in enumerate(images[name.index * each : (name.index + 1) * each], 1):
                     save_picture(frame, name.path.with_name(numbered(name.path.name, number)), told)

@@ -42,6 +42,7 @@ from protocol.client.exchange import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.messages.client import Stack
+from protocol.pictures import pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.tensors import Tensor
 from protocol.views import WorkerView
@@ -151,10 +152,10 @@ def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, An
             for event in client.events([job.id for job in jobs], options["timeout"]):
                 display.show(event)
                 if event.state == "done":
-                    job, pictures = client.raw_pictures(event.job)
-                    paths, errors = write(job, pictures, names[job.id], not options.get("no_metadata"))
+                    job, tensors = client.results(event.job)
+                    paths, errors = write(job, tensors, names[job.id], not options.get("no_metadata"))
                     if options.get("grid"):
-                        cells[job.id] = cells_of(job, pictures, names[job.id])
+                        cells[job.id] = cells_of(job, pictures_among(tensors), names[job.id])
                     written += paths
                     lost += [(job, error) for error in errors]
         except KeyboardInterrupt:

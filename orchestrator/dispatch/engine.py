@@ -36,7 +36,7 @@ from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
 from protocol.messages.worker import CancelTask, Committed, Leased, Part, Progress, Ready, Result, TaskFailed
-from protocol.pictures import PICTURES, SOUND
+from protocol.pictures import PICTURES, SOUND, SOUND_RATE
 from protocol.stages import FIRST, USUAL_NEXT, Stage
 from protocol.tensors import CHECKPOINT, Tensor
 
@@ -250,7 +250,7 @@ class Engine:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
         if result.next is None:
-            if [tensor.name for tensor in tensors if tensor.name != SOUND] != [PICTURES]:
+            if [tensor.name for tensor in tensors if tensor.name not in (SOUND, SOUND_RATE)] != [PICTURES]:
                 self._fail(worker, result, f"{worker.hello.name} ended the job without its pictures", retry=False)
                 return
             if self.store.artifacts.parts("pictures", job.id) != list(range(1, result.parts + 1)):

@@ -37,7 +37,7 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
-from protocol.pictures import joined
+from protocol.pictures import pictures_among
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from protocol.wire import Envelope
@@ -144,12 +144,17 @@ class Calls:
 
     async def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
         """The job, and its pictures, or the frames of its videos in order, as uint8 (n, height, width, 3)."""
+        job, tensors = await self.results(job_id)
+        return job, pictures_among(tensors)
+
+    async def results(self, job_id: str) -> tuple[Job, list[Tensor]]:
+        """The job, and all that it made: parts of its `pictures`, and the `sound` of videos; see Pictures."""
         first = await self._link.ask(FetchPictures, None, job=job_id)
         assert isinstance(first.message, Pictures)
-        parts = [first.tensors[0]]
+        found = [*first.tensors]
         for number in range(1, first.message.parts):
-            parts.append((await self._link.ask(FetchPictures, None, job=job_id, part=number)).tensors[0])
-        return first.message.job, joined(parts)
+            found += (await self._link.ask(FetchPictures, None, job=job_id, part=number)).tensors
+        return first.message.job, found
 
     async def events(self, job_ids: Sequence[str], timeout: float | None = None) -> AsyncIterator[JobEvent]:
         """Yield what moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""

@@ -184,8 +184,12 @@ class Client:
         return run(self._calls.pictures(job_id))
 
     def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
-        """The job, and its pictures as uint8 (n, height, width, 3)."""
+        """The job, and its pictures, or the frames of its videos in order, as uint8 (n, height, width, 3)."""
         return run(self._calls.raw_pictures(job_id))
+
+    def results(self, job_id: str) -> tuple[Job, list[Tensor]]:
+        """The job, and all that it made: parts of its `pictures`, and the `sound` of videos; see Pictures."""
+        return run(self._calls.results(job_id))
 
     def events(self, job_ids: Sequence[str], timeout: float | None = None) -> Iterator[JobEvent]:
         """Yield what moves in these jobs, until all have ended; WaitTimeout after `timeout` seconds without that."""

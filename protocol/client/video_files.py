@@ -11,6 +11,7 @@ from PIL import Image
 
 from protocol.client.picture_files import Metadata, writing
 from protocol.errors import BadRequest
+from protocol.pictures import SOUND, SOUND_RATE
 from protocol.tensors import Tensor
 
 CODECS: Mapping[str, tuple[str, dict[str, str], str]] = {  # by suffix: of the picture, its settings, of the sound
@@ -28,6 +29,19 @@ class Sound:
 
     samples: Tensor
     rate: int
+
+
+def sound_of(tensors: Sequence[Tensor], index: int) -> Sound | None:
+    """Return the sound of a job's video, counted from 0; None where it has none."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    if SOUND not in by_name or SOUND_RATE not in by_name:
+        return None
+    sound = by_name[SOUND]
+    _, channels, samples = sound.shape
+    size = channels * samples * 4
+    data = memoryview(sound.data).cast("B")[index * size : (index + 1) * size]
+    rate = int.from_bytes(by_name[SOUND_RATE].data, "little")
+    return Sound(Tensor(SOUND, "float32", (channels, samples), data), rate)
 
 
 def save_video(

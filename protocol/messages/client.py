@@ -119,14 +119,13 @@ class JobEvent(Message):
 class Pictures(Message):
     """The tensor `pictures` beside it is uint8 (n, height, width, 3), RGB: pictures, or frames of videos, in order.
 
-    `sound` beside the first part is float32 (videos, channels, samples).
+    Beside the first part there may be `sound`, float32 (videos, channels, samples), and `sound_rate`, int32 (1,).
     """
 
     kind = "pictures"
     request: Count
     job: Job
     parts: Count = 1  # that there are
-    sound_rate: Count = 0  # samples a second
 
 
 class Workers(Message):

@@ -171,7 +171,10 @@ def vae_scale(pipeline: DiffusionPipeline) -> int:
 
 
 def default_of(pipeline: DiffusionPipeline, name: str) -> Any:
-    """Return the default of a call's argument: that of its signature, or as its own `name = name or …` gives it."""
+    """Return the default of a call's argument: that of its signature, or what its own code takes in its place.
+
+    That is `name = name or …`, or `if name is None: name = …`; None for any other.
+    """
     parameter = call_parameters(pipeline).get(name)
     if parameter is not None and parameter.default not in (None, parameter.empty):
         return parameter.default
@@ -181,6 +184,13 @@ def default_of(pipeline: DiffusionPipeline, name: str) -> Any:
                 target == name
             ):
                 return _constant(own, pipeline)
+            case ast.If(test=test, body=body) if f"{name} is None" in ast.unparse(test):
+                for line in body:
+                    match line:
+                        case ast.Assign(targets=[ast.Name(id=target)], value=ast.Constant(value=int(value))) if (
+                            target == name
+                        ):
+                            return value
     return None
 
 

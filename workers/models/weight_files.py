@@ -55,6 +55,9 @@ NUMBERED = re.compile(r"(^|-)\d+-of-\d+$")  # one of several files
 
 def weight_files(folder: Path, library: str) -> WeightFiles:
     """Choose a component's files as `from_pretrained` does, or those of its only variant; Damaged."""
+    if library not in BASES:  # a class of its pipeline's own module, by either library's names
+        own = any(folder.glob(f"{BASES['transformers']}*.safetensors*"))
+        return weight_files(folder, "transformers" if own else "diffusers")
     base = BASES[library]
     whole, index = folder / f"{base}.safetensors", folder / f"{base}.safetensors.index.json"
     order = (index, whole) if library == "diffusers" else (whole, index)

@@ -58,7 +58,7 @@ class DenoiseStage:
             return Outcome(run.for_decoding().pack(), next="vae")
         if isinstance(result, Stopped):
             return Outcome(record.pack(), next=result.owner)
-        return Outcome(pictures_of(result))  # it works on pixels
+        return Outcome(pictures_of(result, self.pipeline))  # it works on pixels
 
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord, begins: bool) -> Iterator[None]:

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import IMAGE, MASK, PART_BYTES, PICTURES, is_given_picture
+from protocol.pictures import IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, is_given_picture
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
@@ -97,10 +97,12 @@ def new_run(stage: Stage, record: CallRecord, device: torch.device, recipe: Reci
     return Run(stage, record, device, generator=torch.Generator("cpu").manual_seed(recipe.seed), **settings)
 
 
-def pictures_of(output: Any) -> list[Tensor]:
+def pictures_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
     """Return a pipeline's pictures, or the frames of its videos one after the other, in parts of PART_BYTES or less.
 
-    Each part is `pictures`, uint8 (n, height, width, 3), RGB. StageError where it made something else.
+    Each part is `pictures`, uint8 (n, height, width, 3), RGB; after the first one come a video's `sound`, float32
+    (videos, channels, samples), and its `sound_rate`, int32 (1,), if it has any. StageError where it made something
+    else. `pipeline` is the one that made it.
     """
     images = getattr(output, "images", None)
     if images is None:
@@ -109,4 +111,17 @@ def pictures_of(output: Any) -> list[Tensor]:
         raise StageError(f"the pipeline made no pictures, but {type(output).__name__}")
     each = max(1, PART_BYTES // (images[0].width * images[0].height * 3))
     parts = (images[start : start + each] for start in range(0, len(images), each))
-    return [to_wire(PICTURES, torch.from_numpy(np.stack([np.asarray(i.convert("RGB")) for i in p]))) for p in parts]
+    first, *others = [
+        to_wire(PICTURES, torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in part])))
+        for part in parts
+    ]
+    return [first, *sound_of(output, pipeline), *others]
+
+
+def sound_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
+    sound = getattr(output, "audio", None)
+    rate = getattr(getattr(getattr(pipeline, "vocoder", None), "config", None), "output_sampling_rate", None)
+    if sound is None or rate is None:
+        return []
+    samples = sound.detach().to("cpu", torch.float32).contiguous()
+    return [to_wire(SOUND, samples), to_wire(SOUND_RATE, torch.tensor([rate], dtype=torch.int32))]

@@ -55,7 +55,7 @@ class VaeStage:
             run = new_run("vae", record, self.device, recipe, finishes=bool(record.decodes), skips=False)
             result = until_stop(pipeline, run, arguments)
         if not isinstance(result, Stopped):
-            return Outcome(pictures_of(result))
+            return Outcome(pictures_of(result, pipeline))
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
         return Outcome(record.pack(), next=result.owner)

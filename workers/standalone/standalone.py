@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from protocol.client.picture_files import metadata_of, save_picture, to_images
-from protocol.client.video_files import save_video
+from protocol.client.video_files import save_video, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
-from protocol.pictures import as_given, is_given_picture, joined
+from protocol.pictures import as_given, is_given_picture, pictures_among
 from protocol.recipe import resolve
 from protocol.speedups import canonical
 from protocol.stages import Stage
@@ -131,7 +131,7 @@ def write_output(output: Path, recipe: Recipe, outcome: Outcome, brought: Sequen
         if outcome.next:
             stage_file.write(output, outcome.next, recipe, [*outcome.tensors, *brought])
             return [str(output)]
-        images = to_images(joined(outcome.tensors))
+        images = to_images(pictures_among(outcome.tensors))
         count = recipe.num_images
         paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
         for i, path in enumerate(paths):
@@ -140,7 +140,8 @@ def write_output(output: Path, recipe: Recipe, outcome: Outcome, brought: Sequen
                 save_picture(images[i], path, told)
             else:
                 each = len(images) // count
-                save_video(images[i * each : (i + 1) * each], path, recipe.fps or 1, told)
+                sound = sound_of(outcome.tensors, i)
+                save_video(images[i * each : (i + 1) * each], path, recipe.fps or 1, told, sound)
         return [str(path) for path in paths]
     except OSError as error:
         raise BadRequest(

@@ -9,7 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline, WanPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionXLPipeline, WanImageToVideoPipeline, WanPipeline
 
 from protocol.errors import ModelMissing
 from protocol.job import JobRequest, Recipe
@@ -229,7 +229,8 @@ def test_every_pipeline_class_is_either_refused_in_a_line_or_can_be_asked_for_al
             with pytest.raises(ModelMissing):
                 check(source)
     assert {FluxPipeline, StableDiffusionXLPipeline} <= set(taken)
-    assert WanPipeline not in taken
+    assert {WanPipeline, WanImageToVideoPipeline} <= set(taken)
+    assert len(taken) > 200
 
 
 def test_what_can_not_be_built_is_a_line_and_no_crash(tmp_path: Path) -> None:

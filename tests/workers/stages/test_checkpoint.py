@@ -114,6 +114,7 @@ def cogvideox() -> DiffusionPipeline:
 VIDEOS: dict[str, tuple[Callable[[], DiffusionPipeline], int, bool]] = {  # frames, and whether it begins from a picture
     "two experts": (lambda: tiny_videos.wan(experts=2), 5, False),
     "a solver's last prediction": (cogvideox, 5, False),
+    "latents and a scheduler of sound": (tiny_videos.ltx2, 5, False),
     "a loop for each section": (tiny_videos.framepack, 57, True),
 }
 

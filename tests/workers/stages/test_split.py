@@ -10,10 +10,11 @@ from diffusers import DiffusionPipeline
 
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
+from protocol.pictures import pictures_among
 from protocol.recipe import resolve
 from protocol.stages import FIRST, STAGES, Stage
 from protocol.tensors import Tensor
-from tests import tiny, tiny_families
+from tests import tiny, tiny_families, tiny_videos
 from tests.pictures import as_task, half, noise, plain_of_picture
 from tests.records import latents_of
 from tests.tiny import needs_gpus
@@ -59,13 +60,23 @@ def through(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
 ) -> torch.Tensor:
-    """Go through the stages in whatever order they name."""
+    """Go through the stages in whatever order they name; return all pictures or frames."""
+    pictures = pictures_among(all_through(source, recipe, given, dtype, device))
+    return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
+
+
+def all_through(
+    source: Source,
+    recipe: Recipe,
+    given: Sequence[Tensor] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+) -> list[Tensor]:
     by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source, dtype, device), strict=True))
     outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
     while outcome.next:
         outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
-    (pictures,) = outcome.tensors
-    return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
+    return list(outcome.tensors)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -107,6 +118,43 @@ def test_guidance_and_negative_prompts_are_the_pipelines_own(family: Path, scale
         theirs["negative_prompt"] = negative
     recipe = resolve(request, describe(source), "float32", None)
     assert torch.equal(through(source, recipe), tiny.plain(family, prompt="a red circle", **theirs))
+
+
+VIDEOS: dict[str, tuple[Callable[[], Any], int, bool]] = {  # frames, and whether it begins from a picture
+    "wan with two experts": (lambda: tiny_videos.wan(experts=2), 9, False),
+    "wan of a picture": (tiny_videos.wan_of_image, 9, True),
+    "decodes in chunks": (tiny_videos.animatediff, 20, False),
+    "decodes inside of a loop": (tiny_videos.framepack, 57, True),
+    "sound": (tiny_videos.ltx2, 9, False),
+    "ltx": (tiny_videos.ltx, 9, False),
+    "cogvideox": (tiny_videos.cogvideox, 9, False),
+}
+SLOW_VIDEOS = ("ltx", "cogvideox")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=[pytest.mark.all] if name in SLOW_VIDEOS else []) for name in VIDEOS]
+)
+def test_a_video_has_the_frames_and_the_sound_of_the_plain_pipeline(case: str, tmp_path: Path) -> None:
+    make, frames, of_picture = VIDEOS[case]
+    tiny.save(make(), tmp_path)
+    source = read("x", tmp_path, None)
+    given = as_task(noise()) if of_picture else []
+    request = JobRequest(
+        prompt="a red circle", images=("0" * 64,) * of_picture, width=32, height=32, steps=2, seed=11, frames=frames
+    )  # fmt: skip
+    recipe = resolve(request, describe(source), "float32", None, picture_size=(32, 32))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline(
+        prompt="a red circle", width=32, height=32, num_inference_steps=2, num_frames=frames,
+        generator=torch.Generator().manual_seed(11), **({"image": noise()} if of_picture else {}),
+    )  # fmt: skip
+    made = all_through(source, recipe, given)
+    assert bytes(pictures_among(made).data) == tiny_videos.frames_of(plain).numpy().tobytes()
+    if case == "sound":
+        (sound,) = (tensor for tensor in made if tensor.name == "sound")
+        assert bytes(sound.data) == plain.audio.numpy().tobytes()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
