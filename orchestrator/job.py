@@ -8,6 +8,7 @@ from typing import NamedTuple
 from orchestrator.principal import LOCAL_USER, Principal
 from protocol.job import ENDED, Job, JobState, Recipe, StageRecord
 from protocol.messages.worker import WorkerHello
+from protocol.route import Template
 from protocol.stages import FIRST, TRAITS, Stage
 
 
@@ -64,6 +65,7 @@ class LiveJob(NamedTuple):
     # Never stored:
     worker: str | None = None  # identity of this incarnation
     visits_left: int | None = None  # this stage's included, as the last result has told
+    template: Template | None = None  # what it is a kind of; unknown after a restart
     saved_at_failure: int = -1
     shortages: int = 0  # tries of the present stage that found too little memory
 

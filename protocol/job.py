@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol.data import Data, Int64, Text
+from protocol.settings import Given, Settings
 from protocol.speedups import Tier
 from protocol.stages import STAGES, Stage
 
@@ -36,6 +37,7 @@ class JobRequest(Data):
     images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
     mask: Digest | None = None  # white where the picture is to be made anew
     strength: float | None = None  # how much of the picture goes, from 0 to 1
+    settings: Given = ()  # further arguments of the pipeline's call, by name
     priority: Int64 = 0  # higher goes first
     id: JobId | None = None  # the client's own name for it; submitting it twice is harmless
 
@@ -66,6 +68,7 @@ class Recipe(Data):
     strength: float | None = None
     frames: Int64 | None = None  # of a video; None: pictures are made
     fps: float | None = None  # of a video: frames a second
+    settings: Settings = ()  # further arguments of the pipeline's call, by name
     sized: bool = True  # width and height are given to the pipeline; else it finds its own, and these are an estimate
     tier: Tier = "exact"
     speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py

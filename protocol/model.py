@@ -3,6 +3,7 @@
 from typing import Literal
 
 from protocol.data import Data, Positive
+from protocol.settings import Setting
 
 
 class PictureTask(Data):
@@ -14,6 +15,7 @@ class PictureTask(Data):
     guidance: float | None
     cfg_scale: float | None
     strength: float | None = None  # default; None where it takes none
+    settings: tuple[Setting, ...] = ()  # further arguments
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
 
 
@@ -46,5 +48,6 @@ class ModelDescription(Data):
     image: PictureTask | None = None  # what is made of a picture; None: nothing
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
     video: VideoTask | None = None  # it makes videos; None: pictures
+    settings: tuple[Setting, ...] = ()  # further arguments of its call
     needs: tuple[Literal["image", "mask"], ...] = ()  # that it can't do without
     demo: bool = False

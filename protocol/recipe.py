@@ -1,7 +1,5 @@
 """The way from a request to a recipe: every default settled, everything that can't work refused before it is queued."""
 
-import hashlib
-import json
 import math
 import secrets
 from collections.abc import Callable
@@ -9,6 +7,7 @@ from collections.abc import Callable
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.job import MAX_SEED, JobRequest, Recipe
 from protocol.model import ModelDescription, PictureTask
+from protocol.settings import read_settings
 from protocol.speedups import tier_of
 
 MAX_STEPS = 1000
@@ -70,6 +69,7 @@ def resolve(
         strength=request.strength,
         frames=frames,
         fps=fps,
+        settings=read_settings(request.settings, defaults.settings, defaults.pipeline),
         sized=sized,
         model=model.model,
         revision=model.revision,
@@ -219,22 +219,3 @@ def check_guidance(
         raise BadRequest(f"{model.pipeline} takes no negative prompt.", "Leave it out.")
     cfg_scale = defaults.cfg_scale if request.cfg_scale is None else request.cfg_scale
     return (defaults.guidance if request.guidance is None else request.guidance), cfg_scale
-
-
-def text_key(recipe: Recipe) -> str:
-    """Return the key of a recipe's embeddings: equal keys mean equal embeddings."""
-    parts = (
-        recipe.revision,
-        recipe.dtype,
-        recipe.prompt,
-        recipe.negative_prompt,
-        recipe.cfg_scale,  # which may decide whether the negative prompt is encoded, too
-        recipe.max_sequence_length,
-        recipe.num_images,
-        *recipe.pictures,
-        *(
-            (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.images else ()
-        ),  # what an encoder may see of a picture
-        *(speedup for speedup in recipe.speedups if speedup.startswith("text:")),
-    )
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

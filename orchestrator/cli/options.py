@@ -11,7 +11,7 @@ import click
 
 from orchestrator.cli.prompts import read_prompts
 from protocol.client.endpoints import default_folder
-from protocol.client.input_pictures import picture_of
+from protocol.client.input_pictures import alpha_mask_of, picture_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.tensors import Tensor
@@ -36,8 +36,9 @@ timeout_option = click.option(
     "--timeout", type=float, metavar="SECONDS", callback=parse_timeout, help="Stop waiting after this; jobs go on."
 )  # fmt: skip
 
+ALPHA = "alpha"  # for --mask
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-                 "max_sequence_length", "strength", "frames", "fps", "priority")  # fmt: skip
+                 "max_sequence_length", "strength", "frames", "fps", "settings", "priority")  # fmt: skip
 
 
 def state_folder(state: Path | None) -> Path:
@@ -52,6 +53,17 @@ def parse_size(context: click.Context, parameter: click.Parameter, value: str | 
         return int(width), int(height if x else width)
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a size; write it as 1024x768.") from None
+
+
+def parse_settings(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> tuple[tuple[str, str], ...] | None:
+    """Return the names and values of settings; None where there are none."""
+    pairs = [text.partition("=") for text in value]
+    for name, equals, _ in pairs:
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{name!r} is no setting; write it as NAME=VALUE, such as clip_skip=1.")
+    return tuple((name, text) for name, _, text in pairs) or None
 
 
 MOST_SEEDS = 1000
@@ -76,7 +88,10 @@ def picture_options(command: Command) -> Command:
     """The options for pictures that a job begins from."""
     for option in (
         click.option("--mask", type=click.Path(path_type=Path), metavar="FILE",
-                     help="Paint anew what is white in it, and keep the rest of --image."),
+                     help="Paint anew what is white in it, and keep the rest of --image; alpha: what is transparent "
+                     "in --image."),
+        click.option("--mask-blur", type=click.FloatRange(0, 1000), metavar="PIXELS",
+                     help="Soften the mask's edge, as diffusers' mask_processor.blur does."),
         click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
                      help="A picture to begin from (PNG, JPEG, WebP); several where the model takes them."),
     ):  # fmt: skip
@@ -103,6 +118,8 @@ def recipe_options(command: Command) -> Command:
         click.option("--frames", "--num-frames", "frames", type=int, help="Frames of a video."),
         click.option("--fps", type=float, help="Frames a second of a video."),
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
+        click.option("--set", "settings", multiple=True, callback=parse_settings, metavar="NAME=VALUE",
+                     help="Any other plain argument of the pipeline's call: clip_skip=1, padding_mask_crop=32."),
         click.option("--priority", type=int, help="Higher goes first. [default: 0]"),
         click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE",
                      help="One prompt a line (.txt), JSON objects with the options' names (.jsonl, .json), or a table "
@@ -158,8 +175,17 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
 
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Read the pictures of --image and --mask; BadRequest."""
-    images = [picture_of(path) for path in options.get("images") or ()]
-    return (*images, *([picture_of(options["mask"], mask=True)] if options.get("mask") else ()))
+    paths, mask, blur = options.get("images") or (), options.get("mask"), options.get("mask_blur") or 0
+    images = [picture_of(path) for path in paths]
+    if mask is None:
+        if blur:
+            raise BadRequest("There is no mask to be softened.", "Give one: --mask FILE.")
+        return tuple(images)
+    if str(mask) == ALPHA:
+        if not paths:
+            raise BadRequest("--mask alpha is what is transparent in a picture.", "Give it: --image FILE.")
+        return (*images, alpha_mask_of(paths[0], blur))
+    return (*images, picture_of(mask, mask=True, blur=blur))
 
 
 def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:

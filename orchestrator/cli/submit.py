@@ -44,6 +44,7 @@ from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.messages.client import Stack
 from protocol.pictures import pictures_among
 from protocol.recipe import MAX_IMAGES
+from protocol.settings import as_given
 from protocol.tensors import Tensor
 from protocol.views import WorkerView
 
@@ -274,6 +275,7 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
         check_same_bits(path, made, stack, client.workers().workers)
     found = set(JobRequest.model_fields) & set(type(recipe).model_fields)
     kept = recipe.model_dump(include=found if recipe.sized else found - {"width", "height"})
+    kept["settings"] = as_given(recipe.settings)
     request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
     return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None, pictures)
 

@@ -14,7 +14,9 @@ from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
-from protocol.recipe import resolve, text_key
+from protocol.recipe import resolve
+from protocol.route import Route, Shape, Template, whole_key
+from protocol.stages import FIRST
 from protocol.tensors import Tensor
 
 Pictures = Mapping[str, Tensor]  # that came along, by their digests
@@ -31,22 +33,40 @@ class Either:
         return name in self.one or name in self.other
 
 
+class NotLookedAt(Exception):
+    """Not an error: the describer must look at these templates first."""
+
+    def __init__(self, templates: list[Template]) -> None:
+        super().__init__(f"{len(templates)} templates")
+        self.templates = templates
+
+
 class Admission:
     def __init__(
-        self, store: Store, job_queue: JobQueue, quotas: Quotas, leasing: Leasing, catalogue: Catalogue
+        self,
+        store: Store,
+        job_queue: JobQueue,
+        quotas: Quotas,
+        leasing: Leasing,
+        catalogue: Catalogue,
+        looks: bool = False,
     ) -> None:
+        """With `looks`, no job is admitted before a describer has looked at its template."""
         self._store, self._job_queue, self._quotas = store, job_queue, quotas
-        self._leasing, self._catalogue = leasing, catalogue
+        self._leasing, self._catalogue, self._looks = leasing, catalogue, looks
 
     def admit(
         self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
     ) -> tuple[list[LiveJob], list[LiveJob]]:
-        """The requests' jobs, and those of them that are new; those that are here already count as accepted."""
-        named, fresh, recipes = self._settle(requests, owner, pictures)
+        """The requests' jobs, and those of them that are new; those that are here already count as accepted.
+
+        NotLookedAt where some of their templates are yet unknown.
+        """
+        named, fresh, settled = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner)
         self._quotas.spend(len(fresh), owner)
-        self._keep_pictures({digest for recipe in recipes for digest in recipe.pictures}, pictures)
-        new = [self._create(request, recipe, owner) for request, recipe in zip(fresh, recipes, strict=True)]
+        self._keep_pictures({digest for recipe, _ in settled for digest in recipe.pictures}, pictures)
+        new = [self._create(request, *found, owner) for request, found in zip(fresh, settled, strict=True)]
         made = iter(new)
         return [known or next(made) for known in named], new
 
@@ -64,46 +84,56 @@ class Admission:
                 artifacts.put("input", digest, (pictures[digest],))
         artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), wanted))
 
-    def _picture_size(self, request: JobRequest, pictures: Pictures) -> tuple[int, int] | None:
-        """Return the (width, height) of the first picture; BadRequest where one isn't here, or is of another kind."""
-        shapes = [self._shape(digest, pictures) for digest in request.pictures]
+    def _shapes(self, request: JobRequest, pictures: Pictures) -> tuple[Shape, ...]:
+        """Return the shapes of a request's pictures; BadRequest where one isn't here, or is of another kind."""
+        shapes = tuple(self._shape(digest, pictures) for digest in request.pictures)
         kinds = [channels for _, _, channels in shapes]
         if kinds != [3] * len(request.images) + [1] * (request.mask is not None):
             raise BadRequest("Pictures have three channels, and masks have one.", "Give them as such.")
-        return (shapes[0][1], shapes[0][0]) if shapes else None
+        return shapes
 
-    def _shape(self, digest: str, pictures: Pictures) -> tuple[int, ...]:
-        kept = () if digest in pictures else self._store.artifacts.get("input", digest)
-        if kept is None:
-            raise BadRequest("A picture that the job begins from did not come with it.", "Send it along.")
-        return (kept[0] if kept else pictures[digest]).shape
+    def _shape(self, digest: str, pictures: Pictures) -> Shape:
+        if digest in pictures:
+            return pictures[digest].shape
+        if kept := self._store.artifacts.specs("input", digest):
+            return kept[0][2]
+        raise BadRequest("A picture that the job begins from did not come with it.", "Send it along.")
 
     def _settle(
         self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
-    ) -> tuple[list[LiveJob | None], list[JobRequest], list[Recipe]]:
-        """The jobs that are here already, None for others; those others, and their recipes."""
+    ) -> tuple[list[LiveJob | None], list[JobRequest], list[tuple[Recipe, Template | None]]]:
+        """The jobs that are here already, None for others; those others, their recipes and what they are kinds of."""
         entry = self._catalogue.default()
         named = [self._known(request, owner) for request in requests]
         fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
         ids = [request.id for request in fresh if request.id is not None]
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
-        recipes: list[Recipe] = []
+        settled: list[tuple[Recipe, Template | None]] = []
+        unknown: dict[Template, None] = {}
         for item, request in enumerate(requests):
             if named[item] is not None:
                 continue
             try:
-                recipes.append(
-                    resolve(
-                        request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
-                        self._picture_size(request, pictures),
-                    )
+                shapes = self._shapes(request, pictures)
+                recipe = resolve(
+                    request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
+                    (shapes[0][1], shapes[0][0]) if shapes else None,
                 )  # fmt: skip
-                self._leasing.refuse_what_never_fits(recipes[-1], entry.description)
+                self._leasing.refuse_what_never_fits(recipe, entry.description)
+                template = Template.of(recipe, shapes) if self._looks else None
+                settled.append((recipe, template))
+                if template:
+                    if known := entry.routes.get(template):
+                        check_route(known.route, entry.description.pipeline)
+                    else:
+                        unknown[template] = None
             except TriptychError as error:
                 error.item = item
                 raise
-        return named, fresh, recipes
+        if unknown:
+            raise NotLookedAt([*unknown])
+        return named, fresh, settled
 
     def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
         job = self._job_queue.find(request.id) if request.id else None
@@ -111,16 +141,25 @@ class Admission:
             raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
         return job
 
-    def _create(self, request: JobRequest, recipe: Recipe, owner: Principal) -> LiveJob:
+    def _create(self, request: JobRequest, recipe: Recipe, template: Template | None, owner: Principal) -> LiveJob:
+        known = self._catalogue.default().routes.get(template)
         job = LiveJob(
             id=request.id or secrets.token_hex(6),
             number=self._store.next_number(),
             priority=request.priority,
             recipe=recipe,
-            text_key=text_key(recipe),
+            text_key=known.text_key(recipe) if known else whole_key(recipe),
+            template=template,
+            stage=known.route.first if known else FIRST,
             request=request.model_dump_json(),
             created=time.time(),
             owner=owner,
         )
         self._store.insert(job)
         return job
+
+
+def check_route(route: Route, pipeline: str) -> None:
+    """Raise BadRequest with a pipeline's own reason why it doesn't take a job."""
+    if route.refusal:
+        raise BadRequest(f"{pipeline} doesn't take this: {route.refusal.rstrip('.')}.", "Change what it names.")

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
-from protocol.job import JobRequest
+from protocol.job import JobRequest, Recipe
 from protocol.messages.describer import DescriberHello
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
 from protocol.recipe import texts_to_count
+from protocol.route import Route, Template, call_key, whole_key
+from protocol.stages import Stage
 
 
 class Tokens:
@@ -36,6 +38,45 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownRoute:
+    """A route, and what workers have shown of it."""
+
+    route: Route
+    following: Stage | None = None  # the stage after the first visit of the text stage; None: not seen yet
+    single: bool = True  # that visit makes the first call alone, as far as was seen
+
+    def text_key(self, recipe: Recipe) -> str:
+        """Return the key of what the first visit of the text stage leaves."""
+        return call_key(self.route, recipe) if self.route.call and self.single else whole_key(recipe)
+
+
+class Routes:
+    """The routes of the last templates that the describer has looked at."""
+
+    def __init__(self, most: int = 4096) -> None:
+        self._most = most
+        self._known: OrderedDict[Template, KnownRoute] = OrderedDict()
+
+    def get(self, template: Template | None) -> KnownRoute | None:
+        return self._known.get(template) if template else None
+
+    def learn(self, template: Template, route: Route) -> None:
+        """Take in what the describer has found."""
+        self._put(template, KnownRoute(route))
+
+    def seen(self, template: Template | None, following: Stage, single: bool) -> None:
+        """Take in what a worker's first visit has shown."""
+        if template and (known := self._known.get(template)):
+            self._put(template, KnownRoute(known.route, following, single))
+
+    def _put(self, template: Template, known: KnownRoute) -> None:
+        self._known[template] = known
+        self._known.move_to_end(template)
+        while len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
 class CatalogueEntry:
     """A model as this stack runs it."""
 
@@ -43,6 +84,7 @@ class CatalogueEntry:
     dtype: str
     speedups: tuple[str, ...]
     tokens: Tokens = field(default_factory=Tokens, compare=False)
+    routes: Routes = field(default_factory=Routes, compare=False)
 
 
 class Catalogue:

@@ -9,7 +9,9 @@ from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
-from protocol.messages.describer import CountTokens, DescriberHello, TokenCounts
+from protocol.messages.common import Message
+from protocol.messages.describer import CountTokens, DescriberHello, LookAt, Looked, TokenCounts
+from protocol.route import Route, Template
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +22,16 @@ SILENCE_SECONDS = 20.0  # many long prompts take it a while
 
 @dataclass(slots=True)
 class Question:
-    """Texts that are being counted, and how often that ended a describer."""
+    """Texts that are being counted, or a template that is being looked at, and how often that ended a describer."""
 
-    texts: tuple[str, ...]
+    of: tuple[str, ...] | Template
     asked: bool = False
     ended: int = 0  # describers that were at it when they ended
+
+    def message(self, number: int) -> Message:
+        if isinstance(self.of, Template):
+            return LookAt(request=number, recipe=self.of.recipe, shapes=self.of.shapes)
+        return CountTokens(request=number, texts=self.of)
 
 
 @dataclass(slots=True)
@@ -52,7 +59,10 @@ class DescriberLink:
                 self._ask(number, question)
             else:
                 del self._open[number]
-                self._failed[question.texts] = "counting its tokens ended the process that does so"
+                if isinstance(question.of, Template):
+                    self.catalogue.default().routes.learn(question.of, Route())
+                else:
+                    self._failed[question.of] = "counting its tokens ended the process that does so"
 
     def is_here(self, identity: bytes) -> bool:
         """Return whether a message is the present describer's; it is a sign of life."""
@@ -82,24 +92,38 @@ class DescriberLink:
             return True
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
-        if all(question.texts != texts for question in self._open.values()):
-            if len(self._open) >= MOST_WAITING:
-                raise QueueFull("Too many submissions wait for their tokens to be counted.", "Try again later.")
-            self._number += 1
-            self._open[self._number] = question = Question(texts)
-            if self._identity:
-                self._ask(self._number, question)
+        self._ask_once(texts)
         return False
+
+    def look_at(self, templates: Sequence[Template]) -> None:
+        """Have it found out what jobs of these begin with; QueueFull."""
+        for template in templates:
+            self._ask_once(template)
+
+    def _ask_once(self, of: tuple[str, ...] | Template) -> None:
+        if any(question.of == of for question in self._open.values()):
+            return
+        if len(self._open) >= MOST_WAITING:
+            raise QueueFull("Too many submissions wait for the model to be asked about them.", "Try again later.")
+        self._number += 1
+        self._open[self._number] = question = Question(of)
+        if self._identity:
+            self._ask(self._number, question)
 
     def _ask(self, number: int, question: Question) -> None:
         question.asked = True
-        self.outbox.to_worker(self._identity, CountTokens(request=number, texts=question.texts))
+        self.outbox.to_worker(self._identity, question.message(number))
 
     def counted(self, counts: TokenCounts) -> None:
         question = self._open.pop(counts.request, None)
-        if question is None:
+        if question is None or isinstance(question.of, Template):
             return
-        if counts.reason or len(counts.counts) != len(question.texts):
-            self._failed[question.texts] = counts.reason or "it counted others"
+        if counts.reason or len(counts.counts) != len(question.of):
+            self._failed[question.of] = counts.reason or "it counted others"
         else:
-            self.catalogue.default().tokens.learn(question.texts, counts.counts)
+            self.catalogue.default().tokens.learn(question.of, counts.counts)
+
+    def looked(self, looked: Looked) -> None:
+        question = self._open.pop(looked.request, None)
+        if question is not None and isinstance(question.of, Template):
+            self.catalogue.default().routes.learn(question.of, looked.route)

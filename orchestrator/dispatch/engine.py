@@ -37,6 +37,7 @@ from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
 from protocol.messages.worker import CancelTask, Committed, Leased, Part, Progress, Ready, Result, TaskFailed
 from protocol.pictures import PICTURES, SOUND, SOUND_RATE
+from protocol.route import WHOLE
 from protocol.stages import FIRST, USUAL_NEXT, Stage
 from protocol.tensors import CHECKPOINT, Tensor
 
@@ -62,7 +63,7 @@ class Engine:
         quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
         self.job_queue = JobQueue(store, quotas, delays or RetryDelays())
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
-        self.admission = Admission(store, self.job_queue, quotas, self.leasing, self.catalogue)
+        self.admission = Admission(store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer)
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
@@ -210,7 +211,11 @@ class Engine:
 
     def _skip_text_if_known(self, job: LiveJob) -> LiveJob:
         """Skip the text stage where the prompt's embeddings are there."""
-        following: Stage | None = "vae" if job.recipe.images else USUAL_NEXT[FIRST]  # a guess; the worker knows better
+        known = self.catalogue.known.routes.get(job.template) if self.catalogue.known else None
+        # Where no job has shown it yet, a guess; the worker knows better.
+        following: Stage | None = "vae" if job.recipe.images else USUAL_NEXT[FIRST]
+        if known and known.following:
+            following = known.following
         begins = job.stage == FIRST and not job.records
         if not begins or following is None or not self.store.artifacts.has("text", job.text_key):
             return job
@@ -279,12 +284,18 @@ class Engine:
             return ""
         if not tensors:
             return ""
-        if result.stage == FIRST and not job.records:
+        if result.stage == FIRST and not job.records and self._can_be_shared(job, result.next, result.first_call_alone):
             artifacts.put("text", job.text_key, tensors)
             artifacts.shrink("text", self.settings.embedding_cache, spare=self.job_queue.texts())
             return "text"
         artifacts.put("latents", job.id, tensors)
         return "latents"
+
+    def _can_be_shared(self, job: LiveJob, following: Stage, alone: bool) -> bool:
+        """Return whether what a first visit has left is that of the job's text key; what it shows is noted."""
+        if self.catalogue.known:
+            self.catalogue.known.routes.seen(job.template, following, alone)
+        return alone or job.text_key.startswith(WHOLE)
 
     def _share_embeddings(self, job: LiveJob) -> None:
         for other in self.job_queue.of_text(job.text_key):

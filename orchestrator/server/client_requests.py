@@ -1,10 +1,13 @@
 """Clients' questions and the answers to them."""
 
+import contextlib
 import logging
 import os
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from orchestrator.dispatch.admission import NotLookedAt
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
@@ -92,13 +95,19 @@ class ClientRequests:
     def answer(self, peer: Peer, question: Message, tensors: tuple[Tensor, ...] = ()) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
         assert isinstance(question, Question)
-        try:
+        with self._told(peer, question):
             if isinstance(question, Submit):
                 for tensor in tensors:
                     check_picture(tensor)
                 self._submit(peer, question, tensors)
             else:
                 self._answer(peer, question)
+
+    @contextlib.contextmanager
+    def _told(self, peer: Peer, question: Question) -> Iterator[None]:
+        """Answer a question with the reason why it can't be answered."""
+        try:
+            yield
         except StateUnusable:
             raise
         except TriptychError as error:
@@ -108,7 +117,8 @@ class ClientRequests:
         """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
         parked, self._parked = self._parked, {}
         for (peer, _), (submit, tensors) in parked.items():
-            self.answer(peer, submit, tensors)
+            with self._told(peer, submit):
+                self._submit(peer, submit, tensors)
 
     def _reply(self, client: bytes, message: Message) -> None:
         self.engine.outbox.to_client(client, message)
@@ -180,12 +190,22 @@ class ClientRequests:
         return view if peer.local or (job and peer.may_see(job)) else view.model_copy(update={"job": None})
 
     def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
-        client, pictures = peer.identity, {tensor.name: tensor for tensor in tensors}
         if not self._describer.ready_for(submit.jobs):
-            if len(self._parked) >= MAX_PARKED:
-                raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
-            self._parked[peer, submit.request] = submit, tensors
+            self._park(peer, submit, tensors)
             return
+        try:
+            self._judge_or_accept(peer, submit, {tensor.name: tensor for tensor in tensors})
+        except NotLookedAt as missing:
+            self._describer.look_at(missing.templates)
+            self._park(peer, submit, tensors)
+
+    def _park(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
+        if len(self._parked) >= MAX_PARKED:
+            raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
+        self._parked[peer, submit.request] = submit, tensors
+
+    def _judge_or_accept(self, peer: Peer, submit: Submit, pictures: Mapping[str, Tensor]) -> None:
+        client = peer.identity
         if submit.judge:
             self.engine.admission.judge(submit.jobs, peer.principal, pictures, submit.earlier)
             self._reply(client, Done(request=submit.request))

@@ -13,7 +13,7 @@ from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
-from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, TokenCounts
+from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, Looked, TokenCounts
 from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorHello
 from protocol.messages.worker import (
     FROM_WORKER,
@@ -72,6 +72,9 @@ class WorkerRequests:
                 self._clients.unpark()
             case TokenCounts() as counts if self._describer.is_here(identity):
                 self._describer.counted(counts)
+                self._clients.unpark()
+            case Looked() as looked if self._describer.is_here(identity):
+                self._describer.looked(looked)
                 self._clients.unpark()
             case Heartbeat() if self._describer.is_here(identity):
                 self._answer(identity, Beat())

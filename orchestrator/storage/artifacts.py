@@ -126,6 +126,11 @@ class Artifacts:
             log.error("%s of %s can't be read: %s", kind, name, error)
             return None
 
+    def specs(self, kind: Kind, name: str) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Return the name, dtype and shape of each tensor under a name, unread; none if there are none."""
+        row: Any = self._db.first("SELECT specs FROM artifacts WHERE key = ?", (f"{kind}/{name}",))
+        return list(msgpack.unpackb(row[0], use_list=False)) if row else []
+
     def has(self, kind: Kind, name: str) -> bool:
         return self._db.first("SELECT 1 FROM artifacts WHERE key = ?", (f"{kind}/{name}",)) is not None
 

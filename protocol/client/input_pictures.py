@@ -3,7 +3,7 @@
 import io
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from protocol.errors import BadRequest
 from protocol.pictures import MAX_PIXELS, digest_of
@@ -12,44 +12,74 @@ from protocol.tensors import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Given: TypeAlias = "str | os.PathLike[str] | bytes | Image"
 FORMATS = ("PNG", "JPEG", "WEBP")
 
 
-def picture_of(given: "str | os.PathLike[str] | bytes | Image", mask: bool = False) -> Tensor:
+def picture_of(given: Given, mask: bool = False, blur: float = 0) -> Tensor:
     """Return a picture's pixels, uint8 (height, width, 3), or of a mask (height, width, 1), named by their digest.
 
-    `given` is a path, a file's bytes or a Pillow image. It is turned as its EXIF says, and converted to sRGB.
+    `given` is a path, a file's bytes or a Pillow image. It is turned as its EXIF says, and converted to sRGB. A mask's
+    edge is softened by a Gaussian blur of a radius in pixels, as by diffusers' VaeImageProcessor.
 
     Raises:
         BadRequest: it can't be read, moves, or is too large.
     """
+    if mask:
+        return tensor_of(softened(upright(given).convert("L"), blur))
+    return tensor_of(in_srgb(upright(given)).convert("RGB"))
+
+
+def alpha_mask_of(given: Given, blur: float = 0) -> Tensor:
+    """Return a mask of what is transparent in a picture, as `picture_of` returns masks; BadRequest where nothing is."""
+    from PIL import ImageChops
+
+    image = upright(given)
+    if not image.has_transparency_data:
+        raise BadRequest(f"{told(given)} has no alpha channel.", "Give a mask of its own: --mask FILE.")
+    return tensor_of(softened(ImageChops.invert(image.convert("RGBA").getchannel("A")), blur))
+
+
+def softened(mask: "Image", blur: float) -> "Image":
+    from PIL import ImageFilter
+
+    return mask.filter(ImageFilter.GaussianBlur(blur)) if blur else mask
+
+
+def tensor_of(pixels: "Image") -> Tensor:
+    data = pixels.tobytes()
+    shape = (pixels.height, pixels.width, 1 if pixels.mode == "L" else 3)
+    return Tensor(digest_of(shape, data), "uint8", shape, data)
+
+
+def told(given: Given) -> str:
+    return repr(os.fspath(given)) if isinstance(given, str | os.PathLike) else "the picture"
+
+
+def upright(given: Given) -> "Image":
+    """Read a picture, and turn it as its EXIF says; BadRequest."""
     from PIL import Image, ImageOps
 
-    where = "the picture" if isinstance(given, bytes | Image.Image) else repr(os.fspath(given))
     try:
         with opened(given) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise Image.DecompressionBombError
             if (frames := getattr(image, "n_frames", 1)) > 1:
-                raise BadRequest(f"{where} has {frames} frames.", "Give one picture.")
-            upright = ImageOps.exif_transpose(image)
-            pixels = upright.convert("L") if mask else in_srgb(upright).convert("RGB")
+                raise BadRequest(f"{told(given)} has {frames} frames.", "Give one picture.")
+            return ImageOps.exif_transpose(image)
     except BadRequest:
         raise
     except Image.DecompressionBombError as error:
         raise BadRequest(
-            f"{where} has too many pixels.", f"At most {MAX_PIXELS} are taken: make it smaller."
+            f"{told(given)} has too many pixels.", f"At most {MAX_PIXELS} are taken: make it smaller."
         ) from error
     except FileNotFoundError as error:
-        raise BadRequest(f"There is no file {where}.") from error
+        raise BadRequest(f"There is no file {told(given)}.") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise BadRequest(f"{where} can't be read as a picture.", f"{', '.join(FORMATS)} can.") from error
-    data = pixels.tobytes()
-    shape = (pixels.height, pixels.width, 1 if mask else 3)
-    return Tensor(digest_of(shape, data), "uint8", shape, data)
+        raise BadRequest(f"{told(given)} can't be read as a picture.", f"{', '.join(FORMATS)} can.") from error
 
 
-def opened(given: "str | os.PathLike[str] | bytes | Image") -> "Image":
+def opened(given: Given) -> "Image":
     from PIL import Image
 
     if isinstance(given, Image.Image):

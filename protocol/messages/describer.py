@@ -5,8 +5,10 @@ from typing import Annotated
 from pydantic import Field
 
 from protocol.data import Text
+from protocol.job import MAX_IMAGES_IN, Recipe
 from protocol.messages.common import MAX_JOBS, Beat, Count, Error, Heartbeat, Line, Message, Name, Welcome
 from protocol.model import ModelDescription
+from protocol.route import Route, Shape
 
 
 class DescriberHello(Message):
@@ -34,5 +36,20 @@ class CountTokens(Message):
     texts: Annotated[tuple[Text, ...], Field(max_length=2 * MAX_JOBS)]
 
 
-FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Heartbeat)
-TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, Beat, Error)
+class LookAt(Message):
+    """What do jobs of this template begin with?"""
+
+    kind = "look-at"
+    request: Count
+    recipe: Recipe
+    shapes: Annotated[tuple[Shape, ...], Field(max_length=MAX_IMAGES_IN + 1)] = ()  # of its pictures
+
+
+class Looked(Message):
+    kind = "looked"
+    request: Count
+    route: Route
+
+
+FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Looked, Heartbeat)
+TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, LookAt, Beat, Error)

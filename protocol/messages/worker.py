@@ -96,6 +96,7 @@ class Result(TaskKey):
     kind = "result"
     seconds: float
     next: Stage | None = None  # the stage to visit; None: that was the last visit, and pictures lie beside this
+    first_call_alone: bool = False  # what it leaves is the result of one call, the first one of the job
     parts: Annotated[int, Field(ge=0, le=MAX_PARTS)] = 0  # of pictures that came before this
     visits_left: Count | None = None  # to the end of the job, `next` included; None: as usual
     peak_bytes: Count = 0

@@ -7,7 +7,8 @@ import pytest
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.job import JobRequest
 from protocol.model import ModelDescription
-from protocol.recipe import resolve, text_key
+from protocol.recipe import resolve
+from protocol.route import whole_key
 
 DEV = ModelDescription(
     model="dev", revision="r", pipeline="FluxPipeline", size_multiple=16, width=1024, height=1024, max_pixels=4 << 20,
@@ -68,7 +69,7 @@ def test_no_negative_prompt_is_not_an_empty_one() -> None:
     assert recipe(cfg_scale=2.0).negative_prompt is None
     assert recipe(cfg_scale=2.0, negative_prompt="").negative_prompt == ""
     assert recipe(cfg_scale=1.0, negative_prompt="dog").negative_prompt == "dog"  # what it does is the pipeline's own
-    assert text_key(recipe(cfg_scale=2.0)) != text_key(recipe(cfg_scale=2.0, negative_prompt=""))
+    assert whole_key(recipe(cfg_scale=2.0)) != whole_key(recipe(cfg_scale=2.0, negative_prompt=""))
 
 
 def test_a_seed_of_minus_one_is_drawn() -> None:
@@ -81,6 +82,6 @@ def test_a_seed_of_minus_one_is_drawn() -> None:
 
 def test_embeddings_are_shared_by_what_they_depend_on_and_no_further() -> None:
     base = recipe(seed=1)
-    assert text_key(base) == text_key(recipe(seed=2, steps=4, width=512, height=512, guidance=7.0))
+    assert whole_key(base) == whole_key(recipe(seed=2, steps=4, width=512, height=512, guidance=7.0))
     others = [recipe(prompt="a dog"), recipe(num_images=2), recipe(max_sequence_length=256), recipe(cfg_scale=2.0)]
-    assert len({text_key(base), *map(text_key, others)}) == 5
+    assert len({whole_key(base), *map(whole_key, others)}) == 5

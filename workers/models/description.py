@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from protocol.errors import ModelMissing, TriptychError
 from protocol.model import ModelDescription, PictureTask, VideoTask
 from workers.errors import cause_of
+from workers.models.call_settings import settings_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
 from workers.models.tasks import FRAMES, RATE, first_of, image_class, inpaint_class, needs_of, parameters_of
@@ -74,6 +75,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         image=picture_task(image_class(cls), pipeline, defaults),
         inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
         video=video_task(pipeline, defaults),
+        settings=settings_of(cls),
         needs=tuple(kind for kind, name in NEEDS.items() if name in needs),
         demo=source.model == DEMO,
     )
@@ -116,6 +118,7 @@ def picture_task(
         guidance=_float(default(distilled)),
         cfg_scale=_float(default(true_cfg)),
         strength=_float(default("strength")),
+        settings=settings_of(cls),
         sized={"height", "width"} <= set(known),
     )
 

@@ -38,7 +38,7 @@ class Stopped(BaseException):
 class Run:
     """A run of a pipeline's call in a stage, from its first argument on; what it makes is added to the record."""
 
-    stage: Stage
+    stage: Stage | None  # None: it owns nothing, and stops at the first call
     record: CallRecord
     device: torch.device
     finishes: bool = False  # the record has a decode's arguments: come to the end with them, without denoising

@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -23,9 +23,10 @@ import zmq
 from protocol import wire
 from protocol.errors import ModelMissing, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
-from protocol.messages.describer import TO_DESCRIBER, CountTokens, DescriberHello, TokenCounts
+from protocol.messages.describer import TO_DESCRIBER, CountTokens, DescriberHello, LookAt, Looked, TokenCounts
 from protocol.model import ModelDescription
 from protocol.recipe import CountTokens as Counter
+from protocol.route import Route, Template
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.stages import STAGES, Stage
 from protocol.worker_spec import DescriberSpec
@@ -42,10 +43,13 @@ BEAT_SECONDS = 0.5
 
 
 class Describer:
-    """The describer's conversation with the orchestrator. `count` gives the number of tokens of a text."""
+    """The describer's conversation with the orchestrator.
 
-    def __init__(self, endpoint: str, hello: DescriberHello, count: Counter) -> None:
-        self._endpoint, self._hello, self._count = endpoint, hello, count
+    `count` gives the number of tokens of a text, `look` what jobs of a template begin with.
+    """
+
+    def __init__(self, endpoint: str, hello: DescriberHello, count: Counter, look: Callable[[Template], Route]) -> None:
+        self._endpoint, self._hello, self._count, self._look = endpoint, hello, count, look
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._heard = 0.0  # monotonic seconds
@@ -93,6 +97,8 @@ class Describer:
         match message:
             case CountTokens(request=request, texts=texts):
                 self._say(self.counts(request, texts))
+            case LookAt(request=request, recipe=recipe, shapes=shapes):
+                self._say(Looked(request=request, route=self._look(Template(recipe, shapes))))
             case Error(code="not_found"):
                 self._connect()
             case Welcome() | Beat() | Error():
@@ -114,6 +120,19 @@ def token_counter(source: Any) -> Counter:
     if tokenizer is None:
         return lambda text: 0
     return lambda text: len(tokenizer(text, truncation=False, add_special_tokens=True).input_ids)
+
+
+def looker(source: Any, dtype: str) -> Callable[[Template], Route]:
+    """Return a function that finds routes; where a pipeline can't be looked at, it knows none."""
+    from workers.models.route import Router
+    from workers.models.skeleton import quiet
+
+    try:
+        with quiet():
+            return Router(source, dtype).look
+    except Exception as error:
+        log.info("routes can't be found: %s", error)
+        return lambda template: Route()
 
 
 def examine(model: str, revision: str | None, dtype: str, stages: Sequence[Stage] = ()) -> tuple[Any, ModelDescription]:
@@ -159,7 +178,7 @@ def serve(spec: DescriberSpec) -> None:
     source, description = examine(spec.model, spec.revision, spec.dtype, spec.stages)
     log.info("%s is whole: %s", spec.model, description.pipeline)
     hello = DescriberHello(pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
-    describer = Describer(spec.endpoint, hello, token_counter(source))
+    describer = Describer(spec.endpoint, hello, token_counter(source), looker(source, spec.dtype))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, describer.stop)
     describer.run()

@@ -194,6 +194,7 @@ class Executor:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(
                 **key, seconds=done.seconds, next=done.outcome.next, parts=done.outcome.parts,
+                first_call_alone=done.outcome.first_call_alone,
                 peak_bytes=done.peak_bytes,
                 workspace_bytes=done.workspace_bytes,
                 warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),

@@ -33,6 +33,7 @@ class Outcome:
     tensors: list[Tensor]
     next: Stage | None = None  # the stage to visit; None: these are the job's pictures
     warnings: tuple[str, ...] = ()
+    first_call_alone: bool = False  # it is the result of one call, the first one of the job
 
     @property
     def parts(self) -> int:

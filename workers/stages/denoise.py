@@ -180,7 +180,7 @@ def shape_of(recipe: Recipe) -> tuple[object, ...]:
     """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
     return (
         recipe.width, recipe.height, recipe.sized, recipe.frames, recipe.num_images, recipe.cfg_scale,
-        recipe.max_sequence_length, recipe.pictures, recipe.negative_prompt,
+        recipe.max_sequence_length, recipe.pictures, recipe.negative_prompt, recipe.settings,
     )  # fmt: skip
 
 

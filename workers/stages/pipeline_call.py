@@ -44,6 +44,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
         "strength": recipe.strength,
         first_of(FRAMES, type(pipeline)): recipe.frames,
         first_of(RATE, type(pipeline)): recipe.fps,
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.settings},
         **given_pictures(tensors),
     }
     if recipe.num_images != 1:

@@ -16,6 +16,7 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.pictures import as_given, is_given_picture, pictures_among
 from protocol.recipe import resolve
+from protocol.settings import as_given as settings_as_given
 from protocol.speedups import canonical
 from protocol.stages import Stage
 from protocol.tensors import Tensor
@@ -93,6 +94,7 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tupl
     if fixed:
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
+    kept["settings"] = settings_as_given(recipe.settings)
     request = JobRequest.model_validate({**kept, **given})
     if not recipe.sized:
         request = request.model_copy(update={"width": None, "height": None})

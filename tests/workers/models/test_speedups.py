@@ -9,7 +9,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
-from protocol.recipe import resolve, text_key
+from protocol.recipe import resolve
+from protocol.route import whole_key
 from protocol.speedups import canonical, parse_speedup, tier_of
 from tests import tiny
 from tests.records import embeddings_of
@@ -150,7 +151,7 @@ def test_embeddings_of_quantized_encoders_are_kept_apart(flux: Path) -> None:
     model = describe(read("x", flux, None))
     request = JobRequest(prompt="a", seed=1)
     keys = [
-        text_key(resolve(request, model, "float32", None, speedups))
+        whole_key(resolve(request, model, "float32", None, speedups))
         for speedups in ((), ("denoise:compile",), ("text:quantize=int8",))
     ]
     assert keys[0] == keys[1] != keys[2]

@@ -1,0 +1,69 @@
+"""The plain arguments of a pipeline's call that have no option of their own, found by its annotations."""
+
+import types
+import typing
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from protocol.settings import Setting, SettingKind
+from workers.models.tasks import FRAMES, RATE, parameters_of
+
+WITH_OPTIONS = (
+    "self", "prompt", "negative_prompt", "height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+    "num_images_per_prompt", "num_videos_per_prompt", "max_sequence_length", "strength", *FRAMES, *RATE,
+)  # fmt: skip
+# What a job decides, or what is no setting of what is made: outputs, and inner values that stages pass on.
+NOT_PLAIN = ("output_type", "return_dict", "generator", "latents", "callback", "embeds", "attention_mask")
+PLAIN: dict[Any, SettingKind] = {bool: "bool", int: "int", float: "float", str: "str"}
+
+
+def settings_of(cls: type[DiffusionPipeline]) -> tuple[Setting, ...]:
+    """Return the arguments that `--set` may give to a pipeline class's call, sorted by name."""
+    try:
+        hints = typing.get_type_hints(cls.__call__)
+    except (NameError, TypeError):  # of what isn't installed
+        hints = {}
+    found = []
+    for name, parameter in parameters_of(cls).items():
+        if name in WITH_OPTIONS or any(word in name for word in NOT_PLAIN):
+            continue
+        if kind := kind_of(hints.get(name, parameter.annotation)):
+            found.append(Setting(name=name, kind=kind))
+    return tuple(sorted(found, key=lambda setting: setting.name))
+
+
+def kind_of(hint: Any) -> SettingKind | None:
+    """Return the kind of an argument by its annotation; None where it isn't plain."""
+    members = [member for member in members_of(hint) if member is not type(None)]
+    kinds = [plain_kind(member) for member in members]
+    if not kinds or None in kinds:
+        return None
+    singles = [kind for kind in kinds if kind in PLAIN.values()]
+    return singles[0] if singles else kinds[0]
+
+
+def members_of(hint: Any) -> Iterable[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def plain_kind(hint: Any) -> SettingKind | None:
+    if hint in PLAIN:
+        return PLAIN[hint]
+    if typing.get_origin(hint) in (list, tuple):
+        inner = set(flat(hint)) - {...}
+        if inner <= {int}:
+            return "ints"
+        if inner <= {int, float}:
+            return "floats"
+        if inner <= {str}:
+            return "str"
+    return None
+
+
+def flat(hint: Any) -> Iterator[Any]:
+    for member in typing.get_args(hint):
+        yield from members_of(member)
