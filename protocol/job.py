@@ -91,6 +91,7 @@ class StageRecord(Data):
     warnings: tuple[str, ...] = ()
     device_kind: str = ""  # cpu, or a GPU's name: what equal bits depend on
     versions: str = ""  # of the libraries that computed it
+    wants: str = ""  # the call that the next stage is to make, such as `vae.encode`
     kept: Kept = ""  # what it left for the stages to come
 
 

@@ -20,7 +20,11 @@ class Route(Data):
     """What is known of jobs that differ in their prompts, seeds and pictures' contents alone."""
 
     first: Stage = FIRST  # the stage that the pipeline's call wants first
-    call: Annotated[str, Field(max_length=64)] = ""  # digest of its arguments, for prompts of SENTINEL; "": unknown
+    # Of the text stage's first visit: digest of its calls' arguments, for prompts of SENTINEL ("": unknown), their
+    # number, and the stage that is next (None: unknown).
+    encoded: Annotated[str, Field(max_length=64)] = ""
+    calls: int = 0
+    following: Stage | None = None
     of_pictures: bool = False  # they depend on the contents of pictures
     of_seed: bool = False  # and on the seed
     refusal: Annotated[str, Field(max_length=1000)] = ""  # the pipeline's own reason why it doesn't take them
@@ -49,15 +53,15 @@ class Template:
         )  # fmt: skip
 
 
-def call_key(route: Route, recipe: Recipe) -> str:
-    """Return the key of the first call's result: equal keys mean equal results. It errs to being another.
+def encoded_key(route: Route, recipe: Recipe) -> str:
+    """Return the key of the text stage's results: equal keys mean equal results. It errs to being another.
 
-    It is made of what the call's arguments are made of: sizes, scales or seeds are in it where they are.
+    It is made of what its calls' arguments are made of: sizes, scales or seeds are in it where they are.
     """
     parts = (
         recipe.revision,
         recipe.dtype,
-        route.call,
+        route.encoded,
         recipe.prompt,
         recipe.negative_prompt,
         *(recipe.pictures if route.of_pictures else ()),

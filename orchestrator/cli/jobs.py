@@ -84,14 +84,14 @@ def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
 def describe(job: Job) -> list[str]:
     took = f", {job.finished - job.created:.2f} s after it came" if job.finished else ""
     lines = [f"job {job.id}: {where(job)}{took}"]
-    lines += [f"  {name}: {value}" for name, value in job.recipe.model_dump().items() if value is not None]
+    lines += [f"  {name}: {value}" for name, value in job.recipe.model_dump().items() if value not in (None, ())]
     for record in job.records:
         how = (
             "from the cache"
             if record.cached
             else f"{record.seconds:.3f} s by {record.worker}, attempt {record.attempt}"
         )
-        lines.append(f"  {record.stage}: {how}")
+        lines.append(f"  {record.stage}: {how}" + (f"; next: {record.wants}" if record.wants else ""))
         lines += [f"    warning: {warning}" for warning in record.warnings]
     lines += [f"  failed: {reason}" for reason in job.reasons]
     return lines

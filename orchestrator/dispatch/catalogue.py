@@ -11,7 +11,7 @@ from protocol.messages.describer import DescriberHello
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
 from protocol.recipe import texts_to_count
-from protocol.route import Route, Template, call_key, whole_key
+from protocol.route import Route, Template, encoded_key, whole_key
 from protocol.stages import Stage
 
 
@@ -42,12 +42,12 @@ class KnownRoute:
     """A route, and what workers have shown of it."""
 
     route: Route
-    following: Stage | None = None  # the stage after the first visit of the text stage; None: not seen yet
-    single: bool = True  # that visit makes the first call alone, as far as was seen
+    following: Stage | None = None  # the stage after the first visit of the text stage; None: unknown
+    fits: bool = True  # that visit makes as many calls as it says, as far as was seen
 
     def text_key(self, recipe: Recipe) -> str:
         """Return the key of what the first visit of the text stage leaves."""
-        return call_key(self.route, recipe) if self.route.call and self.single else whole_key(recipe)
+        return encoded_key(self.route, recipe) if self.route.encoded and self.fits else whole_key(recipe)
 
 
 class Routes:
@@ -62,12 +62,17 @@ class Routes:
 
     def learn(self, template: Template, route: Route) -> None:
         """Take in what the describer has found."""
-        self._put(template, KnownRoute(route))
+        self._put(template, KnownRoute(route, route.following))
 
-    def seen(self, template: Template | None, following: Stage, single: bool) -> None:
-        """Take in what a worker's first visit has shown."""
-        if template and (known := self._known.get(template)):
-            self._put(template, KnownRoute(known.route, following, single))
+    def seen(self, template: Template | None, following: Stage, calls: int) -> bool:
+        """Take in what a first visit of the text stage has shown; return whether it is as the route says."""
+        known = self._known.get(template) if template else None
+        if template is None or known is None:
+            return False
+        fits = calls == known.route.calls
+        if (following, fits) != (known.following, known.fits):
+            self._put(template, KnownRoute(known.route, following, fits))
+        return fits
 
     def _put(self, template: Template, known: KnownRoute) -> None:
         self._known[template] = known

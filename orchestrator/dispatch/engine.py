@@ -268,7 +268,7 @@ class Engine:
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
-            versions=worker.hello.versions, kept=kept,
+            versions=worker.hello.versions, wants=result.wants, kept=kept,
         )  # fmt: skip
         self.happened(job, transitions.StageDone(record, result.next, time.time(), result.visits_left))
         if result.next is None:
@@ -284,18 +284,19 @@ class Engine:
             return ""
         if not tensors:
             return ""
-        if result.stage == FIRST and not job.records and self._can_be_shared(job, result.next, result.first_call_alone):
+        if result.stage == FIRST and not job.records and self._can_be_shared(job, result):
             artifacts.put("text", job.text_key, tensors)
             artifacts.shrink("text", self.settings.embedding_cache, spare=self.job_queue.texts())
             return "text"
         artifacts.put("latents", job.id, tensors)
         return "latents"
 
-    def _can_be_shared(self, job: LiveJob, following: Stage, alone: bool) -> bool:
+    def _can_be_shared(self, job: LiveJob, result: Result) -> bool:
         """Return whether what a first visit has left is that of the job's text key; what it shows is noted."""
-        if self.catalogue.known:
-            self.catalogue.known.routes.seen(job.template, following, alone)
-        return alone or job.text_key.startswith(WHOLE)
+        fits = False
+        if self.catalogue.known and result.next:
+            fits = self.catalogue.known.routes.seen(job.template, result.next, result.calls)
+        return fits or job.text_key.startswith(WHOLE)
 
     def _share_embeddings(self, job: LiveJob) -> None:
         for other in self.job_queue.of_text(job.text_key):

@@ -96,7 +96,8 @@ class Result(TaskKey):
     kind = "result"
     seconds: float
     next: Stage | None = None  # the stage to visit; None: that was the last visit, and pictures lie beside this
-    first_call_alone: bool = False  # what it leaves is the result of one call, the first one of the job
+    wants: Name = ""  # the call that the next stage is to make
+    calls: Count = 0  # into components, whose results it leaves
     parts: Annotated[int, Field(ge=0, le=MAX_PARTS)] = 0  # of pictures that came before this
     visits_left: Count | None = None  # to the end of the job, `next` included; None: as usual
     peak_bytes: Count = 0

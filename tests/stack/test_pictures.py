@@ -35,6 +35,17 @@ def test_a_picture_and_a_mask_give_the_bits_of_the_plain_pipelines(demo: Running
         assert job.recipe == again.recipe
 
 
+def test_a_sweep_over_one_prompt_encodes_it_once(demo: RunningStack) -> None:
+    options = {"negative_prompt": "blurry"}
+    first, _ = demo.picture("a sweep", cfg_scale=2.0, seed=1, steps=2, **options)
+    assert [(record.stage, record.cached, record.wants) for record in first.records] == [
+        ("text", False, "transformer.forward"), ("denoise", False, "vae.decode"), ("vae", False, "")
+    ]  # fmt: skip
+    sweep = ({"cfg_scale": 3.0}, {"cfg_scale": 2.0, "steps": 3}, {"cfg_scale": 4.0, "width": 64, "seed": 2})
+    assert all(demo.picture("a sweep", **options, **one)[0].cached for one in sweep)
+    assert not demo.picture("a sweep", **options, cfg_scale=1.0)[0].cached  # for which nothing negative is encoded
+
+
 def test_several_jobs_of_a_submission_share_a_picture_that_is_sent_once(demo: RunningStack) -> None:
     from protocol.client.input_pictures import picture_of
 

@@ -1,22 +1,30 @@
-"""The route of a job's beginning, found without weights: the pipeline's own call, up to the first into a component."""
+"""The route of a job's beginning, found without weights: the pipeline's own call, past what the text stage encodes."""
 
+import contextlib
 import hashlib
 import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgpack
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
 from protocol.pictures import IMAGE, MASK
 from protocol.route import Route, Shape, Template
+from protocol.stages import FIRST, Stage
 from protocol.tensors import Tensor
 from workers.models.loading import Loaded, install_boundaries, on_device
 from workers.models.skeleton import build_skeleton
-from workers.models.source import Source
-from workers.replay.boundaries import Run, Stopped
+from workers.models.source import Source, stages_of
+from workers.profile.meta_run import Seen as Operations
+from workers.profile.meta_run import on_shapes, watched
+from workers.replay.boundaries import Run, Stopped, tensors_of
 from workers.replay.call_record import CallRecord
 from workers.replay.values import Untransferable, freeze
 from workers.stages.pipeline_call import arguments_of, until_stop
@@ -25,6 +33,7 @@ from workers.tensors import DTYPES
 log = logging.getLogger(__name__)
 
 HERE = torch.device("cpu")
+MOST_KNOWN = 256  # calls whose results' shapes are kept
 
 
 class Router:
@@ -36,38 +45,109 @@ class Router:
         install_boundaries(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         self._loaded = Loaded(pipeline, ())
+        self._shapes = Shapes(pipeline)
 
     @torch.no_grad()
     def look(self, template: Template) -> Route:
         """Return what jobs of a template begin with; a route of which nothing is known where that can't be found."""
         try:
-            stopped = self._run(template.recipe, template.shapes)
+            seen = self._run(template.recipe, template.shapes)
         except ValueError as error:  # by which pipelines say that they don't take something
             return Route(refusal=" ".join(str(error).split())[:1000])
         except Exception as error:
             log.info("its route is not known: %s", error)
             return Route()
-        if stopped is None:
+        if seen is None:
             return Route()
-        call = digest_of(stopped)
-        if not call:
-            return Route(first=stopped.owner)
+        if seen.first != FIRST or not seen.digest:
+            return Route(first=seen.first)
         other = template.recipe.model_copy(update={"seed": template.recipe.seed + 1})
         return Route(
-            first=stopped.owner,
-            call=call,
-            of_pictures=bool(template.shapes) and digest_of(self._run(template.recipe, template.shapes, 1)) != call,
-            of_seed=digest_of(self._run(other, template.shapes)) != call,
+            first=seen.first,
+            encoded=seen.digest,
+            calls=seen.calls,
+            following=seen.following,
+            of_pictures=bool(template.shapes) and self._run(template.recipe, template.shapes, 1) != seen,
+            of_seed=self._run(other, template.shapes) != seen,
         )
 
-    def _run(self, recipe: Recipe, shapes: tuple[Shape, ...], content: int = 0) -> Stopped | None:
-        """Run the call with pictures of these shapes, of whatever `content`, to its first boundary."""
+    def _run(self, recipe: Recipe, shapes: tuple[Shape, ...], content: int = 0) -> "Seen | None":
+        """Run the call with pictures of these shapes, of whatever `content`, over the text stage's first visit."""
         pipeline = self._loaded.pipeline_for(recipe)
         given = pictures_like(recipe, shapes, content)
         generator = torch.Generator("cpu").manual_seed(recipe.seed)
-        run = Run(None, CallRecord(), HERE, generator=generator)
+        run = Lookout("text", CallRecord(), HERE, generator=generator, shapes=self._shapes)
         found = until_stop(pipeline, run, arguments_of(pipeline, recipe, given))
-        return found if isinstance(found, Stopped) else None
+        if not isinstance(found, Stopped):
+            return None
+        first: Stage = FIRST if run.digests else found.owner
+        following = None if run.lost or found.owner == FIRST else found.owner
+        digest = hashlib.sha256("".join(run.digests).encode()).hexdigest() if all(run.digests) else ""
+        return Seen(first, digest if following or run.lost else "", len(run.digests), following)
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The calls of a text stage's first visit: a digest of all, their number, and the stage after them, if known."""
+
+    first: Stage
+    digest: str
+    calls: int
+    following: Stage | None
+
+
+class Shapes:
+    """The results of encoders on shapes alone, by their calls."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        components = pipeline.components.items()
+        self._encoders = {n: c for n, c in components if isinstance(c, torch.nn.Module) and stages_of(n) == ("text",)}
+        self._known: OrderedDict[str, Any] = OrderedDict()
+
+    def result(self, digest: str, label: str, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return zeros of the shapes of a call's result; any error of the encoders' code."""
+        if digest not in self._known:
+            with contextlib.ExitStack() as stack:
+                for name, encoder in self._encoders.items():
+                    stack.enter_context(on_shapes(Operations(), name, encoder))
+                name = label.partition(".")[0]
+                if name in self._encoders:
+                    self._known[digest] = watched(Operations(), name, self._encoders[name], real, *args, **kwargs)
+                else:
+                    self._known[digest] = real(*args, **kwargs)
+            if len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+        return self._known[digest]
+
+
+@dataclass(slots=True)
+class Lookout(Run):
+    """A run of the text stage's first visit, on shapes alone."""
+
+    shapes: Shapes | None = None
+    digests: list[str] = field(default_factory=list)  # of its calls; empty where one can't be compared
+    lost: bool = False  # what comes after its first call can't be found
+
+    def call(self, owner: Stage, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        stopped = Stopped(owner, label, args, kwargs)
+        if owner != FIRST:
+            raise stopped
+        if self.digests and any(True for _ in tensors_of([args, kwargs], every=True)):
+            self.digests.append("")  # it may depend on what the calls before give
+            raise stopped
+        self.digests.append(digest_of(stopped))
+        if not self.digests[-1]:
+            raise stopped
+        self.inside = True
+        try:
+            assert self.shapes is not None
+            return self.shapes.result(self.digests[-1], label, real, args, kwargs)
+        except Exception as error:
+            log.info("%s can't be run on shapes: %s", label, error)
+            self.digests, self.lost = self.digests[:1], True
+            raise stopped from error
+        finally:
+            self.inside = False
 
 
 def pictures_like(recipe: Recipe, shapes: tuple[Shape, ...], content: int) -> list[Tensor]:
@@ -79,10 +159,8 @@ def pictures_like(recipe: Recipe, shapes: tuple[Shape, ...], content: int) -> li
     ]
 
 
-def digest_of(stopped: Stopped | None) -> str:
+def digest_of(stopped: Stopped) -> str:
     """Return a digest of a call and its arguments; empty where they are none that can be compared."""
-    if stopped is None:
-        return ""
     digest = hashlib.sha256(stopped.label.encode())
 
     def put_aside(tensor: torch.Tensor) -> int:

@@ -194,7 +194,8 @@ class Executor:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(
                 **key, seconds=done.seconds, next=done.outcome.next, parts=done.outcome.parts,
-                first_call_alone=done.outcome.first_call_alone,
+                wants=done.outcome.wants,
+                calls=done.outcome.calls,
                 peak_bytes=done.peak_bytes,
                 workspace_bytes=done.workspace_bytes,
                 warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),

@@ -33,7 +33,8 @@ class Outcome:
     tensors: list[Tensor]
     next: Stage | None = None  # the stage to visit; None: these are the job's pictures
     warnings: tuple[str, ...] = ()
-    first_call_alone: bool = False  # it is the result of one call, the first one of the job
+    wants: str = ""  # the call that the next stage is to make, such as `vae.encode`
+    calls: int = 0  # whose results it holds
 
     @property
     def parts(self) -> int:

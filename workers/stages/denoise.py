@@ -55,9 +55,9 @@ class DenoiseStage:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
-            return Outcome(run.for_decoding().pack(), next="vae")
+            return Outcome(run.for_decoding().pack(), next="vae", wants=run.pending[0][0])
         if isinstance(result, Stopped):
-            return Outcome(record.pack(), next=result.owner)
+            return Outcome(record.pack(), next=result.owner, wants=result.label)
         return Outcome(pictures_of(result, self.pipeline))  # it works on pixels
 
     @contextlib.contextmanager

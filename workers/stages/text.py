@@ -31,5 +31,5 @@ class TextStage:
             stopped = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
         if not isinstance(stopped, Stopped):
             raise StageError(f"{type(pipeline).__name__} came to its end without a denoiser")
-        alone = len(record.calls) == 1
-        return Outcome(record.pack() if record.calls else [], next=stopped.owner, first_call_alone=alone)
+        left = record.pack() if record.calls else []
+        return Outcome(left, stopped.owner, wants=stopped.label, calls=len(record.calls))

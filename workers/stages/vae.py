@@ -1,6 +1,7 @@
 """The vae stage: pictures into latents, as the pipeline's own call asks for them, and its end, from decode on."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class VaeStage:
                 outcome = self.visit(recipe, tensors)
             finally:
                 self.vae.disable_tiling()
-            return Outcome(outcome.tensors, outcome.next, (*outcome.warnings, IN_TILES))
+            return replace(outcome, warnings=(*outcome.warnings, IN_TILES))
 
     def visit(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
         record = CallRecord.unpack(tensors)
@@ -58,4 +59,4 @@ class VaeStage:
             return Outcome(pictures_of(result, pipeline))
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
-        return Outcome(record.pack(), next=result.owner)
+        return Outcome(record.pack(), next=result.owner, wants=result.label)

@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 
 from protocol.job import JobRequest, Recipe
 from protocol.recipe import resolve
-from protocol.route import Route, Template, call_key
+from protocol.route import Route, Template, encoded_key
 from tests import tiny, tiny_videos
 from workers.models.description import describe
 from workers.models.route import Router
@@ -46,9 +46,9 @@ def look(source: Source, recipe: Recipe) -> Route:
 def key(source: Source, **fields: Any) -> str:
     recipe = recipe_of(source, **fields)
     route = look(source, recipe)
-    assert route.first == "text"
-    assert route.call
-    return call_key(route, recipe)
+    assert (route.first, route.following) == ("text", "vae" if recipe.images else "denoise")
+    assert route.encoded
+    return encoded_key(route, recipe)
 
 
 def test_what_does_not_reach_the_first_call_needs_no_new_embeddings(sources: Callable[[str], Source]) -> None:
@@ -71,6 +71,15 @@ def test_a_sweep_of_scales_shares_what_is_encoded_as_far_as_the_pipeline_does(so
     assert key(sdxl, cfg_scale=3.0) != key(sdxl, cfg_scale=1.0)
     assert key(sdxl, cfg_scale=3.0) != key(sdxl, cfg_scale=3.0, negative_prompt="")
     assert key(sdxl, negative_prompt="blurry") != key(sdxl, negative_prompt="small")
+
+
+def test_calls_after_the_first_count_too(sources: Callable[[str], Source]) -> None:
+    guided = {"cfg_scale": 3.0, "negative_prompt": "blurry"}  # for which Flux encodes one after the other
+    flux = sources("flux")
+    assert look(flux, recipe_of(flux, **guided)).calls == 2
+    assert key(flux, **guided) == key(flux, **{**guided, "cfg_scale": 5.0})
+    assert key(flux, **guided) != key(flux, **{**guided, "negative_prompt": "small"})
+    assert key(flux, **guided) != key(flux, **{**guided, "settings": (("negative_prompt_2", "small"),)})
 
 
 def test_pictures_count_only_where_the_first_call_sees_them(sources: Callable[[str], Source]) -> None:

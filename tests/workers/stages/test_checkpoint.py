@@ -121,14 +121,23 @@ VIDEOS: dict[str, tuple[Callable[[], DiffusionPipeline], int, bool]] = {  # fram
 
 @pytest.mark.parametrize("case", VIDEOS)
 def test_another_worker_goes_on_with_all_that_the_loops_of_a_video_carry_along(case: str, tmp_path: Path) -> None:
+    check_video(case, tmp_path)
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("case", VIDEOS)
+def test_another_worker_goes_on_with_a_video_on_cuda(case: str, tmp_path: Path) -> None:
+    check_video(case, tmp_path, torch.device("cuda:0"))
+
+
+def check_video(case: str, folder: Path, device: torch.device = CPU) -> None:
     make, frames, of_picture = VIDEOS[case]
-    tiny.save(make(), tmp_path)
-    source = read("x", tmp_path, None)
+    tiny.save(make(), folder)
+    source = read("x", folder, None)
     images = ("0" * 64,) if of_picture else ()
-    size = (tiny.SIZE, tiny.SIZE)
     request = JobRequest(prompt="a star", steps=3, seed=3, width=32, height=32, frames=frames, images=images)
-    recipe = resolve(request, describe(source), "float32", None, picture_size=size)
-    check_all(source, recipe, before_denoising(source, recipe, as_task(noise()) if of_picture else ()))
+    recipe = resolve(request, describe(source), "float32", None, picture_size=(tiny.SIZE, tiny.SIZE))
+    check_all(source, recipe, before_denoising(source, recipe, as_task(noise()) if of_picture else ()), device)
 
 
 @pytest.mark.parametrize("scheduler", FLOW)

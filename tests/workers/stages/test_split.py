@@ -136,25 +136,35 @@ SLOW_VIDEOS = ("ltx", "cogvideox")
     "case", [pytest.param(name, marks=[pytest.mark.all] if name in SLOW_VIDEOS else []) for name in VIDEOS]
 )
 def test_a_video_has_the_frames_and_the_sound_of_the_plain_pipeline(case: str, tmp_path: Path) -> None:
+    check_video(case, tmp_path)
+
+
+@needs_gpus(1)
+@pytest.mark.parametrize("case", VIDEOS)
+def test_a_video_has_the_frames_and_the_sound_of_the_plain_pipeline_on_cuda(case: str, tmp_path: Path) -> None:
+    check_video(case, tmp_path, torch.bfloat16, torch.device("cuda:0"))
+
+
+def check_video(case: str, folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
     make, frames, of_picture = VIDEOS[case]
-    tiny.save(make(), tmp_path)
-    source = read("x", tmp_path, None)
+    tiny.save(make(), folder)
+    source = read("x", folder, None)
     given = as_task(noise()) if of_picture else []
     request = JobRequest(
         prompt="a red circle", images=("0" * 64,) * of_picture, width=32, height=32, steps=2, seed=11, frames=frames
     )  # fmt: skip
-    recipe = resolve(request, describe(source), "float32", None, picture_size=(32, 32))
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    recipe = resolve(request, describe(source), str(dtype).removeprefix("torch."), None, picture_size=(32, 32))
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
     pipeline.set_progress_bar_config(disable=True)
     plain = pipeline(
         prompt="a red circle", width=32, height=32, num_inference_steps=2, num_frames=frames,
         generator=torch.Generator().manual_seed(11), **({"image": noise()} if of_picture else {}),
     )  # fmt: skip
-    made = all_through(source, recipe, given)
+    made = all_through(source, recipe, given, dtype, device)
     assert bytes(pictures_among(made).data) == tiny_videos.frames_of(plain).numpy().tobytes()
     if case == "sound":
         (sound,) = (tensor for tensor in made if tensor.name == "sound")
-        assert bytes(sound.data) == plain.audio.numpy().tobytes()
+        assert bytes(sound.data) == plain.audio.cpu().float().numpy().tobytes()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["image", "mask"])
