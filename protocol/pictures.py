@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from protocol.errors import BadRequest
-from protocol.job import Recipe
 from protocol.tensors import Tensor
 
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
@@ -20,10 +19,15 @@ def is_given_picture(tensor: Tensor) -> bool:
     return tensor.name == MASK or tensor.name.startswith(f"{IMAGE}:")
 
 
-def as_given(recipe: Recipe, pictures: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the pictures that a job begins from, of those that are there by digest, named for its tasks; KeyError."""
-    names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
-    return [replace(pictures[digest], name=name) for name, digest in zip(names, recipe.pictures, strict=True)]
+def given_names(images: int, masked: bool) -> list[str]:
+    """Return the names, beside a task, of so many pictures that a job begins from, and of its mask."""
+    return [f"{IMAGE}:{number}" for number in range(images)] + ([MASK] if masked else [])
+
+
+def as_given(images: Sequence[str], mask: str | None, pictures: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the pictures of these digests, of those that are there, named for a job's tasks; KeyError."""
+    named = zip(given_names(len(images), mask is not None), (*images, *([mask] if mask else ())), strict=True)
+    return [replace(pictures[digest], name=name) for name, digest in named]
 
 
 def pictures_among(tensors: Sequence[Tensor]) -> Tensor:

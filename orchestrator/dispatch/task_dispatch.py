@@ -111,7 +111,7 @@ class TaskDispatch:
             if kept is None:
                 return None
             found[digest] = kept[0]
-        return as_given(job.recipe, found)
+        return as_given(job.recipe.images, job.recipe.mask, found)
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
         """Let a job's attempt fail, or its wait for one."""

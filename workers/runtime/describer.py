@@ -124,8 +124,8 @@ def token_counter(source: Any) -> Counter:
 
 def looker(source: Any, dtype: str) -> Callable[[Template], Route]:
     """Return a function that finds routes; where a pipeline can't be looked at, it knows none."""
-    from workers.models.route import Router
     from workers.models.skeleton import quiet
+    from workers.profile.route import Router
 
     try:
         with quiet():

@@ -81,7 +81,7 @@ def make_input(
     size = (pictures[0].shape[1], pictures[0].shape[0]) if pictures else None
     request = JobRequest.model_validate(given)
     recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size)
-    return recipe, tuple(as_given(recipe, {picture.name: picture for picture in pictures}))
+    return recipe, tuple(as_given(recipe.images, recipe.mask, {picture.name: picture for picture in pictures}))
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tuple[Recipe, tuple[Tensor, ...]]:

@@ -11,8 +11,8 @@ from protocol.recipe import resolve
 from protocol.route import Route, Template, encoded_key
 from tests import tiny, tiny_videos
 from workers.models.description import describe
-from workers.models.route import Router
 from workers.models.source import Source, read
+from workers.profile.route import Router
 
 SHAPE = (32, 32, 3)
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import IMAGE, MASK
+from protocol.pictures import given_names
 from protocol.route import Route, Shape, Template
 from protocol.stages import FIRST, Stage
 from protocol.tensors import Tensor
@@ -151,7 +151,7 @@ class Lookout(Run):
 
 
 def pictures_like(recipe: Recipe, shapes: tuple[Shape, ...], content: int) -> list[Tensor]:
-    names = [f"{IMAGE}:{number}" for number in range(len(recipe.images))] + ([MASK] if recipe.mask else [])
+    names = given_names(len(recipe.images), recipe.mask is not None)
     random = np.random.default_rng(content)
     return [
         Tensor(name, "uint8", shape, random.integers(0, 256, shape, dtype=np.uint8).tobytes())
