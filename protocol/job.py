@@ -36,6 +36,7 @@ class JobRequest(Data):
     fps: float | None = None  # of a video: frames a second
     images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
     mask: Digest | None = None  # white where the picture is to be made anew
+    control: Digest | None = None  # a picture that a ControlNet keeps to, such as edges
     strength: float | None = None  # how much of the picture goes, from 0 to 1
     settings: Given = ()  # further arguments of the pipeline's call, by name
     priority: Int64 = 0  # higher goes first
@@ -44,7 +45,7 @@ class JobRequest(Data):
     @property
     def pictures(self) -> tuple[str, ...]:
         """Digests of all pictures that it begins from."""
-        return (*self.images, *((self.mask,) if self.mask else ()))
+        return (*self.images, *(digest for digest in (self.mask, self.control) if digest))
 
 
 class Recipe(Data):
@@ -65,6 +66,7 @@ class Recipe(Data):
     dtype: str
     images: tuple[Digest, ...] = ()
     mask: Digest | None = None
+    control: Digest | None = None
     strength: float | None = None
     frames: Int64 | None = None  # of a video; None: pictures are made
     fps: float | None = None  # of a video: frames a second
@@ -76,7 +78,7 @@ class Recipe(Data):
     @property
     def pictures(self) -> tuple[str, ...]:
         """Digests of all pictures that it begins from."""
-        return (*self.images, *((self.mask,) if self.mask else ()))
+        return (*self.images, *(digest for digest in (self.mask, self.control) if digest))
 
 
 class StageRecord(Data):

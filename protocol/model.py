@@ -15,6 +15,7 @@ class PictureTask(Data):
     guidance: float | None
     cfg_scale: float | None
     strength: float | None = None  # default; None where it takes none
+    control: bool = False  # a picture that a ControlNet keeps to
     settings: tuple[Setting, ...] = ()  # further arguments
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
 
@@ -47,6 +48,7 @@ class ModelDescription(Data):
     max_sequence_limit: Positive  # tokens that fit a prompt at most
     image: PictureTask | None = None  # what is made of a picture; None: nothing
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
+    control: bool = False  # it takes a picture that a ControlNet keeps to
     video: VideoTask | None = None  # it makes videos; None: pictures
     settings: tuple[Setting, ...] = ()  # further arguments of its call
     needs: tuple[Literal["image", "mask"], ...] = ()  # that it can't do without

@@ -8,7 +8,7 @@ from protocol.errors import BadRequest
 from protocol.tensors import Tensor
 
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
-IMAGE, MASK = "image", "mask"  # how the names of a task's pictures begin
+IMAGE, MASK, CONTROL = "image", "mask", "control"  # how the names of a task's pictures begin
 PICTURES = "pictures"  # name of the tensors that a job's last visit gives
 SOUND, SOUND_RATE = "sound", "sound_rate"  # names of the tensors of videos' sound
 PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
@@ -16,18 +16,18 @@ PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
 
 def is_given_picture(tensor: Tensor) -> bool:
     """Return whether a tensor beside a task is a picture that the job begins from."""
-    return tensor.name == MASK or tensor.name.startswith(f"{IMAGE}:")
+    return tensor.name in (MASK, CONTROL) or tensor.name.startswith(f"{IMAGE}:")
 
 
-def given_names(images: int, masked: bool) -> list[str]:
-    """Return the names, beside a task, of so many pictures that a job begins from, and of its mask."""
-    return [f"{IMAGE}:{number}" for number in range(images)] + ([MASK] if masked else [])
+def named_pictures(images: Sequence[str], mask: str | None, control: str | None) -> dict[str, str]:
+    """Return the digests of all pictures that a job begins from, by their names beside its tasks; in order."""
+    found = {f"{IMAGE}:{number}": digest for number, digest in enumerate(images)}
+    return found | {name: digest for name, digest in ((MASK, mask), (CONTROL, control)) if digest}
 
 
-def as_given(images: Sequence[str], mask: str | None, pictures: Mapping[str, Tensor]) -> list[Tensor]:
-    """Return the pictures of these digests, of those that are there, named for a job's tasks; KeyError."""
-    named = zip(given_names(len(images), mask is not None), (*images, *([mask] if mask else ())), strict=True)
-    return [replace(pictures[digest], name=name) for name, digest in named]
+def as_given(named: Mapping[str, str], pictures: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return pictures, of those that are there by digest, named for a job's tasks; KeyError."""
+    return [replace(pictures[digest], name=name) for name, digest in named.items()]
 
 
 def pictures_among(tensors: Sequence[Tensor]) -> Tensor:

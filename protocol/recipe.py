@@ -53,6 +53,8 @@ def resolve(
     length = check_prompts(request, model, count_tokens)
     defaults = task or model
     guidance, cfg_scale = check_guidance(request, model, defaults)
+    if request.control is not None and not defaults.control:
+        raise BadRequest(f"{defaults.pipeline} takes no control image.", "Leave --control-image out.")
     return Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -66,6 +68,7 @@ def resolve(
         max_sequence_length=length,
         images=request.images,
         mask=request.mask,
+        control=request.control,
         strength=request.strength,
         frames=frames,
         fps=fps,

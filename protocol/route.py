@@ -46,7 +46,7 @@ class Template:
             recipe.model_copy(
                 update={
                     "prompt": SENTINEL, "negative_prompt": negative, "seed": 0, "images": images,
-                    "mask": recipe.mask and digest,
+                    "mask": recipe.mask and digest, "control": recipe.control and digest,
                 }
             ),
             shapes,

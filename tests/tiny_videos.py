@@ -189,8 +189,10 @@ def framepack() -> HunyuanVideoFramepackPipeline:
 
 
 def frames_of(output: Any) -> torch.Tensor:
-    """Return the frames of a plain pipeline's videos, one after the other, uint8 (n, height, width, 3)."""
-    frames = output.frames
+    """Return a plain pipeline's pictures, or the frames of its videos in order, uint8 (n, height, width, 3)."""
+    frames = getattr(output, "frames", None)
+    if frames is None:
+        frames = [output.images]
     if isinstance(frames, np.ndarray):
         flat = frames.reshape(-1, *frames.shape[2:])
         return torch.from_numpy((flat * 255).round().astype("uint8"))

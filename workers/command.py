@@ -77,6 +77,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--fps", type=float, help="Of a video: frames a second.")
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture to begin from.")
 @click.option("--mask", type=click.Path(path_type=Path), help="White where the picture is to be made anew.")
+@click.option("--control-image", type=click.Path(path_type=Path), help="A picture that a ControlNet keeps to.")
 @click.option("--strength", type=float, help="How much of the picture goes, from 0 to 1.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Write a torch profiler trace (JSON).")
@@ -122,9 +123,14 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
     debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
-    pictures = [picture_of(path) for path in options["images"]]
-    masks = [picture_of(options["mask"], mask=True)] if options["mask"] else []
-    run_standalone(prepare(spec), given, (*pictures, *masks), options["input_path"], output, debugging)
+    images = [picture_of(path) for path in options["images"]]
+    mask = picture_of(options["mask"], mask=True) if options["mask"] else None
+    control = picture_of(options["control_image"]) if options["control_image"] else None
+    named = {"images": tuple(image.name for image in images), "mask": mask and mask.name,
+             "control": control and control.name}  # fmt: skip
+    given |= {name: value for name, value in named.items() if value}
+    pictures = (*images, *(one for one in (mask, control) if one))
+    run_standalone(prepare(spec), given, pictures, options["input_path"], output, debugging)
 
 
 def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:

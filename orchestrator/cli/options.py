@@ -90,6 +90,8 @@ def picture_options(command: Command) -> Command:
         click.option("--mask", type=click.Path(path_type=Path), metavar="FILE",
                      help="Paint anew what is white in it, and keep the rest of --image; alpha: what is transparent "
                      "in --image."),
+        click.option("--control-image", type=click.Path(path_type=Path), metavar="FILE",
+                     help="A picture that the model's ControlNet keeps to, such as edges or depths."),
         click.option("--mask-blur", type=click.FloatRange(0, 1000), metavar="PIXELS",
                      help="Soften the mask's edge, as diffusers' mask_processor.blur does."),
         click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
@@ -174,7 +176,12 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
 
 
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Read the pictures of --image and --mask; BadRequest."""
+    """Read the pictures of --image, --mask and --control-image; BadRequest."""
+    control = options.get("control_image")
+    return (*image_and_mask(options), *([picture_of(control)] if control else []))
+
+
+def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
     paths, mask, blur = options.get("images") or (), options.get("mask"), options.get("mask_blur") or 0
     images = [picture_of(path) for path in paths]
     if mask is None:
@@ -190,8 +197,10 @@ def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
 
 def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:
     """A request's fields that name its pictures by their digests."""
-    digests, count = tuple(picture.name for picture in inputs), len(options.get("images") or ())
-    return {"images": digests[:count], "mask": digests[count] if options.get("mask") else None}
+    digests, count = [picture.name for picture in inputs], len(options.get("images") or ())
+    control = digests.pop() if options.get("control_image") else None
+    return {"images": tuple(digests[:count]), "mask": digests[count] if options.get("mask") else None,
+            "control": control}  # fmt: skip
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:

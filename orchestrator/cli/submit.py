@@ -285,14 +285,16 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
     wanted, given = list(recipe.pictures), [picture.name for picture in pictures]
     if wanted == given:
         return
-    options = " ".join([*(["--image FILE"] * len(recipe.images)), *(["--mask FILE"] if recipe.mask else [])])
+    flags = {"--mask FILE": recipe.mask, "--control-image FILE": recipe.control}
+    options = " ".join([*(["--image FILE"] * len(recipe.images)), *(flag for flag, given in flags.items() if given)])
     if len(wanted) != len(given):
         raise BadRequest(
             f"{str(path)!r} was made of {len(wanted) or 'no'} pictures; {len(given) or 'none'} were given.",
-            f"Give those that it was made of: {options}." if wanted else "Leave --image and --mask out.",
+            f"Give those that it was made of: {options}." if wanted else "Leave them out.",
         )
     number = next(i for i, pair in enumerate(zip(wanted, given, strict=True)) if pair[0] != pair[1])
-    what = f"picture {number + 1}" if number < len(recipe.images) else "the mask"
+    masks = recipe.mask is not None and number == len(recipe.images)
+    what = f"picture {number + 1}" if number < len(recipe.images) else "the mask" if masks else "the control image"
     raise BadRequest(
         f"{str(path)!r} was made of another picture: {what} has the digest {given[number][:12]}…, not "
         f"{wanted[number][:12]}….",

@@ -88,7 +88,8 @@ class Admission:
         """Return the shapes of a request's pictures; BadRequest where one isn't here, or is of another kind."""
         shapes = tuple(self._shape(digest, pictures) for digest in request.pictures)
         kinds = [channels for _, _, channels in shapes]
-        if kinds != [3] * len(request.images) + [1] * (request.mask is not None):
+        masked, controlled = request.mask is not None, request.control is not None
+        if kinds != [3] * len(request.images) + [1] * masked + [3] * controlled:
             raise BadRequest("Pictures have three channels, and masks have one.", "Give them as such.")
         return shapes
 
@@ -118,7 +119,7 @@ class Admission:
                 shapes = self._shapes(request, pictures)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
-                    (shapes[0][1], shapes[0][0]) if shapes else None,
+                    (shapes[0][1], shapes[0][0]) if request.images else None,
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None

@@ -78,7 +78,7 @@ class Calls:
     async def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
 
-        `images` and `mask` may be paths, the bytes of files, or Pillow images.
+        `images`, `mask` and `control` may be paths, the bytes of files, or Pillow images.
         """
         request, pictures = request_of(prompt, options)
         return (await self.submit_many([request], pictures=pictures))[0]

@@ -142,7 +142,7 @@ class Client:
     def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
 
-        `images` and `mask` may be paths, the bytes of files, or Pillow images.
+        `images`, `mask` and `control` may be paths, the bytes of files, or Pillow images.
         """
         return run(self._calls.submit(prompt, **options))
 

@@ -83,11 +83,16 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRe
     """A request, and the pictures that it begins from; those are read where they are given by path or as images."""
     if isinstance(prompt, JobRequest):
         return prompt, []
-    given, mask = options.pop("images", ()), options.pop("mask", None)
+    given, mask, control = options.pop("images", ()), options.pop("mask", None), options.pop("control", None)
     pictures = [picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])]
     masks = [] if mask is None else [picture_of(mask, mask=True)]
-    named: dict[str, Any] = {"images": tuple(p.name for p in pictures), "mask": masks[0].name if masks else None}
-    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks]
+    controls = [] if control is None else [picture_of(control)]
+    named: dict[str, Any] = {
+        "images": tuple(p.name for p in pictures),
+        "mask": masks[0].name if masks else None,
+        "control": controls[0].name if controls else None,
+    }
+    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls]
 
 
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:

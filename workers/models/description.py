@@ -21,7 +21,16 @@ from workers.errors import cause_of
 from workers.models.call_settings import settings_of
 from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
-from workers.models.tasks import FRAMES, RATE, first_of, image_class, inpaint_class, needs_of, parameters_of
+from workers.models.tasks import (
+    FRAMES,
+    RATE,
+    control_argument,
+    first_of,
+    image_class,
+    inpaint_class,
+    needs_of,
+    parameters_of,
+)
 
 LARGEST = 4  # times the default number of pixels, or of frames
 NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
@@ -74,9 +83,10 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         own_size="width" in defaults,
         image=picture_task(image_class(cls), pipeline, defaults),
         inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
+        control=control_argument(cls) is not None,
         video=video_task(pipeline, defaults),
         settings=settings_of(cls),
-        needs=tuple(kind for kind, name in NEEDS.items() if name in needs),
+        needs=tuple(kind for kind, name in NEEDS.items() if name in needs and name != control_argument(cls)),
         demo=source.model == DEMO,
     )
 
@@ -113,11 +123,12 @@ def picture_task(
 
     return PictureTask(
         pipeline=cls.__name__,
-        several=cls is type(pipeline),
+        several=cls is type(pipeline) and first_of(FRAMES, cls) is None,
         steps=int(default("num_inference_steps")),
         guidance=_float(default(distilled)),
         cfg_scale=_float(default(true_cfg)),
         strength=_float(default("strength")),
+        control=control_argument(cls) is not None,
         settings=settings_of(cls),
         sized={"height", "width"} <= set(known),
     )

@@ -4,7 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import diffusers
@@ -14,11 +14,27 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 
 from protocol.errors import ModelMissing
-from workers.models.source import Source
+from workers.models.source import Source, is_component
 from workers.models.tasks import needs_of, parameters_of
 from workers.replay.placeholder import said_to_be
 
-GIVEN = ("image", "mask_image")  # beside the prompt, that a job can bring
+PARTS = "uses the denoiser's parts outside of its forward, so that it can't be split"
+TWO = "runs two pipelines in one, each with encoders and denoisers of its own"
+OTHER = "makes no pictures or videos"
+# What can't be told from a class: found by trying, or by what it returns.
+NOT_SPLIT: Mapping[str, str] = {
+    "Cosmos3OmniPipeline": PARTS, "StableDiffusionSAGPipeline": "reads its denoiser's attention maps",
+    "MotifVideoImage2VideoPipeline": PARTS, "KandinskyCombinedPipeline": TWO, "KandinskyImg2ImgCombinedPipeline": TWO,
+    "KandinskyInpaintCombinedPipeline": TWO, "KandinskyV22CombinedPipeline": TWO,
+    "KandinskyV22Img2ImgCombinedPipeline": TWO, "KandinskyV22InpaintCombinedPipeline": TWO,
+    "StableCascadeCombinedPipeline": TWO, "WuerstchenCombinedPipeline": TWO, "StableUnCLIPPipeline": TWO,
+    "KandinskyPriorPipeline": OTHER, "KandinskyV22PriorPipeline": OTHER, "KandinskyV22PriorEmb2EmbPipeline": OTHER,
+    "StableCascadePriorPipeline": OTHER, "WuerstchenPriorPipeline": OTHER, "LLaDA2Pipeline": OTHER,
+    "DiffusionGemmaPipeline": OTHER, "ShapEPipeline": OTHER, "AceStepPipeline": OTHER, "LongCatAudioDiTPipeline": OTHER,
+    "StableAudio3Pipeline": OTHER, "StableAudio3AudioToAudioPipeline": OTHER, "StableAudio3InpaintPipeline": OTHER,
+    "UniDiffuserPipeline": "makes pictures or texts, whichever is missing",
+}  # fmt: skip
+GIVEN = ("image", "mask_image", "control_image")  # beside the prompt, that a job can bring
 
 
 def component_class(source: Source, name: str) -> Any:
@@ -57,6 +73,8 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
 def refusal(cls: type[DiffusionPipeline]) -> str:
     """Return why a pipeline class can't be run in stages; empty if it can."""
     parameters = parameters_of(cls)
+    if why := NOT_SPLIT.get(cls.__name__):
+        return why
     if needed := [name for name in needs_of(cls) if name not in GIVEN]:
         return f"needs {', '.join(needed)}, which a job can't give"
     if sound := [name for name in parameters if name in ("audio_length_in_s", "audio_end_in_s")]:
@@ -99,7 +117,7 @@ def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, An
     """The constructor's plain settings that model_index.json holds, such as force_zeros_for_empty_prompt."""
     raw = json.loads((source.folder / "model_index.json").read_text())
     _, optional = cls._get_signature_keys(cls)
-    return {name: raw[name] for name in optional if name in raw and not isinstance(raw[name], list)}
+    return {name: raw[name] for name in optional if name in raw and not is_component(raw[name])}
 
 
 def on_meta(source: Source, name: str) -> ModelMixin:

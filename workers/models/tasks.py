@@ -23,7 +23,7 @@ IMAGE_TO_VIDEO = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX
 
 def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that makes something of a picture with the weights of `cls`; None where there is none."""
-    if "image" in parameters_of(cls):
+    if "image" in parameters_of(cls) and control_argument(cls) != "image":
         return cls
     if name := IMAGE_TO_VIDEO.get(cls.__name__):
         found: type[DiffusionPipeline] = getattr(diffusers, name)
@@ -34,6 +34,15 @@ def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
 def inpaint_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that paints what a mask covers, with the weights of `cls`; None where there is none."""
     return cls if "mask_image" in parameters_of(cls) else _of_task(AUTO_INPAINT_PIPELINES_MAPPING, cls)
+
+
+def control_argument(cls: type[DiffusionPipeline]) -> str | None:
+    """Return the name of a call's argument for the picture that a ControlNet, or an adapter, keeps to."""
+    parameters = parameters_of(cls)
+    if "control_image" in parameters:
+        return "control_image"
+    controlled = {"controlnet", "adapter"} & set(inspect.signature(cls.__init__).parameters)
+    return "image" if controlled and "image" in parameters and "strength" not in parameters else None
 
 
 def class_for(cls: type[DiffusionPipeline], recipe: Recipe) -> type[DiffusionPipeline]:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import given_names
+from protocol.pictures import named_pictures
 from protocol.route import Route, Shape, Template
 from protocol.stages import FIRST, Stage
 from protocol.tensors import Tensor
@@ -151,7 +151,7 @@ class Lookout(Run):
 
 
 def pictures_like(recipe: Recipe, shapes: tuple[Shape, ...], content: int) -> list[Tensor]:
-    names = given_names(len(recipe.images), recipe.mask is not None)
+    names = named_pictures(recipe.images, recipe.mask, recipe.control)
     random = np.random.default_rng(content)
     return [
         Tensor(name, "uint8", shape, random.integers(0, 256, shape, dtype=np.uint8).tobytes())

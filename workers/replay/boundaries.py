@@ -219,6 +219,8 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
         case "vae":
             if hasattr(component, "encode"):
                 wrap(component, "encode", owner, f"{name}.encode")
+            if isinstance(quantizer := getattr(component, "quantize", None), torch.nn.Module):
+                wrap(quantizer, "forward", owner, f"{name}.quantize")  # which some pipelines call themselves
             if hasattr(component, "decode"):  # what else comes after it, such as a safety checker, is run as it comes
                 wrap(component, "decode", owner, f"{name}.decode", Run.decode)
         case "denoise":

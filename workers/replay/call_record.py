@@ -8,11 +8,13 @@ import msgpack
 import torch
 
 from protocol.tensors import Tensor
-from workers.replay.values import freeze, shapes_only, thaw
+from workers.errors import StageError
+from workers.replay.values import Untransferable, freeze, shapes_only, thaw
 from workers.tensors import from_wire, to_wire
 
 RECORD = "record:"  # begins the names of the tensors that a record is made of
 STATE = f"{RECORD}state"
+NO_STAND_IN = "none"  # in the place of a result's shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,10 @@ class CallRecord:
             given.append(tensor)
             return len(given) - 1
 
-        frozen = shapes_only(freeze(result, device, put_aside), given, lambda tensor: -1)
+        try:
+            frozen = shapes_only(freeze(result, device, put_aside), given, lambda tensor: -1)
+        except Untransferable:  # such as a cache of keys and values
+            frozen = NO_STAND_IN
         if self.forwards and self.forwards[-1][1] == frozen:
             self.forwards[-1][0] += 1
         else:
@@ -58,9 +63,16 @@ class CallRecord:
         """Return zeros of the shapes of a denoiser's result, by its number; ValueError where there were not so many."""
         for times, frozen in self.forwards:
             if number < times:
+                if frozen == NO_STAND_IN:
+                    raise StageError("nothing can stand in for what this denoiser returns")
                 return thaw(frozen, (), device)
             number -= times
         raise ValueError("a denoiser ran less often in its own stage")
+
+    @property
+    def can_stand_in(self) -> bool:
+        """Return whether zeros can take the place of all that the denoisers have returned."""
+        return all(frozen != NO_STAND_IN for _, frozen in self.forwards)
 
     def value(self, call: Call, device: torch.device) -> Any:
         return thaw(call.result, self.tensors, device)

@@ -183,7 +183,7 @@ class Recorder:
     def step_end(self, step: int, left: int, loop: LoopState | None) -> Saved | None:
         """Return the checkpoint that is ready now, if one is. `step` steps of the job are done, `left` of the loop."""
         ready = self._deliver()
-        if loop is None or self._begun is None or self._off:
+        if loop is None or self._begun is None or self._off or not self._record.can_stand_in:
             return ready
         if left == 0:
             self._ends.append(Mark(step, tree_map(clone, loop.values)))

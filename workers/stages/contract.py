@@ -39,4 +39,4 @@ class Outcome:
     @property
     def parts(self) -> int:
         """Parts of the pictures after the first one, which travel on their own."""
-        return 0 if self.next else sum(tensor.name == PICTURES for tensor in self.tensors) - 1
+        return 0 if self.next else max(0, sum(tensor.name == PICTURES for tensor in self.tensors) - 1)

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, is_given_picture
+from protocol.pictures import CONTROL, IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, is_given_picture
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
 from workers.models.description import call_parameters, guidance_arguments
-from workers.models.tasks import FRAMES, RATE, first_of
+from workers.models.tasks import FRAMES, RATE, control_argument, first_of
 from workers.replay.boundaries import Run, Stopped, running
 from workers.replay.call_record import CallRecord
 from workers.tensors import to_wire
@@ -45,7 +45,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
         first_of(FRAMES, type(pipeline)): recipe.frames,
         first_of(RATE, type(pipeline)): recipe.fps,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.settings},
-        **given_pictures(tensors),
+        **given_pictures(tensors, control_argument(type(pipeline))),
     }
     if recipe.num_images != 1:
         known[next(name for name in IMAGES_PER_PROMPT if name in parameters)] = recipe.num_images
@@ -54,12 +54,19 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
     return {name: value for name, value in known.items() if name is not None and value is not None}
 
 
-def given_pictures(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the pictures that a job begins from, as the arguments that pipelines take them by."""
+def given_pictures(tensors: Sequence[Tensor], control: str | None) -> dict[str, Any]:
+    """Return the pictures that a job begins from, as the arguments that pipelines take them by.
+
+    `control` is the name of the argument that a ControlNet's picture goes by.
+    """
     mine = {tensor.name: tensor for tensor in tensors if is_given_picture(tensor)}
-    images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(len(mine.keys() - {MASK}))]
+    images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(len(mine.keys() - {MASK, CONTROL}))]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]} if images else {}
-    return found | ({"mask_image": image_of(mine[MASK])} if MASK in mine else {})
+    if MASK in mine:
+        found["mask_image"] = image_of(mine[MASK])
+    if CONTROL in mine and control:
+        found[control] = image_of(mine[CONTROL])
+    return found
 
 
 def image_of(tensor: Tensor) -> Image.Image:

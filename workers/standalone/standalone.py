@@ -14,7 +14,7 @@ from protocol.client.picture_files import metadata_of, save_picture, to_images
 from protocol.client.video_files import save_video, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
-from protocol.pictures import as_given, is_given_picture, pictures_among
+from protocol.pictures import as_given, is_given_picture, named_pictures, pictures_among
 from protocol.recipe import resolve
 from protocol.settings import as_given as settings_as_given
 from protocol.speedups import canonical
@@ -28,7 +28,7 @@ from workers.stages.contract import Outcome, Saved
 from workers.standalone import stage_file
 
 BOUND_TO_RECORD = (
-    "prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale", "frames", "images", "mask"
+    "prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale", "frames", "images", "mask", "control"
 )  # fmt: skip
 
 
@@ -49,13 +49,9 @@ def run_standalone(
 ) -> None:
     """Run a stage once or `repeat` times and write what it made; `given` holds the options that were given.
 
-    `pictures` are those to begin from, named by their digests, a mask of one channel as the last.
+    `pictures` are those to begin from; `given` names them by their digests.
     """
     stage = prepared.spec.stage
-    if pictures:
-        digests = [picture.name for picture in pictures]
-        masked = pictures[-1].shape[2] == 1
-        given |= {"images": tuple(digests[: len(digests) - masked]), "mask": digests[-1] if masked else None}
     recipe, tensors = read_input(prepared, given, input_path) if input_path else make_input(prepared, given, pictures)
     brought = [tensor for tensor in tensors if is_given_picture(tensor)]
     runner, device_map = prepared.load()
@@ -81,7 +77,8 @@ def make_input(
     size = (pictures[0].shape[1], pictures[0].shape[0]) if pictures else None
     request = JobRequest.model_validate(given)
     recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size)
-    return recipe, tuple(as_given(recipe.images, recipe.mask, {picture.name: picture for picture in pictures}))
+    named = named_pictures(recipe.images, recipe.mask, recipe.control)
+    return recipe, tuple(as_given(named, {picture.name: picture for picture in pictures}))
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tuple[Recipe, tuple[Tensor, ...]]:

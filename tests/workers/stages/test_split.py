@@ -1,6 +1,6 @@
 """The generic split: text, denoise and vae apart give the plain pipeline's pictures, in any family."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +9,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from protocol.errors import BadRequest
-from protocol.job import JobRequest, Recipe
+from protocol.job import JobRequest
 from protocol.pictures import pictures_among
 from protocol.recipe import resolve
-from protocol.stages import FIRST, STAGES, Stage
-from protocol.tensors import Tensor
 from tests import tiny, tiny_families, tiny_videos
 from tests.pictures import as_task, half, noise, plain_of_picture
 from tests.records import latents_of
+from tests.stages import all_through, stages, through
 from tests.tiny import needs_gpus
 from workers.errors import Cancelled, StageError
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
-from workers.models.source import Source, read
+from workers.models.source import read
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import is_placeholder
 from workers.stages.contract import Saved, unheard
-from workers.stages.denoise import DenoiseStage
-from workers.stages.text import TextStage
-from workers.stages.vae import VaeStage
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -43,40 +39,6 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "flux2_klein": tiny_families.flux2_klein,
 }
 TRUE_CFG = ("flux", "qwen_image")  # pipelines whose scale is `true_cfg_scale`
-
-
-def stages(
-    source: Source, dtype: torch.dtype = torch.float32, device: torch.device = CPU
-) -> tuple[TextStage, DenoiseStage, VaeStage]:
-    devices = Devices(device)
-    text, denoise, vae = (load(source, stage, devices, dtype) for stage in ("text", "denoise", "vae"))
-    return TextStage(text, device), DenoiseStage(denoise, device), VaeStage(vae, device)
-
-
-def through(
-    source: Source,
-    recipe: Recipe,
-    given: Sequence[Tensor] = (),
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-) -> torch.Tensor:
-    """Go through the stages in whatever order they name; return all pictures or frames."""
-    pictures = pictures_among(all_through(source, recipe, given, dtype, device))
-    return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
-
-
-def all_through(
-    source: Source,
-    recipe: Recipe,
-    given: Sequence[Tensor] = (),
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-) -> list[Tensor]:
-    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source, dtype, device), strict=True))
-    outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
-    while outcome.next:
-        outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
-    return list(outcome.tensors)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

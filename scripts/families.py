@@ -1,0 +1,179 @@
+"""Run every pipeline class of the installed diffusers through the stages, and write the table of families.
+
+    python -m scripts.families [NAME …] [--write docs/families.md]
+
+Each class whose tiny pipeline `tests/families.py` builds, with random weights, is run in one process as the plain
+pipeline, called with nothing but what a job gave, and through the three stages; the pictures, or frames, are compared
+bit for bit.
+"""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def every_class() -> Iterator[type]:
+    """Yield the pipeline classes of diffusers that can be imported, by name."""
+    import diffusers
+    from diffusers import DiffusionPipeline
+
+    for name in sorted(dir(diffusers)):
+        if not name.endswith("Pipeline"):
+            continue
+        try:
+            found = getattr(diffusers, name)
+        except (ImportError, RuntimeError):  # of what isn't installed
+            continue
+        if isinstance(found, type) and issubclass(found, DiffusionPipeline) and found is not DiffusionPipeline:
+            yield found
+
+
+def verdict(cls: type) -> tuple[str, str]:
+    """Return how a class fares, `equal`, `differs`, `refused`, `fails` or `not run`, and with what, or why."""
+    from tests.families import CASES
+    from workers.models.skeleton import refusal
+
+    if why := refusal(cls):
+        return "refused", why
+    if cls.__name__ not in CASES:
+        return "not run", "no tiny pipeline of it is built here"
+    try:
+        return run(cls.__name__)
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return "fails", f"{type(error).__name__}: {text[:160]}"
+
+
+def run(name: str) -> tuple[str, str]:
+    """Run a class's case plainly and through the stages."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from protocol.job import JobRequest
+    from protocol.pictures import as_given, named_pictures, pictures_among
+    from protocol.recipe import resolve
+    from tests.families import CASES
+    from tests.pictures import half, noise
+    from tests.stages import all_through
+    from tests.tiny_videos import frames_of
+    from workers.models.description import describe
+    from workers.models.source import read
+    from workers.stages.pipeline_call import arguments_of
+
+    case = CASES[name]
+    side = (case.size, case.size)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "model"
+        case.make().save_pretrained(folder)
+        source = read(str(folder), folder, None)
+        model = describe(source)
+        given = brought(case.brings, noise(side), half(side))
+        images, masks, controls = (tuple(p.name for p in given[kind]) for kind in ("i", "m", "c"))
+        task = (model.inpaint if masks else model.image) if images else None
+        size: dict[str, Any] = {"width": case.size, "height": case.size} if task is None or task.sized else {}
+        request = JobRequest(
+            prompt="a red circle", steps=case.steps, seed=11, frames=case.frames, images=images,
+            mask=next(iter(masks), None),
+            control=next(iter(controls), None), settings=tuple((n, str(v).lower()) for n, v in case.settings.items()),
+            strength=0.5 if task and task.strength is not None else None, **size,
+        )  # fmt: skip
+        recipe = resolve(request, model, "float32", None, picture_size=side)
+        named = named_pictures(recipe.images, recipe.mask, recipe.control)
+        pictures = {picture.name: picture for kind in given.values() for picture in kind}
+        tensors = as_given(named, pictures)
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        asked = plainly(pipeline, request, arguments_of(pipeline, recipe, tensors), case.settings)
+
+        def plain_frames() -> Any:
+            return frames_of(pipeline(**asked, generator=torch.Generator("cpu").manual_seed(11)))
+
+        try:
+            plain = plain_frames()
+        except Exception as error:
+            return "not run", f"the plain pipeline fails at this tiny model: {' '.join(str(error).split())[:120]}"
+        made = pictures_among(all_through(source, recipe, tensors))
+        same = bytes(made.data) == plain.numpy().tobytes()
+        if not same and not torch.equal(plain, plain_frames()):
+            return (
+                "not run",
+                "the plain pipeline draws random numbers without the seed: no two of its pictures are equal",
+            )
+    words = ["prompt"] + [word for letter, word in WORDS.items() if letter in case.brings]
+    if case.frames:
+        words.append(f"{case.frames} frames")
+    return "equal" if same else "differs", ", ".join(words)
+
+
+WORDS = {"i": "image", "m": "mask", "c": "control image"}
+
+
+def brought(brings: str, image: Any, mask: Any) -> dict[str, list[Any]]:
+    from protocol.client.input_pictures import picture_of
+
+    return {
+        "i": [picture_of(image)] * ("i" in brings),
+        "m": [picture_of(mask, mask=True)] * ("m" in brings),
+        "c": [picture_of(image.rotate(90))] * ("c" in brings),
+    }
+
+
+def plainly(pipeline: Any, request: Any, arguments: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return, of a call's arguments, what the job gave; the pipeline's own defaults hold for the rest."""
+    from workers.models.tasks import FRAMES
+
+    given = {"prompt", "num_inference_steps", "strength", "width", "height", "image", "mask_image", "control_image",
+             *FRAMES, *settings}  # fmt: skip
+    return {name: value for name, value in arguments.items() if name in given}
+
+
+@click.command(help=__doc__.split("\n")[0] if __doc__ else None)
+@click.argument("names", nargs=-1)
+@click.option("--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the table to this file.")
+def main(names: tuple[str, ...], write: Path | None) -> None:
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    import diffusers
+    import torch
+
+    from workers.models.skeleton import quiet
+
+    torch.set_num_threads(1)
+    rows: list[tuple[str, str, str]] = []
+    with quiet():
+        for cls in every_class():
+            if names and cls.__name__ not in names:
+                continue
+            how, why = verdict(cls)
+            rows.append((cls.__name__, how, why))
+            print(f"{how}\t{cls.__name__}\t{why}", flush=True)
+    counts = {how: sum(row[1] == how for row in rows) for how in ("equal", "refused", "not run", "fails", "differs")}
+    print(", ".join(f"{count} {how}" for how, count in counts.items() if count))
+    if write:
+        write.write_text(page(rows, counts, f"diffusers {diffusers.__version__}, torch {torch.__version__}"))
+
+
+def page(rows: list[tuple[str, str, str]], counts: dict[str, int], versions: str) -> str:
+    told = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
+    lines = [
+        "# Families", "",
+        f"Every pipeline class of {versions}, on a CPU in float32: {told}. Written by `python -m scripts.families "
+        "--write docs/families.md`.", "",
+        "`equal`: a tiny pipeline of the class, with random weights, gives the same bits through the three stages as "
+        "plainly, with what is named. `refused`: in one line, before anything is loaded. `not run`: it is taken, but "
+        "nobody has compared it.", "", "| class | | with, or why |", "|---|---|---|",
+    ]  # fmt: skip
+    lines += [f"| {name} | {how} | {why.replace('|', '/')} |" for name, how, why in rows]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
