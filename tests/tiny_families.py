@@ -13,10 +13,13 @@ from diffusers import (
     FluxKontextPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    StableDiffusionPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -122,3 +125,20 @@ def flux2_klein() -> DiffusionPipeline:
 
 def kontext() -> DiffusionPipeline:
     return FluxKontextPipeline(**tiny.flux().components)
+
+
+def sd15_with_safety_checker(flags: bool) -> DiffusionPipeline:
+    """A Stable Diffusion whose safety checker flags all pictures, or none."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    size = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "projection_dim": 32}
+    vision = {**size, "num_hidden_layers": 2, "image_size": 30, "patch_size": 15}
+    config = CLIPConfig(vision_config=vision, text_config={**size, "num_hidden_layers": 1}, projection_dim=32)
+    checker = StableDiffusionSafetyChecker(config).eval()
+    with torch.no_grad():
+        checker.concept_embeds.normal_()
+        checker.special_care_embeds.normal_()
+        checker.concept_embeds_weights.fill_(-2.0 if flags else 2.0)  # thresholds of similarity
+        checker.special_care_embeds_weights.fill_(2.0)
+    parts = {"safety_checker": checker, "feature_extractor": CLIPImageProcessorPil(size=30, crop_size=30)}
+    return StableDiffusionPipeline(**dict(tiny.sd15().components) | parts)

@@ -2,6 +2,7 @@
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,9 +10,9 @@ from orchestrator.storage.artifacts import INLINE_BYTES
 from protocol.client.client import Client
 from protocol.errors import Conflict, JobFailed, NotFound, QueueFull
 from protocol.job import JobRequest
-from protocol.messages.worker import CancelTask, Committed, Result, Task, TaskFailed
+from protocol.messages.worker import CancelTask, Committed, Part, Result, Task, TaskFailed
 from protocol.tensors import Tensor
-from tests.fakes import Orchestrator, orchestrator
+from tests.fakes import OUTPUTS, Orchestrator, orchestrator
 
 
 def encoded(running: Orchestrator, client: Client, count: int = 1) -> list[str]:
@@ -278,3 +279,51 @@ def test_a_number_that_was_cancelled_before_a_crash_may_come_again(state: Path) 
         back.finish(again)
         decoded(running, client, job)
         assert client.job(job).reasons == ()
+
+
+def test_pictures_in_parts_count_once_all_are_there_whoever_dies_meanwhile(state: Path) -> None:
+    part = Tensor("pictures", "uint8", (2, 2, 2, 3), bytes(range(100, 124)))
+    with orchestrator(state) as running:
+        (job,) = encoded(running, client := running.client())
+        denoise = running.worker("denoise").ready()
+        denoise.finish(denoise.take())
+        vae = running.worker("vae", pid=7).ready()
+        task = vae.take()
+        key: dict[str, Any] = {"job": job, "stage": "vae", "attempt": task.attempt}
+        vae.say(Part(**key, number=1), part)
+        vae.say(Result(**key, seconds=0.1, parts=2), OUTPUTS["vae"])  # one has got lost
+        vae.ready()
+        again = vae.take()
+        key["attempt"] = again.attempt
+        assert "without all of its parts" in client.job(job).reasons[-1]
+        vae.say(Part(**key, number=1), part)
+        vae.settle()
+        running.restart()  # what was said so far may be there, or not: it is said again
+        back = running.worker("vae", pid=7).ready(current_task=(job, "vae", again.attempt))
+        for number in (1, 2):
+            back.say(Part(**key, number=number), part)
+        back.say(Result(**key, seconds=0.1, parts=2), OUTPUTS["vae"])
+        back.hear(Committed)
+        client = running.client()
+        assert client.wait(job, 20).state == "done"
+        found = client.raw_pictures(job)[1]
+        assert found.shape == (5, 2, 2, 3)
+        assert bytes(found.data) == bytes(range(12)) + 2 * bytes(range(100, 124))
+        assert client.collect_garbage(0)[0] == 1
+
+
+def test_parts_of_a_job_that_was_cancelled_go_with_it(state: Path) -> None:
+    with orchestrator(state) as running:
+        (job,) = encoded(running, client := running.client())
+        denoise = running.worker("denoise").ready()
+        denoise.finish(denoise.take())
+        vae = running.worker("vae").ready()
+        task = vae.take()
+        large = Tensor("pictures", "uint8", (1, 256, 256, 3), bytes(256 * 256 * 3))
+        vae.say(Part(job=job, stage="vae", attempt=task.attempt, number=1), large)
+        vae.settle()
+        assert list((state / "artifacts").iterdir())
+        client.cancel(job)
+        client.cancel(job)  # what the first one let go of is removed once that is on the disk
+        assert client.job(job).state == "cancelled"
+        assert not [path for path in (state / "artifacts").iterdir() if path.name.startswith("pictures")]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from protocol.client.input_pictures import picture_of
+from protocol.client.input_pictures import alpha_mask_of, picture_of
 from protocol.errors import BadRequest
 from protocol.pictures import check_picture
 from protocol.tensors import Tensor
@@ -68,3 +68,20 @@ def test_what_is_not_as_it_is_named_is_refused() -> None:
     ):
         with pytest.raises(BadRequest, match="not what it is said to be"):
             check_picture(bad)
+
+
+def test_a_mask_of_what_is_transparent_softened_as_diffusers_does() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
+    image = noise((16, 16)).convert("RGBA")
+    alpha = Image.new("L", (16, 16), 255)
+    alpha.paste(0, (8, 0, 16, 16))
+    image.putalpha(alpha)
+    white = Image.new("L", (16, 16), 0)
+    white.paste(255, (8, 0, 16, 16))
+    assert np.array_equal(pixels(alpha_mask_of(image))[..., 0], np.asarray(white))
+    blurred = VaeImageProcessor.blur(white, blur_factor=3)
+    assert np.array_equal(pixels(alpha_mask_of(image, 3))[..., 0], np.asarray(blurred))
+    assert np.array_equal(pixels(picture_of(white, mask=True, blur=3))[..., 0], np.asarray(blurred))
+    with pytest.raises(BadRequest, match="no alpha channel"):
+        alpha_mask_of(noise((16, 16)))

@@ -6,9 +6,10 @@ import pytest
 
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.job import JobRequest
-from protocol.model import ModelDescription
+from protocol.model import ModelDescription, VideoTask
 from protocol.recipe import resolve
 from protocol.route import whole_key
+from protocol.settings import Setting, as_given
 
 DEV = ModelDescription(
     model="dev", revision="r", pipeline="FluxPipeline", size_multiple=16, width=1024, height=1024, max_pixels=4 << 20,
@@ -85,3 +86,70 @@ def test_embeddings_are_shared_by_what_they_depend_on_and_no_further() -> None:
     assert whole_key(base) == whole_key(recipe(seed=2, steps=4, width=512, height=512, guidance=7.0))
     others = [recipe(prompt="a dog"), recipe(num_images=2), recipe(max_sequence_length=256), recipe(cfg_scale=2.0)]
     assert len({whole_key(base), *map(whole_key, others)}) == 5
+
+
+VIDEO = DEV.model_copy(update={"video": VideoTask(frames=81, multiple=4, fps=16.0, max_frames=324)})
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [(80, "nearest are 81"), (84, "nearest are 85"), (2, "nearest are 1"), (0, "positive"), (400, "At most 324")],
+)
+def test_frames_that_a_pipeline_would_round_are_refused(frames: int, words: str) -> None:
+    with pytest.raises((BadRequest, DoesNotFit)) as caught:
+        recipe(VIDEO, frames=frames)
+    assert words in str(caught.value)
+
+
+def test_a_video_has_the_models_own_frames_and_rate() -> None:
+    assert (recipe(VIDEO).frames, recipe(VIDEO).fps) == (81, 16.0)
+    assert (recipe(VIDEO, frames=5, fps=8.0).frames, recipe(VIDEO, frames=5, fps=8.0).fps) == (5, 8.0)
+    assert (recipe().frames, recipe().fps) == (None, None)
+    for name in ("frames", "fps"):
+        with pytest.raises(BadRequest, match="pictures, not videos"):
+            recipe(**{name: 8})
+
+
+SETTINGS = DEV.model_copy(
+    update={
+        "settings": (
+            Setting(name="clip_skip", kind="int"), Setting(name="eta", kind="float"),
+            Setting(name="sigmas", kind="floats"),
+            Setting(name="flag", kind="bool"), Setting(name="prompt_2", kind="str"),
+        )
+    }
+)  # fmt: skip
+
+
+def test_settings_are_read_by_their_kinds_and_come_back_as_they_were_given() -> None:
+    given = (("prompt_2", "3"), ("clip_skip", " 2"), ("sigmas", "1,0.5"), ("flag", "True"), ("eta", "1"))
+    made = recipe(SETTINGS, settings=given)
+    assert made.settings == (
+        ("clip_skip", 2), ("eta", 1.0), ("flag", True), ("prompt_2", "3"), ("sigmas", (1.0, 0.5))
+    )  # fmt: skip
+    assert recipe(SETTINGS, settings=as_given(made.settings)).settings == made.settings
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((("generator", "1"),), "no setting 'generator'. It has clip_skip, eta, sigmas"),
+        ((("clip_skip", "1.5"),), "a whole number"),
+        ((("eta", "nan"),), "a number"),
+        ((("flag", "maybe"),), "true or false"),
+        ((("sigmas", "1,,2"),), "numbers with commas"),
+        ((("eta", "1"), ("eta", "2")), "given twice"),
+    ],
+)
+def test_settings_that_a_pipeline_does_not_take_are_refused(given: tuple[tuple[str, str], ...], words: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        recipe(SETTINGS, settings=given)
+    assert words in str(caught.value)
+
+
+def test_what_a_model_needs_must_be_given() -> None:
+    needy = DEV.model_copy(update={"needs": ("image",)})
+    with pytest.raises(BadRequest, match="begins from a picture"):
+        recipe(needy)
+    with pytest.raises(BadRequest, match="takes no control image"):
+        recipe(control="0" * 64)

@@ -17,6 +17,7 @@ from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, unt
 
 log = logging.getLogger(__name__)
 
+BLACKENED = "the model's safety checker has taken a picture away; another prompt or seed may help"
 IN_TILES = "decoded in tiles, for want of GPU memory; where tiles meet, the picture differs a little from a whole one"
 
 
@@ -56,7 +57,8 @@ class VaeStage:
             run = new_run("vae", record, self.device, recipe, finishes=bool(record.decodes), skips=False)
             result = until_stop(pipeline, run, arguments)
         if not isinstance(result, Stopped):
-            return Outcome(pictures_of(result, pipeline))
+            flagged = any(getattr(result, "nsfw_content_detected", None) or ())
+            return Outcome(pictures_of(result, pipeline), warnings=(BLACKENED,) if flagged else ())
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
         return Outcome(record.pack(), next=result.owner, wants=result.label)

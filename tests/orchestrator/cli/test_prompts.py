@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from orchestrator.cli.options import make_request, requests_from
-from orchestrator.cli.output import Name, Wanted, names_for
+from orchestrator.cli.output import Name, Wanted, fit_to, names_for, names_of_pattern
 from orchestrator.cli.prompts import read_prompts
 from orchestrator.config import load_config
 from protocol.client.picture_files import metadata_of, parameters_text, put_in_place, read_recipe, save_picture
@@ -94,6 +94,45 @@ def test_every_final_name_is_checked(tmp_path: Path) -> None:
         names_for(tmp_path, [Wanted("a", 2)])
     names = names_for(tmp_path / "r.png", [Wanted("a", 3, only=1)])
     assert names == {"a": [Name(1, tmp_path / "r.png")]}
+
+
+def test_a_pattern_names_each_picture_and_equal_names_get_numbers(tmp_path: Path) -> None:
+    def names(pattern: str, *prompts: str) -> list[str]:
+        jobs = [(Wanted(f"j{i}", 1), {"prompt": prompt, "seed": 7}) for i, prompt in enumerate(prompts)]
+        found = names_of_pattern(str(tmp_path / pattern), jobs)
+        return [name.path.name for rows in found.values() for name in rows]
+
+    assert names("{seed}-{prompt:.5}.png", "a long one", "../b") == ["7-a lon.png", "7-.._b.png"]
+    assert names("{seed}.webp", "x", "y") == ["7.webp", "7-2.webp"]
+    assert names("{job}-{index:03d}.jpg", "x") == ["j0-001.jpg"]
+    for bad, words in (("{size}.png", "has no 'size'"), ("{seed", "can't be read"), ("{seed:q}.png", "can't be filled"),
+                       ("{seed.real}.png", "has no 'seed.real'"), ("{seed}.txt", "is not a picture")):  # fmt: skip
+        with pytest.raises(BadRequest, match=words):
+            names(bad, "x")
+
+
+def test_a_name_fits_what_is_made() -> None:
+    def fitted(name: str, video: bool, chosen: bool = True) -> str:
+        return fit_to({"j": [Name(0, Path(name), chosen)]}, video)["j"][0].path.name
+
+    assert fitted("x.png", True, chosen=False) == "x.mp4"
+    assert fitted("x.webp", False) == "x.webp"
+    assert fitted("x.gif", True) == "x.gif"
+    assert fitted("x-%04d.png", True) == "x-%04d.png"
+    with pytest.raises(BadRequest, match="this model makes pictures"):
+        fitted("x.webm", False)
+    with pytest.raises(BadRequest, match="for a video, which this model makes"):
+        fitted("x.png", True)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_a_picture_of_any_format_carries_its_recipe(suffix: str, tmp_path: Path) -> None:
+    image, path = Image.new("RGB", (8, 8), "red"), tmp_path / f"x{suffix}"
+    save_picture(image, path, metadata_of(recipe(prompt="ein grüner Kreis"), "j", 0))
+    assert read_recipe(path).recipe == recipe(prompt="ein grüner Kreis")
+    save_picture(image, path, None)
+    with pytest.raises(BadRequest, match="carries no recipe"):
+        read_recipe(path)
 
 
 def recipe(**fields: object) -> Recipe:

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
-from orchestrator.dispatch.catalogue import CatalogueEntry
+from orchestrator.dispatch.catalogue import CatalogueEntry, Routes
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
-from protocol.messages.describer import DescriberHello
+from protocol.messages.describer import DescriberHello, LookAt, Looked
+from protocol.route import WHOLE, Route, Template
 from tests.fakes import MODEL
+from tests.protocol.test_recipe import recipe
 
 
 def describer_link() -> DescriberLink:
@@ -36,3 +38,36 @@ def test_only_the_prompt_that_a_describer_had_in_hand_is_blamed_for_its_end() ->
     with pytest.raises(BadRequest, match="tokenizer fails at this prompt"):
         link.ready_for(bad)
     assert not link.ready_for(good)  # it is being counted
+
+
+def test_a_template_is_looked_at_once_and_one_that_ends_describers_has_no_route() -> None:
+    link, hello = describer_link(), DescriberHello(pid=1, dtype="float32", speedups=(), model=MODEL)
+    routes = link.catalogue.default().routes
+    one, other = (Template.of(recipe(steps=steps), ()) for steps in (1, 2))
+    link.hello(b"1", hello)
+    link.look_at([one, one, other])
+    asked = [letter.message for letter in link.outbox.drain()]
+    assert [(m.request, m.recipe.steps) for m in asked if isinstance(m, LookAt)] == [(1, 1), (2, 2)]
+    link.looked(Looked(request=2, route=Route(encoded="x", calls=1, following="denoise")))
+    known = routes.get(other)
+    assert known is not None
+    assert (known.route.encoded, known.following) == ("x", "denoise")
+    link.hello(b"2", hello)
+    link.hello(b"3", hello)
+    assert routes.get(one) is not None
+    link.looked(Looked(request=9, route=Route(refusal="no")))  # which nobody has asked
+
+
+def test_a_route_is_trusted_as_far_as_workers_bear_it_out() -> None:
+    routes, template = Routes(), Template.of(recipe(), ())
+    routes.learn(template, Route(encoded="x", calls=1, following="denoise"))
+    (known,) = (routes.get(template),)
+    assert known is not None
+    assert not known.text_key(recipe()).startswith(WHOLE)
+    assert routes.seen(template, "denoise", 1)
+    assert not routes.seen(template, "vae", 2)
+    known = routes.get(template)
+    assert known is not None
+    assert known.text_key(recipe()).startswith(WHOLE)
+    assert known.following == "vae"
+    assert not routes.seen(None, "denoise", 1)

@@ -199,3 +199,24 @@ def test_old_jobs_are_forgotten_with_what_they_left(tmp_path: Path) -> None:
     assert not store.artifacts.has("latents", "job1")
     assert store.artifacts.has("latents", "job2")
     assert store.counts() == {"failed": 2}
+
+
+def test_parts_go_with_what_they_are_parts_of(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    for name in ("a", "ab", "a0"):
+        store.artifacts.put("pictures", name, SMALL)
+        for number in (1, 2, 10):
+            store.artifacts.put_part("pictures", name, number, LARGE)
+    assert store.artifacts.parts("pictures", "a") == [1, 2, 10]
+    assert store.artifacts.get_part("pictures", "a", 0) == store.artifacts.get("pictures", "a")
+    assert store.artifacts.get_part("pictures", "a", 10) is not None
+    assert store.artifacts.get_part("pictures", "a", 3) is None
+    store.artifacts.drop("pictures", "a")
+    store.commit()
+    assert store.artifacts.parts("pictures", "a") == []
+    assert store.artifacts.parts("pictures", "ab") == store.artifacts.parts("pictures", "a0") == [1, 2, 10]
+    assert len(list((tmp_path / "artifacts").iterdir())) == 6
+    assert store.artifacts.shrink("pictures", INLINE_BYTES * 4) == ["ab"]
+    assert store.artifacts.parts("pictures", "ab") == []
+    assert store.artifacts.specs("pictures", "a0") == [tensor.spec for tensor in SMALL]
+    assert store.artifacts.specs("pictures", "ab") == []

@@ -12,6 +12,7 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.pictures import pictures_among
 from protocol.recipe import resolve
+from protocol.stages import STAGES, Stage
 from tests import tiny, tiny_families, tiny_videos
 from tests.pictures import as_task, half, noise, plain_of_picture
 from tests.records import latents_of
@@ -25,6 +26,7 @@ from workers.models.source import read
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import is_placeholder
 from workers.stages.contract import Saved, unheard
+from workers.stages.vae import BLACKENED
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
@@ -177,6 +179,21 @@ def test_a_picture_and_a_mask_on_cuda(name: str, dtype: torch.dtype, tmp_path: P
         asked = {"prompt": "a red circle", "num_inference_steps": 4, "strength": 0.5, "seed": 11, **size}
         plain = plain_of_picture(folder, image, mask, dtype, "cuda", **asked)
         assert torch.equal(through(source, recipe, as_task(image, mask), dtype, torch.device("cuda:0")), plain)
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_a_safety_checker_sees_the_picture_and_what_it_takes_away_is_told(flagged: bool, tmp_path: Path) -> None:
+    folder = tiny.save(tiny_families.sd15_with_safety_checker(flagged), tmp_path)
+    source = read(str(folder), folder, None)
+    recipe = resolve(JobRequest(prompt="a star", steps=2, **SMALL), describe(source), "float32", None)
+    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
+    outcome = by_name["text"].run(recipe, (), unheard)
+    while outcome.next:
+        outcome = by_name[outcome.next].run(recipe, tuple(outcome.tensors), unheard)
+    plain = tiny.plain(folder, prompt="a star", num_inference_steps=2, **SMALL)
+    assert bool(plain.any()) == (not flagged)
+    assert bytes(outcome.tensors[0].data) == plain.numpy().tobytes()
+    assert outcome.warnings == ((BLACKENED,) if flagged else ())
 
 
 def test_each_stage_loads_only_its_own_weights(flux_dev: Path) -> None:
