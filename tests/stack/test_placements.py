@@ -135,7 +135,9 @@ def test_parallel_ranks_are_one_worker_that_dies_and_comes_back_as_one(
         assert torch.equal(stack.picture(PROMPTS[0], seed=0, **SIZE)[1], picture)
 
 
-@pytest.mark.parametrize("kind", ["split", pytest.param("context", marks=pytest.mark.all), "tensor"])
+@pytest.mark.parametrize(
+    "kind", ["split", pytest.param("context", marks=pytest.mark.all), pytest.param("tensor", marks=pytest.mark.all)]
+)
 def test_what_lies_on_several_gpus_is_lent_and_given_back_when_idle(kind: str, deep: Path, state: Path) -> None:
     budget = 2_600_000
     with running_stack(state, *on_two(deep, budget, "--placement", kind, "--keep-alive", "denoise=0")) as stack:

@@ -106,6 +106,7 @@ def test_where_forking_is_impossible_a_spare_process_becomes_the_next_worker(
         until(stack, lambda w: spare(w) not in (None, waiting))
 
 
+@pytest.mark.all
 def test_two_denoisers_share_the_jobs(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu") as stack:
         assert triptych("scale", "denoise=2", folder=state).returncode == 0
@@ -146,7 +147,7 @@ def test_a_killed_orchestrator_comes_back_with_its_jobs(state: Path, flux_dev: P
         assert stack.picture("a red star", seed=9, **SMALL)[1].equal(wanted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.all)])
 def test_no_process_outlives_the_supervisor(number: signal.Signals, state: Path, flux_dev: Path) -> None:
     command = [*TRIPTYCH, "up", "--state", str(state), "--json", "--model", str(flux_dev), "--device", "cpu"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment())

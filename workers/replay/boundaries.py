@@ -92,7 +92,17 @@ class Run:
         named = {n: GENERATOR if isinstance(v, torch.Generator) else v for n, v in kwargs.items()}
         state = None if self.generator is None else self.generator.get_state()
         self.pending.append((label, (kept, named, state)))
-        return shape_of(real, args, kwargs)
+        result = shape_of(real, args, kwargs)
+        if self.generator is not None and state is not None:
+            self.generator.set_state(state)  # whatever was drawn for a shape
+        return result
+
+    def check_may_denoise(self, *given: Any) -> None:
+        """Raise Stopped where a denoiser is to run on what is yet to be decoded; StageError where it can't be told."""
+        if self.is_tainted(*given):
+            raise Stopped("vae", "decode", (), {})
+        if any(GENERATOR in [*kept, *named.values()] for _, (kept, named, _) in self.pending):
+            raise StageError("it decodes with random numbers and denoises on; such a pipeline can't be split")
 
     def is_tainted(self, *given: Any) -> bool:
         """Return whether values have come of a decode that is yet to be made."""
@@ -234,8 +244,8 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
 def refuse_tainted(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """A forward hook of a denoiser, before it runs."""
     run = _current.get()
-    if run is not None and run.is_tainted(args, kwargs):
-        raise Stopped("vae", f"{type(module).__name__}.forward", args, kwargs)
+    if run is not None and run.pending:
+        run.check_may_denoise(args, kwargs)
 
 
 def note_shapes(module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:

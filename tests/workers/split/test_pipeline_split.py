@@ -147,7 +147,7 @@ def test_jobs_at_once_have_the_bits_of_one_alone(
     assert [residency.modulation is not None for residency in parts.residencies] == [learned, learned]
 
 
-@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.8, 0.75)])
+@pytest.mark.parametrize("shares", [pytest.param((1.0, 1.0), marks=pytest.mark.all), (0.8, 0.75)])
 def test_jobs_at_once_that_begin_from_pictures_have_the_bits_of_one_alone(
     shares: tuple[float, float], tmp_path: Path
 ) -> None:

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import av
 import pytest
 from PIL import Image
 
-from tests.stacks import RunningStack, triptych
+from tests import tiny, tiny_videos
+from tests.pictures import noise
+from tests.stacks import RunningStack, running_stack, triptych
 
 
 def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Path, tmp_path: Path) -> None:
@@ -28,6 +31,34 @@ def test_three_stages_by_hand_equal_the_stack(stack: RunningStack, flux_dev: Pat
     _, whole = stack.picture("a red star", width=32, height=32, steps=3, seed=1)
     with Image.open(tmp_path / "out.png") as image:
         assert image.tobytes() == bytes(whole.numpy().tobytes())
+
+
+@pytest.mark.all
+def test_four_stages_by_hand_change_a_picture_and_make_a_video(tmp_path: Path) -> None:
+    """A picture goes to the VAE before the denoiser, and travels in the stages' files."""
+    folder = tiny.save(tiny_videos.wan_of_image(), tmp_path / "wan")
+    noise().save(tmp_path / "in.png")
+    asked = ("--prompt", "a red star", "--image", "in.png", "--frames", "5", "--width", "32", "--height", "32",
+             "--steps", "2", "--seed", "1")  # fmt: skip
+    given: tuple[str, ...] = ("--model", str(folder), *asked)
+    for stage, name in (("text", "a"), ("vae", "b"), ("denoise", "c")):
+        done = triptych("worker", stage, "--standalone", *given, "--device", "cpu", "-o", f"{name}.safetensors",
+                        cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        given = ("-i", f"{name}.safetensors")
+    done = triptych("worker", "vae", "--standalone", *given, "--device", "cpu", "-o", "out.mp4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with running_stack(tmp_path / "state", "--model", str(folder), "--device", "cpu") as stack:
+        again = triptych("retry", "out.mp4", "--image", "in.png", "--anyway", "-o", "again.mp4", folder=stack.folder,
+                         cwd=tmp_path)  # fmt: skip
+        assert again.returncode == 0, again.stderr
+    assert decoded(tmp_path / "out.mp4") == decoded(tmp_path / "again.mp4")
+
+
+def decoded(path: Path) -> list[bytes]:
+    """The frames of a file; an encoder makes the same of the same frames."""
+    with av.open(str(path)) as container:
+        return [frame.to_image().tobytes() for frame in container.decode(video=0)]
 
 
 @pytest.mark.parametrize(
