@@ -50,6 +50,7 @@ class ModelDescription(Data):
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
     control: bool = False  # it takes a picture that a ControlNet keeps to
     video: VideoTask | None = None  # it makes videos; None: pictures
+    several: bool = True  # it makes several pictures, or videos, of one prompt at once
     settings: tuple[Setting, ...] = ()  # further arguments of its call
     needs: tuple[Literal["image", "mask"], ...] = ()  # that it can't do without
     demo: bool = False

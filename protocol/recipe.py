@@ -47,6 +47,8 @@ def resolve(
     width, height, sized = check_sizes(request, model, task, picture_size)
     check_range("steps", request.steps, 1, MAX_STEPS)
     check_range("num_images", request.num_images, 1, MAX_IMAGES)
+    if request.num_images > 1 and not model.several:
+        raise BadRequest(f"{model.pipeline} makes one at a time.", "For several, give several seeds: --seeds 1..4.")
     check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     check_range("seed", request.seed, DRAWN, MAX_SEED)
     frames, fps = check_frames(request, model)

@@ -151,5 +151,7 @@ def test_what_a_model_needs_must_be_given() -> None:
     needy = DEV.model_copy(update={"needs": ("image",)})
     with pytest.raises(BadRequest, match="begins from a picture"):
         recipe(needy)
+    with pytest.raises(BadRequest, match="makes one at a time"):
+        recipe(DEV.model_copy(update={"several": False}), num_images=2)
     with pytest.raises(BadRequest, match="takes no control image"):
         recipe(control="0" * 64)

@@ -1,8 +1,9 @@
 """The plain arguments of a pipeline's call that have no option of their own, found by its annotations."""
 
+import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -21,10 +22,7 @@ PLAIN: dict[Any, SettingKind] = {bool: "bool", int: "int", float: "float", str: 
 
 def settings_of(cls: type[DiffusionPipeline]) -> tuple[Setting, ...]:
     """Return the arguments that `--set` may give to a pipeline class's call, sorted by name."""
-    try:
-        hints = typing.get_type_hints(cls.__call__)
-    except (NameError, TypeError):  # of what isn't installed
-        hints = {}
+    hints = _hints(cls.__call__)
     found = []
     for name, parameter in parameters_of(cls).items():
         if name in WITH_OPTIONS or any(word in name for word in NOT_PLAIN):
@@ -32,6 +30,20 @@ def settings_of(cls: type[DiffusionPipeline]) -> tuple[Setting, ...]:
         if kind := kind_of(hints.get(name, parameter.annotation)):
             found.append(Setting(name=name, kind=kind))
     return tuple(sorted(found, key=lambda setting: setting.name))
+
+
+def tuples_of(cls: type[DiffusionPipeline]) -> frozenset[str]:
+    """Return the names of a call's arguments that are tuples; others of several values are lists."""
+    hints = _hints(cls.__call__).items()
+    return frozenset(n for n, hint in hints if any(typing.get_origin(m) is tuple for m in members_of(hint)))
+
+
+@functools.cache
+def _hints(call: Callable[..., Any]) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(call)
+    except (NameError, TypeError):  # of what isn't installed
+        return {}
 
 
 def kind_of(hint: Any) -> SettingKind | None:

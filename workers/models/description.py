@@ -23,6 +23,7 @@ from workers.models.skeleton import build_skeleton, pipeline_class
 from workers.models.source import DEMO, Source
 from workers.models.tasks import (
     FRAMES,
+    IMAGES_PER_PROMPT,
     RATE,
     control_argument,
     first_of,
@@ -85,6 +86,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
         control=control_argument(cls) is not None,
         video=video_task(pipeline, defaults),
+        several=first_of(IMAGES_PER_PROMPT, cls) is not None,
         settings=settings_of(cls),
         needs=tuple(kind for kind, name in NEEDS.items() if name in needs and name != control_argument(cls)),
         demo=source.model == DEMO,

@@ -15,6 +15,7 @@ from diffusers.pipelines.auto_pipeline import (
 
 from protocol.job import Recipe
 
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 FRAMES = ("num_frames", "video_length", "frames")  # names of the number of a video's frames
 RATE = ("frame_rate", "fps")  # names of frames a second, of pipelines that heed them
 # Of videos diffusers has no such table; these two say that both take the same weights.

@@ -14,15 +14,14 @@ from protocol.pictures import CONTROL, IMAGE, MASK, PART_BYTES, PICTURES, SOUND,
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
+from workers.models.call_settings import tuples_of
 from workers.models.description import call_parameters, guidance_arguments
-from workers.models.tasks import FRAMES, RATE, control_argument, first_of
+from workers.models.tasks import FRAMES, IMAGES_PER_PROMPT, RATE, control_argument, first_of
 from workers.replay.boundaries import Run, Stopped, running
 from workers.replay.call_record import CallRecord
 from workers.tensors import to_wire
 
 log = logging.getLogger(__name__)
-
-IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 
 
 def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[Tensor] = ()) -> dict[str, Any]:
@@ -32,6 +31,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
     """
     parameters = call_parameters(pipeline)
     cfg_scale, guidance = guidance_arguments(pipeline)
+    tuples = tuples_of(type(pipeline))
     known: dict[Any, Any] = {
         "prompt": recipe.prompt,
         "negative_prompt": recipe.negative_prompt,
@@ -44,11 +44,11 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
         "strength": recipe.strength,
         first_of(FRAMES, type(pipeline)): recipe.frames,
         first_of(RATE, type(pipeline)): recipe.fps,
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in recipe.settings},
+        **{n: list(v) if isinstance(v, tuple) and n not in tuples else v for n, v in recipe.settings},
         **given_pictures(tensors, control_argument(type(pipeline))),
     }
     if recipe.num_images != 1:
-        known[next(name for name in IMAGES_PER_PROMPT if name in parameters)] = recipe.num_images
+        known[first_of(IMAGES_PER_PROMPT, type(pipeline))] = recipe.num_images
     if parameters.get("output_type") and parameters["output_type"].default in ("np", "pt", "tensor"):
         known["output_type"] = "pil"  # of the same bits, rounded to the levels of a file
     return {name: value for name, value in known.items() if name is not None and value is not None}

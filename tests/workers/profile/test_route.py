@@ -73,6 +73,11 @@ def test_a_sweep_of_scales_shares_what_is_encoded_as_far_as_the_pipeline_does(so
     assert key(sdxl, negative_prompt="blurry") != key(sdxl, negative_prompt="small")
 
 
+def test_settings_of_several_numbers_are_what_the_pipeline_wants(sources: Callable[[str], Source]) -> None:
+    sizes = {"settings": (("original_size", "64,64"), ("sigmas", "1,0.5"))}
+    assert key(sources("sdxl"), **sizes) == key(sources("sdxl"))
+
+
 def test_calls_after_the_first_count_too(sources: Callable[[str], Source]) -> None:
     guided = {"cfg_scale": 3.0, "negative_prompt": "blurry"}  # for which Flux encodes one after the other
     flux = sources("flux")
