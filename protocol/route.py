@@ -12,7 +12,7 @@ from protocol.job import Recipe
 from protocol.stages import FIRST, Stage
 
 Shape = tuple[int, ...]  # of a picture: height and width in pixels, channels
-SENTINEL = "a"  # in the place of prompts
+SENTINEL, NEGATIVE_SENTINEL = "what nobody asks for, 5b1f", "what nobody leaves out, 5b1f"  # in the place of prompts
 WHOLE = "whole:"  # begins keys that are made of the whole recipe
 
 
@@ -39,7 +39,7 @@ class Template:
 
     @staticmethod
     def of(recipe: Recipe, shapes: tuple[Shape, ...]) -> "Template":
-        negative = recipe.negative_prompt and SENTINEL  # none and an empty one stay what they are
+        negative = recipe.negative_prompt and NEGATIVE_SENTINEL  # none and an empty one stay what they are
         digest = "0" * 64
         images = (digest,) * len(recipe.images)
         return Template(

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.data import Data
+from protocol.data import Data, Int64
 from protocol.errors import BadRequest
 
 SettingKind = Literal["bool", "int", "float", "str", "ints", "floats"]
-Number = bool | int | float
+Number = bool | Int64 | float
 Value = Number | Annotated[str, Field(max_length=100_000)] | Annotated[tuple[Number, ...], Field(max_length=4096)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")]
 Given = Annotated[tuple[tuple[Name, Annotated[str, Field(max_length=100_000)]], ...], Field(max_length=64)]
@@ -32,16 +32,23 @@ def number(text: str) -> float:
     return found
 
 
+def whole(text: str) -> int:
+    found = int(text)
+    if not -(2**63) <= found < 2**63:
+        raise ValueError
+    return found
+
+
 def truth(text: str) -> bool:
     return TRUTHS[text.lower()]
 
 
 READ: Mapping[SettingKind, tuple[str, Callable[[str], Value]]] = {
     "bool": ("true or false", truth),
-    "int": ("a whole number", int),
+    "int": ("a whole number of 64 bits", whole),
     "float": ("a number", number),
     "str": ("a text", str),
-    "ints": ("whole numbers with commas", lambda text: tuple(int(part) for part in text.split(","))),
+    "ints": ("whole numbers with commas", lambda text: tuple(whole(part) for part in text.split(","))),
     "floats": ("numbers with commas", lambda text: tuple(number(part) for part in text.split(","))),
 }
 

@@ -14,6 +14,7 @@ from protocol.client.endpoints import default_folder
 from protocol.client.input_pictures import alpha_mask_of, picture_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
+from protocol.recipe import DRAWN
 from protocol.tensors import Tensor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -166,13 +167,15 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
     seeds = options.get("seeds") or [None]
     if seeds != [None] and "seed" in given:
         raise BadRequest("--seed and --seeds say the same.", "Give one or the other.")
-    if "{seed" in (options.get("output_pattern") or ""):
-        given.setdefault("seed", secrets.randbelow(2**32))  # known before it is queued
-    return [
-        Asked(make_request({**given, **row} | ({} if seed is None else {"seed": seed}), where), where, inputs=inputs)
-        for where, row in rows
-        for seed in seeds
-    ]
+    named_by_seed = "{seed" in (options.get("output_pattern") or "")
+    asked: list[Asked] = []
+    for where, row in rows:
+        for seed in seeds:
+            fields = {**given, **row} | ({} if seed is None else {"seed": seed})
+            if named_by_seed and fields.get("seed") in (None, DRAWN):
+                fields["seed"] = secrets.randbelow(2**32)  # known before it is queued
+            asked.append(Asked(make_request(fields, where), where, inputs=inputs))
+    return asked
 
 
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:

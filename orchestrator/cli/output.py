@@ -127,7 +127,7 @@ def names_of_pattern(pattern: str, jobs: Sequence[tuple[Wanted, Mapping[str, Any
             told["prompt"] = re.sub(r"[^\w .,()+-]+", "_", str(told["prompt"])).strip() or "_"
             try:
                 path = first = Path(pattern.format_map(told))
-            except (ValueError, LookupError, AttributeError) as error:
+            except (ValueError, LookupError, AttributeError, TypeError) as error:
                 raise BadRequest(f"--output-pattern {pattern!r} can't be filled: {error}.") from error
             number = 1
             while path in taken:

@@ -44,15 +44,18 @@ class DescriberLink:
     pid: int = 0  # of the describer that is here; 0: none is
     _identity: bytes = b""
     _heard: float = 0.0  # monotonic seconds
+    _last_pid: int = 0  # of the describer that was here last
     _number: int = 0
     _open: dict[int, Question] = field(default_factory=dict)  # by its number
     _failed: dict[tuple[str, ...], str] = field(default_factory=dict)  # texts that can't be counted, and why
 
     def hello(self, identity: bytes, hello: DescriberHello) -> None:
         """Take in a describer that has found the model to be whole; what its predecessor left open is asked again."""
+        new = hello.pid != self._last_pid
+        self._last_pid = hello.pid
         self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
         self.catalogue.learn(hello)
-        if (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
+        if new and (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
             oldest.ended += 1
         for number, question in list(self._open.items()):
             if question.ended < MOST_ENDED:
@@ -96,9 +99,12 @@ class DescriberLink:
         return False
 
     def look_at(self, templates: Sequence[Template]) -> None:
-        """Have it found out what jobs of these begin with; QueueFull."""
+        """Have it found out what jobs of these begin with."""
         for template in templates:
-            self._ask_once(template)
+            if len(self._open) < MOST_WAITING:
+                self._ask_once(template)
+            else:  # a sweep of more than there is time for
+                self.catalogue.default().routes.learn(template, Route())
 
     def _ask_once(self, of: tuple[str, ...] | Template) -> None:
         if any(question.of == of for question in self._open.values()):
@@ -106,7 +112,9 @@ class DescriberLink:
         if len(self._open) >= MOST_WAITING:
             raise QueueFull("Too many submissions wait for the model to be asked about them.", "Try again later.")
         self._number += 1
-        self._open[self._number] = question = Question(of)
+        question = Question(of)
+        question.message(self._number)  # which must be possible
+        self._open[self._number] = question
         if self._identity:
             self._ask(self._number, question)
 

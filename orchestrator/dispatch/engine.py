@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from orchestrator.dispatch import transitions
-from orchestrator.dispatch.admission import Admission, Pictures
+from orchestrator.dispatch.admission import Admission, Either, Pictures
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
@@ -304,7 +304,9 @@ class Engine:
                 self._skip_text_if_known(other)
 
     def _make_room_for_pictures(self, job_id: str) -> None:
-        for name in self.store.artifacts.shrink("pictures", self.settings.keep_pictures, spare=(job_id,)):
+        for name in self.store.artifacts.shrink(
+            "pictures", self.settings.keep_pictures, spare=Either(self.job_queue.jobs, (job_id,))
+        ):
             if job := self.store.job(name):
                 self.happened(job, transitions.PicturesDropped())
 

@@ -16,6 +16,7 @@ MAX_SHORTAGES = 12  # tries of one stage that found too little memory; each asks
 MAX_VISITS = 32  # of stages in a job, before its way is taken to go in circles
 KEEP_REASONS = 16
 ArtifactKind = Literal["checkpoint", "latents", "pictures"]  # of a job by its id
+PARTS: tuple[ArtifactKind, ...] = ("pictures",)  # that a task has sent before its end, which go with it
 
 
 # -- what may happen ----------------------------------------------------------------------------------
@@ -151,9 +152,9 @@ def after(job: LiveJob, event: Event) -> Changes:
             )  # fmt: skip
             return Changes(_visited(job, record, following, cached=True))
         case HandedBack():
-            return Changes(_handed_back(job))
+            return Changes(_handed_back(job), drop=PARTS)
         case ShortOfMemory():
-            return Changes(_handed_back(job, shortages=job.shortages + 1))
+            return Changes(_handed_back(job, shortages=job.shortages + 1), drop=PARTS)
         case Failed():
             return _failed(job, event)
         case CheckpointDropped():
@@ -211,7 +212,7 @@ def _failed(job: LiveJob, event: Failed) -> Changes:
     failures = (0 if job.saved > job.saved_at_failure else job.failures) + 1
     told: dict[str, Any] = {"reasons": reasons, "failures": failures, "saved_at_failure": job.saved}
     if event.retry and failures < MAX_ATTEMPTS:
-        return Changes(_handed_back(job, **told))
+        return Changes(_handed_back(job, **told), drop=PARTS)
     return _ended(job, "failed", event.now, **told)
 
 

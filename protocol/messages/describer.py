@@ -42,7 +42,7 @@ class LookAt(Message):
     kind = "look-at"
     request: Count
     recipe: Recipe
-    shapes: Annotated[tuple[Shape, ...], Field(max_length=MAX_IMAGES_IN + 1)] = ()  # of its pictures
+    shapes: Annotated[tuple[Shape, ...], Field(max_length=MAX_IMAGES_IN + 2)] = ()  # of its pictures
 
 
 class Looked(Message):

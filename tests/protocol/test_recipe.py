@@ -136,6 +136,7 @@ def test_settings_are_read_by_their_kinds_and_come_back_as_they_were_given() -> 
         ((("generator", "1"),), "no setting 'generator'. It has clip_skip, eta, sigmas"),
         ((("clip_skip", "1.5"),), "a whole number"),
         ((("eta", "nan"),), "a number"),
+        ((("clip_skip", "1" + "0" * 20),), "of 64 bits"),
         ((("flag", "maybe"),), "true or false"),
         ((("sigmas", "1,,2"),), "numbers with commas"),
         ((("eta", "1"), ("eta", "2")), "given twice"),

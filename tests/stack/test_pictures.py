@@ -64,6 +64,11 @@ def test_several_jobs_of_a_submission_share_a_picture_that_is_sent_once(demo: Ru
         demo.client.submit_many([swapped], pictures=[picture])
 
 
+def test_a_picture_of_a_camera_is_not_too_large(demo: RunningStack) -> None:
+    job, pictures = demo.picture(PROMPT, images=noise((2500, 2500)), strength=0.5, steps=2, seed=1)
+    assert (job.state, pictures.shape) == ("done", (1, 128, 128, 3))
+
+
 def test_a_png_made_of_a_picture_is_made_again_from_the_very_same_one(demo: RunningStack, tmp_path: Path) -> None:
     noise(SIZE).save(tmp_path / "in.png")
     noise(SIZE, 1).save(tmp_path / "other.png")

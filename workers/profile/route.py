@@ -46,17 +46,24 @@ class Router:
         pipeline.set_progress_bar_config(disable=True)
         self._loaded = Loaded(pipeline, ())
         self._shapes = Shapes(pipeline)
+        self._answered = 0  # calls of the last run that were answered by zeros
 
     @torch.no_grad()
     def look(self, template: Template) -> Route:
         """Return what jobs of a template begin with; a route of which nothing is known where that can't be found."""
         try:
-            seen = self._run(template.recipe, template.shapes)
+            return self._look(template)
         except ValueError as error:  # by which pipelines say that they don't take something
-            return Route(refusal=" ".join(str(error).split())[:1000])
+            told = " ".join(str(error).split())
+            if not self._answered and "prompt" not in told.lower():  # of which this one stands for any
+                return Route(refusal=told[:1000])
+            log.info("its route is not known: %s", told)
         except Exception as error:
             log.info("its route is not known: %s", error)
-            return Route()
+        return Route()
+
+    def _look(self, template: Template) -> Route:
+        seen = self._run(template.recipe, template.shapes)
         if seen is None:
             return Route()
         if seen.first != FIRST or not seen.digest:
@@ -77,7 +84,10 @@ class Router:
         given = pictures_like(recipe, shapes, content)
         generator = torch.Generator("cpu").manual_seed(recipe.seed)
         run = Lookout("text", CallRecord(), HERE, generator=generator, shapes=self._shapes)
-        found = until_stop(pipeline, run, arguments_of(pipeline, recipe, given))
+        try:
+            found = until_stop(pipeline, run, arguments_of(pipeline, recipe, given))
+        finally:
+            self._answered = len(run.digests)
         if not isinstance(found, Stopped):
             return None
         first: Stage = FIRST if run.digests else found.owner

@@ -30,7 +30,8 @@ class Carried:
 def carried_in(code: CodeType) -> Carried | None:
     """Return what the loop that calls back at its steps carries from one to the next.
 
-    None where there is no such loop, or where it can't be told: it makes schedulers as it goes.
+    None where there is no such loop, or where it can't be told: it makes schedulers as it goes, writes into what it
+    doesn't make, or has guiders.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While) and calls_back(node)]
@@ -50,6 +51,10 @@ def carried_in(code: CodeType) -> Carried | None:
                 pass
             case ast.Call(func=ast.Attribute(attr="step")):
                 return None
+            case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store()) if name not in assigned:
+                return None  # kept in a list or a dict, which is not seen
+            case ast.Attribute(attr=name) if "guider" in name:
+                return None  # guiders may keep averages of their own
     return Carried(frozenset(flow.read_first & assigned), frozenset(schedulers))
 
 

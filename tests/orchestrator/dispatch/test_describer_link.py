@@ -33,8 +33,9 @@ def test_only_the_prompt_that_a_describer_had_in_hand_is_blamed_for_its_end() ->
     bad, good = [JobRequest(prompt="bad")], [JobRequest(prompt="good")]
     assert not link.ready_for(bad)
     assert not link.ready_for(good)
-    link.hello(b"2", hello)
-    link.hello(b"3", hello)
+    link.hello(b"1b", hello)  # the same process again has not ended
+    link.hello(b"2", hello.model_copy(update={"pid": 2}))
+    link.hello(b"3", hello.model_copy(update={"pid": 3}))
     with pytest.raises(BadRequest, match="tokenizer fails at this prompt"):
         link.ready_for(bad)
     assert not link.ready_for(good)  # it is being counted
@@ -52,8 +53,9 @@ def test_a_template_is_looked_at_once_and_one_that_ends_describers_has_no_route(
     known = routes.get(other)
     assert known is not None
     assert (known.route.encoded, known.following) == ("x", "denoise")
-    link.hello(b"2", hello)
-    link.hello(b"3", hello)
+    link.hello(b"1b", hello)  # the same process again has not ended
+    link.hello(b"2", hello.model_copy(update={"pid": 2}))
+    link.hello(b"3", hello.model_copy(update={"pid": 3}))
     assert routes.get(one) is not None
     link.looked(Looked(request=9, route=Route(refusal="no")))  # which nobody has asked
 
