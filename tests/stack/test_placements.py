@@ -108,6 +108,7 @@ def test_a_split_denoiser_has_two_jobs_in_hand_with_the_bits_of_one_process(
 
 
 @pytest.mark.parametrize("kind", [pytest.param("context", marks=pytest.mark.all), "tensor"])
+@pytest.mark.all
 def test_parallel_ranks_are_one_worker_that_dies_and_comes_back_as_one(
     kind: str, deep: Path, wanted: list[torch.Tensor], state: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_what_lies_on_several_gpus_is_lent_and_given_back_when_idle(kind: str, d
         assert torch.equal(stack.picture(PROMPTS[0], seed=0, **SIZE)[1], picture)
 
 
+@pytest.mark.all
 def test_jobs_of_another_placement_wait_and_say_for_what(deep: Path, state: Path) -> None:
     with running_stack(state, *on_two(deep, 2_600_000, "--placement", "context")) as stack:
         job = stack.client.submit(PROMPTS[0], seed=1, **{**SIZE, "steps": 300})
@@ -183,6 +185,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(deep: Path, state
     assert (split.returncode, "layers of denoise" in split.stderr) == (5, True)
 
 
+@pytest.mark.all
 def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
     arguments = on_two(deep, 4_000_000, "--size", "32x32", "--steps", "4")
     done = triptych("plan", *arguments, "--json", folder=state)
@@ -219,6 +222,7 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
     assert (missing.returncode, "Traceback" in missing.stderr) == (4, False)
 
 
+@pytest.mark.all
 def test_paces_are_learned_and_planned_with(deep: Path, state: Path) -> None:
     arguments = on_two(deep, 4_000_000)
     with running_stack(state, *arguments) as stack:

@@ -86,6 +86,7 @@ def test_workers_are_forked_and_a_stack_goes_on_without_its_fork_server(state: P
         assert psutil.Process(twin).create_time() < killed, "nothing had to be imported again"
 
 
+@pytest.mark.all
 def test_where_forking_is_impossible_a_spare_process_becomes_the_next_worker(
     state: Path, flux_dev: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_two_denoisers_share_the_jobs(state: Path, flux_dev: Path) -> None:
         until(stack, lambda w: up(w, "denoise") == 1)
 
 
+@pytest.mark.all
 def test_without_a_vae_worker_jobs_wait_for_one(state: Path, flux_dev: Path) -> None:
     with running_stack(state, "--model", str(flux_dev), "--device", "cpu", "--workers", "vae=0") as stack:
         job = stack.client.submit("a star", seed=1, **SMALL)

@@ -303,6 +303,7 @@ def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_
 
 
 @pytest.mark.parametrize("model", ["flux", pytest.param("sd3", marks=pytest.mark.all)])
+@pytest.mark.all
 def test_compiled_bits_are_equal_in_every_residency_and_close_to_uncompiled_ones(model: str, tmp_path: Path) -> None:
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
