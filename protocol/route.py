@@ -17,7 +17,7 @@ WHOLE = "whole:"  # begins keys that are made of the whole recipe
 
 
 class Route(Data):
-    """What is known of jobs that differ in their prompts, seeds and pictures' contents alone."""
+    """The route of jobs that differ in their prompts, seeds and pictures' contents alone, as far as it is known."""
 
     first: Stage = FIRST  # the stage that the pipeline's call wants first
     # Of the text stage's first visit: digest of its calls' arguments, for prompts of SENTINEL ("": unknown), their

@@ -114,14 +114,15 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     from workers.runtime.worker import prepare
     from workers.standalone.standalone import Debugging, run_standalone
 
-    model, dtype = options["model"], options["dtype"]
+    model, dtype, made = options["model"], options["dtype"], "out.png"
     if options["input_path"] is not None:
         from workers.standalone.stage_file import read
 
         recipe, _ = read(options["input_path"], stage)
+        made = "out.png" if recipe.frames is None else "out.mp4"
         model, dtype = model or recipe.model, recipe.dtype if dtype == "auto" else dtype
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
-    output = options["output"] or Path("out.png" if stage == "vae" else f"{stage}.safetensors")
+    output = options["output"] or Path(made if stage == "vae" else f"{stage}.safetensors")
     debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
     images = [picture_of(path) for path in options["images"]]
     mask = picture_of(options["mask"], mask=True) if options["mask"] else None

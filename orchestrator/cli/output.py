@@ -59,7 +59,6 @@ Names = dict[str, list[Name]]  # by job
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 VIDEOS = (".mp4", ".webm", ".gif")
-SEQUENCE = re.compile(r"%0?\d*d")  # in a name: of the number of a video's frame
 FIELDS = ("date", "time", "job", "seed", "prompt", "index")  # of --output-pattern
 
 
@@ -144,6 +143,8 @@ def fit_to(names: Names, video: bool) -> Names:
 
 
 def fitting(name: Name, video: bool) -> Name:
+    from protocol.client.video_files import SEQUENCE
+
     if not name.chosen:
         return replace(name, path=name.path.with_suffix(".mp4" if video else ".png"))
     fits = name.path.suffix.lower() in (VIDEOS if video else PICTURES)
@@ -189,30 +190,17 @@ def write(
     job: Job, tensors: Sequence[Tensor], names: Sequence[Name], metadata: bool = True
 ) -> tuple[list[Path], list[BadRequest]]:
     """Write a job's pictures or videos; return the files that were written, and why others were not."""
-    from protocol.client.picture_files import metadata_of, save_picture, to_images
-    from protocol.client.video_files import save_video, sound_of
+    from protocol.client.picture_files import metadata_of, to_images
+    from protocol.client.video_files import save_made, sound_of
 
-    images, recipe = to_images(pictures_among(tensors)), job.recipe
-    each = len(images) // recipe.num_images
+    images = to_images(pictures_among(tensors))
     written: list[Path] = []
     errors: list[BadRequest] = []
     for name in names:
-        told = metadata_of(recipe, job.id, name.index, job.records) if metadata else None
+        told = metadata_of(job.recipe, job.id, name.index, job.records) if metadata else None
         try:
-            if recipe.frames is None:
-                save_picture(images[name.index], name.path, told)
-            elif name.path.suffix.lower() in VIDEOS:
-                frames, sound = images[name.index * each : (name.index + 1) * each], sound_of(tensors, name.index)
-                save_video(frames, name.path, recipe.fps or 1, told, sound)
-            else:
-                for number, frame in enumerate(images[name.index * each : (name.index + 1) * each], 1):
-                    save_picture(frame, name.path.with_name(numbered(name.path.name, number)), told)
+            save_made(images, name.index, name.path, job.recipe, told, sound_of(tensors, name.index))
             written.append(name.path)
         except BadRequest as error:
             errors.append(error)
     return written, errors
-
-
-def numbered(name: str, number: int) -> str:
-    """Fill the place for a frame's number in the name of a sequence's file."""
-    return SEQUENCE.sub(lambda found: found[0] % number, name, count=1)

@@ -1,6 +1,7 @@
 """Videos of a stack's frames in files: H.264 in mp4, VP9 in webm, gif, by PyAV and Pillow; with their whole recipe."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,8 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from protocol.client.picture_files import Metadata, writing
+from protocol.client.picture_files import WRITTEN, Metadata, save_picture, writing
 from protocol.errors import BadRequest
+from protocol.job import Recipe
 from protocol.pictures import SOUND, SOUND_RATE
 from protocol.tensors import Tensor
 
@@ -20,6 +22,7 @@ CODECS: Mapping[str, tuple[str, dict[str, str], str]] = {  # by suffix: of the p
 }
 CONTAINERS = tuple(CODECS)
 SUFFIXES = (*CONTAINERS, ".gif")
+SEQUENCE = re.compile(r"%0?\d*d")  # in a name: of the number of a video's frame
 COMMENT = "comment"  # the tag that holds the making
 
 
@@ -42,6 +45,34 @@ def sound_of(tensors: Sequence[Tensor], index: int) -> Sound | None:
     data = memoryview(sound.data).cast("B")[index * size : (index + 1) * size]
     rate = int.from_bytes(by_name[SOUND_RATE].data, "little")
     return Sound(Tensor(SOUND, "float32", (channels, samples), data), rate)
+
+
+def save_made(
+    images: Sequence[Image.Image], index: int, path: Path, recipe: Recipe, metadata: Metadata | None,
+    sound: Sound | None = None,
+) -> None:  # fmt: skip
+    """Write one of a job's pictures or videos, counted from 0, of all its pictures or frames; BadRequest.
+
+    A video goes to a file, or by a name such as FILE-%04d.png to one for each frame.
+    """
+    each = len(images) // recipe.num_images
+    frames = images[index * each : (index + 1) * each]
+    suffix = path.suffix.lower()
+    if recipe.frames is not None and suffix in SUFFIXES:
+        save_video(frames, path, recipe.fps or 1, metadata, sound)
+    elif suffix not in WRITTEN or (recipe.frames is not None and not SEQUENCE.search(path.name)):
+        fits = (*SUFFIXES, "-%04d.png") if recipe.frames is not None else tuple(WRITTEN)
+        raise BadRequest(f"{str(path)!r} is no name for what is made.", f"Name it FILE{', FILE'.join(fits)}.")
+    elif recipe.frames is None:
+        save_picture(images[index], path, metadata)
+    else:
+        for number, frame in enumerate(frames, 1):
+            save_picture(frame, path.with_name(numbered(path.name, number)), metadata)
+
+
+def numbered(name: str, number: int) -> str:
+    """Fill the place for a frame's number in the name of a sequence's file."""
+    return SEQUENCE.sub(lambda found: found[0] % number, name, count=1)
 
 
 def save_video(

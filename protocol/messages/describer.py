@@ -37,7 +37,7 @@ class CountTokens(Message):
 
 
 class LookAt(Message):
-    """What do jobs of this template begin with?"""
+    """Ask for the route of jobs of this template."""
 
     kind = "look-at"
     request: Count

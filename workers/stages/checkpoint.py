@@ -40,7 +40,7 @@ class Unstorable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What the loop carries along after so many steps of the job, by the names of its variables."""
+    """The values that the loop carries along after so many steps of the job, by the names of its variables."""
 
     step: int
     values: Mapping[str, Any]

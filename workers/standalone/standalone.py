@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from protocol.client.picture_files import metadata_of, save_picture, to_images
-from protocol.client.video_files import save_video, sound_of
+from protocol.client.picture_files import metadata_of, to_images
+from protocol.client.video_files import save_made, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
 from protocol.pictures import as_given, is_given_picture, named_pictures, pictures_among
@@ -134,13 +134,7 @@ def write_output(output: Path, recipe: Recipe, outcome: Outcome, brought: Sequen
         count = recipe.num_images
         paths = [output if count == 1 else output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
         for i, path in enumerate(paths):
-            told = metadata_of(recipe, "standalone", i)
-            if recipe.frames is None:
-                save_picture(images[i], path, told)
-            else:
-                each = len(images) // count
-                sound = sound_of(outcome.tensors, i)
-                save_video(images[i * each : (i + 1) * each], path, recipe.fps or 1, told, sound)
+            save_made(images, i, path, recipe, metadata_of(recipe, "standalone", i), sound_of(outcome.tensors, i))
         return [str(path) for path in paths]
     except OSError as error:
         raise BadRequest(

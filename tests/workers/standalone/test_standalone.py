@@ -48,6 +48,8 @@ def test_four_stages_by_hand_change_a_picture_and_make_a_video(tmp_path: Path) -
         given = ("-i", f"{name}.safetensors")
     done = triptych("worker", "vae", "--standalone", *given, "--device", "cpu", "-o", "out.mp4", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    wrong = triptych("worker", "vae", "--standalone", *given, "--device", "cpu", "-o", "out.tiff", cwd=tmp_path)
+    assert (wrong.returncode, "Name it FILE.mp4" in wrong.stderr, "Traceback" in wrong.stderr) == (2, True, False)
     with running_stack(tmp_path / "state", "--model", str(folder), "--device", "cpu") as stack:
         again = triptych("retry", "out.mp4", "--image", "in.png", "--anyway", "-o", "again.mp4", folder=stack.folder,
                          cwd=tmp_path)  # fmt: skip
