@@ -2,7 +2,7 @@
 
     python -m scripts.families [NAME …] [--write docs/families.md]
 
-Each class whose tiny pipeline `tests/families.py` builds, with random weights, is run in one process as the plain
+Each class whose tiny pipeline `tests/families/` builds, with random weights, is run in one process as the plain
 pipeline, called with nothing but what a job gave, and through the three stages; the pictures, or frames, are compared
 bit for bit.
 """
