@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
+from protocol.model_spec import ModelSpec
 from protocol.speedups import canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -186,6 +187,11 @@ class StackConfig(JobSettings):
         Field(description="Branch, tag or commit of a hub model."),
         Flag("--revision", "REVISION", "the newest"),
     ] = None
+    controlnet: Annotated[
+        str | None,
+        Field(description="A ControlNet for jobs with a control image: a folder or a hub id."),
+        Flag("--controlnet", "MODEL", "none"),
+    ] = None
     dtype: Annotated[
         Dtype, Field(description="Of all stages."), Flag("--dtype", default="bfloat16 on GPUs, float32 on the CPU")
     ] = "auto"
@@ -236,6 +242,10 @@ class StackConfig(JobSettings):
         Positive | None, Field(description="Their denoising steps."), Flag("--plan-steps", "N", "the model's own")
     ] = None
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
+
+    def model_spec(self) -> ModelSpec:
+        """Return what its workers are to load."""
+        return ModelSpec(name=self.model, revision=self.revision, controlnet=self.controlnet)
 
     def speedups(self) -> tuple[str, ...]:
         """Return all that may change a picture's bits, as speedups.py writes it; BadRequest."""

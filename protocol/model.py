@@ -6,8 +6,8 @@ from protocol.data import Data, Positive
 from protocol.settings import Setting
 
 
-class PictureTask(Data):
-    """The inputs that a pipeline takes beside a picture; defaults as in ModelDescription."""
+class PipelineTask(Data):
+    """The inputs of a pipeline over the model's weights, for jobs with pictures; defaults as in ModelDescription."""
 
     pipeline: str  # class name in diffusers
     several: bool = False  # pictures
@@ -18,6 +18,12 @@ class PictureTask(Data):
     control: bool = False  # a picture that a ControlNet keeps to
     settings: tuple[Setting, ...] = ()  # further arguments
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
+
+
+class PictureTask(PipelineTask):
+    """The inputs that a pipeline takes beside a picture."""
+
+    controlled: PipelineTask | None = None  # with a ControlNet that was added to the model
 
 
 class VideoTask(Data):
@@ -49,6 +55,7 @@ class ModelDescription(Data):
     image: PictureTask | None = None  # what is made of a picture; None: nothing
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
     control: bool = False  # it takes a picture that a ControlNet keeps to
+    controlled: PipelineTask | None = None  # with a ControlNet that was added to the model
     video: VideoTask | None = None  # it makes videos; None: pictures
     several: bool = True  # it makes several pictures, or videos, of one prompt at once
     settings: tuple[Setting, ...] = ()  # further arguments of its call

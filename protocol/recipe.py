@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.job import MAX_SEED, JobRequest, Recipe
-from protocol.model import ModelDescription, PictureTask
+from protocol.model import ModelDescription, PipelineTask
 from protocol.settings import read_settings
 from protocol.speedups import tier_of
 
@@ -53,7 +53,7 @@ def resolve(
     check_range("seed", request.seed, DRAWN, MAX_SEED)
     frames, fps = check_frames(request, model)
     length = check_prompts(request, model, count_tokens)
-    defaults = task or model
+    defaults: ModelDescription | PipelineTask = task or model
     guidance, cfg_scale = check_guidance(request, model, defaults)
     if request.control is not None and not defaults.control:
         raise BadRequest(f"{defaults.pipeline} takes no control image.", "Leave --control-image out.")
@@ -89,8 +89,8 @@ def check_range(name: str, value: float | None, low: float, high: float) -> None
         raise BadRequest(f"{name} is {value}.", f"It goes from {low:g} to {high:g}.")
 
 
-def check_pictures(request: JobRequest, model: ModelDescription) -> PictureTask | None:
-    """Return what is to be done with a request's pictures; None where it has none. BadRequest."""
+def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask | None:
+    """Return what is to be done with a request's pictures; None where that is the pipeline's own. BadRequest."""
     if "image" in model.needs and not request.images:
         raise BadRequest(f"{model.pipeline} begins from a picture.", "Give it: --image FILE.")
     if "mask" in model.needs and request.mask is None:
@@ -100,8 +100,10 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PictureTask 
             raise BadRequest("There is a mask without a picture.", "Give the picture, too: --image FILE.")
         if request.strength is not None:
             raise BadRequest("A strength has no meaning without a picture.", "Give one: --image FILE.")
-        return None
-    task = model.image if request.mask is None else model.inpaint
+        return model.controlled if request.control is not None else None
+    of_picture = model.image if request.mask is None else model.inpaint
+    controlled = of_picture.controlled if of_picture and request.control is not None else None
+    task = controlled or of_picture
     if task is None:
         what = "pictures" if request.mask is None else "masks"
         raise BadRequest(f"{model.pipeline} takes no {what}.", "Leave them out, or run another model.")
@@ -114,7 +116,7 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PictureTask 
 
 
 def check_sizes(
-    request: JobRequest, model: ModelDescription, task: PictureTask | None, picture: tuple[int, int] | None
+    request: JobRequest, model: ModelDescription, task: PipelineTask | None, picture: tuple[int, int] | None
 ) -> tuple[int, int, bool]:
     """Width and height in pixels, and whether they are given to the pipeline; else they are an estimate."""
     given = request.width is not None or request.height is not None
@@ -211,7 +213,7 @@ def texts_to_count(request: JobRequest, model: ModelDescription) -> list[str]:
 
 
 def check_guidance(
-    request: JobRequest, model: ModelDescription, defaults: ModelDescription | PictureTask
+    request: JobRequest, model: ModelDescription, defaults: ModelDescription | PipelineTask
 ) -> tuple[float | None, float | None]:
     """Distilled guidance and true CFG scale, each None where the model has none. What they mean is the pipeline's."""
     check_range("guidance", request.guidance, 0, MAX_SCALE)

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from protocol.data import Data
+from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 
 Bytes = Annotated[int, Field(ge=0)]
@@ -18,8 +19,7 @@ class WorkerSpec(Data):
     stage: Stage
     name: str  # how the stack calls it
     endpoint: str = ""  # the orchestrator's for workers; empty for a stage that runs alone
-    model: str = "demo"  # a folder, a hub id, or demo
-    revision: str | None = None
+    model: ModelSpec = ModelSpec()
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"  # or float32, bfloat16, float16
     visible_gpus: tuple[Index, ...] | None = None  # all others are hidden from it; None: it sees all
@@ -38,8 +38,7 @@ class DescriberSpec(Data):
 
     kind: Literal["describer"] = "describer"
     endpoint: str
-    model: str
-    revision: str | None = None
+    model: ModelSpec
     dtype: str
     stages: tuple[Stage, ...]  # those that have workers here
     speedups: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ import click
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
 from protocol.client.input_pictures import picture_of
 from protocol.errors import BadRequest
+from protocol.model_spec import DEMO, ModelSpec
 from protocol.speedups import canonical, parse_speedup
 from protocol.stages import FIRST, Stage
 from protocol.units import parse_bytes
@@ -33,6 +34,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 )
 @click.option("-m", "--model", help="A folder, a hub id, or demo. [default: demo, or what made the input file]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--controlnet", metavar="MODEL", help="As the stack's others: a folder or a hub id.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
@@ -174,8 +176,7 @@ def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:
     return WorkerSpec(
         stage=stage,
         name=name,
-        model=options["model"] or "demo",
-        revision=options["revision"],
+        model=ModelSpec(name=options["model"] or DEMO, revision=options["revision"], controlnet=options["controlnet"]),
         device=options["device"],
         dtype=options["dtype"],
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),

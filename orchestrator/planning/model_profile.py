@@ -20,7 +20,7 @@ def find_profile(config: StackConfig, dtype: str) -> ModelProfile:
         NoProfile: anything else.
     """
     arguments = [config.model, "--dtype", dtype]
-    for name in ("revision", "width", "height", "steps"):
+    for name in ("revision", "controlnet", "width", "height", "steps"):
         if (value := getattr(config, name)) is not None:
             arguments += [f"--{name}", str(value)]
     try:

@@ -63,15 +63,15 @@ class Children:
     def _describer_spec(self) -> DescriberSpec:
         stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in self._plan.posts))
         return DescriberSpec(
-            endpoint=self._endpoints.workers, model=self._config.model, revision=self._config.revision,
+            endpoint=self._endpoints.workers, model=self._config.model_spec(),
             dtype=self._plan.dtype, stages=stages, speedups=self._plan.speedups,
         )  # fmt: skip
 
     def _worker_spec(self, post: Post, name: str) -> WorkerSpec:
         config = self._config
         return WorkerSpec(
-            stage=post.stage, name=name, endpoint=self._endpoints.workers, model=config.model,
-            revision=config.revision, device=post.device, dtype=self._plan.dtype,
+            stage=post.stage, name=name, endpoint=self._endpoints.workers, model=config.model_spec(),
+            device=post.device, dtype=self._plan.dtype,
             visible_gpus=post.gpus if post.gpus and post.device == "cuda" else None,
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
             cut=post.cut, jobs=post.jobs, speedups=self._plan.speedups,

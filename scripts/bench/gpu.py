@@ -28,6 +28,7 @@ from diffusers import FluxPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.job import JobRequest, Recipe
+from protocol.model_spec import ModelSpec
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from scripts.bench.gpu_placements import ROWS, on_several, reference_recipe
@@ -67,7 +68,7 @@ class Driver:
 class Bench:
     def __init__(self, model: str, device: torch.device, size: int, steps: int) -> None:
         self.device, self.driver = device, Driver(device)
-        self.source: Source = locate(model, None, "denoise")
+        self.source: Source = locate(ModelSpec(name=model), "denoise")
         self.dtype = torch.bfloat16
         request = JobRequest(prompt=PROMPT, width=size, height=size, steps=steps, seed=1)
         self.recipe: Recipe = resolve(request, describe(self.source), "bfloat16", None)

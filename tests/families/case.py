@@ -46,6 +46,14 @@ def of(name: str, base: Make, **changes: Any) -> Make:
     return make
 
 
+def awake(model: Any) -> Any:
+    """Give values to weights that are all zero, as those of new models are by which they add to others."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.eval()
+
+
 def plain(model: Any) -> dict[str, Any]:
     """A model's configuration, without what diffusers notes of defaults."""
     return {name: value for name, value in model.config.items() if not name.startswith("_")}

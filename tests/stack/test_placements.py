@@ -64,7 +64,8 @@ def test_replicas_share_the_work_with_the_bits_of_one_process(
         assert {stack.client.job(job).recipe.tier for job in ids} == {"exact"}
         long = stack.client.submit(PROMPTS[0], seed=1, **{**SIZE, "steps": 300}).id
         until(  # a worker that is done may have given its weights' place to another stage already
-            stack, lambda w: any(x.job == long and x.residency and x.residency[0].state == "streamed" for x in w.workers)
+            stack,
+            lambda w: any(x.job == long and x.residency and x.residency[0].state == "streamed" for x in w.workers),
         )
         stack.client.cancel(long)
 

@@ -16,16 +16,18 @@ from typing import Any, Literal
 from diffusers import DiffusionPipeline
 
 from protocol.errors import ModelMissing, TriptychError
-from protocol.model import ModelDescription, PictureTask, VideoTask
+from protocol.model import ModelDescription, PictureTask, PipelineTask, VideoTask
+from protocol.model_spec import DEMO
 from workers.errors import cause_of
 from workers.models.call_settings import settings_of
-from workers.models.skeleton import build_skeleton, pipeline_class
-from workers.models.source import DEMO, Source
+from workers.models.skeleton import added_names, build_skeleton, pipeline_class
+from workers.models.source import CONTROLNET, Source
 from workers.models.tasks import (
     FRAMES,
     IMAGES_PER_PROMPT,
     RATE,
     control_argument,
+    controlnet_class,
     first_of,
     image_class,
     inpaint_class,
@@ -82,9 +84,10 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         max_sequence_length=length,
         max_sequence_limit=max(parameters["max_sequence_length"].default, length) if length else clip_length(pipeline),
         own_size="width" in defaults,
-        image=picture_task(image_class(cls), pipeline, defaults),
-        inpaint=picture_task(inpaint_class(cls), pipeline, defaults),
+        image=picture_task(source, image_class(cls), pipeline, defaults),
+        inpaint=picture_task(source, inpaint_class(cls), pipeline, defaults),
         control=control_argument(cls) is not None,
+        controlled=controlled_task(source, cls, pipeline, defaults),
         video=video_task(pipeline, defaults),
         several=first_of(IMAGES_PER_PROMPT, cls) is not None,
         settings=settings_of(cls),
@@ -111,19 +114,36 @@ def example_rate(cls: type[DiffusionPipeline]) -> int:
     return int(found[1]) if found else USUAL_RATE
 
 
+def controlled_task(
+    source: Source, cls: type[DiffusionPipeline], pipeline: DiffusionPipeline, defaults: Mapping[str, Any]
+) -> PipelineTask | None:
+    """Describe what `cls` does with the ControlNet beside the model; None where there is none for it."""
+    if CONTROLNET not in added_names(source, type(pipeline)):
+        return None
+    found = controlnet_class(cls, source.index[CONTROLNET][1])
+    return pipeline_task(found, pipeline, defaults) if found else None
+
+
 def picture_task(
-    cls: type[DiffusionPipeline] | None, pipeline: DiffusionPipeline, defaults: Mapping[str, Any]
+    source: Source, cls: type[DiffusionPipeline] | None, pipeline: DiffusionPipeline, defaults: Mapping[str, Any]
 ) -> PictureTask | None:
     """Describe what a pipeline class takes beside a picture, over the weights of `pipeline`; which may take several."""
     if cls is None:
         return None
+    task = pipeline_task(cls, pipeline, defaults)
+    return PictureTask(**dict(task), controlled=controlled_task(source, cls, pipeline, defaults))
+
+
+def pipeline_task(
+    cls: type[DiffusionPipeline], pipeline: DiffusionPipeline, defaults: Mapping[str, Any]
+) -> PipelineTask:
     known = parameters_of(cls)
     true_cfg, distilled = guidance_arguments(pipeline, cls)
 
     def default(name: str | None) -> Any:
         return defaults.get(name, known[name].default) if name and name in known else None
 
-    return PictureTask(
+    return PipelineTask(
         pipeline=cls.__name__,
         several=cls is type(pipeline) and first_of(FRAMES, cls) is None,
         steps=int(default("num_inference_steps")),

@@ -36,6 +36,7 @@ from workers.models.devices import Devices
 from workers.models.layer_spread import spread_layers
 from workers.models.model_check import judge
 from workers.models.skeleton import (
+    added_names,
     component_class,
     expected_components,
     pipeline_class,
@@ -43,7 +44,7 @@ from workers.models.skeleton import (
     quiet,
     without_weights,
 )
-from workers.models.source import Source, stages_of
+from workers.models.source import CONTROLNET, Source, stages_of
 from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.tasks import class_for
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
@@ -65,16 +66,18 @@ class Loaded:
     device_map: tuple[tuple[str, str], ...]
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
     split: PipelineSplit | None = None  # of a denoiser that is cut, which several jobs go through at once
+    added: Mapping[str, Any] = field(default_factory=dict)  # components beside the pipeline's, by name
     _others: dict[type, DiffusionPipeline] = field(default_factory=dict)  # for jobs with pictures, by class
 
     def pipeline_for(self, recipe: Recipe) -> DiffusionPipeline:
         """Return the pipeline for what a job's pictures ask for, over the same components; made once."""
         base: Any = type(self.pipeline).__base__
-        cls = class_for(base, recipe)
+        added = self.added.get(CONTROLNET)
+        cls = class_for(base, recipe, type(added).__name__ if added is not None else None)
         if cls is base:
             return self.pipeline
         if cls not in self._others:
-            parts = {name: self.pipeline.components.get(name) for name in expected_components(cls)}
+            parts = {name: self.components.get(name) for name in expected_components(cls)}
             _, optional = cls._get_signature_keys(cls)
             config = self.pipeline.config
             settings = {name: config[name] for name in optional if name in config and name not in parts}
@@ -83,6 +86,11 @@ class Loaded:
             pipeline.set_progress_bar_config(disable=True)
             self._others[cls] = pipeline
         return self._others[cls]
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components of its pipelines, by name."""
+        return {**self.pipeline.components, **self.added}
 
     def another(self) -> "Loaded":
         """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
@@ -97,7 +105,7 @@ class Loaded:
         pipeline = type(self.pipeline)(**parts, **settings)
         install_boundaries(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        return Loaded(pipeline, self.device_map, self.residencies, self.split)
+        return Loaded(pipeline, self.device_map, self.residencies, self.split, self.added)
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups = EXACT) -> Loaded:
@@ -111,8 +119,9 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
     room: Mapping[int, int] = devices.room
     if (devices.leased or devices.cut) and devices.primary.type == "cuda" and not speed.quantize:
         PAGE_LOCKER.lock_ahead(files_as_they_are(source, wanted, dtype), devices.primary)
+    beside = added_names(source, cls)
     with quiet():
-        for name in sorted(expected_components(cls)):
+        for name in sorted({*expected_components(cls), *beside}):
             if name in wanted and _has_weights(source, name) and devices.cut:
                 if split:
                     raise BadRequest(f"{source.model!r} has more than one denoiser to be cut.", "Leave --cut out.")
@@ -129,11 +138,12 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
                     residencies[name] = placed.residency
             else:
                 components[name] = without_weights(source, name, devices.primary, dtype)
+        added = {name: components.pop(name) for name in beside}
         pipeline = on_device(cls, devices.primary)(**components, **plain_settings(source, cls))
         install_boundaries(pipeline)
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread), residencies, split)
+    return Loaded(pipeline, tuple(spread), residencies, split, added)
 
 
 def on_device(cls: type[DiffusionPipeline], device: torch.device) -> type[DiffusionPipeline]:
@@ -148,7 +158,7 @@ def install_boundaries(pipeline: DiffusionPipeline) -> None:
 
 def _has_weights(source: Source, name: str) -> bool:
     """Return whether a component is a model with a config.json; tokenizers and schedulers name theirs otherwise."""
-    return (source.folder / name / "config.json").exists()
+    return (source.folder_of(name) / "config.json").exists()
 
 
 def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) -> torch.nn.Module:
@@ -159,7 +169,7 @@ def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) 
             _told.add(name)
             log.info("%s has weights in the variant %s alone; that is used", name, files.variant)
         module, report = cls.from_pretrained(
-            source.folder, subfolder=name, use_safetensors=True, variant=files.variant, output_loading_info=True,
+            source.folder_of(name), use_safetensors=True, variant=files.variant, output_loading_info=True,
             **arguments,
         )  # fmt: skip
         judge(report, f"{name}/{files.paths[0].name}")
@@ -276,4 +286,4 @@ def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) 
 
 def files_of(source: Source, name: str) -> WeightFiles:
     """The safetensors files that loading a component reads; Damaged."""
-    return weight_files(source.folder / name, source.index[name][0])
+    return weight_files(source.folder_of(name), source.index[name][0])

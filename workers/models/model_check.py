@@ -89,7 +89,7 @@ def noted(found: list[Problem], name: str) -> Iterator[None]:
 
 def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES) -> None:
     """Raise Damaged for what is wrong with one. Weights are looked at where one of the stages loads them."""
-    folder = source.folder / name
+    folder = source.folder_of(name)
     if not stages_of(name):
         return  # no stage loads it
     if not folder.is_dir():
@@ -99,7 +99,7 @@ def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES)
         check_tokenizer(source, name, cls)
     elif issubclass(cls, SchedulerMixin):
         read_json(folder / "scheduler_config.json")
-        cls.from_pretrained(source.folder, subfolder=name)
+        cls.from_pretrained(source.folder_of(name))
     elif issubclass(cls, ModelMixin | PreTrainedModel):
         read_json(folder / "config.json")
         if not set(stages_of(name)) & set(stages):
@@ -109,22 +109,22 @@ def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES)
         compare = compare_diffusers if issubclass(cls, ModelMixin) else compare_transformers
         compare(source, name, cls, tensors, files.paths[0].name)
     else:
-        cls.from_pretrained(source.folder, subfolder=name)
+        cls.from_pretrained(source.folder_of(name))
 
 
 def check_tokenizer(source: Source, name: str, cls: Any) -> None:
     """Check that a tokenizer has a vocabulary, and knows how much its encoder can take."""
-    folder = source.folder / name
+    folder = source.folder_of(name)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         if (folder / file).exists() or (folder / file).is_symlink():
             read_json(folder / file)
-    tokenizer = cls.from_pretrained(source.folder, subfolder=name)
+    tokenizer = cls.from_pretrained(source.folder_of(name))
     if len(tokenizer.get_vocab()) <= len(tokenizer.get_added_vocab()) + 1:
         files = sorted({*getattr(cls, "vocab_files_names", {}).values()} | {"tokenizer.json"})
         there = [file for file in files if (folder / file).exists()]
         fault = "hold no vocabulary" if there else "are missing, and with them its vocabulary"
         raise Damaged(", ".join(f"{name}/{file}" for file in there or files), fault, "Download it again.")
-    encoder = source.folder / name.replace("tokenizer", "text_encoder") / "config.json"
+    encoder = source.folder_of(name.replace("tokenizer", "text_encoder")) / "config.json"
     positions = read_json(encoder).get("max_position_embeddings") if encoder.is_file() else None
     if isinstance(positions, int) and positions <= FEW_POSITIONS and tokenizer.model_max_length > UNSET_LENGTH:
         raise Damaged(
@@ -139,7 +139,7 @@ def longest_tokenizer(source: Source) -> Any:
     if not names:
         return None
     with quiet():
-        return component_class(source, names[-1]).from_pretrained(source.folder, subfolder=names[-1])
+        return component_class(source, names[-1]).from_pretrained(source.folder_of(names[-1]))
 
 
 def shapes_of(tensors: Mapping[str, StoredTensor], file: str) -> dict[str, torch.Tensor]:
@@ -154,7 +154,7 @@ def shapes_of(tensors: Mapping[str, StoredTensor], file: str) -> dict[str, torch
 
 def compare_transformers(source: Source, name: str, cls: Any, tensors: Mapping[str, StoredTensor], file: str) -> None:
     """Compare by the library's own loading, with its renamings and exceptions, onto the meta device."""
-    config = cls.config_class.from_pretrained(source.folder, subfolder=name)
+    config = cls.config_class.from_pretrained(source.folder_of(name))
     _, report = cls.from_pretrained(
         None, config=config, state_dict=shapes_of(tensors, f"{name}/{file}"), output_loading_info=True,
         device_map="meta", ignore_mismatched_sizes=True,

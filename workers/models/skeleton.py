@@ -14,8 +14,9 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
 
 from protocol.errors import ModelMissing
-from workers.models.source import Source, is_component
-from workers.models.tasks import needs_of, parameters_of
+from workers.models.source import CONTROLNET, Source, is_component
+from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of
+from workers.models.weight_files import read_json
 from workers.replay.placeholder import said_to_be
 
 PARTS = "uses the denoiser's parts outside of its forward, so that it can't be split"
@@ -34,6 +35,7 @@ NOT_SPLIT: Mapping[str, str] = {
     "StableAudio3Pipeline": OTHER, "StableAudio3AudioToAudioPipeline": OTHER, "StableAudio3InpaintPipeline": OTHER,
     "UniDiffuserPipeline": "makes pictures or texts, whichever is missing",
 }  # fmt: skip
+SHARED_SIZES = {"cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "caption_channels"}
 GIVEN = ("image", "mask_image", "control_image")  # beside the prompt, that a job can bring
 
 
@@ -67,7 +69,29 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
             f"{source.model!r} is a {source.pipeline}, which {why}.",
             "Triptych runs diffusers pipelines that make pictures or videos of prompts and pictures.",
         )
+    if CONTROLNET in source.added:
+        check_controlnet(source, found)
     return found
+
+
+def check_controlnet(source: Source, cls: type[DiffusionPipeline]) -> None:
+    """Check that a ControlNet from elsewhere goes with a model; ModelMissing."""
+    given, name = str(source.added[CONTROLNET]), source.index[CONTROLNET][1]
+    takes = annotation_of(cls, CONTROLNET) or annotation_of(controlnet_class(cls, name) or cls, CONTROLNET)
+    if name not in takes:
+        raise ModelMissing(
+            f"{given!r} is a {name}, which doesn't go with a {cls.__name__}.", "Choose a ControlNet for this model."
+        )
+    mine = read_json(source.folder_of(CONTROLNET) / "config.json")
+    for denoiser in ("transformer", "unet"):
+        if denoiser in source.index:
+            other = read_json(source.folder_of(denoiser) / "config.json")
+            for key in SHARED_SIZES & mine.keys() & other.keys():
+                if mine[key] != other[key]:
+                    raise ModelMissing(
+                        f"{given!r} is for another model: its {key} is {mine[key]}, the {denoiser}'s {other[key]}.",
+                        "Choose a ControlNet for this model.",
+                    )
 
 
 def refusal(cls: type[DiffusionPipeline]) -> str:
@@ -99,13 +123,18 @@ def without_weights(source: Source, name: str, device: torch.device, dtype: torc
         return None
     cls: Any = component_class(source, name)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
-        return cls.from_pretrained(source.folder, subfolder=name)
+        return cls.from_pretrained(source.folder_of(name))
     if issubclass(cls, ModelMixin):
         with init_empty_weights(include_buffers=False):
             module = of_config(cls, source, name)
         _load_buffers(module, source, name)
         return said_to_be(module.to(dtype), device, dtype)
     return said_to_be(text_encoder_on_meta(source, name), device, dtype)
+
+
+def added_names(source: Source, cls: type[DiffusionPipeline]) -> list[str]:
+    """Return the names of components that lie beside a model and that its own pipeline has no place for."""
+    return sorted(source.added.keys() - expected_components(cls))
 
 
 def expected_components(cls: type[DiffusionPipeline]) -> set[str]:
@@ -126,7 +155,7 @@ def on_meta(source: Source, name: str) -> ModelMixin:
 
 
 def of_config(cls: Any, source: Source, name: str) -> ModelMixin:
-    model: ModelMixin = cls.from_config(cls.load_config(source.folder, subfolder=name))
+    model: ModelMixin = cls.from_config(cls.load_config(source.folder_of(name)))
     return model
 
 
@@ -134,7 +163,7 @@ def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
     """Return a text encoder on the meta device, with its tied weights tied."""
     cls = component_class(source, name)
     with torch.device("meta"):
-        model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder, subfolder=name))
+        model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder_of(name)))
     return model
 
 
@@ -142,7 +171,7 @@ def _load_buffers(model: torch.nn.Module, source: Source, name: str) -> None:
     wanted = dict(model.named_buffers())
     if not wanted:
         return
-    for path in sorted((source.folder / name).glob("*.safetensors")):
+    for path in sorted(source.folder_of(name).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for key in wanted.keys() & set(file.keys()):
                 wanted[key].copy_(file.get_tensor(key))

@@ -8,17 +8,18 @@ import contextlib
 import hashlib
 import re
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ModelMissing
+from protocol.model_spec import DEMO, ModelSpec
 from protocol.stages import SHARED_COMPONENTS, STAGES, TRAITS, Stage
 from workers.models.weight_files import Damaged, check_file, read_json
 
-DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
+CONTROLNET = "controlnet"  # name of the component
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
 SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
@@ -35,6 +36,11 @@ class Source:
     pipeline: str
     index: dict[str, tuple[str, str]]
     named: frozenset[str] = frozenset()  # components of the index, those that are null included
+    added: Mapping[str, Path] = field(default_factory=dict)  # folders of components that lie beside the model's own
+
+    def folder_of(self, component: str) -> Path:
+        """Return the folder of a component's files."""
+        return self.added.get(component, self.folder / component)
 
     def components(self, stage: Stage) -> set[str]:
         """The components with weights, tokenizers or settings that a stage loads."""
@@ -56,8 +62,13 @@ def stages_of(component: str) -> tuple[Stage, ...]:
     return (next((stage for stage in STAGES if component.startswith(TRAITS[stage].components)), "denoise"),)
 
 
-def locate(model: str, revision: str | None, stage: Stage | None) -> Source:
+def locate(spec: ModelSpec, stage: Stage | None) -> Source:
     """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
+    source = locate_model(spec.name, spec.revision, stage)
+    return with_controlnet(source, spec.controlnet, stage) if spec.controlnet else source
+
+
+def locate_model(model: str, revision: str | None, stage: Stage | None) -> Source:
     if model == DEMO:
         return read(model, DEMO_FOLDER, None)
     folder = Path(model).expanduser()
@@ -76,6 +87,37 @@ def locate(model: str, revision: str | None, stage: Stage | None) -> Source:
         )
     snapshot = download(model, revision, stage)
     return read(model, snapshot, snapshot.name)
+
+
+def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
+    """Return the source with a ControlNet beside it, from a folder or the hub; ModelMissing."""
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        folder, revision = folder.resolve(), None
+    elif REPO_ID.fullmatch(given) and not folder.exists():
+        weights = ["*.safetensors"] if stage in stages_of(CONTROLNET) else []
+        with hub_errors(given, None):
+            folder = snapshot(given, None, ["config.json", *weights])
+        revision = folder.name
+    else:
+        raise ModelMissing(
+            f"There is no ControlNet {given!r}.",
+            "Give a folder with its config.json and its weights, or a hub id such as xinsir/controlnet-union-sdxl-1.0.",
+        )
+    if not (folder / "config.json").exists():
+        raise ModelMissing(f"{given!r} is no ControlNet: it has no config.json.", "Give the folder that holds it.")
+    with explained(given, folder):
+        name = read_json(folder / "config.json").get("_class_name")
+        revision = revision or fingerprint(folder)
+    if not isinstance(name, str) or "ControlNet" not in name:
+        raise ModelMissing(f"{given!r} is no ControlNet, but {name or 'of no class'}.", "Give another to --controlnet.")
+    return replace(
+        source,
+        revision=f"{source.revision}+{revision[:16]}",
+        index={**source.index, CONTROLNET: ("diffusers", name)},
+        named=source.named | {CONTROLNET},
+        added={**source.added, CONTROLNET: folder},
+    )
 
 
 def read(model: str, folder: Path, revision: str | None) -> Source:
@@ -158,7 +200,30 @@ def lacks(folder: Path) -> bool:
 
 def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
     """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already."""
+    small = ["model_index.json", "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
+    with hub_errors(repo, revision):
+        base = snapshot(repo, revision, small)
+        if stage is None:
+            return base
+        components = read(repo, base, base.name).components(stage)
+        weights = [f"{name}/*.safetensors" for name in components]
+        snapshot(repo, base.name, [*small, *weights])
+        # A component that has variants alone, such as fp16, comes with those.
+        bare = [f"{n}/*.safetensors" for n in components if (base / n / "config.json").exists() and lacks(base / n)]
+        if bare:
+            snapshot(repo, base.name, bare, skip=())
+        return base
+
+
+def snapshot(repo: str, revision: str | None, patterns: list[str], skip: tuple[str, ...] = SKIP) -> Path:
     from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*skip] or None))
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Raise what the hub's library raises as ModelMissing, for a person."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -167,19 +232,8 @@ def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
         RevisionNotFoundError,
     )
 
-    small = ["model_index.json", "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
     try:
-        base = Path(snapshot_download(repo, revision=revision, allow_patterns=small, ignore_patterns=[*SKIP]))
-        if stage is None:
-            return base
-        components = read(repo, base, base.name).components(stage)
-        weights = [f"{name}/*.safetensors" for name in components]
-        snapshot_download(repo, revision=base.name, allow_patterns=[*small, *weights], ignore_patterns=[*SKIP])
-        # A component that has variants alone, such as fp16, comes with those.
-        bare = [f"{n}/*.safetensors" for n in components if (base / n / "config.json").exists() and lacks(base / n)]
-        if bare:
-            snapshot_download(repo, revision=base.name, allow_patterns=bare)
-        return base
+        yield
     except GatedRepoError as error:
         hint = f"Accept its licence at its page on the hub, then: hf auth login. Or use an ungated one, such as {DEMO}."
         raise ModelMissing(f"{repo!r} is gated, and this account has no access.", hint) from error

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,27 @@ def inpaint_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | Non
     return cls if "mask_image" in parameters_of(cls) else _of_task(AUTO_INPAINT_PIPELINES_MAPPING, cls)
 
 
+def controlnet_class(cls: type[DiffusionPipeline], controlnet: str) -> type[DiffusionPipeline] | None:
+    """Return the pipeline that does what `cls` does, with a ControlNet of a class beside it; None where there is none.
+
+    It is named as everywhere in diffusers: `Flux(Img2Img)Pipeline`, `FluxControlNet(Img2Img)Pipeline`.
+    """
+    kind = "ControlNetUnion" if controlnet.startswith("ControlNetUnion") else "ControlNet"
+    for ending in ("Pipeline", "Img2ImgPipeline", "InpaintPipeline"):
+        base = cls.__name__.removesuffix(ending)
+        for written in (ending, ending.replace("Inpaint", "Inpainting")):
+            found: type[DiffusionPipeline] | None = getattr(diffusers, f"{base}{kind}{written}", None)
+            if base + ending == cls.__name__ and found is not None and controlnet in annotation_of(found, "controlnet"):
+                return found
+    return None
+
+
+def annotation_of(cls: type[DiffusionPipeline], component: str) -> str:
+    """Return the annotation of a component of a pipeline; empty where it has no such one."""
+    parameter = inspect.signature(cls.__init__).parameters.get(component)
+    return re.sub(r"[\w.]+\.", "", str(parameter.annotation)) if parameter else ""
+
+
 def control_argument(cls: type[DiffusionPipeline]) -> str | None:
     """Return the name of a call's argument for the picture that a ControlNet, or an adapter, keeps to."""
     parameters = parameters_of(cls)
@@ -46,11 +68,15 @@ def control_argument(cls: type[DiffusionPipeline]) -> str | None:
     return "image" if controlled and "image" in parameters and "strength" not in parameters else None
 
 
-def class_for(cls: type[DiffusionPipeline], recipe: Recipe) -> type[DiffusionPipeline]:
-    """Return the pipeline for a job, by the pictures that it brings."""
+def class_for(cls: type[DiffusionPipeline], recipe: Recipe, controlnet: str | None = None) -> type[DiffusionPipeline]:
+    """Return the pipeline for a job, by the pictures that it brings, and the class of a ControlNet beside the model."""
     if recipe.mask is not None:
-        return inpaint_class(cls) or cls
-    return (image_class(cls) or cls) if recipe.images else cls
+        found = inpaint_class(cls) or cls
+    else:
+        found = (image_class(cls) or cls) if recipe.images else cls
+    if recipe.control is None or controlnet is None:
+        return found
+    return controlnet_class(found, controlnet) or found
 
 
 def first_of(names: Sequence[str], cls: type[DiffusionPipeline]) -> str | None:

@@ -1,6 +1,6 @@
 """The profile of a model, found by running its pipeline on shapes alone: weights and results are on the meta device.
 
-    python -m workers.profile.measure MODEL [--dtype bfloat16] [--width 1024] [--height 1024] [--steps 28] …
+    python -m workers.profile.measure MODEL [--controlnet MODEL] [--dtype bfloat16] [--width 1024] [--height 1024] …
 
 prints a `ModelProfile` as JSON. Of a hub model only the small files are needed. What was found is kept in the user's
 cache folder, so that asking again takes no time; nothing slow is imported before that is clear.
@@ -20,6 +20,7 @@ import click
 
 from protocol.job import JobRequest
 from protocol.model_profile import ModelProfile
+from protocol.model_spec import ModelSpec
 from protocol.process import report_end
 from workers.models.source import Source, locate
 
@@ -81,16 +82,18 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.option("--revision")
+@click.option("--controlnet")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--steps", type=int)
 @click.option("--num-images", type=int, default=1)
 @click.option("--cfg-scale", type=float)
-def main(model: str, revision: str | None, dtype: str, **wanted: Any) -> None:
+def main(model: str, revision: str | None, controlnet: str | None, dtype: str, **wanted: Any) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-            found = profile_for(locate(model, revision, None), dtype, **wanted)
+            source = locate(ModelSpec(name=model, revision=revision, controlnet=controlnet), None)
+            found = profile_for(source, dtype, **wanted)
         print(found.model_dump_json())
     except Exception as error:
         sys.exit(report_end(error))

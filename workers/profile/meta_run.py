@@ -85,7 +85,7 @@ class MetaRun:
         self._models: dict[Stage, list[tuple[str, torch.nn.Module]]] = {"text": [], "denoise": [], "vae": []}
         for name in sorted(source.index):
             stage, *others = stages_of(name)
-            if not others and name in self.pipeline.components:
+            if not others and (name in self.pipeline.components or name in source.added):
                 make = text_encoder_on_meta if stage == "text" else on_meta
                 model = make(source, name).to(device=META, dtype=self.dtype).eval()
                 self._models[stage].append((name, said_to_be_here(model)))
@@ -115,10 +115,11 @@ class MetaRun:
     @contextlib.contextmanager
     def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
         """Let the pipeline run on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
-        seen, placeholders = Seen(), {name: self.pipeline.components[name] for name, _ in self._models[stage]}
-        self.pipeline.register_modules(**dict(self._models[stage]))
+        models = {name: model for name, model in self._models[stage] if name in self.pipeline.components}
+        seen, placeholders = Seen(), {name: self.pipeline.components[name] for name in models}
+        self.pipeline.register_modules(**models)
         with contextlib.ExitStack() as stack:
-            for name, model in self._models[stage]:
+            for name, model in models.items():
                 stack.enter_context(on_shapes(seen, name, model))
             yield seen
         self.pipeline.register_modules(**placeholders)

@@ -20,7 +20,7 @@ from protocol.route import Route, Shape, Template
 from protocol.stages import FIRST, Stage
 from protocol.tensors import Tensor
 from workers.models.loading import Loaded, install_boundaries, on_device
-from workers.models.skeleton import build_skeleton
+from workers.models.skeleton import added_names, build_skeleton, pipeline_class, without_weights
 from workers.models.source import Source, stages_of
 from workers.profile.meta_run import Seen as Operations
 from workers.profile.meta_run import on_shapes, watched
@@ -44,7 +44,10 @@ class Router:
         pipeline.__class__ = on_device(type(pipeline), HERE)
         install_boundaries(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        self._loaded = Loaded(pipeline, ())
+        added = {
+            n: without_weights(source, n, HERE, DTYPES[dtype]) for n in added_names(source, pipeline_class(source))
+        }
+        self._loaded = Loaded(pipeline, (), added=added)
         self._shapes = Shapes(pipeline)
         self._answered = 0  # calls of the last run that were answered by zeros
 

@@ -1,6 +1,6 @@
 """The process without weights: checks a model, says what it takes, and counts prompts' tokens for the orchestrator.
 
-    python -m workers.runtime.describer MODEL [--revision R]
+    python -m workers.runtime.describer MODEL [--revision R] [--controlnet MODEL]
 
 checks a model alone and prints JSON: its description, or all that is wrong with it. Nothing that a model's folder holds
 is read by the orchestrator itself: what a broken file does to a library ends this process, which comes back.
@@ -25,6 +25,7 @@ from protocol.errors import ModelMissing, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
 from protocol.messages.describer import TO_DESCRIBER, CountTokens, DescriberHello, LookAt, Looked, TokenCounts
 from protocol.model import ModelDescription
+from protocol.model_spec import ModelSpec
 from protocol.recipe import CountTokens as Counter
 from protocol.route import Route, Template
 from protocol.sockets import dealer, new_identity, receive, send
@@ -135,16 +136,16 @@ def looker(source: Any, dtype: str) -> Callable[[Template], Route]:
         return lambda template: Route()
 
 
-def examine(model: str, revision: str | None, dtype: str, stages: Sequence[Stage] = ()) -> tuple[Any, ModelDescription]:
+def examine(spec: ModelSpec, dtype: str, stages: Sequence[Stage] = ()) -> tuple[Any, ModelDescription]:
     """A model's source and description, once it is found whole; ModelMissing. Downloads what `stages` need of it."""
     from workers.models.description import describe
     from workers.models.model_check import check
     from workers.models.skeleton import quiet
     from workers.models.source import locate
 
-    source = locate(model, revision, None)
+    source = locate(spec, None)
     for stage in stages:
-        locate(model, revision, stage)
+        locate(spec, stage)
     with quiet():
         check(source, stages or STAGES)
         description = describe(source)
@@ -175,8 +176,8 @@ def fits_together(source: Any, dtype: str) -> None:
 
 def serve(spec: DescriberSpec) -> None:
     """Be the describer of a stack, until told to stop; ModelMissing where the model is not whole."""
-    source, description = examine(spec.model, spec.revision, spec.dtype, spec.stages)
-    log.info("%s is whole: %s", spec.model, description.pipeline)
+    source, description = examine(spec.model, spec.dtype, spec.stages)
+    log.info("%s is whole: %s", spec.model.name, description.pipeline)
     hello = DescriberHello(pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
     describer = Describer(spec.endpoint, hello, token_counter(source), looker(source, spec.dtype))
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -189,7 +190,8 @@ def serve(spec: DescriberSpec) -> None:
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.option("--revision")
-def main(model: str, revision: str | None) -> None:
+@click.option("--controlnet")
+def main(model: str, revision: str | None, controlnet: str | None) -> None:
     from workers.models.description import describe
     from workers.models.model_check import find_problems
     from workers.models.skeleton import quiet
@@ -197,7 +199,7 @@ def main(model: str, revision: str | None) -> None:
 
     try:
         with quiet(), contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-            source = locate(model, revision, None)
+            source = locate(ModelSpec(name=model, revision=revision, controlnet=controlnet), None)
             problems = find_problems(source, STAGES)
             found: dict[str, Any] = {"problems": [str(problem) for problem in problems]}
             if not problems:

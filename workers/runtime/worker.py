@@ -181,7 +181,7 @@ def prepare(spec: WorkerSpec) -> Prepared:
     """Find and describe the model; ModelMissing or BadRequest if that can't be."""
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
-    source = locate(spec.model, spec.revision, spec.stage)
+    source = locate(spec.model, spec.stage)
     with quiet():
         return Prepared(spec, source, describe(source), device, dtype)
 

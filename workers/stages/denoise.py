@@ -99,7 +99,7 @@ class DenoiseStage:
 
     def denoisers(self) -> list[torch.nn.Module]:
         """The models that run in each step; most pipelines have one."""
-        components = self.pipeline.components.items()
+        components = self.loaded.components.items()
         return [part for name, part in components if stages_of(name) == ("denoise",) and isinstance(part, Module)]
 
     def arguments(self, recipe: Recipe, tensors: tuple[Tensor, ...], steps: Steps) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from orchestrator.planning.stack_plan import StackPlan
 from orchestrator.settings import OrchestratorSpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.children import Children
+from protocol.model_spec import ModelSpec
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
 
 POSTS = (
@@ -46,7 +47,11 @@ def test_a_worker_gets_its_place_as_data(children: Children) -> None:
     assert (vae.visible_gpus, vae.leased_gpus, vae.device) == (None, (), "cpu")
     assert (denoise.checkpoint_seconds, text.checkpoint_seconds) == (0.5, None)
     for one in (text, denoise, vae):
-        assert (one.model, one.revision, one.dtype, one.speedups) == ("m", "r", "bfloat16", ("denoise:compile",))
+        assert (one.model, one.dtype, one.speedups) == (
+            ModelSpec(name="m", revision="r"),
+            "bfloat16",
+            ("denoise:compile",),
+        )
         assert one.endpoint == children.endpoint
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from protocol.model_spec import ModelSpec
 from protocol.stages import STAGES
 from tests import tiny
 from tests.stacks import triptych
@@ -92,7 +93,7 @@ def test_lists_in_the_index_that_are_no_components_are_settings(flux_dev: Path, 
 
 
 def test_the_demo_model_ships_and_says_what_it_takes() -> None:
-    source = locate("demo", None, "text")
+    source = locate(ModelSpec(name="demo"), "text")
     model = describe(source)
     assert model.demo
     assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 48)

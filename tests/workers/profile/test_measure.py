@@ -14,6 +14,7 @@ from orchestrator.short_process import answer_of
 from protocol.errors import ModelMissing
 from protocol.job import JobRequest
 from protocol.model_profile import ModelProfile
+from protocol.model_spec import ModelSpec
 from protocol.stages import STAGES
 from tests import tiny
 from workers.models.devices import Devices
@@ -39,13 +40,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def profile(model: Path, **wanted: object) -> ModelProfile:
     request = JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1, **wanted)
-    return profile_of(locate(str(model), None, None), "float32", request)
+    return profile_of(locate(ModelSpec(name=str(model)), None), "float32", request)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, Path], family: str) -> None:
     found = profile(models[family])
-    source = locate(str(models[family]), None, None)
+    source = locate(ModelSpec(name=str(models[family])), None)
     for stage in STAGES:
         mine = found.stage(stage)
         loaded = load(source, stage, Devices(CPU, leased=True), torch.float32)
@@ -63,7 +64,7 @@ def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, 
 @pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
 def test_what_is_run_once_a_job_is_what_a_job_shows(models: dict[str, Path], family: str) -> None:
     found = profile(models[family])
-    source = locate(str(models[family]), None, None)
+    source = locate(ModelSpec(name=str(models[family])), None)
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
     (model,) = stage.denoisers()
@@ -78,7 +79,7 @@ def test_what_is_run_once_a_job_is_what_a_job_shows(models: dict[str, Path], fam
 
 def test_arithmetic_is_counted_as_in_a_real_job(models: dict[str, Path]) -> None:
     found = profile(models["flux"], max_sequence_length=8)
-    source = locate(str(models["flux"]), None, None)
+    source = locate(ModelSpec(name=str(models["flux"])), None)
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     stage = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
     embeddings = tuple(text.run(found.recipe, (), unheard).tensors)
@@ -98,7 +99,7 @@ def test_arithmetic_is_counted_as_in_a_real_job(models: dict[str, Path]) -> None
 def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
     model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
     mine = profile(model).stage("denoise")
-    source = locate(str(model), None, None)
+    source = locate(ModelSpec(name=str(model)), None)
     residency = next(iter(load(source, "denoise", Devices(CPU, leased=True), torch.float32).residencies.values()))
     plain = load_of(mine.model_copy(update={"blocks": tuple(b.model_copy(update={"once": 0}) for b in mine.blocks)}))
     for share in (0.9, 0.8, 0.6, 0.5):
@@ -116,7 +117,7 @@ def test_streaming_is_predicted_as_it_will_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [(15, 15), (4, 26), (10, 12, 8)])
 def test_parts_of_a_cut_are_predicted_as_they_will_be(cut: tuple[int, ...], tmp_path: Path) -> None:
     model = tiny.save(tiny.flux(depth=10), tmp_path / "deep")
-    found, source = profile(model), locate(str(model), None, None)
+    found, source = profile(model), locate(ModelSpec(name=str(model)), None)
     stretches, ends = Stretches(found.stage("denoise")), [0, *itertools.accumulate(cut)]
     loads = [stretches.load(start, end) for start, end in itertools.pairwise(ends)]
     trimmed = [load.weights - load.once + load.loose for load in loads]

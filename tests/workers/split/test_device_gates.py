@@ -8,6 +8,7 @@ import torch
 
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
+from protocol.model_spec import ModelSpec
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from protocol.worker_spec import WorkerSpec
@@ -35,13 +36,13 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(model: Path, **values: object) -> WorkerSpec:
     return WorkerSpec(
-        stage="denoise", model=str(model), revision=None, device="cpu", dtype="float32", max_memory=(), name="d",
+        stage="denoise", model=ModelSpec(name=str(model)), device="cpu", dtype="float32", max_memory=(), name="d",
         **values,
     )  # fmt: skip
 
 
 def jobs(model: Path, count: int) -> list[tuple[Recipe, tuple[Tensor, ...]]]:
-    source = locate(str(model), None, "text")
+    source = locate(ModelSpec(name=str(model)), "text")
     text = TextStage(load(source, "text", Devices(CPU), torch.float32), CPU)
     description = prepare(settings(model)).description
     found = []

@@ -1,0 +1,13 @@
+"""What a stack's model is made of, as a person named it."""
+
+from protocol.data import Data
+
+DEMO = "demo"
+
+
+class ModelSpec(Data):
+    """A model and what is added to it; each a folder or a hub id."""
+
+    name: str = DEMO  # a folder, a hub id, or demo
+    revision: str | None = None  # of a hub model: branch, tag or commit
+    controlnet: str | None = None  # for jobs that bring a control image
