@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from protocol.data import Data, Int64, Text
+from protocol.pictures import named_pictures
 from protocol.settings import Given, Settings
 from protocol.speedups import Tier
 from protocol.stages import STAGES, Stage
@@ -15,6 +16,9 @@ JOB_STATES: tuple[JobState, ...] = ("queued", *STAGES, "done", "failed", "cancel
 Kept = Literal["text", "latents", ""]  # with the results of jobs of the same text, of this job alone, or nothing
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a picture, see pictures.py
 MAX_IMAGES_IN = 16  # pictures that a job may begin from
+GivenVideos = Annotated[  # (argument of the pipeline's call, digest)
+    tuple[tuple[Annotated[str, Field(pattern=r"^\w{0,64}$")], Digest], ...], Field(max_length=4)
+]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 MAX_SEED = 2**63 - 1
 
@@ -37,6 +41,7 @@ class JobRequest(Data):
     images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
     mask: Digest | None = None  # white where the picture is to be made anew
     control: Digest | None = None  # a picture that a ControlNet keeps to, such as edges
+    videos: GivenVideos = ()  # that it begins from, by the pipeline's own names; "" is the first one that it takes
     strength: float | None = None  # how much of the picture goes, from 0 to 1
     settings: Given = ()  # further arguments of the pipeline's call, by name
     priority: Int64 = 0  # higher goes first
@@ -44,8 +49,13 @@ class JobRequest(Data):
 
     @property
     def pictures(self) -> tuple[str, ...]:
-        """Digests of all pictures that it begins from."""
-        return (*self.images, *(digest for digest in (self.mask, self.control) if digest))
+        """Digests of all pictures and videos that it begins from."""
+        return tuple(self.named_pictures.values())
+
+    @property
+    def named_pictures(self) -> dict[str, str]:
+        """Their digests, by their names beside a task."""
+        return named_pictures(self.images, self.mask, self.control, self.videos)
 
 
 class Recipe(Data):
@@ -67,6 +77,7 @@ class Recipe(Data):
     images: tuple[Digest, ...] = ()
     mask: Digest | None = None
     control: Digest | None = None
+    videos: GivenVideos = ()
     strength: float | None = None
     frames: Int64 | None = None  # of a video; None: pictures are made
     fps: float | None = None  # of a video: frames a second
@@ -77,8 +88,13 @@ class Recipe(Data):
 
     @property
     def pictures(self) -> tuple[str, ...]:
-        """Digests of all pictures that it begins from."""
-        return (*self.images, *(digest for digest in (self.mask, self.control) if digest))
+        """Digests of all pictures and videos that it begins from."""
+        return tuple(self.named_pictures.values())
+
+    @property
+    def named_pictures(self) -> dict[str, str]:
+        """Their digests, by their names beside a task."""
+        return named_pictures(self.images, self.mask, self.control, self.videos)
 
 
 class StageRecord(Data):

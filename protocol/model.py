@@ -1,7 +1,5 @@
 """The description of a model: found by the describer, used by the orchestrator to judge requests."""
 
-from typing import Literal
-
 from protocol.data import Data, Positive
 from protocol.settings import Setting
 
@@ -17,6 +15,8 @@ class PipelineTask(Data):
     strength: float | None = None  # default; None where it takes none
     control: bool = False  # a picture that a ControlNet keeps to
     settings: tuple[Setting, ...] = ()  # further arguments
+    videos: tuple[str, ...] = ()  # names of the videos that it takes
+    frames: bool = False  # it takes a number of frames; else it makes as many as the video given has
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
 
 
@@ -56,8 +56,9 @@ class ModelDescription(Data):
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
     control: bool = False  # it takes a picture that a ControlNet keeps to
     controlled: PipelineTask | None = None  # with a ControlNet that was added to the model
+    of_video: PipelineTask | None = None  # what is made of a video
     video: VideoTask | None = None  # it makes videos; None: pictures
     several: bool = True  # it makes several pictures, or videos, of one prompt at once
     settings: tuple[Setting, ...] = ()  # further arguments of its call
-    needs: tuple[Literal["image", "mask"], ...] = ()  # that it can't do without
+    needs: tuple[str, ...] = ()  # `image`, `mask` or names of videos that it can't do without
     demo: bool = False

@@ -8,7 +8,8 @@ from protocol.errors import BadRequest
 from protocol.tensors import Tensor
 
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
-IMAGE, MASK, CONTROL = "image", "mask", "control"  # how the names of a task's pictures begin
+MAX_VIDEO_PIXELS = 80 << 20  # of all frames of a video: 91 of 1280 x 720
+IMAGE, MASK, CONTROL, VIDEO = "image", "mask", "control", "video"  # how the names of a task's pictures begin
 PICTURES = "pictures"  # name of the tensors that a job's last visit gives
 SOUND, SOUND_RATE = "sound", "sound_rate"  # names of the tensors of videos' sound
 PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
@@ -16,13 +17,22 @@ PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
 
 def is_given_picture(tensor: Tensor) -> bool:
     """Return whether a tensor beside a task is a picture that the job begins from."""
-    return tensor.name in (MASK, CONTROL) or tensor.name.startswith(f"{IMAGE}:")
+    return tensor.name in (MASK, CONTROL) or tensor.name.startswith((f"{IMAGE}:", f"{VIDEO}:"))
 
 
-def named_pictures(images: Sequence[str], mask: str | None, control: str | None) -> dict[str, str]:
-    """Return the digests of all pictures that a job begins from, by their names beside its tasks; in order."""
+def named_pictures(
+    images: Sequence[str], mask: str | None, control: str | None, videos: Sequence[tuple[str, str]]
+) -> dict[str, str]:
+    """Return the digests of the pictures and videos that a job begins from, by their names beside its tasks."""
     found = {f"{IMAGE}:{number}": digest for number, digest in enumerate(images)}
-    return found | {name: digest for name, digest in ((MASK, mask), (CONTROL, control)) if digest}
+    found |= {name: digest for name, digest in ((MASK, mask), (CONTROL, control)) if digest}
+    return found | {f"{VIDEO}:{name}": digest for name, digest in videos}
+
+
+def is_of_its_kind(name: str, shape: Sequence[int]) -> bool:
+    """Return whether what goes by a name beside a job's tasks has the shape that it must have."""
+    channels = 1 if name == MASK else 3
+    return len(shape) == (4 if name.startswith(f"{VIDEO}:") else 3) and shape[-1] == channels
 
 
 def as_given(named: Mapping[str, str], pictures: Mapping[str, Tensor]) -> list[Tensor]:
@@ -52,12 +62,21 @@ def digest_of(shape: tuple[int, ...], data: bytes | bytearray | memoryview) -> s
 
 
 def check_picture(tensor: Tensor) -> None:
-    """Raise BadRequest for what is no uint8 picture (height, width, 1 or 3), or not the one that its name says."""
+    """Raise BadRequest for what is no uint8 picture (height, width, 1 or 3), or not the one that its name says.
+
+    Or video, (frames, height, width, 3).
+    """
     match tensor.dtype, tensor.shape:
-        case "uint8", (height, width, 1 | 3) if 0 < height * width <= MAX_PIXELS:
-            if digest_of(tensor.shape, tensor.data) == tensor.name:
-                return
+        case ("uint8", (height, width, 1 | 3)) if 0 < height * width <= MAX_PIXELS:
+            fits = True
+        case ("uint8", (frames, height, width, 3)) if 0 < frames * height * width <= MAX_VIDEO_PIXELS:
+            fits = True
+        case _:
+            fits = False
+    if fits and digest_of(tensor.shape, tensor.data) == tensor.name:
+        return
     raise BadRequest(
         f"An input picture of {tensor.dtype} {list(tensor.shape)} is not what it is said to be.",
-        f"It is uint8 (height, width, 3), at most {MAX_PIXELS} pixels, and named by its digest.",
+        f"It is uint8 (height, width, 3), at most {MAX_PIXELS} pixels, or (frames, height, width, 3), at most "
+        f"{MAX_VIDEO_PIXELS}; and named by its digest.",
     )

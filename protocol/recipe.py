@@ -34,10 +34,12 @@ def resolve(
     count_tokens: CountTokens | None,
     speedups: tuple[str, ...] = (),
     picture_size: tuple[int, int] | None = None,
+    video_frames: int | None = None,
 ) -> Recipe:
     """The recipe of a request, in a stack with these speedups.
 
-    `picture_size` is that of the first picture that it begins from, (width, height) in pixels.
+    `picture_size` is that of the first picture or video that it begins from, (width, height) in pixels, and
+    `video_frames` the number of frames of its first video.
 
     Raises:
         BadRequest: something in it can't be right.
@@ -51,7 +53,7 @@ def resolve(
         raise BadRequest(f"{model.pipeline} makes one at a time.", "For several, give several seeds: --seeds 1..4.")
     check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     check_range("seed", request.seed, DRAWN, MAX_SEED)
-    frames, fps = check_frames(request, model)
+    frames, fps = check_frames(request, model, task, video_frames)
     length = check_prompts(request, model, count_tokens)
     defaults: ModelDescription | PipelineTask = task or model
     guidance, cfg_scale = check_guidance(request, model, defaults)
@@ -71,6 +73,7 @@ def resolve(
         images=request.images,
         mask=request.mask,
         control=request.control,
+        videos=named_videos(request, task),
         strength=request.strength,
         frames=frames,
         fps=fps,
@@ -95,9 +98,13 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask
         raise BadRequest(f"{model.pipeline} begins from a picture.", "Give it: --image FILE.")
     if "mask" in model.needs and request.mask is None:
         raise BadRequest(f"{model.pipeline} needs a mask: white where the picture is made anew.", "Give --mask FILE.")
+    if missing := [n for n in model.needs if n not in ("image", "mask", *(name or n for name, _ in request.videos))]:
+        raise BadRequest(f"{model.pipeline} needs a video: {missing[0]}.", f"Give it: --video {missing[0]}=FILE.")
     if not request.images:
         if request.mask is not None:
             raise BadRequest("There is a mask without a picture.", "Give the picture, too: --image FILE.")
+        if request.videos:
+            return check_of_video(request, model, model.of_video)
         if request.strength is not None:
             raise BadRequest("A strength has no meaning without a picture.", "Give one: --image FILE.")
         return model.controlled if request.control is not None else None
@@ -109,10 +116,32 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask
         raise BadRequest(f"{model.pipeline} takes no {what}.", "Leave them out, or run another model.")
     if len(request.images) > 1 and not task.several:
         raise BadRequest(f"{task.pipeline} takes one picture; {len(request.images)} were given.", "Give one.")
+    check_strength(request, task)
+    return check_of_video(request, model, task) if request.videos else task
+
+
+def check_strength(request: JobRequest, task: PipelineTask) -> None:
     check_range("strength", request.strength, 0, 1)
     if request.strength is not None and task.strength is None:
         raise BadRequest(f"{task.pipeline} takes no strength.", "Leave it out.")
+
+
+def check_of_video(request: JobRequest, model: ModelDescription, task: PipelineTask | None) -> PipelineTask:
+    """Check the videos that a job begins from against what its pipeline takes; BadRequest."""
+    if task is None or not task.videos:
+        raise BadRequest(f"{task.pipeline if task else model.pipeline} takes no videos.", "Leave them out.")
+    if unknown := [name for name, _ in request.videos if name and name not in task.videos]:
+        raise BadRequest(f"{task.pipeline} takes no {unknown[0]!r}.", f"It takes {', '.join(task.videos)}.")
+    names = [name for name, _ in named_videos(request, task)]
+    if len(set(names)) < len(names):
+        raise BadRequest("A video is given twice.", f"{task.pipeline} takes {', '.join(task.videos)}, one of each.")
+    check_strength(request, task)
     return task
+
+
+def named_videos(request: JobRequest, task: PipelineTask | None) -> tuple[tuple[str, str], ...]:
+    """Return a request's videos by the names of the pipeline's call."""
+    return tuple((name or task.videos[0], digest) for name, digest in request.videos) if task else ()
 
 
 def check_sizes(
@@ -133,7 +162,9 @@ def check_sizes(
     return width, height, False
 
 
-def check_frames(request: JobRequest, model: ModelDescription) -> tuple[int | None, float | None]:
+def check_frames(
+    request: JobRequest, model: ModelDescription, task: PipelineTask | None, of_video: int | None
+) -> tuple[int | None, float | None]:
     """Frames, and frames a second, of a video; (None, None) where pictures are made. BadRequest, DoesNotFit."""
     video = model.video
     if video is None:
@@ -142,6 +173,10 @@ def check_frames(request: JobRequest, model: ModelDescription) -> tuple[int | No
                 raise BadRequest(f"{model.pipeline} makes pictures, not videos.", f"Leave --{name} out.")
         return None, None
     check_range("fps", request.fps, 1, MAX_FPS)
+    if task and request.videos and not task.frames:
+        if request.frames is not None:
+            raise BadRequest(f"{task.pipeline} makes as many frames as the video has.", "Leave --frames out.")
+        return of_video or video.frames, video.fps if request.fps is None else request.fps
     frames = video.frames if request.frames is None else request.frames
     if frames <= 0:
         raise BadRequest(f"frames is {frames}.", f"It must be positive, such as {video.frames}.")

@@ -47,6 +47,7 @@ class Template:
                 update={
                     "prompt": SENTINEL, "negative_prompt": negative, "seed": 0, "images": images,
                     "mask": recipe.mask and digest, "control": recipe.control and digest,
+                    "videos": tuple((name, digest) for name, _ in recipe.videos),
                 }
             ),
             shapes,
@@ -84,7 +85,7 @@ def whole_key(recipe: Recipe) -> str:
         *recipe.pictures,
         recipe.settings,
         *(
-            (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.images else ()
+            (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.pictures else ()
         ),  # what an encoder may see
         *text_speedups(recipe),
     )

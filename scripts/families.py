@@ -58,7 +58,7 @@ def run(name: str) -> tuple[str, str]:
     from diffusers import DiffusionPipeline
 
     from protocol.job import JobRequest
-    from protocol.pictures import as_given, named_pictures, pictures_among
+    from protocol.pictures import as_given, pictures_among
     from protocol.recipe import resolve
     from tests.families import CASES
     from tests.families.case import awake
@@ -92,7 +92,7 @@ def run(name: str) -> tuple[str, str]:
             strength=0.5 if task and task.strength is not None else None, **size,
         )  # fmt: skip
         recipe = resolve(request, model, "float32", None, picture_size=side)
-        named = named_pictures(recipe.images, recipe.mask, recipe.control)
+        named = recipe.named_pictures
         pictures = {picture.name: picture for kind in given.values() for picture in kind}
         tensors = as_given(named, pictures)
         pipeline: Any = DiffusionPipeline.from_pretrained(folder)

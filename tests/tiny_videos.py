@@ -24,6 +24,8 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     MotionAdapter,
     UniPCMultistepScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
@@ -96,6 +98,32 @@ def wan_of_image() -> WanImageToVideoPipeline:
         image_encoder=CLIPVisionModelWithProjection(vision).eval(),
         transformer=wan_transformer(36, image_dim=32),
         transformer_2=None,
+    )
+
+
+def wan_animate() -> WanAnimatePipeline:
+    """Wan-Animate, whose segments begin with the frames that the segment before has given."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=4, projection_dim=4, num_hidden_layers=2, num_attention_heads=2, image_size=4, intermediate_size=16,
+        patch_size=1,
+    )  # fmt: skip
+    transformer = WanAnimateTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36, latent_channels=16,
+        out_channels=16, text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", image_dim=4, rope_max_seq_len=32,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    )  # fmt: skip
+    return WanAnimatePipeline(
+        tokenizer=tiny.t5_tokenizer(),
+        text_encoder=umt5(),
+        vae=wan_vae(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        image_processor=CLIPImageProcessorPil(crop_size=4, size=4),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        transformer=transformer.eval(),
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
-from protocol.client.input_pictures import picture_of
+from protocol.client.input_pictures import picture_of, split_video, video_of
 from protocol.errors import BadRequest
 from protocol.model_spec import DEMO, ModelSpec
 from protocol.speedups import canonical, parse_speedup
@@ -80,6 +80,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture to begin from.")
 @click.option("--mask", type=click.Path(path_type=Path), help="White where the picture is to be made anew.")
 @click.option("--control-image", type=click.Path(path_type=Path), help="A picture that a ControlNet keeps to.")
+@click.option("--video", "videos", multiple=True, metavar="[NAME=]FILE", help="A video to begin from.")
 @click.option("--strength", type=float, help="How much of the picture goes, from 0 to 1.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Write a torch profiler trace (JSON).")
@@ -129,10 +130,11 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     images = [picture_of(path) for path in options["images"]]
     mask = picture_of(options["mask"], mask=True) if options["mask"] else None
     control = picture_of(options["control_image"]) if options["control_image"] else None
+    clips = [(name, video_of(path)) for name, path in map(split_video, options["videos"])]
     named = {"images": tuple(image.name for image in images), "mask": mask and mask.name,
-             "control": control and control.name}  # fmt: skip
+             "control": control and control.name, "videos": tuple((n, v.name) for n, v in clips)}  # fmt: skip
     given |= {name: value for name, value in named.items() if value}
-    pictures = (*images, *(one for one in (mask, control) if one))
+    pictures = (*images, *(one for one in (mask, control) if one), *(video for _, video in clips))
     run_standalone(prepare(spec), given, pictures, options["input_path"], output, debugging)
 
 

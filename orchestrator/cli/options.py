@@ -11,7 +11,7 @@ import click
 
 from orchestrator.cli.prompts import read_prompts
 from protocol.client.endpoints import default_folder
-from protocol.client.input_pictures import alpha_mask_of, picture_of
+from protocol.client.input_pictures import alpha_mask_of, picture_of, split_video, video_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.recipe import DRAWN
@@ -93,6 +93,9 @@ def picture_options(command: Command) -> Command:
                      "in --image."),
         click.option("--control-image", type=click.Path(path_type=Path), metavar="FILE",
                      help="A picture that the model's ControlNet keeps to, such as edges or depths."),
+        click.option("--video", "videos", multiple=True, metavar="[NAME=]FILE",
+                     help="A video to begin from (mp4, webm, gif); NAME is for models that take several, such as "
+                     "pose_video=FILE."),
         click.option("--mask-blur", type=click.FloatRange(0, 1000), metavar="PIXELS",
                      help="Soften the mask's edge, as diffusers' mask_processor.blur does."),
         click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
@@ -181,7 +184,8 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Read the pictures of --image, --mask and --control-image; BadRequest."""
     control = options.get("control_image")
-    return (*image_and_mask(options), *([picture_of(control)] if control else []))
+    videos = [video_of(path) for _, path in map(split_video, options.get("videos") or ())]
+    return (*image_and_mask(options), *([picture_of(control)] if control else []), *videos)
 
 
 def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -201,9 +205,12 @@ def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
 def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:
     """A request's fields that name its pictures by their digests."""
     digests, count = [picture.name for picture in inputs], len(options.get("images") or ())
+    names = [name for name, _ in map(split_video, options.get("videos") or ())]
+    videos = tuple(zip(names, digests[len(digests) - len(names) :], strict=True))
+    del digests[len(digests) - len(names) :]
     control = digests.pop() if options.get("control_image") else None
     return {"images": tuple(digests[:count]), "mask": digests[count] if options.get("mask") else None,
-            "control": control}  # fmt: skip
+            "control": control, "videos": videos}  # fmt: skip
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:

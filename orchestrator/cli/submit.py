@@ -42,7 +42,7 @@ from protocol.client.exchange import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.messages.client import Stack
-from protocol.pictures import pictures_among
+from protocol.pictures import CONTROL, IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.settings import as_given
 from protocol.tensors import Tensor
@@ -286,15 +286,22 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
     if wanted == given:
         return
     flags = {"--mask FILE": recipe.mask, "--control-image FILE": recipe.control}
-    options = " ".join([*(["--image FILE"] * len(recipe.images)), *(flag for flag, given in flags.items() if given)])
+    options = " ".join([*(["--image FILE"] * len(recipe.images)), *(flag for flag, given in flags.items() if given),
+                        *(f"--video {name}=FILE" for name, _ in recipe.videos)])  # fmt: skip
     if len(wanted) != len(given):
         raise BadRequest(
             f"{str(path)!r} was made of {len(wanted) or 'no'} pictures; {len(given) or 'none'} were given.",
             f"Give those that it was made of: {options}." if wanted else "Leave them out.",
         )
     number = next(i for i, pair in enumerate(zip(wanted, given, strict=True)) if pair[0] != pair[1])
-    masks = recipe.mask is not None and number == len(recipe.images)
-    what = f"picture {number + 1}" if number < len(recipe.images) else "the mask" if masks else "the control image"
+    kind, _, which = [*recipe.named_pictures][number].partition(":")
+    words = {
+        IMAGE: f"picture {number + 1}",
+        MASK: "the mask",
+        CONTROL: "the control image",
+        VIDEO: f"the video {which}",
+    }
+    what = words[kind]
     raise BadRequest(
         f"{str(path)!r} was made of another picture: {what} has the digest {given[number][:12]}…, not "
         f"{wanted[number][:12]}….",

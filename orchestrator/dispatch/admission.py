@@ -14,6 +14,7 @@ from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
+from protocol.pictures import is_of_its_kind
 from protocol.recipe import resolve
 from protocol.route import Route, Shape, Template, whole_key
 from protocol.stages import FIRST
@@ -87,10 +88,8 @@ class Admission:
     def _shapes(self, request: JobRequest, pictures: Pictures) -> tuple[Shape, ...]:
         """Return the shapes of a request's pictures; BadRequest where one isn't here, or is of another kind."""
         shapes = tuple(self._shape(digest, pictures) for digest in request.pictures)
-        kinds = [channels for _, _, channels in shapes]
-        masked, controlled = request.mask is not None, request.control is not None
-        if kinds != [3] * len(request.images) + [1] * masked + [3] * controlled:
-            raise BadRequest("Pictures have three channels, and masks have one.", "Give them as such.")
+        if not all(map(is_of_its_kind, request.named_pictures, shapes)):
+            raise BadRequest("Pictures have three channels, masks have one, and videos frames.", "Give them as such.")
         return shapes
 
     def _shape(self, digest: str, pictures: Pictures) -> Shape:
@@ -119,7 +118,8 @@ class Admission:
                 shapes = self._shapes(request, pictures)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
-                    (shapes[0][1], shapes[0][0]) if request.images else None,
+                    (shapes[0][-2], shapes[0][-3]) if request.images or request.videos else None,
+                    shapes[-len(request.videos)][0] if request.videos else None,
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None

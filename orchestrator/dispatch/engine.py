@@ -213,7 +213,7 @@ class Engine:
         """Skip the text stage where the prompt's embeddings are there."""
         known = self.catalogue.known.routes.get(job.template) if self.catalogue.known else None
         # Where no job has shown it yet, a guess; the worker knows better.
-        following: Stage | None = "vae" if job.recipe.images else USUAL_NEXT[FIRST]
+        following: Stage | None = "vae" if job.recipe.images or job.recipe.videos else USUAL_NEXT[FIRST]
         if known and known.following:
             following = known.following
         begins = job.stage == FIRST and not job.records

@@ -16,7 +16,7 @@ from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease
 from orchestrator.storage.job_store import Store
 from protocol.messages.worker import Task
-from protocol.pictures import as_given, named_pictures
+from protocol.pictures import as_given
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
 
@@ -111,7 +111,7 @@ class TaskDispatch:
             if kept is None:
                 return None
             found[digest] = kept[0]
-        return as_given(named_pictures(job.recipe.images, job.recipe.mask, job.recipe.control), found)
+        return as_given(job.recipe.named_pictures, found)
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
         """Let a job's attempt fail, or its wait for one."""

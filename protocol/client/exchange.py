@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from protocol import wire
-from protocol.client.input_pictures import picture_of
+from protocol.client.input_pictures import picture_of, video_of
 from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, from_wire
 from protocol.job import Job, JobRequest
 from protocol.messages.client import (
@@ -87,12 +87,17 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRe
     pictures = [picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])]
     masks = [] if mask is None else [picture_of(mask, mask=True)]
     controls = [] if control is None else [picture_of(control)]
+    videos = dict(options.pop("videos", {}))
+    if (video := options.pop("video", None)) is not None:
+        videos = {"": video, **videos}
+    clips = {name: video_of(one) for name, one in videos.items()}
     named: dict[str, Any] = {
+        "videos": tuple((name, clip.name) for name, clip in clips.items()),
         "images": tuple(p.name for p in pictures),
         "mask": masks[0].name if masks else None,
         "control": controls[0].name if controls else None,
     }
-    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls]
+    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls, *clips.values()]
 
 
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:

@@ -2,14 +2,16 @@
 
 import io
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from protocol.errors import BadRequest
-from protocol.pictures import MAX_PIXELS, digest_of
+from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS, digest_of
 from protocol.tensors import Tensor
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
 Given: TypeAlias = "str | os.PathLike[str] | bytes | Image"
@@ -28,6 +30,60 @@ def picture_of(given: Given, mask: bool = False, blur: float = 0) -> Tensor:
     if mask:
         return tensor_of(softened(upright(given).convert("L"), blur))
     return tensor_of(in_srgb(upright(given)).convert("RGB"))
+
+
+def video_of(given: "str | os.PathLike[str] | Sequence[Image]") -> Tensor:
+    """Return a video's frames, uint8 (frames, height, width, 3), named by their digest.
+
+    `given` is a path of a file that PyAV can read, or frames as Pillow images.
+
+    Raises:
+        BadRequest: it can't be read, holds no video, or is too large.
+    """
+    import numpy as np
+
+    frames = decoded(given) if isinstance(given, str | os.PathLike) else (np.asarray(f.convert("RGB")) for f in given)
+    found: list[np.ndarray] = []
+    pixels = 0
+    for frame in frames:
+        pixels += frame.shape[0] * frame.shape[1]
+        if pixels > MAX_VIDEO_PIXELS:
+            raise BadRequest(
+                f"{told(given)} has too many pixels in its frames.",
+                f"At most {MAX_VIDEO_PIXELS} are taken, {MAX_VIDEO_PIXELS // (frame.shape[0] * frame.shape[1])} frames "
+                "of its size: make it shorter, or smaller.",
+            )
+        if found and frame.shape != found[0].shape:
+            raise BadRequest(f"{told(given)} has frames of several sizes.", "Give frames of one size.")
+        found.append(frame)
+    if not found:
+        raise BadRequest(f"{told(given)} has no frames.", "Give a video.")
+    video = np.stack(found)
+    return Tensor(digest_of(video.shape, video.tobytes()), "uint8", video.shape, video.tobytes())
+
+
+def split_video(text: str) -> tuple[str, str]:
+    """Split `[NAME=]FILE` into the name of a pipeline's argument, "" for the first that it takes, and the path."""
+    name, equals, path = text.partition("=")
+    return (name, path) if equals and name.isidentifier() else ("", text)
+
+
+def decoded(path: "str | os.PathLike[str]") -> "Iterator[np.ndarray]":
+    """Yield the frames of a video file, uint8 (height, width, 3), upright; BadRequest."""
+    import av
+    import numpy as np
+
+    try:
+        with av.open(os.fspath(path)) as file:
+            if not file.streams.video:
+                raise BadRequest(f"{told(path)} holds no video.", "Give one: mp4, webm, gif …")
+            for frame in file.decode(video=0):
+                picture = frame.to_ndarray(format="rgb24")
+                yield np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+    except FileNotFoundError as error:
+        raise BadRequest(f"There is no file {told(path)}.") from error
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise BadRequest(f"{told(path)} can't be read as a video.", "mp4, webm and gif can.") from error
 
 
 def alpha_mask_of(given: Given, blur: float = 0) -> Tensor:
@@ -52,8 +108,11 @@ def tensor_of(pixels: "Image") -> Tensor:
     return Tensor(digest_of(shape, data), "uint8", shape, data)
 
 
-def told(given: Given) -> str:
-    return repr(os.fspath(given)) if isinstance(given, str | os.PathLike) else "the picture"
+def told(given: object) -> str:
+    """Return how to call what a person gave."""
+    if isinstance(given, str | os.PathLike):
+        return repr(os.fspath(given))
+    return "the video" if isinstance(given, Sequence) and not isinstance(given, bytes) else "the picture"
 
 
 def upright(given: Given) -> "Image":

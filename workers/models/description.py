@@ -33,6 +33,8 @@ from workers.models.tasks import (
     inpaint_class,
     needs_of,
     parameters_of,
+    video_arguments,
+    video_class,
 )
 
 LARGEST = 4  # times the default number of pixels, or of frames
@@ -88,10 +90,14 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         inpaint=picture_task(source, inpaint_class(cls), pipeline, defaults),
         control=control_argument(cls) is not None,
         controlled=controlled_task(source, cls, pipeline, defaults),
+        of_video=pipeline_task(found, pipeline, defaults) if (found := video_class(cls)) else None,
         video=video_task(pipeline, defaults),
         several=first_of(IMAGES_PER_PROMPT, cls) is not None,
         settings=settings_of(cls),
-        needs=tuple(kind for kind, name in NEEDS.items() if name in needs and name != control_argument(cls)),
+        needs=(
+            *(kind for kind, name in NEEDS.items() if name in needs and name != control_argument(cls)),
+            *(name for name in video_arguments(cls) if name in needs),
+        ),
         demo=source.model == DEMO,
     )
 
@@ -99,13 +105,13 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
 def video_task(pipeline: DiffusionPipeline, defaults: Mapping[str, Any]) -> VideoTask | None:
     """Describe the videos that a pipeline makes; None where it makes pictures."""
     name = first_of(FRAMES, type(pipeline))
-    if name is None:
+    if name is None and not video_arguments(type(pipeline)):
         return None
-    frames = int(defaults.get("frames") or default_of(pipeline, name) or USUAL_FRAMES)
+    frames = int(defaults.get("frames") or (default_of(pipeline, name) if name else 0) or USUAL_FRAMES)
     rate = first_of(RATE, type(pipeline))
     told = defaults.get("fps") or (default_of(pipeline, rate) if rate else None) or example_rate(type(pipeline))
     ratio = next((found for name in TEMPORAL if isinstance(found := getattr(pipeline, name, None), int)), 1)
-    return VideoTask(frames=frames, multiple=ratio, fps=float(told), max_frames=max(frames * LARGEST, 1))
+    return VideoTask(frames=frames, multiple=ratio if name else 1, fps=float(told), max_frames=max(frames * LARGEST, 1))
 
 
 def example_rate(cls: type[DiffusionPipeline]) -> int:
@@ -152,6 +158,8 @@ def pipeline_task(
         strength=_float(default("strength")),
         control=control_argument(cls) is not None,
         settings=settings_of(cls),
+        videos=video_arguments(cls),
+        frames=first_of(FRAMES, cls) is not None,
         sized={"height", "width"} <= set(known),
     )
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from protocol.errors import ModelMissing
 from workers.models.source import CONTROLNET, Source, is_component
-from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of
+from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of, video_arguments
 from workers.models.weight_files import read_json
 from workers.replay.placeholder import said_to_be
 
@@ -99,7 +99,7 @@ def refusal(cls: type[DiffusionPipeline]) -> str:
     parameters = parameters_of(cls)
     if why := NOT_SPLIT.get(cls.__name__):
         return why
-    if needed := [name for name in needs_of(cls) if name not in GIVEN]:
+    if needed := [name for name in needs_of(cls) if name not in (*GIVEN, *video_arguments(cls))]:
         return f"needs {', '.join(needed)}, which a job can't give"
     if sound := [name for name in parameters if name in ("audio_length_in_s", "audio_end_in_s")]:
         return f"makes sound alone ({sound[0]})"

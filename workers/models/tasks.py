@@ -19,7 +19,12 @@ from protocol.job import Recipe
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 FRAMES = ("num_frames", "video_length", "frames")  # names of the number of a video's frames
 RATE = ("frame_rate", "fps")  # names of frames a second, of pipelines that heed them
-# Of videos diffusers has no such table; these two say that both take the same weights.
+# Of videos diffusers has no such table; these say that both take the same weights.
+VIDEO_TO_VIDEO = {
+    "WanPipeline": "WanVideoToVideoPipeline", "CogVideoXPipeline": "CogVideoXVideoToVideoPipeline",
+    "AnimateDiffPipeline": "AnimateDiffVideoToVideoPipeline", "TextToVideoSDPipeline": "VideoToVideoSDPipeline",
+    "SkyReelsV2DiffusionForcingPipeline": "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+}  # fmt: skip
 IMAGE_TO_VIDEO = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX2ImageToVideoPipeline"}
 
 
@@ -36,6 +41,20 @@ def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
 def inpaint_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that paints what a mask covers, with the weights of `cls`; None where there is none."""
     return cls if "mask_image" in parameters_of(cls) else _of_task(AUTO_INPAINT_PIPELINES_MAPPING, cls)
+
+
+def video_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
+    """Return the pipeline that makes a video of a video with the weights of `cls`; None where there is none."""
+    if video_arguments(cls):
+        return cls
+    name = VIDEO_TO_VIDEO.get(cls.__name__)
+    return getattr(diffusers, name) if name else None
+
+
+def video_arguments(cls: type[DiffusionPipeline]) -> tuple[str, ...]:
+    """Return the names of the videos that a pipeline's call takes, the one that is only a `video` first."""
+    names = [name for name in parameters_of(cls) if name == "video" or name.endswith("_video")]
+    return tuple(sorted(names, key=lambda name: name != "video"))
 
 
 def controlnet_class(cls: type[DiffusionPipeline], controlnet: str) -> type[DiffusionPipeline] | None:
@@ -72,8 +91,10 @@ def class_for(cls: type[DiffusionPipeline], recipe: Recipe, controlnet: str | No
     """Return the pipeline for a job, by the pictures that it brings, and the class of a ControlNet beside the model."""
     if recipe.mask is not None:
         found = inpaint_class(cls) or cls
+    elif recipe.images:
+        found = image_class(cls) or cls
     else:
-        found = (image_class(cls) or cls) if recipe.images else cls
+        found = (video_class(cls) or cls) if recipe.videos else cls
     if recipe.control is None or controlnet is None:
         return found
     return controlnet_class(found, controlnet) or found

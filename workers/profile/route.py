@@ -15,7 +15,6 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import named_pictures
 from protocol.route import Route, Shape, Template
 from protocol.stages import FIRST, Stage
 from protocol.tensors import Tensor
@@ -164,7 +163,7 @@ class Lookout(Run):
 
 
 def pictures_like(recipe: Recipe, shapes: tuple[Shape, ...], content: int) -> list[Tensor]:
-    names = named_pictures(recipe.images, recipe.mask, recipe.control)
+    names = recipe.named_pictures
     random = np.random.default_rng(content)
     return [
         Tensor(name, "uint8", shape, random.integers(0, 256, shape, dtype=np.uint8).tobytes())

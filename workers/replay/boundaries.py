@@ -41,7 +41,8 @@ class Run:
     stage: Stage | None  # None: it owns nothing, and stops at the first call
     record: CallRecord
     device: torch.device
-    finishes: bool = False  # the record has a decode's arguments: come to the end with them, without denoising
+    finishes: bool = False  # the record has all decodes' arguments: come to the end with them, without denoising
+    goes_on: bool = False  # it has those of some, whose results something but the end depends on: record these
     skips: bool = True  # it comes to the end by skipping the denoising loop, not by zeros for the denoisers' results
     generator: torch.Generator | None = None  # of the call's random numbers
     _next: int = 0  # call of the record
@@ -66,16 +67,24 @@ class Run:
         """Decode what is recorded, in the vae stage.
 
         The denoise stage puts the arguments aside for it and goes on with what has but the result's shape, to find
-        what else there is to decode. Any other stage stops.
+        what else there is to decode. Any other stage stops. What an earlier visit has decoded is answered, as other
+        calls are.
         """
+        if self._next < len(self.record.calls) and self.record.calls[self._next].label == label:
+            self._next += 1
+            return self.record.value(self.record.calls[self._next - 1], self.device)
         if self.stage == "denoise":
             return self._put_aside(label, real, args, kwargs)
-        if not self.finishes:
+        if not (self.finishes or self.goes_on):
             raise Stopped("denoise", label, args, kwargs)
         if self._decoded == len(self.record.decodes):
+            if self.goes_on:
+                raise Stopped("denoise", label, args, kwargs)
             raise StageError(f"{label} is called again, which another stage has not prepared")
         args, kwargs, state = self._recorded(self.record.decodes[self._decoded], label)
         self._decoded += 1
+        if self.goes_on and any(map(is_generator, (*args, *kwargs.values()))):
+            raise StageError("it decodes with random numbers and denoises on; such a pipeline can't be split")
         args = tuple(self.generator if is_generator(value) else value for value in args)
         kwargs = {name: self.generator if is_generator(value) else value for name, value in kwargs.items()}
         if self.generator is not None and state is not None:
@@ -83,6 +92,10 @@ class Run:
         result = self._make(real, args, kwargs)
         if not all(torch.isfinite(tensor).all() for tensor in tensors_of(result)):
             raise StageError("the decoded picture holds NaN or infinity; another --dtype may help")
+        if self.goes_on:
+            self.record.add(label, result, self.device)
+            self._next += 1
+            return self.record.value(self.record.calls[-1], self.device)
         return result
 
     def _put_aside(self, label: str, real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,16 +121,20 @@ class Run:
         """Return whether values have come of a decode that is yet to be made."""
         return bool(self.pending) and any(tensor.is_meta for tensor in tensors_of(list(given), every=True))
 
-    def for_decoding(self) -> CallRecord:
-        """Return the record with which the vae stage decodes what was put aside, by the same random numbers."""
-        record = self.record.shapes_only()
+    def for_decoding(self, goes_on: bool) -> CallRecord:
+        """Return the record with which the vae stage decodes what was put aside, by the same random numbers.
+
+        It comes to its end with them, or `goes_on`: what was put aside is recorded, and denoising is visited again.
+        """
+        record = self.record if goes_on else self.record.shapes_only()
+        record.goes_on = goes_on
         for label, arguments in self.pending:
             record.add_decode(label, arguments, self.device)
         return record
 
     def denoise(self, label: str, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Let zeros of its results' shapes stand in for a denoiser, in the vae stage; any other stage stops."""
-        if not self.finishes:
+        if not self.finishes and not (self.goes_on and self._forwards < self.record.forwards_made):
             raise Stopped("denoise", label, args, kwargs)
         result = self.record.forward(self._forwards, self.device)
         self._forwards += 1

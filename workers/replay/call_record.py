@@ -9,7 +9,7 @@ import torch
 
 from protocol.tensors import Tensor
 from workers.errors import StageError
-from workers.replay.values import Untransferable, freeze, shapes_only, thaw
+from workers.replay.values import Untransferable, freeze, moved, shapes_only, thaw
 from workers.tensors import from_wire, to_wire
 
 RECORD = "record:"  # begins the names of the tensors that a record is made of
@@ -31,6 +31,7 @@ class CallRecord:
     decodes: list[Call] = field(default_factory=list)  # the arguments of a VAE's decode, in the place of a result
     forwards: list[list[Any]] = field(default_factory=list)  # [times, shapes] of denoisers' results, in order
     tensors: list[torch.Tensor] = field(default_factory=list)  # on the host
+    goes_on: bool = False  # there is more to denoise once the decodes are made
 
     def _put_aside(self, tensor: torch.Tensor) -> int:
         self.tensors.append(tensor.detach().to("cpu"))
@@ -70,6 +71,10 @@ class CallRecord:
         raise ValueError("a denoiser ran less often in its own stage")
 
     @property
+    def forwards_made(self) -> int:
+        return sum(times for times, _ in self.forwards)
+
+    @property
     def can_stand_in(self) -> bool:
         """Return whether zeros can take the place of all that the denoisers have returned."""
         return all(frozen != NO_STAND_IN for _, frozen in self.forwards)
@@ -78,16 +83,21 @@ class CallRecord:
         return thaw(call.result, self.tensors, device)
 
     def shapes_only(self) -> "CallRecord":
-        """Return what is needed to come to the end once a decode's arguments are there; its values have no effect."""
+        """Return what is needed to come to the end once a decode's arguments are there.
+
+        Its values have no effect then, but for what was decoded already, which is kept.
+        """
         made = CallRecord(forwards=self.forwards)
-        made.calls = [Call(c.label, shapes_only(c.result, self.tensors, made._put_aside)) for c in self.calls]
+        for call in self.calls:
+            shrink = moved if call.label.endswith(".decode") else shapes_only
+            made.calls.append(Call(call.label, shrink(call.result, self.tensors, made._put_aside)))
         return made
 
     # -- on the wire ----------------------------------------------------------------------------
 
     def pack(self) -> list[Tensor]:
         calls, decodes = ([[c.label, c.result] for c in calls] for calls in (self.calls, self.decodes))
-        packed = msgpack.packb({"calls": calls, "decodes": decodes, "forwards": self.forwards})
+        packed = msgpack.packb({"calls": calls, "decodes": decodes, "forwards": self.forwards, "goes_on": self.goes_on})
         state = Tensor(STATE, "uint8", (len(packed),), packed)
         return [state, *(to_wire(f"{RECORD}{i}", tensor) for i, tensor in enumerate(self.tensors))]
 
@@ -99,7 +109,8 @@ class CallRecord:
         if state is None:
             return CallRecord()
         match msgpack.unpackb(state.data):
-            case {"calls": list(calls), "decodes": list(decodes), "forwards": list(forwards)}:
+            case {"calls": list(calls), "decodes": list(decodes), "forwards": list(forwards), "goes_on": bool(goes_on)}:
                 values = [from_wire(mine[f"{RECORD}{i}"]) for i in range(len(mine))]
-                return CallRecord([Call(*call) for call in calls], [Call(*call) for call in decodes], forwards, values)
+                made, left = [Call(*call) for call in calls], [Call(*call) for call in decodes]
+                return CallRecord(made, left, forwards, values, goes_on)
         raise ValueError("a record doesn't hold what it should")

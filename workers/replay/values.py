@@ -154,15 +154,36 @@ def thaw(frozen: Any, tensors: Sequence[torch.Tensor], device: torch.device) -> 
 def shapes_only(frozen: Any, tensors: Sequence[torch.Tensor], put_aside: PutAside) -> Any:
     """Return a frozen value whose tensors of floating-point numbers are but their shapes; others are put aside anew."""
 
+    def leaf(index: int, host: bool, layout: Mapping[str, Any]) -> Any:
+        tensor = tensors[index]
+        if tensor.is_floating_point():
+            return {"zeros": layout.get("shape", list(tensor.shape)), "dtype": NAMES[tensor.dtype], "host": host}
+        return {"tensor": put_aside(tensor), "host": host, **layout}
+
+    return rewritten(frozen, tensors, put_aside, leaf)
+
+
+def moved(frozen: Any, tensors: Sequence[torch.Tensor], put_aside: PutAside) -> Any:
+    """Return a frozen value whose tensors are put aside anew, as they are."""
+    return rewritten(
+        frozen, tensors, put_aside, lambda i, h, layout: {"tensor": put_aside(tensors[i]), "host": h, **layout}
+    )
+
+
+def rewritten(
+    frozen: Any,
+    tensors: Sequence[torch.Tensor],
+    put_aside: PutAside,
+    leaf: Callable[[int, bool, Any], Any],
+) -> Any:
+    """Return a frozen value with `leaf` in the place of its tensors, called with (index, host, layout)."""
+
     def again(value: Any) -> Any:
-        return shapes_only(value, tensors, put_aside)
+        return rewritten(value, tensors, put_aside, leaf)
 
     match frozen:
         case {"tensor": int(index), "host": bool(host), **layout}:
-            tensor = tensors[index]
-            if tensor.is_floating_point():
-                return {"zeros": layout.get("shape", list(tensor.shape)), "dtype": NAMES[tensor.dtype], "host": host}
-            return {"tensor": put_aside(tensor), "host": host, **layout}
+            return leaf(index, host, layout)
         case {"numpy": int(index), "scalar": scalar}:
             return {"numpy": put_aside(tensors[index]), "scalar": scalar}
         case {"list": items}:

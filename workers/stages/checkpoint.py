@@ -11,7 +11,7 @@ import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -31,6 +31,7 @@ from workers.tensors import from_wire, to_wire
 from workers.weights.forward_trace import standing_in
 
 STATE = f"{CHECKPOINT}state"
+ENDED = "ended:"  # begins the names of a checkpoint's tensors that go to the next stages, of loops that are over
 COST_SHARE = 0.01  # of the time between two checkpoints that making one may take
 
 
@@ -157,6 +158,19 @@ def is_one(tensors: Sequence[Tensor]) -> bool:
     return any(tensor.name == STATE for tensor in tensors)
 
 
+def for_next_stages(saved: Saved | None) -> list[Tensor]:
+    """Return a checkpoint under the names by which it goes along with a job's record."""
+    return [replace(tensor, name=f"{ENDED}{tensor.name}") for tensor in saved.tensors] if saved else []
+
+
+def newest(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors of a job's last checkpoint: of a loop on its way, or else of those that are over; or none."""
+    if is_one(tensors):
+        return [tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)]
+    ended = (tensor for tensor in tensors if tensor.name.startswith(ENDED))
+    return [replace(tensor, name=tensor.name.removeprefix(ENDED)) for tensor in ended]
+
+
 class Recorder:
     """Takes checkpoints of one job at its step ends, as often as costs less than COST_SHARE of the time."""
 
@@ -192,24 +206,31 @@ class Recorder:
         pause = self._seconds and max(self._seconds, self._cost / COST_SHARE)
         if now - self._last < pause:
             return ready
-        self._draft = self._take(step, loop, self._begun)
+        self._draft = self._take([*self._ends, Mark(step, loop.values)], loop.schedulers, self._begun)
         self._last, self._cost = now, time.monotonic() - now
         return ready if self._draft is None or self._draft.arrived else self._deliver()
 
-    def _take(self, step: int, loop: LoopState, begun: Mapping[str, tuple[object, int]]) -> Draft | None:
+    def of_ended(self) -> Saved | None:
+        """Return a checkpoint of the loops that are over; None where there is none, or nothing can hold it."""
+        if not self._ends or self._begun is None or self._off or not self._record.can_stand_in:
+            return None
+        draft = self._take(self._ends, {}, self._begun)
+        return draft.finish() if draft else None
+
+    def _take(
+        self, marks: Sequence[Mark], own: Mapping[str, Any], begun: Mapping[str, tuple[object, int]]
+    ) -> Draft | None:
+        """Copy the state at the last of some marks, where a loop has schedulers of its `own`."""
         tensors: list[torch.Tensor] = []
-        schedulers = {"": changed(self._scheduler, begun)} | {
-            name: changed(one, {}) for name, one in loop.schedulers.items()
-        }
+        schedulers = {"": changed(self._scheduler, begun)} | {name: changed(one, {}) for name, one in own.items()}
         try:
-            if not any(isinstance(value, torch.Tensor) for value in loop.values.values()):
+            if not any(isinstance(value, torch.Tensor) for value in marks[-1].values.values()):
                 raise Unstorable("no latents")
-            for one in (self._scheduler, *loop.schedulers.values()):
+            for one in (self._scheduler, *own.values()):
                 for value in plain_variables(one).values():
                     check_storable(value)  # what is none of these may change unseen
-            marks = (*self._ends, Mark(step, loop.values))
             state = {
-                "step": step,
+                "step": marks[-1].step,
                 "marks": [[mark.step, {n: freeze(v, tensors) for n, v in mark.values.items()}] for mark in marks],
                 "schedulers": {
                     name: {n: freeze(value, tensors) for n, value in kept.items()} for name, kept in schedulers.items()
@@ -223,7 +244,7 @@ class Recorder:
         if self._device.type == "cuda":
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(self._device))
-        return Draft(step, state, tensors, arrived)
+        return Draft(marks[-1].step, state, tensors, arrived)
 
     def _deliver(self) -> Saved | None:
         draft, self._draft = self._draft, None
@@ -309,6 +330,10 @@ class Steps:
     ) -> None:
         self._report, self._steps, self._recorder, self._resume = report, steps, recorder, resume
         self._done = 0
+
+    def of_ended(self) -> Saved | None:
+        """Return a checkpoint of the loops that are over; None where none is made."""
+        return self._recorder.of_ended() if self._recorder else None
 
     def begin(self) -> None:
         self._report(self._resume.checkpoint.step if self._resume else 0, self._steps)

@@ -17,7 +17,7 @@ from workers.models.loading import Loaded
 from workers.models.source import stages_of
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
-from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, is_one, read
+from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, for_next_stages, newest, read
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
@@ -42,8 +42,10 @@ class DenoiseStage:
 
         With a checkpoint among the tensors it goes on from there.
         """
-        saved = read(tensors, self.device) if is_one(tensors) else None
+        last = newest(tensors)
+        saved = read(last, self.device) if last else None
         record = CallRecord.unpack(tensors)
+        record.forwards = []  # of an earlier visit; they are made, or stood in for, once more
         run = new_run("denoise", record, self.device, recipe)
         try:
             with contextlib.ExitStack() as stack:
@@ -51,11 +53,13 @@ class DenoiseStage:
                 steps = stack.enter_context(self.course(recipe, record, report, saved))
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
+                goes_on = bool(run.pending) and isinstance(result, Stopped)
+                ended = for_next_stages(steps.of_ended()) if goes_on else []
         finally:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
-            return Outcome(run.for_decoding().pack(), next="vae", wants=run.pending[0][0])
+            return Outcome([*run.for_decoding(goes_on).pack(), *ended], next="vae", wants=run.pending[0][0])
         if isinstance(result, Stopped):
             return Outcome(record.pack(), next=result.owner, wants=result.label)
         return Outcome(pictures_of(result, self.pipeline))  # it works on pixels

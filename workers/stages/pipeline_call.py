@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import CONTROL, IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, is_given_picture
+from protocol.pictures import CONTROL, IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, VIDEO, is_given_picture
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
@@ -60,13 +60,23 @@ def given_pictures(tensors: Sequence[Tensor], control: str | None) -> dict[str, 
     `control` is the name of the argument that a ControlNet's picture goes by.
     """
     mine = {tensor.name: tensor for tensor in tensors if is_given_picture(tensor)}
-    images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(len(mine.keys() - {MASK, CONTROL}))]
+    images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(sum(name.startswith(f"{IMAGE}:") for name in mine))]
     found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]} if images else {}
     if MASK in mine:
         found["mask_image"] = image_of(mine[MASK])
     if CONTROL in mine and control:
         found[control] = image_of(mine[CONTROL])
-    return found
+    videos = {
+        name.removeprefix(f"{VIDEO}:"): frames_of(tensor) for name, tensor in mine.items() if len(tensor.shape) == 4
+    }
+    return found | videos
+
+
+def frames_of(tensor: Tensor) -> list[Image.Image]:
+    """Return Pillow images of a video's frames, uint8 (frames, height, width, 3)."""
+    frames, height, width, _ = tensor.shape
+    data, size = memoryview(tensor.data).cast("B"), height * width * 3
+    return [Image.frombytes("RGB", (width, height), bytes(data[i * size : (i + 1) * size])) for i in range(frames)]
 
 
 def image_of(tensor: Tensor) -> Image.Image:

@@ -12,6 +12,7 @@ from workers.errors import StageError, release_memory
 from workers.models.loading import Loaded
 from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord
+from workers.stages.checkpoint import ENDED
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 
@@ -48,6 +49,8 @@ class VaeStage:
 
     def visit(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
         record = CallRecord.unpack(tensors)
+        if record.goes_on:
+            return self.decode_and_go_on(recipe, tensors, record)
         pipeline = self.loaded.pipeline_for(recipe)
         arguments = arguments_of(pipeline, recipe, tensors)
         run = new_run("vae", record, self.device, recipe, finishes=bool(record.decodes))
@@ -62,3 +65,14 @@ class VaeStage:
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
         return Outcome(record.pack(), next=result.owner, wants=result.label)
+
+    def decode_and_go_on(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord) -> Outcome:
+        """Record what was put aside to be decoded, and go on with that to what is another stage's."""
+        pipeline = self.loaded.pipeline_for(recipe)
+        run = new_run("vae", record, self.device, recipe, goes_on=True)
+        result = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
+        if not isinstance(result, Stopped) or result.owner == "vae":
+            raise StageError(f"{type(pipeline).__name__} denoises no further once it has decoded")
+        record.decodes, record.goes_on = [], False
+        ended = [tensor for tensor in tensors if tensor.name.startswith(ENDED)]
+        return Outcome([*record.pack(), *ended], next=result.owner, wants=result.label)

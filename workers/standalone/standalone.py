@@ -14,7 +14,7 @@ from protocol.client.picture_files import metadata_of, to_images
 from protocol.client.video_files import save_made, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
-from protocol.pictures import as_given, is_given_picture, named_pictures, pictures_among
+from protocol.pictures import as_given, is_given_picture, pictures_among
 from protocol.recipe import resolve
 from protocol.settings import as_given as settings_as_given
 from protocol.speedups import canonical
@@ -74,10 +74,11 @@ def make_input(
 ) -> tuple[Recipe, tuple[Tensor, ...]]:
     """Make the first stage's input: a recipe, and the pictures that it begins from."""
     counter = token_counter(prepared.source)
-    size = (pictures[0].shape[1], pictures[0].shape[0]) if pictures else None
+    size = (pictures[0].shape[-2], pictures[0].shape[-3]) if pictures else None
+    frames = next((picture.shape[0] for picture in pictures if len(picture.shape) == 4), None)
     request = JobRequest.model_validate(given)
-    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size)
-    named = named_pictures(recipe.images, recipe.mask, recipe.control)
+    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size, frames)
+    named = recipe.named_pictures
     return recipe, tuple(as_given(named, {picture.name: picture for picture in pictures}))
 
 
@@ -97,7 +98,7 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tupl
         request = request.model_copy(update={"width": None, "height": None})
     speedups = canonical({*recipe.speedups, *prepared.spec.speedups})
     size = (recipe.width, recipe.height)
-    return resolve(request, prepared.description, recipe.dtype, None, speedups, size), tensors
+    return resolve(request, prepared.description, recipe.dtype, None, speedups, size, recipe.frames), tensors
 
 
 def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:

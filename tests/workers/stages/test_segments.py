@@ -1,0 +1,135 @@
+"""Pipelines that denoise on with what they have decoded: each decode is recorded, and denoising goes on from there."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from protocol.client.input_pictures import picture_of, video_of
+from protocol.job import JobRequest, Recipe
+from protocol.recipe import resolve
+from protocol.stages import STAGES, Stage
+from protocol.tensors import Tensor
+from tests import tiny, tiny_videos
+from tests.families.case import awake
+from tests.pictures import noise
+from tests.stages import stages
+from tests.tiny_videos import frames_of
+from workers.models.description import describe
+from workers.models.source import Source, read
+from workers.stages.contract import Saved, unheard
+from workers.stages.pipeline_call import frames_of as images_of
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pipeline = tiny_videos.wan_animate()
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            awake(component)
+    return tiny.save(pipeline, tmp_path_factory.mktemp("models") / "animate")
+
+
+def clip(seed: int, frames: int = 13) -> Tensor:
+    return video_of([noise((16, 16), seed * 100 + number) for number in range(frames)])
+
+
+GIVEN = {"image:0": picture_of(noise((16, 16), 1)), "video:pose_video": clip(2), "video:face_video": clip(3)}
+
+
+def job(folder: Path) -> tuple[Source, Recipe, tuple[Tensor, ...]]:
+    """Of two segments: 13 frames, 9 in a segment, of which one is the last of the segment before."""
+    source = read(str(folder), folder, None)
+    request = JobRequest(
+        prompt="a red circle", steps=STEPS, seed=5, width=16, height=16, images=(GIVEN["image:0"].name,),
+        videos=tuple((name.removeprefix("video:"), one.name) for name, one in GIVEN.items() if name[0] == "v"),
+        settings=(("segment_frame_length", "9"),),
+    )  # fmt: skip
+    recipe = resolve(request, describe(source), "float32", None, picture_size=(16, 16), video_frames=13)
+    return source, recipe, tuple(replace(one, name=name) for name, one in GIVEN.items())
+
+
+def plainly(folder: Path) -> torch.Tensor:
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return frames_of(
+        pipeline(
+            prompt="a red circle", image=noise((16, 16), 1), pose_video=images_of(GIVEN["video:pose_video"]),
+            face_video=images_of(GIVEN["video:face_video"]), width=16, height=16, segment_frame_length=9,
+            num_inference_steps=STEPS, generator=torch.Generator("cpu").manual_seed(5),
+        )
+    )  # fmt: skip
+
+
+def go(
+    source: Source, recipe: Recipe, given: tuple[Tensor, ...], killed_at: int | None = None, seconds: float | None = 0.0
+) -> tuple[Any, list[str]]:
+    """Go through the stages; a denoiser that is killed once so many steps are told begins anew from its checkpoint."""
+    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
+    by_name["denoise"].checkpoint_seconds = seconds
+    left: tuple[Tensor, ...] = ()
+    way: list[str] = []
+    stage: Stage | None = "text"
+    kept: list[Saved] = []
+    while stage:
+        kept.clear()
+
+        def report(step: int, steps: int, saved: Saved | None = None) -> None:
+            nonlocal killed_at
+            kept.extend([saved] if saved else [])
+            if way[-1] == "denoise" and step == killed_at:
+                killed_at = None
+                raise ConnectionAbortedError
+
+        way.append(stage)
+        try:
+            outcome = by_name[stage].run(recipe, (*left, *given), report)
+        except ConnectionAbortedError:
+            outcome = by_name[stage].run(recipe, (*left, *given, *(kept[-1].tensors if kept else ())), unheard)
+        left, stage = tuple(outcome.tensors), outcome.next
+        assert len(way) < 20
+    pictures = [tensor for tensor in left if tensor.name == "pictures"]
+    return np.concatenate([np.frombuffer(p.data, np.uint8).reshape(p.shape) for p in pictures]), way
+
+
+def test_a_segment_begins_with_what_was_decoded_of_the_one_before(folder: Path) -> None:
+    source, recipe, given = job(folder)
+    made, way = go(source, recipe, given)
+    assert way[-4:] == ["denoise", "vae", "denoise", "vae"]
+    assert torch.equal(torch.from_numpy(made), plainly(folder))
+
+
+@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2])
+def test_a_denoiser_that_dies_in_a_segment_is_followed_by_one_with_the_same_bits(folder: Path, step: int) -> None:
+    source, recipe, given = job(folder)
+    made, _ = go(source, recipe, given, killed_at=step)
+    assert torch.equal(torch.from_numpy(made), plainly(folder))
+
+
+def test_without_checkpoints_the_segments_before_are_denoised_again(folder: Path) -> None:
+    source, recipe, given = job(folder)
+    made, _ = go(source, recipe, given, seconds=None)
+    assert torch.equal(torch.from_numpy(made), plainly(folder))
+
+
+def test_the_segments_before_are_not_denoised_again(folder: Path) -> None:
+    source, recipe, given = job(folder)
+    forwards = 0
+
+    def count(*_: object) -> None:
+        nonlocal forwards
+        forwards += 1
+
+    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
+    by_name["denoise"].checkpoint_seconds = 0.0
+    by_name["denoise"].pipeline.transformer.patch_embedding.register_forward_hook(count)
+    outcome = by_name["text"].run(recipe, given, unheard)
+    while outcome.next:
+        outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
+    assert forwards == 2 * STEPS
