@@ -1,5 +1,6 @@
 """Videos through a whole stack: the frames of the plain pipelines, in parts, and files that say how to repeat them."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,11 +8,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanVideoToVideoPipeline
 from PIL import Image
 
 from protocol.pictures import PART_BYTES
 from tests import tiny, tiny_videos
+from tests.pictures import noise
 from tests.stacks import RunningStack, running_stack, triptych
 
 PROMPT = "a red circle"
@@ -60,6 +62,45 @@ def test_files_of_a_video_tell_how_to_make_it_again(videos: RunningStack, tmp_pa
     assert len(ones) == len(twos) == 9
     for one, two in zip(ones, twos, strict=True):
         assert np.array_equal(np.asarray(Image.open(one)), np.asarray(Image.open(two)))
+
+
+def test_a_video_is_made_of_a_video(videos: RunningStack, wan: Path, tmp_path: Path) -> None:
+    clip = [noise((32, 32), number) for number in range(9)]
+    pipeline = WanVideoToVideoPipeline.from_pretrained(wan)
+    pipeline.set_progress_bar_config(disable=True)
+    plain = pipeline(
+        clip, PROMPT, num_inference_steps=4, strength=0.5, width=32, height=32,
+        generator=torch.Generator().manual_seed(5),
+    )  # fmt: skip
+    options = {"steps": 4, "strength": 0.5, "seed": 5, "width": 32, "height": 32}
+    job, frames = videos.picture(PROMPT, video=clip, **options)
+    assert torch.equal(frames, tiny_videos.frames_of(plain))
+    assert job.recipe.frames == 9
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return triptych(*arguments, folder=videos.folder, cwd=tmp_path)
+
+    settings = ("--strength", "0.5", "--size", "32x32", "--steps", "4", "--seed", "3")
+    assert run("submit", PROMPT, *SMALL, "-o", "in.mp4").returncode == 0
+    made = run("submit", PROMPT, "--video", "in.mp4", *settings, "-o", "one-%02d.png")
+    assert made.returncode == 0, made.stderr
+    again = run("retry", "one-01.png", "--video", "in.mp4", "-o", "two-%02d.png")
+    assert again.returncode == 0, again.stderr
+    ones, twos = (sorted(tmp_path.glob(f"{name}-*.png")) for name in ("one", "two"))
+    assert len(ones) == 9
+    assert all(np.array_equal(Image.open(one), Image.open(two)) for one, two in zip(ones, twos, strict=True))
+    noise((32, 32)).save(tmp_path / "in.png")
+    (tmp_path / "text.mp4").write_text("hello")
+    for options_given, words in (
+        (["--video", "nowhere.mp4"], "There is no file 'nowhere.mp4'"),
+        (["--video", "text.mp4"], "can't be read as a video"),
+        (["--video", "pose_video=in.mp4"], "takes no 'pose_video'"),
+        (["--video", "in.mp4", "--video", "in.mp4"], "given twice"),
+        (["--video", "in.mp4", "--frames", "9"], "as many frames as the video has"),
+    ):
+        refused = run("submit", PROMPT, *options_given)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+        assert words in refused.stderr, refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,17 +11,21 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import click
 
+from protocol.errors import TriptychError
 from protocol.job import JobRequest
+from protocol.model import ModelDescription
 from protocol.model_profile import ModelProfile
 from protocol.model_spec import ModelSpec
 from protocol.process import report_end
+from protocol.tensors import Tensor
 from workers.models.source import Source, locate
 
 log = logging.getLogger(__name__)
@@ -29,6 +33,7 @@ log = logging.getLogger(__name__)
 NO_SIZE: dict[str, Any] = {  # the model's own
     "width": None, "height": None, "steps": None, "num_images": 1, "cfg_scale": None
 }  # fmt: skip
+NO_PICTURE = "0" * 64
 PROMPT = "a large red circle at the top left"
 VERSIONS = ("triptych", "torch", "diffusers", "transformers")
 
@@ -65,11 +70,39 @@ def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
     from workers.models.skeleton import quiet
     from workers.profile.meta_run import MetaRun
 
+    def profile(kinds: Collection[str]) -> ModelProfile:
+        brought, shapes = with_pictures(request, description, kinds)
+        size = next(((shape[-2], shape[-3]) for shape in shapes.values()), None)
+        frames = next((shape[0] for shape in shapes.values() if len(shape) == 4), None)
+        recipe = resolve(brought, description, dtype, None, (), size, frames)
+        given = [Tensor(name, "uint8", shape, bytes(math.prod(shape))) for name, shape in shapes.items()]
+        return ModelProfile(model=description, recipe=recipe, stages=MetaRun(source, recipe, given).stages())
+
     with quiet():
         description = describe(source)
-        recipe = resolve(request, description, dtype, None)
-        stages = MetaRun(source, recipe).stages()
-    return ModelProfile(model=description, recipe=recipe, stages=stages)
+        try:
+            return profile(description.needs)
+        except (ValueError, TypeError):  # by which pipelines say that they don't go without something
+            for more in (("image",), ("image", "mask"), ("control",)):
+                with contextlib.suppress(TriptychError, ValueError, TypeError):
+                    return profile({*description.needs, *more})
+            raise
+
+
+def with_pictures(
+    request: JobRequest, model: ModelDescription, kinds: Collection[str]
+) -> tuple[JobRequest, dict[str, tuple[int, ...]]]:
+    """Return a request with pictures of some kinds (`image`, `mask`, `control`, names of videos), and their shapes."""
+    size = (request.height or model.height, request.width or model.width)
+    videos = tuple((name, NO_PICTURE) for name in kinds if name not in ("image", "mask", "control"))
+    single = {kind: NO_PICTURE if kind in kinds else None for kind in ("mask", "control")}
+    images = (NO_PICTURE,) if "image" in kinds else ()
+    brought = request.model_copy(update={"images": images, "videos": videos, **single})
+    if (task := (model.inpaint if brought.mask else model.image) if images else None) and not task.sized:
+        brought = brought.model_copy(update={"width": None, "height": None})
+    frames = model.video.frames if model.video else 0
+    shapes = {"mask": (*size, 1), **{f"video:{name}": (frames, *size, 3) for name, _ in videos}}
+    return brought, {name: shapes.get(name, (*size, 3)) for name in brought.named_pictures}
 
 
 def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:

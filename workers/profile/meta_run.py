@@ -4,6 +4,7 @@ What comes out are bytes and floating-point operations, of each stage and of eac
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,12 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from protocol.job import Recipe
 from protocol.model_profile import BlockProfile, StageProfile
-from protocol.stages import Stage
+from protocol.stages import FIRST, STAGES, Stage
+from protocol.tensors import Tensor
 from workers.models.loading import install_boundaries
 from workers.models.skeleton import build_skeleton, on_meta, text_encoder_on_meta
 from workers.models.source import Source, stages_of
+from workers.replay.boundaries import Stopped, install_component
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import of_the_same_name
+from workers.replay.values import DISTRIBUTIONS
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
 from workers.tensors import DTYPES
 from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
@@ -29,6 +33,8 @@ from workers.weights.residency import block_rows, streamable
 from workers.weights.streaming import Block, least_bytes, room
 
 Decodes = list[tuple[str, Any]]  # that a denoising has prepared, see Run
+MOST_VISITS = 8
+MASKS = "attention_mask"  # name of an encoder's argument
 META, HERE = torch.device("meta"), torch.device("cpu")
 
 
@@ -47,8 +53,11 @@ class Seen:
 def on_shapes(seen: Seen, name: str, model: torch.nn.Module) -> Iterator[None]:
     """Let a model on shapes be called like one on the CPU."""
     real = model.forward
+    names = list(inspect.signature(real).parameters)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if MASKS in names[: len(args)]:
+            args, kwargs = (), dict(zip(names, args, strict=False)) | kwargs
         with standing_in(model, real):
             return watched(seen, name, model, model, *args, **kwargs)
 
@@ -56,12 +65,23 @@ def on_shapes(seen: Seen, name: str, model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def encoding_on_shapes(seen: Seen, name: str, vae: Any) -> Iterator[None]:
+    """Let a VAE on shapes encode as if it were on the CPU."""
+    real = vae.encode
+    vae.__dict__["encode"] = lambda *args, **kwargs: watched(seen, name, vae, real, *args, **kwargs)
+    try:
+        yield
+    finally:
+        del vae.__dict__["encode"]
+
+
 def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run a model on shapes, and note what it does; its result is zeros on the CPU.
 
     Masks are left out: some models look whether they can be ignored, which shapes don't tell.
     """
-    given, named = tree_map(on_meta_device, (args, {k: v for k, v in kwargs.items() if k != "attention_mask"}))
+    given, named = tree_map(on_meta_device, (args, {k: v for k, v in kwargs.items() if k != MASKS}))
     with (
         looking(model, name, seen),
         FlopCounterMode(display=False) as counter,
@@ -77,7 +97,9 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
 
 
 class MetaRun:
-    def __init__(self, source: Source, recipe: Recipe) -> None:
+    def __init__(self, source: Source, recipe: Recipe, given: Sequence[Tensor] = ()) -> None:
+        """`given` are the pictures that the recipe names, for a pipeline that can't do without them."""
+        self._given = given
         self.source, self.recipe, self.dtype = source, recipe, DTYPES[recipe.dtype]
         self.pipeline: Any = build_skeleton(source, self.dtype)
         install_boundaries(self.pipeline)
@@ -93,45 +115,51 @@ class MetaRun:
 
     @torch.no_grad()
     def stages(self) -> tuple[StageProfile, ...]:
-        """Return the stages' profiles, in the order in which a job goes through them."""
-        text = self._figures("text", self._stage("text")[0], 1)
-        denoise, decodes = self._denoise()
-        return text, denoise, self._vae(decodes)
+        """Return the stages' profiles: text, denoise, vae."""
+        seen: dict[Stage, Seen] = {stage: Seen() for stage in STAGES}
+        visited, decodes = FIRST, self._visit(FIRST, seen[FIRST])
+        for _ in range(MOST_VISITS):
+            if isinstance(decodes, Stopped):
+                visited = decodes.owner
+                decodes = self._visit(visited, seen[visited])
+        if isinstance(decodes, Stopped):
+            raise RuntimeError(f"{self.source.pipeline} doesn't come to its decoding on shapes")
+        passes = max(1, seen["denoise"].runs)
+        seen["denoise"].flop /= passes
+        denoise = self._figures("denoise", seen["denoise"], passes * self.recipe.steps)
+        return self._figures("text", seen["text"], 1), denoise, self._vae(seen["vae"], decodes)
 
-    def _stage(self, stage: Stage) -> tuple[Seen, Decodes]:
-        """Run the pipeline's own call, of one step, up to what is another stage's."""
+    def _visit(self, stage: Stage, seen: Seen) -> Decodes | Stopped:
+        """Run the pipeline's own call, of one step, up to what is another stage's: its next call, or all decodes."""
         recipe = self.recipe.model_copy(update={"steps": 1})
-        with self._on_shapes(stage) as seen:
+        with self._on_shapes(stage, seen):
             run = new_run(stage, self._record, HERE, recipe)
-            until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe))
-            return seen, run.pending
-
-    def _denoise(self) -> tuple[StageProfile, Decodes]:
-        seen, decodes = self._stage("denoise")
-        passes = max(1, seen.runs)
-        seen.flop /= passes
-        return self._figures("denoise", seen, passes * self.recipe.steps), decodes
+            found = until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe, self._given))
+        return found if isinstance(found, Stopped) and not run.pending else run.pending
 
     @contextlib.contextmanager
-    def _on_shapes(self, stage: Stage) -> Iterator[Seen]:
+    def _on_shapes(self, stage: Stage, seen: Seen) -> Iterator[None]:
         """Let the pipeline run on the CPU, and a stage's models, which take nearly all of its time, on shapes."""
         models = {name: model for name, model in self._models[stage] if name in self.pipeline.components}
-        seen, placeholders = Seen(), {name: self.pipeline.components[name] for name in models}
+        placeholders = {name: self.pipeline.components[name] for name in models}
         self.pipeline.register_modules(**models)
         with contextlib.ExitStack() as stack:
             for name, model in models.items():
                 stack.enter_context(on_shapes(seen, name, model))
-            yield seen
+                if stage == "vae":
+                    stack.enter_context(encoding_on_shapes(seen, name, model))
+                if stage != "denoise":
+                    install_component(name, model, stage)  # gone with what is around its methods
+            yield
         self.pipeline.register_modules(**placeholders)
 
-    def _vae(self, decodes: Decodes) -> StageProfile:
+    def _vae(self, seen: Seen, decodes: Decodes) -> StageProfile:
         label, (args, kwargs, _) = decodes[0]
         name, vae = next((name, vae) for name, vae in self._models["vae"] if label.startswith(f"{name}."))
         decode: Any = vae.decode
         args, kwargs = tree_map(on_meta_device, (args, kwargs))
         latents = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         vae.to(latents.dtype)
-        seen = Seen()
         watched(seen, name, vae, decode, *args, **kwargs)
         vae.to(self.dtype)
         return self._figures("vae", seen, 1)
@@ -226,7 +254,8 @@ def on_meta_device(value: Any) -> Any:
 
 
 def on_cpu(value: Any) -> Any:
-    """Zeros for a tensor that has but a shape."""
+    """Return zeros for a tensor that has but a shape, or for the parameters of a distribution."""
     if isinstance(value, torch.Tensor) and value.device == META:
         return torch.zeros(value.shape, dtype=value.dtype)
-    return value
+    found = next((make for kind, make in DISTRIBUTIONS.values() if isinstance(value, kind)), None)
+    return found(on_cpu(value.parameters), bool(getattr(value, "deterministic", False))) if found else value

@@ -1,10 +1,12 @@
 """What is said of a model before it is loaded is what comes out once it is."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,7 +18,8 @@ from protocol.job import JobRequest
 from protocol.model_profile import ModelProfile
 from protocol.model_spec import ModelSpec
 from protocol.stages import STAGES
-from tests import tiny
+from tests import tiny, tiny_videos
+from tests.families import CASES
 from workers.models.devices import Devices
 from workers.models.loading import load, weight_bytes
 from workers.models.source import locate
@@ -59,6 +62,24 @@ def test_bytes_are_those_of_the_files_and_of_the_loaded_model(models: dict[str, 
             assert size - rooms + buffers == weight_bytes(source, name, torch.float32)
         assert mine.flop > 0
         assert mine.largest > 0
+
+
+PICTURED: dict[str, Callable[[], DiffusionPipeline]] = {
+    "a picture": tiny_videos.wan_of_image,
+    "a picture and a mask": CASES["FluxFillPipeline"].make,
+    "a control image": CASES["StableDiffusionControlNetPipeline"].make,
+    "videos": tiny_videos.wan_animate,
+}
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[] if what == "a picture" else [pytest.mark.all]) for what in PICTURED]
+)
+def test_models_that_begin_from_pictures_or_videos_are_planned_for(what: str, tmp_path: Path) -> None:
+    source = locate(ModelSpec(name=str(tiny.save(PICTURED[what](), tmp_path))), None)
+    found = profile_of(source, "float32", JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1))
+    assert all(stage.flop > 0 for stage in found.stages)
+    assert found.recipe.pictures
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
