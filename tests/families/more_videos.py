@@ -1,0 +1,324 @@
+"""More pipelines that make videos: those with unusual text encoders, image encoders, guiders or checkers."""
+
+import re
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from transformers import (
+    ByT5Tokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLTextModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    T5Config,
+    T5EncoderModel,
+)
+
+from tests import tiny, tiny_families, tiny_videos
+from tests.families.case import Case, Make, of, plain
+from tests.families.parts import ddim, gemma2, motion_adapter, padded_tokenizer, unet
+from tests.families.videos import VIDEO, allegro, cogvideox_transformer, unet3d, wan_like
+
+ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
+QWEN_TEXT = {**tiny_families.QWEN, "num_hidden_layers": 2, "rope_scaling": ROPE, "rope_theta": 1e6}
+QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+
+
+def qwen2_5_vl() -> Any:
+    size = len(tiny_families.qwen_tokenizer())
+    config = Qwen2_5_VLConfig(text_config={**QWEN_TEXT, "vocab_size": size}, vision_config=QWEN_VISION)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def hunyuan_vae(levels: int = 4) -> Any:
+    return diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=4, down_block_types=("HunyuanVideoDownBlock3D",) * levels,
+        up_block_types=("HunyuanVideoUpBlock3D",) * levels, block_out_channels=(8,) * levels, layers_per_block=1,
+        norm_num_groups=4, spatial_compression_ratio=8, temporal_compression_ratio=4, mid_block_add_attention=True,
+    ).eval()  # fmt: skip
+
+
+def kandinsky5(name: str, of_image: bool = False) -> Make:
+    """Kandinsky 5, with a tokenizer in the place of its processor, which doesn't work without torchvision."""
+
+    def make() -> DiffusionPipeline:
+        torch.manual_seed(0)
+        transformer = diffusers.Kandinsky5Transformer3DModel(
+            in_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+            model_dim=16, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(1, 1, 2), visual_cond=of_image,
+            attention_type="regular",
+        )  # fmt: skip
+        pipeline: DiffusionPipeline = getattr(diffusers, name)(
+            transformer=transformer.eval(), vae=hunyuan_vae(), text_encoder=qwen2_5_vl(),
+            tokenizer=tiny_families.qwen_tokenizer(), text_encoder_2=tiny.clip(), tokenizer_2=tiny.clip_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        )  # fmt: skip
+        return pipeline
+
+    return make
+
+
+def siglip(size: int = 30, patch: int = 2, hidden: int = 32) -> Any:
+    config = SiglipVisionConfig(
+        hidden_size=hidden, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=size,
+        patch_size=patch,
+    )  # fmt: skip
+    return SiglipVisionModel(config).eval()
+
+
+def siglip_processor(size: int = 30) -> Any:
+    return SiglipImageProcessorPil(size={"height": size, "width": size})
+
+
+def hunyuan_video15(of_image: bool = False) -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideo15Transformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=1, num_refiner_layers=1,
+        mlp_ratio=2.0, patch_size=1, patch_size_t=1, text_embed_dim=16, text_embed_2_dim=32, image_embed_dim=12,
+        rope_axes_dim=(2, 2, 4), target_size=32, task_type="i2v" if of_image else "t2v",
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanVideo15(
+        latent_channels=4, block_out_channels=(16, 16), layers_per_block=1, spatial_compression_ratio=4,
+        temporal_compression_ratio=2, downsample_match_channel=False, upsample_match_channel=False,
+    )  # fmt: skip
+    tokenizer = tiny_families.qwen_tokenizer()
+    tokenizer_2 = ByT5Tokenizer()
+    text = Qwen2_5_VLTextConfig(**QWEN_TEXT, vocab_size=len(tokenizer))
+    glyphs = T5Config(vocab_size=len(tokenizer_2), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    parts = {
+        "text_encoder": Qwen2_5_VLTextModel(text).eval(), "tokenizer": tokenizer, "transformer": transformer.eval(),
+        "vae": vae.eval(), "scheduler": FlowMatchEulerDiscreteScheduler(shift=7.0), "tokenizer_2": tokenizer_2,
+        "text_encoder_2": T5EncoderModel(glyphs).eval(), "guider": diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+    }  # fmt: skip
+    if of_image:
+        eye = siglip(27, 1, 12)  # of the 729 tokens that the pipeline counts on
+        pipeline: DiffusionPipeline = diffusers.HunyuanVideo15ImageToVideoPipeline(
+            **parts, image_encoder=eye, feature_extractor=siglip_processor(27)
+        )
+        return pipeline
+    return diffusers.HunyuanVideo15Pipeline(**parts)
+
+
+class LetsAllPass:
+    """A stand-in for the package cosmos_guardrail, whose checker is big and isn't installed here."""
+
+    def to(self, *_: Any, **__: Any) -> "LetsAllPass":
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def cosmos(name: str, channels: int, of_wan: bool = False) -> Make:
+    """A Cosmos pipeline of this class; from then on in this process, those without a checker let all pass."""
+
+    def make() -> DiffusionPipeline:
+        import importlib
+
+        cls = getattr(diffusers, name)
+        importlib.import_module(cls.__module__).CosmosSafetyChecker = LetsAllPass  # type: ignore[attr-defined]
+        torch.manual_seed(0)
+        transformer = diffusers.CosmosTransformer3DModel(
+            in_channels=channels, out_channels=16 if of_wan else 4, num_attention_heads=2, attention_head_dim=16,
+            num_layers=2, mlp_ratio=2, text_embed_dim=32, adaln_lora_dim=4, max_size=(4, 32, 32), patch_size=(1, 2, 2),
+            rope_scale=(2.0, 1.0, 1.0), concat_padding_mask=False, extra_pos_embed_type="learnable",
+        )  # fmt: skip
+        parts: dict[str, Any] = {"text_encoder": tiny.t5(), "tokenizer": tiny.t5_tokenizer()}
+        if of_wan:
+            parts |= {
+                "vae": tiny_videos.wan_vae(), "scheduler": FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+            }  # fmt: skip
+        else:
+            vae = diffusers.AutoencoderKLCosmos(
+                latent_channels=4, encoder_block_out_channels=(8,) * 4, decode_block_out_channels=(8,) * 4,
+                attention_resolutions=(8,), resolution=64, num_layers=2, patch_size=4, patch_type="haar",
+                scaling_factor=1.0, spatial_compression_ratio=4, temporal_compression_ratio=4,
+            )  # fmt: skip
+            scheduler = diffusers.EDMEulerScheduler(
+                sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
+                prediction_type="epsilon", rho=7.0, final_sigmas_type="sigma_min",
+            )  # fmt: skip
+            parts |= {"vae": vae.eval(), "scheduler": scheduler}
+        if "2_5" in name:
+            parts |= {
+                "text_encoder": qwen2_5_vl(), "tokenizer": tiny_families.qwen_tokenizer(),
+                "scheduler": diffusers.UniPCMultistepScheduler(),
+            }  # fmt: skip
+        pipeline: DiffusionPipeline = cls(**parts, transformer=transformer.eval())
+        return pipeline
+
+    return make
+
+
+def sana_video() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.SanaVideoTransformer3DModel(
+        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=12, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=32,
+        mlp_ratio=2.5, sample_size=8, patch_size=(1, 2, 2), qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+    )  # fmt: skip
+    return diffusers.SanaVideoPipeline(
+        tokenizer=padded_tokenizer(), text_encoder=gemma2(), vae=tiny_videos.wan_vae(),
+        transformer=transformer.eval(), scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )  # fmt: skip
+
+
+def i2vgen_xl() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    model = diffusers.models.unets.unet_i2vgen_xl.I2VGenXLUNet(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        norm_num_groups=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=4,
+        projection_dim=32,
+    )  # fmt: skip
+    parts = tiny.sd15().components
+    return diffusers.I2VGenXLPipeline(
+        vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"], unet=model.eval(),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(), scheduler=ddim(),
+        feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
+    )  # fmt: skip
+
+
+def animatediff_controlnet() -> Any:
+    from tests.families.pictures import controlnet
+
+    return controlnet()
+
+
+def sparse_controlnet() -> Any:
+    return diffusers.SparseControlNetModel(
+        block_out_channels=(16, 32), layers_per_block=1, in_channels=4, conditioning_channels=3, norm_num_groups=4,
+        down_block_types=("DownBlockMotion", "CrossAttnDownBlockMotion"), cross_attention_dim=32,
+        conditioning_embedding_out_channels=(8, 8), use_simplified_condition_embedding=False,
+    ).eval()  # fmt: skip
+
+
+def hunyuan_video_of_image() -> DiffusionPipeline:
+    """HunyuanVideo of a picture, whose text encoder looks at the picture, too."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanVideoTransformer3DModel(
+        in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=1, patch_size_t=1, guidance_embeds=False, text_embed_dim=16,
+        pooled_projection_dim=32, rope_axes_dim=(2, 4, 4), image_condition_type="latent_concat",
+    )  # fmt: skip
+    tokenizer = tiny_families.qwen_tokenizer()
+    pieces = re.findall(r"<[^>]+>| ?\w+", str(DEFAULT_PROMPT_TEMPLATE["template"]))
+    tokenizer.add_tokens(sorted(set(pieces)), special_tokens=True)  # a token for each word of the template
+    size = {"hidden_size": 16, "intermediate_size": 37, "num_attention_heads": 4}
+    text = LlamaConfig(**size, num_hidden_layers=3, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    vision = CLIPVisionConfig(**size, num_hidden_layers=2, image_size=24, patch_size=1)
+    llava = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id, image_seq_length=576,
+    )  # fmt: skip
+    return diffusers.HunyuanVideoImageToVideoPipeline(
+        text_encoder=LlavaForConditionalGeneration(llava).eval(), tokenizer=tokenizer, transformer=transformer.eval(),
+        vae=hunyuan_vae(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), text_encoder_2=tiny.clip(),
+        tokenizer_2=tiny.clip_tokenizer(), image_processor=CLIPImageProcessorPil(crop_size=24, size=24),
+    )  # fmt: skip
+
+
+def easyanimate(channels: int = 4) -> Make:
+    def make() -> DiffusionPipeline:
+        torch.manual_seed(0)
+        transformer = diffusers.EasyAnimateTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, time_embed_dim=2,
+            text_embed_dim=16, num_layers=1, sample_width=16, sample_height=16, patch_size=2,
+        )  # fmt: skip
+        vae = diffusers.AutoencoderKLMagvit(
+            down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 3),
+            up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 3), block_out_channels=(8,) * 4,
+            latent_channels=4, layers_per_block=1, norm_num_groups=2, spatial_group_norm=False,
+        )  # fmt: skip
+        tokenizer = tiny_families.qwen_tokenizer()
+        config = Qwen2VLConfig(
+            text_config={**QWEN_TEXT, "vocab_size": len(tokenizer)},
+            vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 1},
+        )
+        return diffusers.EasyAnimatePipeline(
+            vae=vae.eval(), text_encoder=Qwen2VLForConditionalGeneration(config).eval(), tokenizer=tokenizer,
+            transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        )  # fmt: skip
+
+    return make
+
+
+def motif_video() -> DiffusionPipeline:
+    from transformers import T5Gemma2EncoderConfig, T5Gemma2TextConfig
+    from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2Encoder
+
+    torch.manual_seed(0)
+    tokenizer = tiny.t5_tokenizer()
+    text = T5Gemma2TextConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=len(tokenizer),
+        max_position_embeddings=512, head_dim=16, num_key_value_heads=2, dropout_rate=0.0,
+    )  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    encoder = T5Gemma2Encoder(T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    transformer = diffusers.MotifVideoTransformer3DModel(
+        in_channels=33, out_channels=16, num_attention_heads=2, attention_head_dim=12, num_layers=1,
+        num_single_layers=1, mlp_ratio=4.0, patch_size=1, patch_size_t=1, qk_norm="rms_norm", text_embed_dim=32,
+        rope_axes_dim=(4, 4, 4),
+    )  # fmt: skip
+    return diffusers.MotifVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), vae=tiny_videos.wan_vae(), text_encoder=encoder.eval(),
+        tokenizer=tokenizer, transformer=transformer.eval(), guider=diffusers.AdaptiveProjectedGuidance(),
+        feature_extractor=None,
+    )  # fmt: skip
+
+
+def helios() -> Make:
+    return wan_like(
+        "HeliosPipeline", "HeliosTransformer3DModel",
+        lambda: diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True),
+        rope_max_seq_len=None,
+    )  # fmt: skip
+
+
+CASES: dict[str, Case] = {
+    "Kandinsky5T2VPipeline": Case(kandinsky5("Kandinsky5T2VPipeline"), frames=5),
+    "Kandinsky5I2VPipeline": Case(kandinsky5("Kandinsky5I2VPipeline", True), "i", 17),
+    "HunyuanVideo15Pipeline": Case(hunyuan_video15, frames=VIDEO),
+    "HunyuanVideo15ImageToVideoPipeline": Case(lambda: hunyuan_video15(True), "i", VIDEO),
+    "CosmosTextToWorldPipeline": Case(cosmos("CosmosTextToWorldPipeline", 4), frames=VIDEO),
+    "CosmosVideoToWorldPipeline": Case(cosmos("CosmosVideoToWorldPipeline", 5), "i", VIDEO),
+    "Cosmos2VideoToWorldPipeline": Case(cosmos("Cosmos2VideoToWorldPipeline", 17, True), "i", VIDEO),
+    "Cosmos2_5_PredictBasePipeline": Case(cosmos("Cosmos2_5_PredictBasePipeline", 17, True), "i", VIDEO),
+    "Cosmos2TextToImagePipeline": Case(cosmos("Cosmos2TextToImagePipeline", 16, True)),
+    "SanaVideoPipeline": Case(sana_video, frames=VIDEO, settings={"use_resolution_binning": False}),
+    "SanaImageToVideoPipeline": Case(
+        of("SanaImageToVideoPipeline", sana_video, scheduler=FlowMatchEulerDiscreteScheduler),
+        "i",
+        VIDEO,
+        settings={"use_resolution_binning": False},
+    ),
+    "I2VGenXLPipeline": Case(i2vgen_xl, "i", 4),
+    "HunyuanVideoImageToVideoPipeline": Case(hunyuan_video_of_image, "i", VIDEO),
+    "EasyAnimatePipeline": Case(easyanimate(), frames=5),
+    "MotifVideoPipeline": Case(motif_video, frames=VIDEO),
+}
+TROUBLE: dict[str, Case] = {
+    "AllegroPipeline": Case(allegro, frames=8),
+}
