@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from tests import tiny, tiny_families, tiny_videos
-from tests.families.case import Case, Make, of, plain
+from tests.families.case import Case, Make, of
 from tests.families.parts import ddim, gemma2, motion_adapter, padded_tokenizer, unet
+from tests.families.pictures import controlnet
 from tests.families.videos import VIDEO, allegro, cogvideox_transformer, unet3d, wan_like
 
 ROPE = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"}
@@ -189,16 +190,10 @@ def i2vgen_xl() -> DiffusionPipeline:
     )  # fmt: skip
     parts = tiny.sd15().components
     return diffusers.I2VGenXLPipeline(
-        vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"], unet=model.eval(),
+        vae=parts["vae"], text_encoder=tiny.clip(projection=True), tokenizer=parts["tokenizer"], unet=model.eval(),
         image_encoder=CLIPVisionModelWithProjection(vision).eval(), scheduler=ddim(),
         feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
     )  # fmt: skip
-
-
-def animatediff_controlnet() -> Any:
-    from tests.families.pictures import controlnet
-
-    return controlnet()
 
 
 def sparse_controlnet() -> Any:
@@ -289,12 +284,65 @@ def motif_video() -> DiffusionPipeline:
     )  # fmt: skip
 
 
-def helios() -> Make:
-    return wan_like(
-        "HeliosPipeline", "HeliosTransformer3DModel",
-        lambda: diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True),
-        rope_max_seq_len=None,
+def helios_transformer() -> Any:
+    return diffusers.HeliosTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_dim=(4, 4, 4), has_multi_term_memory_patch=True, guidance_cross_attn=True, zero_history_timestep=True,
+        is_amplify_history=False,
+    ).eval()  # fmt: skip
+
+
+def helios_scheduler() -> Any:
+    return diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+
+
+def sana_wm() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    vae = tiny_videos.ltx2().vae
+    transformer = diffusers.SanaWMTransformer3DModel(
+        in_channels=4, num_layers=2, hidden_size=32, num_attention_heads=2, softmax_every_n=2, linear_head_dim=16,
+        chunk_plucker_channels=6 * vae.temporal_compression_ratio, chunk_plucker_post_attn_blocks=2, caption_channels=32,
     )  # fmt: skip
+    return diffusers.SanaWMPipeline(
+        tokenizer=padded_tokenizer(), text_encoder=gemma2(), vae=vae, transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+
+
+def kandinsky6() -> DiffusionPipeline:
+    """Kandinsky 6, videos with sound; with a tokenizer in the place of its processor, as `kandinsky5`."""
+    torch.manual_seed(0)
+    transformer = diffusers.Kandinsky6Transformer3DModel(
+        in_visual_dim=4, out_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=16, model_dim=16, ff_dim=32,
+        num_text_blocks=1, num_visual_blocks=2, axes_dims=(2, 2, 4), in_audio_dim=4, out_audio_dim=4,
+        text_token_padding=True, ca_rope=True, cross_gates=True, fix_modulation=True,
+        visual_token_type_num_embeddings=2,
+    )  # fmt: skip
+    audio_vae = diffusers.MMAudioVAE(
+        mel_bins=8, latent_channels=4, hidden_channels=16, channel_multipliers=(1, 2), layers_per_block=1,
+        sample_rate=1600, n_fft=64, hop_length=8,
+    )  # fmt: skip
+    vocoder = diffusers.MMAudioVocoder(
+        num_mels=8, upsample_initial_channel=16, upsample_rates=(4, 2), upsample_kernel_sizes=(8, 4),
+        resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),),
+    )  # fmt: skip
+    return diffusers.Kandinsky6TI2VAPipeline(
+        transformer=transformer.eval(), vae=hunyuan_vae(), text_encoder=qwen2_5_vl(),
+        tokenizer=tiny_families.qwen_tokenizer(), text_encoder_2=tiny.clip(), tokenizer_2=tiny.clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0), audio_vae=audio_vae.eval(), vocoder=vocoder.eval(),
+    )  # fmt: skip
+
+
+def wan_animate_transformer() -> Any:
+    return diffusers.WanAnimateTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36, latent_channels=16,
+        out_channels=16, text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads", image_dim=32, rope_max_seq_len=32,
+        motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16, motion_style_dim=8,
+        motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16, face_encoder_num_heads=2,
+        inject_face_latents_blocks=2,
+    ).eval()  # fmt: skip
 
 
 CASES: dict[str, Case] = {
@@ -305,7 +353,7 @@ CASES: dict[str, Case] = {
     "CosmosTextToWorldPipeline": Case(cosmos("CosmosTextToWorldPipeline", 4), frames=VIDEO),
     "CosmosVideoToWorldPipeline": Case(cosmos("CosmosVideoToWorldPipeline", 5), "i", VIDEO),
     "Cosmos2VideoToWorldPipeline": Case(cosmos("Cosmos2VideoToWorldPipeline", 17, True), "i", VIDEO),
-    "Cosmos2_5_PredictBasePipeline": Case(cosmos("Cosmos2_5_PredictBasePipeline", 17, True), "i", VIDEO),
+    "Cosmos2_5_PredictBasePipeline": Case(cosmos("Cosmos2_5_PredictBasePipeline", 17, True), frames=VIDEO),
     "Cosmos2TextToImagePipeline": Case(cosmos("Cosmos2TextToImagePipeline", 16, True)),
     "SanaVideoPipeline": Case(sana_video, frames=VIDEO, settings={"use_resolution_binning": False}),
     "SanaImageToVideoPipeline": Case(
@@ -316,9 +364,109 @@ CASES: dict[str, Case] = {
     ),
     "I2VGenXLPipeline": Case(i2vgen_xl, "i", 4),
     "HunyuanVideoImageToVideoPipeline": Case(hunyuan_video_of_image, "i", VIDEO),
-    "EasyAnimatePipeline": Case(easyanimate(), frames=5),
     "MotifVideoPipeline": Case(motif_video, frames=VIDEO),
+    "HeliosPipeline": Case(
+        of("HeliosPipeline", tiny_videos.wan, transformer=helios_transformer, scheduler=helios_scheduler), frames=VIDEO
+    ),
+    "AnyFlowFARPipeline": Case(
+        wan_like(
+            "AnyFlowFARPipeline",
+            "AnyFlowFARTransformer3DModel",
+            lambda: diffusers.FlowMapEulerDiscreteScheduler(num_train_timesteps=1000, shift=5.0),
+            compressed_patch_size=(1, 4, 4),
+            full_chunk_limit=3,
+            gate_value=0.25,
+            deltatime_type="r",
+            chunk_partition=(1, 1, 1),
+        ),
+        frames=VIDEO,
+    ),
+    "LTX2InContextPipeline": Case(of("LTX2InContextPipeline", tiny_videos.ltx2), frames=VIDEO),
+    "Kandinsky6TI2VAPipeline": Case(kandinsky6, "i", VIDEO),
 }
+# Cases that don't go through the stages, or not plainly; each says why.
 TROUBLE: dict[str, Case] = {
     "AllegroPipeline": Case(allegro, frames=8),
+    "EasyAnimatePipeline": Case(easyanimate(), frames=5, settings={"negative_prompt": "blurry"}),
+    "EasyAnimateInpaintPipeline": Case(
+        of("EasyAnimateInpaintPipeline", easyanimate(9)), frames=5, settings={"negative_prompt": "blurry"}
+    ),
+    "EasyAnimateControlPipeline": Case(
+        of("EasyAnimateControlPipeline", easyanimate(12)), frames=5, settings={"negative_prompt": "blurry"}
+    ),
+    "LTX2HDRPipeline": Case(of("LTX2HDRPipeline", tiny_videos.ltx2), frames=VIDEO),
+    "LTXI2VLongMultiPromptPipeline": Case(of("LTXI2VLongMultiPromptPipeline", tiny_videos.ltx), frames=17),
+    "SanaWMPipeline": Case(
+        sana_wm, "i", VIDEO, settings={"action": "w-8", "intrinsics": "30,30,16,16"}
+    ),
+    "TextToVideoZeroPipeline": Case(
+        of("TextToVideoZeroPipeline", tiny.sd15, scheduler=ddim), frames=4, settings={"t0": 1, "t1": 2}
+    ),
+    "TextToVideoZeroSDXLPipeline": Case(
+        of("TextToVideoZeroSDXLPipeline", tiny.sdxl, scheduler=ddim), frames=4, settings={"t0": 1, "t1": 2}
+    ),
+    "AnimateDiffControlNetPipeline": Case(
+        of(
+            "AnimateDiffControlNetPipeline",
+            tiny.sd15,
+            unet=lambda: unet(4),
+            motion_adapter=motion_adapter,
+            controlnet=controlnet,
+            scheduler=ddim,
+        ),
+        "v",
+        9,
+    ),
+    "AnimateDiffSparseControlNetPipeline": Case(
+        of(
+            "AnimateDiffSparseControlNetPipeline",
+            tiny.sd15,
+            unet=lambda: unet(4),
+            motion_adapter=motion_adapter,
+            controlnet=sparse_controlnet,
+            scheduler=ddim,
+        ),
+        "v",
+        9,
+        settings={"controlnet_frame_indices": list(range(9))},
+    ),
+    "AnimateDiffVideoToVideoPipeline": Case(
+        of(
+            "AnimateDiffVideoToVideoPipeline",
+            tiny.sd15,
+            unet=lambda: unet(4),
+            motion_adapter=motion_adapter,
+            scheduler=ddim,
+        ),
+        "v",
+    ),
+    "CogVideoXFunControlPipeline": Case(
+        of("CogVideoXFunControlPipeline", tiny_videos.cogvideox, transformer=lambda: cogvideox_transformer(8)), "v"
+    ),
+    "CogVideoXVideoToVideoPipeline": Case(of("CogVideoXVideoToVideoPipeline", tiny_videos.cogvideox), "v"),
+    "WanVideoToVideoPipeline": Case(of("WanVideoToVideoPipeline", tiny_videos.wan), "v"),
+    "VideoToVideoSDPipeline": Case(of("VideoToVideoSDPipeline", tiny.sd15, unet=unet3d, scheduler=ddim), "v"),
+    "LucyEditPipeline": Case(
+        of(
+            "LucyEditPipeline",
+            tiny_videos.wan,
+            transformer=lambda: tiny_videos.wan_transformer(32),
+            scheduler=FlowMatchEulerDiscreteScheduler,
+        ),
+        "v",
+        VIDEO,
+    ),
+    "WanAnimatePipeline": Case(
+        of("WanAnimatePipeline", tiny_videos.wan_of_image, transformer=wan_animate_transformer), "iv"
+    ),
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Case(
+        wan_like(
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+            "SkyReelsV2Transformer3DModel",
+            qk_norm="rms_norm_across_heads",
+        ),
+        "v",
+        17,
+        settings={"overlap_history": 3, "base_num_frames": 5},
+    ),
 }
