@@ -386,21 +386,20 @@ CASES: dict[str, Case] = {
 }
 # Cases that don't go through the stages, or not plainly; each says why.
 TROUBLE: dict[str, Case] = {
-    "AllegroPipeline": Case(allegro, frames=8),
+    "AllegroPipeline": Case(allegro, frames=VIDEO),
     "EasyAnimatePipeline": Case(easyanimate(), frames=5, settings={"negative_prompt": "blurry"}),
     "EasyAnimateInpaintPipeline": Case(
         of("EasyAnimateInpaintPipeline", easyanimate(9)), frames=5, settings={"negative_prompt": "blurry"}
     ),
-    "EasyAnimateControlPipeline": Case(
-        of("EasyAnimateControlPipeline", easyanimate(12)), frames=5, settings={"negative_prompt": "blurry"}
-    ),
     "LTX2HDRPipeline": Case(of("LTX2HDRPipeline", tiny_videos.ltx2), frames=VIDEO),
     "LTXI2VLongMultiPromptPipeline": Case(of("LTXI2VLongMultiPromptPipeline", tiny_videos.ltx), frames=17),
     "SanaWMPipeline": Case(
-        sana_wm, "i", VIDEO, settings={"action": "w-8", "intrinsics": "30,30,16,16"}
+        sana_wm, "i", VIDEO, settings={"action": "w-8"}
     ),
     "TextToVideoZeroPipeline": Case(
-        of("TextToVideoZeroPipeline", tiny.sd15, scheduler=ddim), frames=4, settings={"t0": 1, "t1": 2}
+        of("TextToVideoZeroPipeline", lambda: tiny_families.sd15_with_safety_checker(False), scheduler=ddim),
+        frames=4,
+        settings={"t0": 1, "t1": 2},
     ),
     "TextToVideoZeroSDXLPipeline": Case(
         of("TextToVideoZeroSDXLPipeline", tiny.sdxl, scheduler=ddim), frames=4, settings={"t0": 1, "t1": 2}
@@ -428,7 +427,7 @@ TROUBLE: dict[str, Case] = {
         ),
         "v",
         9,
-        settings={"controlnet_frame_indices": list(range(9))},
+        settings={"controlnet_frame_indices": "0,1,2,3,4,5,6,7,8"},
     ),
     "AnimateDiffVideoToVideoPipeline": Case(
         of(
