@@ -124,7 +124,10 @@ class LetsAllPass:
 
 
 def cosmos(name: str, channels: int, of_wan: bool = False) -> Make:
-    """A Cosmos pipeline of this class; from then on in this process, those without a checker let all pass."""
+    """A Cosmos pipeline of this class; from then on in this process, those without a checker let all pass.
+
+    Its transformer has no padding mask, which it would resize with torchvision.
+    """
 
     def make() -> DiffusionPipeline:
         import importlib
@@ -178,6 +181,7 @@ def sana_video() -> DiffusionPipeline:
 
 
 def i2vgen_xl() -> DiffusionPipeline:
+    """I2VGen-XL, with a text encoder that has a `text_model`; its own class has none in this transformers."""
     torch.manual_seed(0)
     model = diffusers.models.unets.unet_i2vgen_xl.I2VGenXLUNet(
         block_out_channels=(16, 32), layers_per_block=1, sample_size=16, cross_attention_dim=32, attention_head_dim=4,
@@ -440,6 +444,17 @@ TROUBLE: dict[str, Case] = {
             tiny.sd15,
             unet=lambda: unet(4),
             motion_adapter=motion_adapter,
+            scheduler=ddim,
+        ),
+        "v",
+    ),
+    "AnimateDiffVideoToVideoControlNetPipeline": Case(
+        of(
+            "AnimateDiffVideoToVideoControlNetPipeline",
+            tiny.sd15,
+            unet=lambda: unet(4),
+            motion_adapter=motion_adapter,
+            controlnet=controlnet,
             scheduler=ddim,
         ),
         "v",
