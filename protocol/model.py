@@ -30,7 +30,7 @@ class VideoTask(Data):
     """The inputs of a pipeline that makes videos, beside those of a picture."""
 
     frames: Positive  # default
-    multiple: Positive  # a video has one frame more than a multiple of this
+    multiple: Positive  # a video has the default number of frames, or so many times this more or less
     fps: float  # default: frames a second
     max_frames: Positive
 
@@ -48,6 +48,7 @@ class ModelDescription(Data):
     steps: Positive
     guidance: float | None  # default; None where the denoiser takes none
     cfg_scale: float | None  # default; None where the pipeline has no true CFG
+    prompt: bool = True  # it takes one
     negative_prompt: bool
     own_size: bool = False  # its files say a size, which holds for what is made of pictures, too
     max_sequence_length: int | None  # default; None where the pipeline has no such argument

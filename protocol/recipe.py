@@ -174,7 +174,7 @@ def check_frames(
         return None, None
     check_range("fps", request.fps, 1, MAX_FPS)
     if task and request.videos and not task.frames:
-        if request.frames is not None:
+        if request.frames not in (None, of_video):
             raise BadRequest(f"{task.pipeline} makes as many frames as the video has.", "Leave --frames out.")
         return of_video or video.frames, video.fps if request.fps is None else request.fps
     frames = video.frames if request.frames is None else request.frames
@@ -182,12 +182,12 @@ def check_frames(
         raise BadRequest(f"frames is {frames}.", f"It must be positive, such as {video.frames}.")
     if frames > video.max_frames:
         raise DoesNotFit(f"{frames} frames are too many for {model.pipeline}.", f"At most {video.max_frames} fit.")
-    if (frames - 1) % video.multiple and frames != video.frames:
-        below = (frames - 1) // video.multiple * video.multiple + 1
-        nearest = below if frames - below <= below + video.multiple - frames else below + video.multiple
-        raise BadRequest(
-            f"{frames} frames are not one more than a multiple of {video.multiple}.", f"The nearest are {nearest}."
-        )
+    more = video.frames % video.multiple
+    if (frames - more) % video.multiple:
+        below = (frames - more) // video.multiple * video.multiple + more
+        nearest = below if below > 0 and frames - below <= below + video.multiple - frames else below + video.multiple
+        which = f"{more} more than a multiple" if more else "a multiple"
+        raise BadRequest(f"{frames} frames are not {which} of {video.multiple}.", f"The nearest are {nearest}.")
     return frames, video.fps if request.fps is None else request.fps
 
 
@@ -217,7 +217,9 @@ def check_size(width: int | None, height: int | None, model: ModelDescription) -
 
 def check_prompts(request: JobRequest, model: ModelDescription, count_tokens: CountTokens | None) -> int | None:
     """The sequence length in tokens that both prompts fit; None where the pipeline has no such argument."""
-    if not request.prompt.strip():
+    if request.prompt and not model.prompt:
+        raise BadRequest(f"{model.pipeline} takes no prompt.", "Leave it out.")
+    if model.prompt and not request.prompt.strip():
         raise BadRequest("The prompt is empty.", "Say what the picture should show.")
     length = request.max_sequence_length
     if length is not None and model.max_sequence_length is None:

@@ -81,22 +81,25 @@ def run(name: str) -> tuple[str, str]:
         made.save_pretrained(folder)
         source = read(str(folder), folder, None)
         model = describe(source)
-        given = brought(case.brings, noise(side), half(side))
+        given = brought(case, noise, half(side))
         images, masks, controls = (tuple(p.name for p in given[kind]) for kind in ("i", "m", "c"))
-        task = (model.inpaint if masks else model.image) if images else None
+        videos = {name: picture.name for name, picture in zip(case.videos, given["v"], strict=False)}
+        task = (model.inpaint if masks else model.image) if images else model.of_video if videos else None
         size: dict[str, Any] = {"width": case.size, "height": case.size} if task is None or task.sized else {}
         request = JobRequest(
-            prompt="a red circle", steps=case.steps, seed=11, frames=case.frames, images=images,
-            mask=next(iter(masks), None),
+            prompt="a red circle" if model.prompt else "", steps=case.steps, seed=11, frames=case.frames, images=images,
+            mask=next(iter(masks), None), videos=tuple(videos.items()), negative_prompt=case.negative,
             control=next(iter(controls), None), settings=tuple((n, str(v).lower()) for n, v in case.settings.items()),
             strength=0.5 if task and task.strength is not None else None, **size,
         )  # fmt: skip
-        recipe = resolve(request, model, "float32", None, picture_size=side)
+        recipe = resolve(request, model, "float32", None, picture_size=side, video_frames=case.length)
         named = recipe.named_pictures
         pictures = {picture.name: picture for kind in given.values() for picture in kind}
         tensors = as_given(named, pictures)
         pipeline: Any = DiffusionPipeline.from_pretrained(folder)
         pipeline.set_progress_bar_config(disable=True)
+        if case.tiled:
+            pipeline.vae.enable_tiling()
         asked = plainly(pipeline, request, arguments_of(pipeline, recipe, tensors), case.settings)
 
         def plain_frames() -> Any:
@@ -113,31 +116,34 @@ def run(name: str) -> tuple[str, str]:
                 "not run",
                 "the plain pipeline draws random numbers without the seed: no two of its pictures are equal",
             )
-    words = ["prompt"] + [word for letter, word in WORDS.items() if letter in case.brings]
+    words = ["prompt"] * model.prompt + [word for letter, word in WORDS.items() if letter in case.brings]
     if case.frames:
         words.append(f"{case.frames} frames")
     return "equal" if same else "differs", ", ".join(words)
 
 
-WORDS = {"i": "image", "m": "mask", "c": "control image"}
+WORDS = {"i": "image", "m": "mask", "c": "control image", "v": "video"}
 
 
-def brought(brings: str, image: Any, mask: Any) -> dict[str, list[Any]]:
-    from protocol.client.input_pictures import picture_of
+def brought(case: Any, noise: Any, mask: Any) -> dict[str, list[Any]]:
+    from protocol.client.input_pictures import picture_of, video_of
 
+    size = (case.size, case.size)
+    clips = [[noise(size, 100 * n + i) for i in range(case.length)] for n, _ in enumerate(case.videos)]
     return {
-        "i": [picture_of(image)] * ("i" in brings),
-        "m": [picture_of(mask, mask=True)] * ("m" in brings),
-        "c": [picture_of(image.rotate(90))] * ("c" in brings),
+        "i": [picture_of(noise(size))] * ("i" in case.brings),
+        "m": [picture_of(mask, mask=True)] * ("m" in case.brings),
+        "c": [picture_of(noise(size).rotate(90))] * ("c" in case.brings),
+        "v": [video_of(clip) for clip in clips] * ("v" in case.brings),
     }
 
 
 def plainly(pipeline: Any, request: Any, arguments: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Return, of a call's arguments, what the job gave; the pipeline's own defaults hold for the rest."""
-    from workers.models.tasks import FRAMES
+    from workers.models.tasks import FRAMES, video_arguments
 
-    given = {"prompt", "num_inference_steps", "strength", "width", "height", "image", "mask_image", "control_image",
-             *FRAMES, *settings}  # fmt: skip
+    given = {"prompt", "negative_prompt", "num_inference_steps", "strength", "width", "height", "image", "mask_image",
+             "control_image", "output_type", *video_arguments(type(pipeline)), *FRAMES, *settings}  # fmt: skip
     return {name: value for name, value in arguments.items() if name in given}
 
 

@@ -110,7 +110,10 @@ def worker(stage: Stage, standalone: bool, gpus: str | None, **options: Any) -> 
 
 def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     given = {key: options[key] for key in RECIPE if options[key] is not None}
-    check_input(stage, given, options["input_path"])  # before the libraries are loaded, which takes seconds
+    brings = bool(options["images"] or options["videos"])
+    check_input(
+        stage, brings or "prompt" in given, options["input_path"]
+    )  # before the libraries are loaded, which takes seconds
     numbers("--cut", options["cut"])
     if options["jobs"] > 1 or any(parse_speedup(text)[1] == "parallel" for text in options["speedups"]):
         raise BadRequest("Alone, a stage does one job in one process.", "Leave out --jobs and parallel.")
@@ -135,14 +138,16 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
              "control": control and control.name, "videos": tuple((n, v.name) for n, v in clips)}  # fmt: skip
     given |= {name: value for name, value in named.items() if value}
     pictures = (*images, *(one for one in (mask, control) if one), *(video for _, video in clips))
+    if options["input_path"] is None:
+        given.setdefault("prompt", "")  # of models that take none
     run_standalone(prepare(spec), given, pictures, options["input_path"], output, debugging)
 
 
-def check_input(stage: Stage, given: dict[str, Any], path: Path | None) -> None:
+def check_input(stage: Stage, begins: bool, path: Path | None) -> None:
     """Check that the stage's input is there; BadRequest."""
     if path is None and stage != FIRST:
         raise BadRequest(f"The {stage} stage needs what an earlier stage wrote.", "Give it with -i FILE.safetensors.")
-    if path is None and "prompt" not in given:
+    if path is None and not begins:
         raise BadRequest(f"The {stage} stage needs a prompt.", 'Give one: --prompt "a red circle".')
     if path is not None and not path.exists():
         raise BadRequest(f"There is no file {str(path)!r}.", f"Begin with: triptych worker {FIRST} --standalone.")

@@ -165,6 +165,8 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
         rows += read_prompts(options["prompts_file"])
         if not rows:
             raise BadRequest(f"{str(options['prompts_file'])!r} holds no prompt.")
+    if not rows and inputs:
+        rows = [("", {"prompt": ""})]  # for models that take none
     if not rows:
         raise BadRequest("There is no prompt.", 'Give one: triptych submit "a large red circle", or --prompts FILE.')
     seeds = options.get("seeds") or [None]

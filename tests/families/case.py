@@ -15,7 +15,7 @@ Make = Callable[[], DiffusionPipeline]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`brings`: "i" an image, "ii" two, "m" a mask, "c" a control image."""
+    """`brings`: "i" an image, "m" a mask, "c" a control image, "v" each of `videos`."""
 
     make: Make
     brings: str = ""
@@ -23,6 +23,10 @@ class Case:
     size: int = tiny.SIZE  # pixels of each side
     settings: dict[str, Any] = field(default_factory=dict)  # arguments without options of their own
     steps: int = 4
+    negative: str | None = None  # prompt
+    videos: tuple[str, ...] = ("video",)  # arguments, where it brings videos
+    length: int = 9  # frames of those
+    tiled: bool = False  # its VAE can work in tiles alone
 
 
 def of(name: str, base: Make, **changes: Any) -> Make:

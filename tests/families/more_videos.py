@@ -350,7 +350,33 @@ def wan_animate_transformer() -> Any:
     ).eval()  # fmt: skip
 
 
+def stable_video_diffusion() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+        intermediate_size=37, patch_size=4,
+    )  # fmt: skip
+    unet = diffusers.UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, sample_size=32, in_channels=8, out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
+        num_attention_heads=8, projection_class_embeddings_input_dim=96, addition_time_embed_dim=32,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4
+    )
+    return diffusers.StableVideoDiffusionPipeline(
+        vae=vae.eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(), unet=unet.eval(),
+        scheduler=diffusers.EulerDiscreteScheduler(
+            beta_schedule="scaled_linear", prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002,
+            timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True,
+        ),
+        feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
+    )  # fmt: skip
+
+
 CASES: dict[str, Case] = {
+    "StableVideoDiffusionPipeline": Case(stable_video_diffusion, "i", 4),
     "Kandinsky5T2VPipeline": Case(kandinsky5("Kandinsky5T2VPipeline"), frames=5),
     "Kandinsky5I2VPipeline": Case(kandinsky5("Kandinsky5I2VPipeline", True), "i", 17),
     "HunyuanVideo15Pipeline": Case(hunyuan_video15, frames=VIDEO),
@@ -375,10 +401,6 @@ CASES: dict[str, Case] = {
     ),
     "LTX2InContextPipeline": Case(of("LTX2InContextPipeline", tiny_videos.ltx2), frames=VIDEO),
     "Kandinsky6TI2VAPipeline": Case(kandinsky6, "i", VIDEO),
-}
-# Cases that don't go through the stages, or not plainly; each says why.
-TROUBLE: dict[str, Case] = {
-    # Its denoiser returns a dict whose names are whole numbers.
     "AnyFlowFARPipeline": Case(
         wan_like(
             "AnyFlowFARPipeline",
@@ -392,18 +414,9 @@ TROUBLE: dict[str, Case] = {
         ),
         frames=VIDEO,
     ),
-    # They fail without a negative prompt, which a case can't give: the argument has an option of its own.
-    "EasyAnimatePipeline": Case(easyanimate(), frames=5, settings={"negative_prompt": "blurry"}),
-    "EasyAnimateInpaintPipeline": Case(
-        of("EasyAnimateInpaintPipeline", easyanimate(9)), frames=5, settings={"negative_prompt": "blurry"}
-    ),
-    # It returns light, as numbers from 0 on, and no pictures.
-    "LTX2HDRPipeline": Case(of("LTX2HDRPipeline", tiny_videos.ltx2), frames=VIDEO),
-    # Its output is latents by default; it encodes the prompt anew for each window of a longer video.
+    "EasyAnimatePipeline": Case(easyanimate(), frames=5, negative="blurry"),
+    "EasyAnimateInpaintPipeline": Case(of("EasyAnimateInpaintPipeline", easyanimate(9)), frames=5, negative="blurry"),
     "LTXI2VLongMultiPromptPipeline": Case(of("LTXI2VLongMultiPromptPipeline", tiny_videos.ltx), frames=17),
-    # It wants the intrinsics of a camera besides, and returns the frames of one video, not a list of videos.
-    "SanaWMPipeline": Case(sana_wm, "i", VIDEO, settings={"action": "w-8"}),
-    # They return an array, the first one whatever `output_type` says.
     "TextToVideoZeroPipeline": Case(
         of("TextToVideoZeroPipeline", lambda: tiny_families.sd15_with_safety_checker(False), scheduler=ddim),
         frames=4,
@@ -412,7 +425,6 @@ TROUBLE: dict[str, Case] = {
     "TextToVideoZeroSDXLPipeline": Case(
         of("TextToVideoZeroSDXLPipeline", tiny.sdxl, scheduler=ddim), frames=4, settings={"t0": 1, "t1": 2}
     ),
-    # All from here on want a video.
     "AnimateDiffControlNetPipeline": Case(
         of(
             "AnimateDiffControlNetPipeline",
@@ -424,6 +436,7 @@ TROUBLE: dict[str, Case] = {
         ),
         "v",
         9,
+        videos=("conditioning_frames",),
     ),
     "AnimateDiffSparseControlNetPipeline": Case(
         of(
@@ -437,6 +450,7 @@ TROUBLE: dict[str, Case] = {
         "v",
         9,
         settings={"controlnet_frame_indices": "0,1,2,3,4,5,6,7,8"},
+        videos=("conditioning_frames",),
     ),
     "AnimateDiffVideoToVideoPipeline": Case(
         of(
@@ -458,9 +472,12 @@ TROUBLE: dict[str, Case] = {
             scheduler=ddim,
         ),
         "v",
+        videos=("video", "conditioning_frames"),
     ),
     "CogVideoXFunControlPipeline": Case(
-        of("CogVideoXFunControlPipeline", tiny_videos.cogvideox, transformer=lambda: cogvideox_transformer(8)), "v"
+        of("CogVideoXFunControlPipeline", tiny_videos.cogvideox, transformer=lambda: cogvideox_transformer(8)),
+        "v",
+        videos=("control_video",),
     ),
     "CogVideoXVideoToVideoPipeline": Case(of("CogVideoXVideoToVideoPipeline", tiny_videos.cogvideox), "v"),
     "WanVideoToVideoPipeline": Case(of("WanVideoToVideoPipeline", tiny_videos.wan), "v"),
@@ -478,6 +495,8 @@ TROUBLE: dict[str, Case] = {
     "WanAnimatePipeline": Case(
         of("WanAnimatePipeline", tiny_videos.wan_of_image, transformer=wan_animate_transformer),
         "iv",
+        videos=("pose_video", "face_video"),
+        length=13,
         settings={"segment_frame_length": 9},
     ),
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": Case(

@@ -186,7 +186,7 @@ CASES: dict[str, Case] = {
     "HunyuanVideoPipeline": Case(hunyuan_video, frames=VIDEO),
     "HunyuanSkyreelsImageToVideoPipeline": Case(skyreels_i2v(), "i", VIDEO),
     "HunyuanVideoFramepackPipeline": Case(tiny_videos.framepack, "i", 57),
-    "AllegroPipeline": Case(allegro, frames=9),
+    "AllegroPipeline": Case(allegro, frames=8, tiled=True),
     "LattePipeline": Case(latte, frames=16),
     "MochiPipeline": Case(mochi, frames=7),
     "CogVideoXImageToVideoPipeline": Case(

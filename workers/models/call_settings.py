@@ -1,6 +1,8 @@
 """The plain arguments of a pipeline's call that have no option of their own, found by its annotations."""
 
+import contextlib
 import functools
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -42,8 +44,15 @@ def tuples_of(cls: type[DiffusionPipeline]) -> frozenset[str]:
 def _hints(call: Callable[..., Any]) -> Mapping[str, Any]:
     try:
         return typing.get_type_hints(call)
-    except (NameError, TypeError):  # of what isn't installed
-        return {}
+    except (NameError, TypeError):  # of what isn't installed: the others, one by one
+        return {name: hint for name in call.__annotations__ if (hint := _hint(call, name)) is not None}
+
+
+def _hint(call: Callable[..., Any], name: str) -> Any:
+    alone = types.SimpleNamespace(__annotations__={name: call.__annotations__[name]}, __wrapped__=None)
+    with contextlib.suppress(NameError, TypeError):
+        return typing.get_type_hints(alone, vars(sys.modules[call.__module__])).get(name)
+    return None
 
 
 def kind_of(hint: Any) -> SettingKind | None:

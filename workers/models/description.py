@@ -82,6 +82,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         steps=int(default("num_inference_steps")),
         guidance=_float(default(distilled)),
         cfg_scale=_float(default(true_cfg)),
+        prompt="prompt" in parameters,
         negative_prompt="negative_prompt" in parameters,
         max_sequence_length=length,
         max_sequence_limit=max(parameters["max_sequence_length"].default, length) if length else clip_length(pipeline),

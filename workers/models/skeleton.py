@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -33,6 +34,9 @@ NOT_SPLIT: Mapping[str, str] = {
     "StableCascadePriorPipeline": OTHER, "WuerstchenPriorPipeline": OTHER, "LLaDA2Pipeline": OTHER,
     "DiffusionGemmaPipeline": OTHER, "ShapEPipeline": OTHER, "AceStepPipeline": OTHER, "LongCatAudioDiTPipeline": OTHER,
     "StableAudio3Pipeline": OTHER, "StableAudio3AudioToAudioPipeline": OTHER, "StableAudio3InpaintPipeline": OTHER,
+    "LTX2HDRPipeline": "makes light of any strength, and no pictures", "MarigoldDepthPipeline": OTHER,
+    "MarigoldIntrinsicsPipeline": OTHER, "MarigoldNormalsPipeline": OTHER,
+    "SanaWMPipeline": "needs the intrinsics of a camera, which a job can't give",
     "UniDiffuserPipeline": "makes pictures or texts, whichever is missing",
 }  # fmt: skip
 SHARED_SIZES = {"cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "caption_channels"}
@@ -103,8 +107,10 @@ def refusal(cls: type[DiffusionPipeline]) -> str:
         return f"needs {', '.join(needed)}, which a job can't give"
     if sound := [name for name in parameters if name in ("audio_length_in_s", "audio_end_in_s")]:
         return f"makes sound alone ({sound[0]})"
-    if "prompt" not in parameters:
-        return "takes no prompt"
+    if "prompt" not in parameters and not (
+        "image" in parameters and "vae" in inspect.signature(cls.__init__).parameters
+    ):
+        return "takes neither a prompt nor a picture to be encoded"
     if "num_inference_steps" not in parameters:
         return "takes no num_inference_steps, so that nothing can be told of its steps"
     return ""

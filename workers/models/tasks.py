@@ -53,7 +53,8 @@ def video_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
 
 def video_arguments(cls: type[DiffusionPipeline]) -> tuple[str, ...]:
     """Return the names of the videos that a pipeline's call takes, the one that is only a `video` first."""
-    names = [name for name in parameters_of(cls) if name == "video" or name.endswith("_video")]
+    known = parameters_of(cls)
+    names = [name for name in known if name in ("video", "conditioning_frames") or name.endswith("_video")]
     return tuple(sorted(names, key=lambda name: name != "video"))
 
 

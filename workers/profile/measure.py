@@ -97,7 +97,8 @@ def with_pictures(
     videos = tuple((name, NO_PICTURE) for name in kinds if name not in ("image", "mask", "control"))
     single = {kind: NO_PICTURE if kind in kinds else None for kind in ("mask", "control")}
     images = (NO_PICTURE,) if "image" in kinds else ()
-    brought = request.model_copy(update={"images": images, "videos": videos, **single})
+    prompt = request.prompt if model.prompt else ""
+    brought = request.model_copy(update={"prompt": prompt, "images": images, "videos": videos, **single})
     if (task := (model.inpaint if brought.mask else model.image) if images else None) and not task.sized:
         brought = brought.model_copy(update={"width": None, "height": None})
     frames = model.video.frames if model.video else 0

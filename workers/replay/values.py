@@ -80,7 +80,7 @@ def freeze(value: Any, device: torch.device, put_aside: PutAside) -> Any:
     if isinstance(value, Output) or hasattr(value, "to_tuple"):
         fields = value if isinstance(value, Output) else fields_of(value)
         return {"output": [[name, again(item)] for name, item in fields.items()]}
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+    if isinstance(value, Mapping) and all(isinstance(name, str | int) for name in value):
         return {"dict": [[name, again(item)] for name, item in value.items()]}
     raise Untransferable(type(value).__name__)
 

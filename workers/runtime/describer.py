@@ -39,6 +39,7 @@ SHAPES = re.compile(  # how torch and Python say that values of a configuration 
     r"|must match except in dimension|shape mismatch|broadcastable|size of tensor"
     r"|unsupported operand type"
 )
+FEW = 4  # times the multiple of its sizes: a small picture
 SILENCE_SECONDS = 4.0  # without an answer, after which it says hello again
 BEAT_SECONDS = 0.5
 
@@ -149,14 +150,15 @@ def examine(spec: ModelSpec, dtype: str, stages: Sequence[Stage] = ()) -> tuple[
     with quiet():
         check(source, stages or STAGES)
         description = describe(source)
-        fits_together(source, dtype)
+        fits_together(source, dtype, description.size_multiple * FEW)
     return source, description
 
 
-def fits_together(source: Any, dtype: str) -> None:
+def fits_together(source: Any, dtype: str, small: int) -> None:
     """Run the model on shapes alone; ModelMissing where its parts' shapes don't go together.
 
-    Models that can't be run so for another reason are taken: not all code works on the meta device.
+    Models that can't be run so for another reason are taken: not all code works on the meta device. So are those that
+    can't make what the pipeline makes by default, but something `small`, in pixels of its sides.
     """
     from workers.profile.measure import NO_SIZE, profile_for
 
@@ -167,6 +169,10 @@ def fits_together(source: Any, dtype: str) -> None:
     except Exception as error:
         if not SHAPES.search(str(error)):
             log.info("not run on shapes: %s", error)
+            return
+        with contextlib.suppress(Exception):
+            profile_for(source, dtype, **NO_SIZE | {"width": small, "height": small})
+            log.info("too small for pictures of its pipeline's default size: %s", error)
             return
         raise ModelMissing(
             f"{source.model!r} can't be run: its configurations don't go together: {str(error).splitlines()[0]}.",

@@ -163,12 +163,16 @@ def for_next_stages(saved: Saved | None) -> list[Tensor]:
     return [replace(tensor, name=f"{ENDED}{tensor.name}") for tensor in saved.tensors] if saved else []
 
 
+def ended_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the checkpoint that goes along with a job's record, of the loops that are over, if there is one."""
+    return [tensor for tensor in tensors if tensor.name.startswith(ENDED)]
+
+
 def newest(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the tensors of a job's last checkpoint: of a loop on its way, or else of those that are over; or none."""
     if is_one(tensors):
         return [tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)]
-    ended = (tensor for tensor in tensors if tensor.name.startswith(ENDED))
-    return [replace(tensor, name=tensor.name.removeprefix(ENDED)) for tensor in ended]
+    return [replace(tensor, name=tensor.name.removeprefix(ENDED)) for tensor in ended_of(tensors)]
 
 
 class Recorder:
@@ -339,9 +343,9 @@ class Steps:
         self._report(self._resume.checkpoint.step if self._resume else 0, self._steps)
 
     def end(self, pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        """`callback_on_step_end` of a pipeline."""
+        """`callback_on_step_end` of a pipeline: it changes nothing, and so gives nothing back."""
         self._end(pipeline.scheduler, step, getattr(pipeline, "_num_timesteps", 0), inspect.currentframe())
-        return values
+        return {}
 
     def _end(self, scheduler: Any, step: int, of_loop: int, frame: FrameType | None) -> None:
         caller = frame.f_back if frame else None

@@ -54,14 +54,14 @@ class DenoiseStage:
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
                 goes_on = bool(run.pending) and isinstance(result, Stopped)
-                ended = for_next_stages(steps.of_ended()) if goes_on else []
+                ended = for_next_stages(steps.of_ended()) if isinstance(result, Stopped) else []
         finally:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
             return Outcome([*run.for_decoding(goes_on).pack(), *ended], next="vae", wants=run.pending[0][0])
         if isinstance(result, Stopped):
-            return Outcome(record.pack(), next=result.owner, wants=result.label)
+            return Outcome([*record.pack(), *ended], next=result.owner, wants=result.label)
         return Outcome(pictures_of(result, self.pipeline))  # it works on pixels
 
     @contextlib.contextmanager

@@ -23,6 +23,8 @@ from workers.tensors import to_wire
 
 log = logging.getLogger(__name__)
 
+RATES = ("output_sampling_rate", "sampling_rate", "sample_rate")  # names of samples a second
+
 
 def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[Tensor] = ()) -> dict[str, Any]:
     """Return what a recipe gives of the arguments of a pipeline's call, with the pictures among a task's tensors.
@@ -33,7 +35,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
     cfg_scale, guidance = guidance_arguments(pipeline)
     tuples = tuples_of(type(pipeline))
     known: dict[Any, Any] = {
-        "prompt": recipe.prompt,
+        "prompt": recipe.prompt if "prompt" in parameters else None,
         "negative_prompt": recipe.negative_prompt,
         "height": recipe.height if recipe.sized else None,
         "width": recipe.width if recipe.sized else None,
@@ -49,7 +51,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
     }
     if recipe.num_images != 1:
         known[first_of(IMAGES_PER_PROMPT, type(pipeline))] = recipe.num_images
-    if parameters.get("output_type") and parameters["output_type"].default in ("np", "pt", "tensor"):
+    if parameters.get("output_type") and parameters["output_type"].default in ("np", "pt", "tensor", "latent"):
         known["output_type"] = "pil"  # of the same bits, rounded to the levels of a file
     return {name: value for name, value in known.items() if name is not None and value is not None}
 
@@ -125,6 +127,8 @@ def pictures_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
     images = getattr(output, "images", None)
     if images is None:
         images = [frame for video in getattr(output, "frames", None) or () for frame in video]
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = [Image.fromarray(level) for level in (images * 255).round().astype("uint8")]  # as diffusers does it
     if not isinstance(images, list) or not images or not all(isinstance(image, Image.Image) for image in images):
         raise StageError(f"the pipeline made no pictures, but {type(output).__name__}")
     each = max(1, PART_BYTES // (images[0].width * images[0].height * 3))
@@ -138,7 +142,8 @@ def pictures_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
 
 def sound_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
     sound = getattr(output, "audio", None)
-    rate = getattr(getattr(getattr(pipeline, "vocoder", None), "config", None), "output_sampling_rate", None)
+    settings = [getattr(getattr(pipeline, name, None), "config", {}) for name in ("vocoder", "audio_vae")]
+    rate = next((known for known in (config.get(name) for config in settings for name in RATES) if known), None)
     if sound is None or rate is None:
         return []
     samples = sound.detach().to("cpu", torch.float32).contiguous()

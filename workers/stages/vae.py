@@ -12,13 +12,14 @@ from workers.errors import StageError, release_memory
 from workers.models.loading import Loaded
 from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord
-from workers.stages.checkpoint import ENDED
+from workers.stages.checkpoint import ended_of
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 
 log = logging.getLogger(__name__)
 
 BLACKENED = "the model's safety checker has taken a picture away; another prompt or seed may help"
+ONLY_TILED = ("AutoencoderKLAllegro",)  # VAEs that can work in no other way
 IN_TILES = "decoded in tiles, for want of GPU memory; where tiles meet, the picture differs a little from a whole one"
 
 
@@ -29,6 +30,8 @@ class VaeStage:
         names = ("vae", "vqvae", "movq")
         self.vae: Any = next((vae for name in names if (vae := getattr(loaded.pipeline, name, None)) is not None), None)
         self.may_tile = True  # where memory is short
+        if self.vae is not None and type(self.vae).__name__ in ONLY_TILED:
+            self.vae.enable_tiling()
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the job's pictures in parts; or, where nothing is to be decoded yet, the record."""
@@ -49,7 +52,7 @@ class VaeStage:
 
     def visit(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
         record = CallRecord.unpack(tensors)
-        if record.goes_on:
+        if record.goes_on or (record.forwards and not record.decodes):
             return self.decode_and_go_on(recipe, tensors, record)
         pipeline = self.loaded.pipeline_for(recipe)
         arguments = arguments_of(pipeline, recipe, tensors)
@@ -74,5 +77,4 @@ class VaeStage:
         if not isinstance(result, Stopped) or result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} denoises no further once it has decoded")
         record.decodes, record.goes_on = [], False
-        ended = [tensor for tensor in tensors if tensor.name.startswith(ENDED)]
-        return Outcome([*record.pack(), *ended], next=result.owner, wants=result.label)
+        return Outcome([*record.pack(), *ended_of(tensors)], next=result.owner, wants=result.label)

@@ -44,7 +44,7 @@ def described(folder: Path) -> tuple[Source, ModelDescription]:
         source = read("broken", folder, None)
         check(source)
         found = describe(source)
-        fits_together(source, "float32")
+        fits_together(source, "float32", 64)
         return source, found
 
 
