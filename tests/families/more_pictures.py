@@ -4,12 +4,28 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    DPTConfig,
+    DPTForDepthEstimation,
+    DPTImageProcessorPil,
+    GemmaConfig,
+    GemmaForCausalLM,
+)
 
 from tests import tiny, tiny_families
 from tests.families import pictures
 from tests.families.case import Case, of
-from tests.families.parts import unet, vae8
+from tests.families.parts import padded_tokenizer, unet, vae8
 
 
 def union_controlnet() -> Any:
@@ -25,8 +41,15 @@ def z_image_controlnet(channels: int) -> Any:
     ).eval()  # fmt: skip
 
 
-def sd3_inpaint_transformer() -> Any:
-    return pictures.sd3_transformer(33)
+def z_image_controlled(name: str, channels: int) -> Any:
+    """A pipeline of Z-Image with a ControlNet, whose folder has the weights that are the ControlNet's own."""
+
+    def make() -> DiffusionPipeline:
+        pipeline = of(name, tiny_families.z_image, controlnet=lambda: z_image_controlnet(channels))()
+        pipeline.controlnet = z_image_controlnet(channels)  # without the modules that it shares with the transformer
+        return pipeline
+
+    return make
 
 
 def hunyuan_dit_controlnet() -> Any:
@@ -102,6 +125,130 @@ def ldm() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def xs_adapter(base: UNet2DConditionModel) -> Any:
+    return diffusers.ControlNetXSAdapter.from_unet(
+        base, size_ratio=1, conditioning_embedding_out_channels=(2, 4)
+    ).eval()
+
+
+def lumina() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = padded_tokenizer()
+    transformer = diffusers.LuminaNextDiT2DModel(
+        sample_size=16, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2,
+        num_kv_heads=2, multiple_of=16, norm_eps=1e-5, learn_sigma=True, qk_norm=True, cross_attention_dim=32,
+    )  # fmt: skip
+    config = GemmaConfig(
+        head_dim=8, hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        num_key_value_heads=4, vocab_size=len(tokenizer), pad_token_id=0,
+    )  # fmt: skip
+    return diffusers.LuminaPipeline(
+        transformer=transformer.eval(), vae=vae8(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=GemmaForCausalLM(config).eval(), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def omnigen() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = tiny_families.qwen_tokenizer()
+    transformer = diffusers.OmniGenTransformer2DModel(
+        hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, num_layers=1,
+        in_channels=4, time_step_dim=4, rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
+        vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return diffusers.OmniGenPipeline(
+        transformer=transformer.eval(), vae=vae8(), tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(invert_sigmas=True, num_train_timesteps=1),
+    )  # fmt: skip
+
+
+def stable_unclip() -> DiffusionPipeline:
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+        intermediate_size=37, patch_size=8,
+    )  # fmt: skip
+    parts = tiny.sd15().components
+    return diffusers.StableUnCLIPImg2ImgPipeline(
+        feature_extractor=CLIPImageProcessorPil(size=32, crop_size=32),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=32).eval(),
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"), tokenizer=parts["tokenizer"],
+        text_encoder=parts["text_encoder"], vae=parts["vae"], scheduler=DDIMScheduler(clip_sample=False),
+        unet=unet(4, class_embed_type="projection", projection_class_embeddings_input_dim=64),
+    )  # fmt: skip
+
+
+def depth_to_image() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    config = DPTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=4, backbone_out_indices=[0, 1, 2, 3],
+        num_attention_heads=4, intermediate_size=37, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
+    )  # fmt: skip
+    parts = tiny.sd15().components
+    return diffusers.StableDiffusionDepth2ImgPipeline(
+        vae=parts["vae"], text_encoder=parts["text_encoder"], tokenizer=parts["tokenizer"],
+        unet=unet(5, out_channels=4), scheduler=parts["scheduler"],
+        depth_estimator=DPTForDepthEstimation(config).eval(),
+        feature_extractor=DPTImageProcessorPil(size={"height": 32, "width": 32}),
+    )  # fmt: skip
+
+
+def alt_diffusion() -> DiffusionPipeline:
+    from diffusers.pipelines.deprecated.alt_diffusion.modeling_roberta_series import (
+        RobertaSeriesConfig,
+        RobertaSeriesModelWithTransformation,
+    )
+
+    torch.manual_seed(0)
+    parts = dict(tiny.sd15().components)
+    config = RobertaSeriesConfig(
+        hidden_size=32, project_dim=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        vocab_size=len(parts["tokenizer"]), max_position_embeddings=80,
+    )  # fmt: skip
+    parts["text_encoder"] = RobertaSeriesModelWithTransformation(config).eval()
+    return diffusers.AltDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def vq_diffusion() -> DiffusionPipeline:
+    from diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion import (
+        LearnedClassifierFreeSamplingEmbeddings,
+    )
+
+    torch.manual_seed(0)
+    vqvae = diffusers.VQModel(
+        block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=3, norm_num_groups=4,
+        num_vq_embeddings=12, up_block_types=["UpDecoderBlock2D"] * 2, vq_embed_dim=3,
+    )  # fmt: skip
+    transformer = diffusers.Transformer2DModel(
+        attention_bias=True, cross_attention_dim=32, attention_head_dim=6, num_attention_heads=2,
+        num_vector_embeds=12, num_embeds_ada_norm=12, norm_num_groups=4, sample_size=16, activation_fn="geglu-approximate",
+    )  # fmt: skip
+    return diffusers.VQDiffusionPipeline(
+        vqvae=vqvae.eval(), text_encoder=tiny.clip(), tokenizer=tiny.clip_tokenizer(), transformer=transformer.eval(),
+        scheduler=diffusers.VQDiffusionScheduler(12),
+        learned_classifier_free_sampling_embeddings=LearnedClassifierFreeSamplingEmbeddings(learnable=False),
+    )  # fmt: skip
+
+
+def versatile_diffusion() -> DiffusionPipeline:
+    from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
+
+    torch.manual_seed(0)
+    parts = tiny.sd15().components
+    text_unet = UNetFlatConditionModel(
+        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, norm_num_groups=4, cross_attention_dim=32,
+        down_block_types=("DownBlockFlat", "CrossAttnDownBlockFlat"), in_channels=32, out_channels=32,
+        up_block_types=("CrossAttnUpBlockFlat", "UpBlockFlat"),
+    )  # fmt: skip
+    return diffusers.VersatileDiffusionTextToImagePipeline(
+        tokenizer=parts["tokenizer"], text_encoder=tiny.clip(projection=True), image_unet=parts["unet"],
+        text_unet=text_unet.eval(), vae=parts["vae"], scheduler=DDIMScheduler(clip_sample=False),
+    )  # fmt: skip
+
+
 CASES: dict[str, Case] = {
     "StableDiffusionXLControlNetUnionPipeline": Case(
         of("StableDiffusionXLControlNetUnionPipeline", tiny.sdxl, controlnet=union_controlnet),
@@ -118,12 +265,8 @@ CASES: dict[str, Case] = {
         "imc",
         settings={"control_mode": 0},
     ),
-    "ZImageControlNetPipeline": Case(
-        of("ZImageControlNetPipeline", tiny_families.z_image, controlnet=lambda: z_image_controlnet(16)), "c"
-    ),
-    "ZImageControlNetInpaintPipeline": Case(
-        of("ZImageControlNetInpaintPipeline", tiny_families.z_image, controlnet=lambda: z_image_controlnet(33)), "imc"
-    ),
+    "ZImageControlNetPipeline": Case(z_image_controlled("ZImageControlNetPipeline", 16), "c"),
+    "ZImageControlNetInpaintPipeline": Case(z_image_controlled("ZImageControlNetInpaintPipeline", 33), "imc"),
     "QwenImageControlNetInpaintPipeline": Case(
         of(
             "QwenImageControlNetInpaintPipeline",
@@ -142,7 +285,21 @@ CASES: dict[str, Case] = {
     "IFImg2ImgPipeline": Case(floyd_of("IFImg2ImgPipeline"), "i"),
     "IFInpaintingPipeline": Case(floyd_of("IFInpaintingPipeline"), "im"),
     "IFSuperResolutionPipeline": Case(floyd_of("IFSuperResolutionPipeline"), "i"),
-    "StableDiffusionLatentUpscalePipeline": Case(latent_upscale, "i"),
+    "StableDiffusionLatentUpscalePipeline": Case(latent_upscale, "i", size=64),
+    "StableDiffusionControlNetXSPipeline": Case(
+        of("StableDiffusionControlNetXSPipeline", tiny.sd15, controlnet=lambda: xs_adapter(tiny.sd15().unet)), "c"
+    ),
+    "StableDiffusionXLControlNetXSPipeline": Case(
+        of("StableDiffusionXLControlNetXSPipeline", tiny.sdxl, controlnet=lambda: xs_adapter(tiny.sdxl().unet)), "c"
+    ),
+    "LuminaPipeline": Case(lumina),
+    "OmniGenPipeline": Case(omnigen),
+    "StableUnCLIPImg2ImgPipeline": Case(stable_unclip, "i"),
+    "StableDiffusionDepth2ImgPipeline": Case(depth_to_image, "i"),
+    "AltDiffusionPipeline": Case(alt_diffusion),
+    "AltDiffusionImg2ImgPipeline": Case(of("AltDiffusionImg2ImgPipeline", alt_diffusion), "i"),
+    "VQDiffusionPipeline": Case(vq_diffusion),
+    "VersatileDiffusionTextToImagePipeline": Case(versatile_diffusion),
     "LDMTextToImagePipeline": Case(ldm),
     "StableDiffusionParadigmsPipeline": Case(
         of("StableDiffusionParadigmsPipeline", tiny.sd15, scheduler=diffusers.DDIMParallelScheduler)
