@@ -24,8 +24,8 @@ from transformers import (
 
 from tests import tiny, tiny_families
 from tests.families import pictures
-from tests.families.case import Case, of
-from tests.families.parts import padded_tokenizer, unet, vae8
+from tests.families.case import Case, of, plain
+from tests.families.parts import unet, vae8
 
 
 def union_controlnet() -> Any:
@@ -125,15 +125,20 @@ def ldm() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def deeper(base: UNet2DConditionModel) -> Any:
+    """A UNet of two layers a block, as ControlNet-XS has them."""
+    return UNet2DConditionModel.from_config({**plain(base), "layers_per_block": 2}).eval()
+
+
 def xs_adapter(base: UNet2DConditionModel) -> Any:
     return diffusers.ControlNetXSAdapter.from_unet(
-        base, size_ratio=1, conditioning_embedding_out_channels=(2, 4)
+        deeper(base), size_ratio=1, conditioning_embedding_out_channels=(2, 4)
     ).eval()
 
 
 def lumina() -> DiffusionPipeline:
     torch.manual_seed(0)
-    tokenizer = padded_tokenizer()
+    tokenizer = tiny.t5_tokenizer()
     transformer = diffusers.LuminaNextDiT2DModel(
         sample_size=16, patch_size=2, in_channels=4, hidden_size=16, num_layers=2, num_attention_heads=2,
         num_kv_heads=2, multiple_of=16, norm_eps=1e-5, learn_sigma=True, qk_norm=True, cross_attention_dim=32,
@@ -154,7 +159,7 @@ def omnigen() -> DiffusionPipeline:
     transformer = diffusers.OmniGenTransformer2DModel(
         hidden_size=16, num_attention_heads=4, num_key_value_heads=4, intermediate_size=32, num_layers=1,
         in_channels=4, time_step_dim=4, rope_scaling={"long_factor": [1, 2], "short_factor": [1, 2]},
-        vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        vocab_size=len(tokenizer), pad_token_id=0,
     )  # fmt: skip
     return diffusers.OmniGenPipeline(
         transformer=transformer.eval(), vae=vae8(), tokenizer=tokenizer,
@@ -287,10 +292,22 @@ CASES: dict[str, Case] = {
     "IFSuperResolutionPipeline": Case(floyd_of("IFSuperResolutionPipeline"), "i"),
     "StableDiffusionLatentUpscalePipeline": Case(latent_upscale, "i", size=64),
     "StableDiffusionControlNetXSPipeline": Case(
-        of("StableDiffusionControlNetXSPipeline", tiny.sd15, controlnet=lambda: xs_adapter(tiny.sd15().unet)), "c"
+        of(
+            "StableDiffusionControlNetXSPipeline",
+            tiny.sd15,
+            unet=lambda: deeper(tiny.sd15().unet),
+            controlnet=lambda: xs_adapter(tiny.sd15().unet),
+        ),
+        "c",
     ),
     "StableDiffusionXLControlNetXSPipeline": Case(
-        of("StableDiffusionXLControlNetXSPipeline", tiny.sdxl, controlnet=lambda: xs_adapter(tiny.sdxl().unet)), "c"
+        of(
+            "StableDiffusionXLControlNetXSPipeline",
+            tiny.sdxl,
+            unet=lambda: deeper(tiny.sdxl().unet),
+            controlnet=lambda: xs_adapter(tiny.sdxl().unet),
+        ),
+        "c",
     ),
     "LuminaPipeline": Case(lumina),
     "OmniGenPipeline": Case(omnigen),
