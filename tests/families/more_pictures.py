@@ -28,17 +28,28 @@ from tests.families.case import Case, of, plain
 from tests.families.parts import unet, vae8
 
 
+def felt(model: torch.nn.Module) -> Any:
+    """A model that begins with zeros where it adds to another, as ControlNets do, with random numbers there."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
 def union_controlnet() -> Any:
-    return diffusers.ControlNetUnionModel.from_unet(
-        tiny.sdxl().unet, conditioning_embedding_out_channels=(16, 32)
-    ).eval()
+    config = plain(diffusers.ControlNetUnionModel.from_unet(tiny.sdxl().unet))
+    sizes = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
+    config |= {"conditioning_embedding_out_channels": (16, 4), **sizes}
+    return felt(diffusers.ControlNetUnionModel.from_config(config))
 
 
 def z_image_controlnet(channels: int) -> Any:
-    return diffusers.ZImageControlNetModel(
+    model = diffusers.ZImageControlNetModel(
         control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=channels,
         add_control_noise_refiner="control_noise_refiner", dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return felt(model)
 
 
 def z_image_controlled(name: str, channels: int) -> Any:
@@ -53,11 +64,12 @@ def z_image_controlled(name: str, channels: int) -> Any:
 
 
 def hunyuan_dit_controlnet() -> Any:
-    return diffusers.HunyuanDiT2DControlNetModel(
+    model = diffusers.HunyuanDiT2DControlNetModel(
         sample_size=16, transformer_num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
         in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=16, hidden_size=24,
         activation_fn="gelu-approximate",
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    return felt(model)
 
 
 def floyd(channels: int = 3, **settings: Any) -> Any:
@@ -131,9 +143,10 @@ def deeper(base: UNet2DConditionModel) -> Any:
 
 
 def xs_adapter(base: UNet2DConditionModel) -> Any:
-    return diffusers.ControlNetXSAdapter.from_unet(
+    adapter = diffusers.ControlNetXSAdapter.from_unet(
         deeper(base), size_ratio=1, conditioning_embedding_out_channels=(2, 4)
-    ).eval()
+    )
+    return felt(adapter)
 
 
 def lumina() -> DiffusionPipeline:
@@ -239,18 +252,11 @@ def vq_diffusion() -> DiffusionPipeline:
 
 
 def versatile_diffusion() -> DiffusionPipeline:
-    from diffusers.pipelines.deprecated.versatile_diffusion.modeling_text_unet import UNetFlatConditionModel
-
-    torch.manual_seed(0)
+    """A pipeline whose UNet has the text's attention in it, and whose second UNet has been left away."""
     parts = tiny.sd15().components
-    text_unet = UNetFlatConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, norm_num_groups=4, cross_attention_dim=32,
-        down_block_types=("DownBlockFlat", "CrossAttnDownBlockFlat"), in_channels=32, out_channels=32,
-        up_block_types=("CrossAttnUpBlockFlat", "UpBlockFlat"),
-    )  # fmt: skip
     return diffusers.VersatileDiffusionTextToImagePipeline(
         tokenizer=parts["tokenizer"], text_encoder=tiny.clip(projection=True), image_unet=parts["unet"],
-        text_unet=text_unet.eval(), vae=parts["vae"], scheduler=DDIMScheduler(clip_sample=False),
+        text_unet=None, vae=parts["vae"], scheduler=DDIMScheduler(clip_sample=False),
     )  # fmt: skip
 
 
