@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tests import tiny, tiny_families, tiny_videos
 from tests.families.case import Case, of, plain
-from tests.families.parts import ddim, gemma2, llama, padded_tokenizer, unet, vae8
+from tests.families.parts import ddim, felt, gemma2, llama, padded_tokenizer, sure, unet, vae8
 
 
 def controlnet(**settings: Any) -> Any:
@@ -54,9 +54,9 @@ def sd3_transformer(channels: int, out: int = 4) -> Any:
     return diffusers.SD3Transformer2DModel.from_config(config).eval()
 
 
-def sd3_controlnet() -> Any:
+def sd3_controlnet(extra: int = 0) -> Any:
     return diffusers.SD3ControlNetModel.from_transformer(
-        tiny.sd3().transformer, num_layers=1, num_extra_conditioning_channels=0
+        tiny.sd3().transformer, num_layers=1, num_extra_conditioning_channels=extra
     ).eval()
 
 
@@ -403,7 +403,13 @@ CASES: dict[str, Case] = {
         "im",
     ),
     "StableDiffusion3ControlNetPipeline": Case(
-        of("StableDiffusion3ControlNetPipeline", tiny.sd3, controlnet=sd3_controlnet), "c"
+        of(
+            "StableDiffusion3ControlNetPipeline",
+            tiny.sd3,
+            controlnet=lambda: felt(sd3_controlnet()),
+            vae=lambda: sure(tiny.vae()),
+        ),
+        "c",
     ),
     "FluxPipeline": Case(tiny.flux),
     "FluxImg2ImgPipeline": Case(of("FluxImg2ImgPipeline", tiny.flux), "i"),
