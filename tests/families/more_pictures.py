@@ -11,7 +11,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.deepfloyd_if import IFSafetyChecker, IFWatermarker
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -83,7 +85,7 @@ def if_parts(fine: bool = False) -> dict[str, Any]:
         variance_type="learned_range",
     )  # fmt: skip
     parts = {
-        "text_encoder": tiny.t5(), "tokenizer": tiny.t5_tokenizer(), "scheduler": scheduler, "watermarker": None,
+        "text_encoder": tiny.t5(), "tokenizer": tiny.t5_tokenizer(), "scheduler": scheduler, "watermarker": IFWatermarker(),
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
     if not fine:
@@ -103,6 +105,15 @@ def floyd_of(name: str) -> Any:
         return pipeline
 
     return make
+
+
+def safe_floyd() -> DiffusionPipeline:
+    """DeepFloyd IF with its safety checker, as it is published."""
+    parts = if_parts() | {"feature_extractor": CLIPImageProcessorPil(size=30, crop_size=30)}
+    size = {"hidden_size": 32, "intermediate_size": 37, "num_attention_heads": 4, "projection_dim": 32}
+    vision = {**size, "num_hidden_layers": 2, "image_size": 30, "patch_size": 15}
+    config = CLIPConfig(vision_config=vision, text_config={**size, "num_hidden_layers": 1}, projection_dim=32)
+    return diffusers.IFPipeline(**parts | {"safety_checker": IFSafetyChecker(config).eval()})
 
 
 def latent_upscale() -> DiffusionPipeline:
@@ -279,6 +290,8 @@ TROUBLE: dict[str, Case] = {
     "StableDiffusionDepth2ImgPipeline": Case(depth_to_image, "i"),
     # Its prompt's `text_projection` is called outside of its encoder's forward: elsewhere it has no weights, silently.
     "VersatileDiffusionTextToImagePipeline": Case(versatile_diffusion),
+    # Its safety checker is of the vae stage, which such a pipeline never visits: the denoise stage has no weights of it.
+    "IFPipeline": Case(safe_floyd),
     # They need `original_image`, too.
     "IFImg2ImgSuperResolutionPipeline": Case(floyd_of("IFImg2ImgSuperResolutionPipeline"), "i"),
     "IFInpaintingSuperResolutionPipeline": Case(floyd_of("IFInpaintingSuperResolutionPipeline"), "im"),
