@@ -58,11 +58,17 @@ def z_image_controlled(name: str, channels: int) -> Any:
 
 def hunyuan_dit_controlnet() -> Any:
     model = diffusers.HunyuanDiT2DControlNetModel(
-        sample_size=16, transformer_num_layers=2, patch_size=2, attention_head_dim=8, num_attention_heads=3,
+        sample_size=16, transformer_num_layers=4, patch_size=2, attention_head_dim=8, num_attention_heads=3,
         in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=16, hidden_size=24,
         activation_fn="gelu-approximate",
     )  # fmt: skip
     return felt(model)
+
+
+def hunyuan_dit_of_four_layers() -> Any:
+    """Enough of them that its ControlNet has one."""
+    config = {**plain(pictures.hunyuan_dit().transformer), "num_layers": 4}
+    return diffusers.HunyuanDiT2DModel.from_config(config).eval()
 
 
 def floyd(channels: int = 3, **settings: Any) -> Any:
@@ -215,7 +221,14 @@ CASES: dict[str, Case] = {
     "ZImageControlNetPipeline": Case(z_image_controlled("ZImageControlNetPipeline", 16), "c"),
     "ZImageControlNetInpaintPipeline": Case(z_image_controlled("ZImageControlNetInpaintPipeline", 33), "imc"),
     "HunyuanDiTControlNetPipeline": Case(
-        of("HunyuanDiTControlNetPipeline", pictures.hunyuan_dit, controlnet=hunyuan_dit_controlnet), "c"
+        of(
+            "HunyuanDiTControlNetPipeline",
+            pictures.hunyuan_dit,
+            transformer=hunyuan_dit_of_four_layers,
+            controlnet=hunyuan_dit_controlnet,
+            vae=lambda: sure(vae8()),
+        ),
+        "c",
     ),
     "IFPipeline": Case(floyd_of("IFPipeline")),
     "IFImg2ImgPipeline": Case(floyd_of("IFImg2ImgPipeline"), "i"),
@@ -290,8 +303,13 @@ TROUBLE: dict[str, Case] = {
     "StableDiffusionDepth2ImgPipeline": Case(depth_to_image, "i"),
     # Its prompt's `text_projection` is called outside of its encoder's forward: elsewhere it has no weights, silently.
     "VersatileDiffusionTextToImagePipeline": Case(versatile_diffusion),
-    # Its safety checker is of the vae stage, which such a pipeline never visits: the denoise stage has no weights of it.
+    # transformers can't load its checker, which says nothing of tied weights. And it is of the vae stage, which a
+    # pipeline of pixels never visits: the denoise stage, which runs it, has no weights of it.
     "IFPipeline": Case(safe_floyd),
+    # It needs `gligen_phrases` and `gligen_boxes`, which are no settings.
+    "StableDiffusionGLIGENPipeline": Case(
+        of("StableDiffusionGLIGENPipeline", tiny.sd15, unet=lambda: felt(unet(4, attention_type="gated")))
+    ),
     # They need `original_image`, too.
     "IFImg2ImgSuperResolutionPipeline": Case(floyd_of("IFImg2ImgSuperResolutionPipeline"), "i"),
     "IFInpaintingSuperResolutionPipeline": Case(floyd_of("IFInpaintingSuperResolutionPipeline"), "im"),

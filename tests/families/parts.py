@@ -61,9 +61,13 @@ def ddim() -> Any:
 
 
 def sure(vae: Any) -> Any:
-    """A VAE whose latents leave next to nothing to chance, for pipelines that sample them without the job's seed."""
+    """A VAE that leaves nothing to chance, for pipelines that sample its latents without the job's seed.
+
+    Its means are so large that its deviations, e^-15, are lost in rounding.
+    """
     half = vae.quant_conv.weight.shape[0] // 2
     with torch.no_grad():
+        vae.quant_conv.bias[:half] += 64
         vae.quant_conv.weight[half:] = 0
         vae.quant_conv.bias[half:] = -30  # the logarithm of a variance
     return vae
