@@ -92,7 +92,8 @@ def if_parts(fine: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     parts = {
         "text_encoder": tiny.t5(), "tokenizer": tiny.t5_tokenizer(), "scheduler": scheduler,
-        "watermarker": IFWatermarker(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
+        "watermarker": IFWatermarker(), "safety_checker": None, "feature_extractor": None,
+        "requires_safety_checker": False,
     }  # fmt: skip
     if not fine:
         return parts | {"unet": floyd()}
