@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from tests import tiny, tiny_families, tiny_videos
 from tests.families.case import Case, of, plain
-from tests.families.parts import ddim, gemma2, llama, padded_tokenizer, unet, vae8
+from tests.families.parts import ddim, felt, gemma2, llama, padded_tokenizer, sure, unet, vae8
 
 
 def controlnet(**settings: Any) -> Any:
@@ -28,6 +28,15 @@ def sdxl_unet(channels: int) -> Any:
     return UNet2DConditionModel.from_config({**plain(tiny.sdxl().unet), "in_channels": channels}).eval()
 
 
+def attentive_unet() -> Any:
+    """A UNet whose first block attends, as an adapter needs it: it adds to that block's inside."""
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    return UNet2DConditionModel.from_config({**plain(tiny.sd15().unet), **blocks}).eval()
+
+
 def flux_transformer(channels: int, **settings: Any) -> Any:
     config = {**plain(tiny.flux().transformer), "in_channels": channels, "out_channels": 16, **settings}
     return diffusers.FluxTransformer2DModel.from_config(config).eval()
@@ -40,13 +49,15 @@ def flux_controlnet() -> Any:
     return model.eval()
 
 
-def sd3_transformer(channels: int) -> Any:
-    config = {**plain(tiny.sd3().transformer), "in_channels": channels, "out_channels": 4}
+def sd3_transformer(channels: int, out: int = 4) -> Any:
+    config = {**plain(tiny.sd3().transformer), "in_channels": channels, "out_channels": out}
     return diffusers.SD3Transformer2DModel.from_config(config).eval()
 
 
-def sd3_controlnet() -> Any:
-    return diffusers.SD3ControlNetModel.from_transformer(tiny.sd3().transformer, num_layers=1).eval()
+def sd3_controlnet(extra: int = 0) -> Any:
+    return diffusers.SD3ControlNetModel.from_transformer(
+        tiny.sd3().transformer, num_layers=1, num_extra_conditioning_channels=extra
+    ).eval()
 
 
 def sana() -> DiffusionPipeline:
@@ -260,6 +271,12 @@ def amused() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def chroma_inpaint() -> DiffusionPipeline:
+    pipeline = of("ChromaInpaintPipeline", tiny.chroma)()
+    pipeline.transformer.register_to_config(guidance_embeds=False)  # which it asks for, and no Chroma has
+    return pipeline
+
+
 def sana_controlnet() -> Any:
     return diffusers.SanaControlNetModel(
         patch_size=1, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
@@ -341,6 +358,7 @@ CASES: dict[str, Case] = {
         of(
             "StableDiffusionAdapterPipeline",
             tiny.sd15,
+            unet=attentive_unet,
             adapter=lambda: diffusers.T2IAdapter(
                 in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2
             ).eval(),
@@ -376,10 +394,22 @@ CASES: dict[str, Case] = {
     "StableDiffusion3PAGPipeline": Case(of("StableDiffusion3PAGPipeline", tiny.sd3), settings={}),
     "StableDiffusion3PAGImg2ImgPipeline": Case(of("StableDiffusion3PAGImg2ImgPipeline", tiny.sd3), "i"),
     "StableDiffusion3InpaintPipeline": Case(
-        of("StableDiffusion3InpaintPipeline", tiny.sd3, transformer=lambda: sd3_transformer(9)), "im"
+        of(
+            "StableDiffusion3InpaintPipeline",
+            tiny.sd3,
+            transformer=lambda: sd3_transformer(16, out=16),
+            vae=lambda: tiny.vae(latent_channels=16),
+        ),
+        "im",
     ),
     "StableDiffusion3ControlNetPipeline": Case(
-        of("StableDiffusion3ControlNetPipeline", tiny.sd3, controlnet=sd3_controlnet), "c"
+        of(
+            "StableDiffusion3ControlNetPipeline",
+            tiny.sd3,
+            controlnet=lambda: felt(sd3_controlnet()),
+            vae=lambda: sure(tiny.vae()),
+        ),
+        "c",
     ),
     "FluxPipeline": Case(tiny.flux),
     "FluxImg2ImgPipeline": Case(of("FluxImg2ImgPipeline", tiny.flux), "i"),
@@ -407,7 +437,7 @@ CASES: dict[str, Case] = {
     ),
     "ChromaPipeline": Case(tiny.chroma),
     "ChromaImg2ImgPipeline": Case(of("ChromaImg2ImgPipeline", tiny.chroma), "i"),
-    "ChromaInpaintPipeline": Case(of("ChromaInpaintPipeline", tiny.chroma), "im"),
+    "ChromaInpaintPipeline": Case(chroma_inpaint, "im"),
     "Flux2KleinPipeline": Case(tiny_families.flux2_klein),
     "Flux2KleinInpaintPipeline": Case(of("Flux2KleinInpaintPipeline", tiny_families.flux2_klein), "im"),
     "Flux2KleinKVPipeline": Case(of("Flux2KleinKVPipeline", tiny_families.flux2_klein), "i", size=64),
@@ -420,7 +450,7 @@ CASES: dict[str, Case] = {
     "PixArtSigmaPipeline": Case(tiny.pixart, settings={"use_resolution_binning": False}),
     "PixArtAlphaPipeline": Case(pixart_alpha, settings={"use_resolution_binning": False}),
     "PixArtSigmaPAGPipeline": Case(
-        of("PixArtSigmaPAGPipeline", tiny.pixart), settings={"use_resolution_binning": False}
+        of("PixArtSigmaPAGPipeline", lambda: tiny.pixart(depth=2)), settings={"use_resolution_binning": False}
     ),
     "SanaPipeline": Case(sana, settings={"use_resolution_binning": False}),
     "SanaPAGPipeline": Case(of("SanaPAGPipeline", sana), settings={"use_resolution_binning": False}),
