@@ -84,7 +84,7 @@ def vl_processor(cls: Any = Qwen2VLProcessor) -> Any:
 def coarse_qwen_vae() -> Any:
     """A VAE of 32 pixels a latent, for the pipelines that encode pictures at a size of their own, 1024 x 1024."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=4, z_dim=4, dim_mult=[1] * 6, num_res_blocks=1, temperal_downsample=[False] * 5,
+        base_dim=4, z_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5,
         latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     ).eval()  # fmt: skip
 
