@@ -5,10 +5,12 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers.transformer_bria_fibo import BriaFiboTransformer2DModel
 from transformers import (
     ByT5Tokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Mistral3Model,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -22,6 +24,7 @@ from transformers import (
 
 from tests import tiny, tiny_families
 from tests.families.case import Case, of
+from tests.families.parts import vae8
 
 # The message of a chat is a text, or a list of texts and images.
 TEMPLATE = (
@@ -100,31 +103,206 @@ def qwen_image_edit() -> DiffusionPipeline:
 def flux2() -> DiffusionPipeline:
     torch.manual_seed(0)
     parts = tiny_families.flux2_klein().components
-    tokenizer = chat_tokenizer()
-    config = Mistral3Config(
-        text_config={"model_type": "mistral", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
-                     "num_hidden_layers": 31, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": len(tokenizer),
-                     "sliding_window": None},
-        vision_config={"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
-                       "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
-        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-    )  # fmt: skip
     transformer = diffusers.Flux2Transformer2DModel(
         patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=48, timestep_guidance_channels=256, axes_dims_rope=[4, 4, 4, 4], guidance_embeds=True,
     )  # fmt: skip
     # Of its processor only the tokenizer is used; PixtralProcessor itself needs torchvision.
     return diffusers.Flux2Pipeline(
-        scheduler=parts["scheduler"], vae=parts["vae"], text_encoder=Mistral3ForConditionalGeneration(config).eval(),
-        tokenizer=tokenizer, transformer=transformer.eval(),
+        scheduler=parts["scheduler"], vae=parts["vae"], text_encoder=mistral3(Mistral3ForConditionalGeneration, 31),
+        tokenizer=chat_tokenizer(), transformer=transformer.eval(),
     )  # fmt: skip
+
+
+def tokens_and_heads(layers: int) -> dict[str, Any]:
+    """Settings of a small language model over `chat_tokenizer`."""
+    return {**tiny_families.QWEN, "head_dim": 8, "num_hidden_layers": layers, "vocab_size": len(chat_tokenizer()),
+            "pad_token_id": 0}  # fmt: skip
+
+
+def ovis() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.OvisImageTransformer2DModel(
+        patch_size=1, in_channels=16, out_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    return diffusers.OvisImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny.vae(), text_encoder=tiny_families.qwen3(Qwen3Model, 2),
+        tokenizer=chat_tokenizer(), transformer=transformer.eval(),
+    )  # fmt: skip
+
+
+def prx_transformer(channels: int, **settings: Any) -> Any:
+    return diffusers.PRXTransformer2DModel(
+        patch_size=1, in_channels=channels, context_in_dim=16, hidden_size=8, mlp_ratio=2.0, num_heads=2, depth=1,
+        axes_dim=[2, 2], **settings,
+    ).eval()  # fmt: skip
+
+
+def prx() -> DiffusionPipeline:
+    from transformers import T5GemmaModuleConfig
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
+
+    torch.manual_seed(0)
+    config = T5GemmaModuleConfig(**tokens_and_heads(1), layer_types=["full_attention"], query_pre_attn_scalar=8)
+    return diffusers.PRXPipeline(
+        transformer=prx_transformer(4), scheduler=FlowMatchEulerDiscreteScheduler(),
+        text_encoder=T5GemmaEncoder(config).eval(), tokenizer=chat_tokenizer(), vae=tiny.vae(),
+    )  # fmt: skip
+
+
+def prx_pixel() -> DiffusionPipeline:
+    """A pipeline without a VAE."""
+    torch.manual_seed(0)
+    return diffusers.PRXPixelPipeline(
+        transformer=prx_transformer(3, bottleneck_size=8, resolution_embeds=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(), text_encoder=tiny_families.qwen3(Qwen3Model, 2),
+        tokenizer=chat_tokenizer(), prompt_max_tokens=16,
+    )  # fmt: skip
+
+
+def mistral3(cls: Any, layers: int) -> Any:
+    tokenizer = chat_tokenizer()
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", **tokens_and_heads(layers), "sliding_window": None},
+        vision_config={"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2,
+                       "num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        image_token_index=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+    )  # fmt: skip
+    return cls(config).eval()
+
+
+def ernie() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.ErnieImageTransformer2DModel(
+        hidden_size=32, num_attention_heads=2, num_layers=2, ffn_hidden_size=32, in_channels=4, out_channels=4,
+        text_in_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    return diffusers.ErnieImagePipeline(
+        transformer=transformer.eval(), vae=tiny_families.flux2_klein().vae, text_encoder=mistral3(Mistral3Model, 2),
+        tokenizer=chat_tokenizer(), scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def fibo() -> DiffusionPipeline:
+    from transformers import SmolLM3Config, SmolLM3ForCausalLM
+
+    torch.manual_seed(0)
+    transformer = BriaFiboTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, text_encoder_dim=16, pooled_projection_dim=None, axes_dims_rope=[0, 4, 4],
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16, scale_factor_temporal=4,
+        is_residual=True,
+    )  # fmt: skip
+    # The pipeline has an empty prompt's token, of the number 128000, in its code.
+    config = SmolLM3Config(**{**tokens_and_heads(2), "vocab_size": 128001})
+    return diffusers.BriaFiboPipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(),
+        text_encoder=SmolLM3ForCausalLM(config).eval(), tokenizer=chat_tokenizer(),
+    )  # fmt: skip
+
+
+def fibo2() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.BriaFibo2Transformer2DModel(
+        in_channels=1, patch_size=2, dim=32, n_layers=6, n_refiner_layers=1, n_heads=2, cap_feat_dim=48,
+        injection_layer_ids=(1, 2, 3, 4, 5), perceiver_num_layers=1, axes_dims=(4, 6, 6), axes_lens=(2048, 64, 64),
+    )  # fmt: skip
+    return diffusers.BriaFibo2Pipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_families.flux2_klein().vae, text_encoder=qwen3_vl(layers=36), processor=vl_processor(Qwen3VLProcessor),
+    )  # fmt: skip
+
+
+def hunyuan_image() -> DiffusionPipeline:
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=4, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1), guidance_embeds=False, text_embed_dim=16, text_embed_2_dim=32,
+        rope_axes_dim=(4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1,
+        scaling_factor=0.476986, spatial_compression_ratio=8, sample_size=128,
+    )  # fmt: skip
+    glyphs = ByT5Tokenizer()
+    config = T5Config(vocab_size=len(glyphs), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    return diffusers.HunyuanImagePipeline(
+        transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=qwen2_vl(), tokenizer=chat_tokenizer(), text_encoder_2=T5EncoderModel(config).eval(),
+        tokenizer_2=glyphs, guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=2),
+        ocr_guider=diffusers.AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=3),
+    )  # fmt: skip
+
+
+def hunyuan_refiner() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.HunyuanImageTransformer2DModel(
+        in_channels=8, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1, 1), guidance_embeds=True, text_embed_dim=16, rope_axes_dim=(4, 6, 6),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLHunyuanImageRefiner(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(16, 16, 16, 16, 16), layers_per_block=1,
+        spatial_compression_ratio=16, temporal_compression_ratio=4,
+    )  # fmt: skip
+    return diffusers.HunyuanImageRefinerPipeline(
+        transformer=transformer.eval(), vae=vae.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder=qwen2_vl(), tokenizer=chat_tokenizer(),
+    )  # fmt: skip
+
+
+def kandinsky5(conditioned: bool = False) -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.Kandinsky5Transformer3DModel(
+        in_visual_dim=4, in_text_dim=16, in_text_dim2=32, time_dim=16, out_visual_dim=4, patch_size=(1, 2, 2),
+        model_dim=16, ff_dim=32, num_text_blocks=1, num_visual_blocks=2, axes_dims=(1, 1, 2),
+        visual_cond=conditioned, attention_type="regular",
+    )  # fmt: skip
+    cls = diffusers.Kandinsky5I2IPipeline if conditioned else diffusers.Kandinsky5T2IPipeline
+    return cls(
+        transformer=transformer.eval(), vae=vae8(mid_block_add_attention=False), text_encoder=qwen2_vl(),
+        tokenizer=vl_processor(), text_encoder_2=tiny.clip(), tokenizer_2=tiny.clip_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+    )  # fmt: skip
+
+
+def longcat(cls: Any = diffusers.LongCatImagePipeline) -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.LongCatImageTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    return cls(
+        transformer=transformer.eval(), vae=tiny.vae(latent_channels=16), text_encoder=qwen2_vl(),
+        tokenizer=chat_tokenizer(), text_processor=vl_processor(), scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
 
 
 CASES: dict[str, Case] = {
     "QwenImageEditPipeline": Case(qwen_image_edit, "i", size=64),
     "QwenImageEditPlusPipeline": Case(of("QwenImageEditPlusPipeline", qwen_image_edit), "i", size=64),
     "QwenImageEditInpaintPipeline": Case(of("QwenImageEditInpaintPipeline", qwen_image_edit), "im", size=64),
-    "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
     "Flux2Pipeline": Case(flux2),
+    "OvisImagePipeline": Case(ovis),
+    "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
+    "PRXPixelPipeline": Case(prx_pixel, settings={"use_resolution_binning": False}),
+    "ErnieImagePipeline": Case(ernie),
+    "BriaFiboPipeline": Case(fibo),
+    "BriaFibo2Pipeline": Case(fibo2, size=64),
+    "HunyuanImagePipeline": Case(hunyuan_image),
+    "HunyuanImageRefinerPipeline": Case(hunyuan_refiner, "i"),
+    "LongCatImagePipeline": Case(longcat),
+    "LongCatImageEditPipeline": Case(lambda: longcat(diffusers.LongCatImageEditPipeline), "i"),
 }
-TROUBLE: dict[str, Case] = {}
+TROUBLE: dict[str, Case] = {
+    "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
+    "BriaFiboEditPipeline": Case(of("BriaFiboEditPipeline", fibo), "i"),
+    "Kandinsky5T2IPipeline": Case(kandinsky5),
+    "Kandinsky5I2IPipeline": Case(lambda: kandinsky5(conditioned=True), "i"),
+}
