@@ -140,14 +140,17 @@ def prx_transformer(channels: int, **settings: Any) -> Any:
 
 
 def prx() -> DiffusionPipeline:
-    from transformers import T5GemmaModuleConfig
+    from transformers import T5GemmaConfig
     from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     torch.manual_seed(0)
-    config = T5GemmaModuleConfig(**tokens_and_heads(1), layer_types=["full_attention"], query_pre_attn_scalar=8)
+    half = {**tokens_and_heads(1), "layer_types": ["full_attention"]}
+    config = T5GemmaConfig(encoder=half, decoder=half, is_encoder_decoder=False, dropout_rate=0.0)
+    text_encoder = T5GemmaEncoder(config.encoder).eval()
+    text_encoder.config = config  # of the whole model, as published ones have it
     return diffusers.PRXPipeline(
         transformer=prx_transformer(4), scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=T5GemmaEncoder(config).eval(), tokenizer=chat_tokenizer(), vae=tiny.vae(),
+        text_encoder=text_encoder, tokenizer=chat_tokenizer(), vae=tiny.vae(),
     )  # fmt: skip
 
 
@@ -243,7 +246,7 @@ def hunyuan_image() -> DiffusionPipeline:
 def hunyuan_refiner() -> DiffusionPipeline:
     torch.manual_seed(0)
     transformer = diffusers.HunyuanImageTransformer2DModel(
-        in_channels=8, out_channels=4, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
+        in_channels=16, out_channels=8, num_attention_heads=2, attention_head_dim=16, num_layers=1, num_single_layers=1,
         num_refiner_layers=1, patch_size=(1, 1, 1), guidance_embeds=True, text_embed_dim=16, rope_axes_dim=(4, 6, 6),
     )  # fmt: skip
     vae = diffusers.AutoencoderKLHunyuanImageRefiner(
@@ -272,13 +275,21 @@ def kandinsky5(conditioned: bool = False) -> DiffusionPipeline:
 
 
 def longcat(cls: Any = diffusers.LongCatImagePipeline) -> DiffusionPipeline:
+    """A pipeline whose text encoder writes the prompt anew; its answers are of one token, as any token ends them."""
     torch.manual_seed(0)
+    text_encoder = qwen2_vl()
+    text_encoder.generation_config.eos_token_id = list(range(len(chat_tokenizer())))
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4,) * 6, down_block_types=("DownEncoderBlock2D",) * 6, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 6, latent_channels=16, layers_per_block=0, shift_factor=0.1,
+        scaling_factor=0.4, mid_block_add_attention=False,
+    )  # fmt: skip
     transformer = diffusers.LongCatImageTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=[4, 4, 8],
     )  # fmt: skip
     return cls(
-        transformer=transformer.eval(), vae=tiny.vae(latent_channels=16), text_encoder=qwen2_vl(),
+        transformer=transformer.eval(), vae=vae.eval(), text_encoder=text_encoder,
         tokenizer=chat_tokenizer(), text_processor=vl_processor(), scheduler=FlowMatchEulerDiscreteScheduler(),
     )  # fmt: skip
 
@@ -290,17 +301,17 @@ CASES: dict[str, Case] = {
     "QwenImageEditInpaintPipeline": Case(of("QwenImageEditInpaintPipeline", qwen_image_edit), "im", size=64),
     "Flux2Pipeline": Case(flux2),
     "OvisImagePipeline": Case(ovis),
-    "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
     "PRXPixelPipeline": Case(prx_pixel, settings={"use_resolution_binning": False}),
     "ErnieImagePipeline": Case(ernie),
     "BriaFiboPipeline": Case(fibo),
     "BriaFibo2Pipeline": Case(fibo2, size=64),
     "HunyuanImagePipeline": Case(hunyuan_image),
     "HunyuanImageRefinerPipeline": Case(hunyuan_refiner, "i"),
-    "LongCatImagePipeline": Case(longcat),
-    "LongCatImageEditPipeline": Case(lambda: longcat(diffusers.LongCatImageEditPipeline), "i"),
+    "LongCatImagePipeline": Case(longcat, size=64),
+    "LongCatImageEditPipeline": Case(lambda: longcat(diffusers.LongCatImageEditPipeline), "i", size=64),
 }
 TROUBLE: dict[str, Case] = {
+    "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
     "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
     "BriaFiboEditPipeline": Case(of("BriaFiboEditPipeline", fibo), "i"),
     "Kandinsky5T2IPipeline": Case(kandinsky5),
