@@ -19,11 +19,15 @@ from transformers import (
     Qwen3Model,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     Qwen3VLProcessor,
+    Siglip2ImageProcessorPil,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
 )
 
 from tests import tiny, tiny_families
-from tests.families.case import Case, of
+from tests.families.case import Case, of, plain
 from tests.families.parts import vae8
 
 # The message of a chat is a text, or a list of texts and images.
@@ -61,25 +65,26 @@ def qwen2_vl() -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
-def qwen3_vl(cls: Any = Qwen3VLForConditionalGeneration, layers: int = 2) -> Any:
+def qwen3_vl(cls: Any = Qwen3VLForConditionalGeneration, layers: int = 2, patch_size: int = 14) -> Any:
     config = Qwen3VLConfig(
         text_config={**tiny_families.QWEN, "head_dim": 8, "num_hidden_layers": layers, "rope_scaling": ROPE,
                      "rope_theta": 1e6, "vocab_size": len(chat_tokenizer())},
         vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16,
-                       "patch_size": 14, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+                       "patch_size": patch_size, "deepstack_visual_indexes": [0], "num_position_embeddings": 64},
         **tokens_of_images(),
     )  # fmt: skip
     return cls(config).eval()
 
 
-def vl_processor(cls: Any = Qwen2VLProcessor) -> Any:
+def vl_processor(cls: Any = Qwen2VLProcessor, patch_size: int = 14, tokens: int = 4) -> Any:
     """A processor of texts and images, which needs no torchvision.
 
     Its class wants a processor of videos, too, which needs it; so the class is told here that it has none.
     """
     cls.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
     images = Qwen2VLImageProcessorPil(
-        patch_size=14, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 28**2, "longest_edge": 4 * 28**2}
+        patch_size=patch_size, temporal_patch_size=2, merge_size=2,
+        size={"shortest_edge": (2 * patch_size) ** 2, "longest_edge": tokens * (2 * patch_size) ** 2},
     )
     return cls(image_processor=images, tokenizer=chat_tokenizer(), chat_template=TEMPLATE)
 
@@ -295,6 +300,110 @@ def longcat(cls: Any = diffusers.LongCatImagePipeline) -> DiffusionPipeline:
 
 
 
+def dreamlite(cls: Any = diffusers.DreamLitePipeline) -> DiffusionPipeline:
+    torch.manual_seed(0)
+    unet = diffusers.DreamLiteUNetModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), cross_attention_dim=16,
+        down_block_types=("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        up_block_types=("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D"), attention_head_dim=8,
+        layers_per_block=1, norm_num_groups=8, transformer_layers_per_block=1,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16, 16), decoder_block_out_channels=(16, 16), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), latent_channels=4,
+    )  # fmt: skip
+    return cls(
+        text_encoder=qwen3_vl(), tokenizer=chat_tokenizer(), processor=vl_processor(Qwen3VLProcessor), vae=vae.eval(),
+        unet=unet.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+def nucleus() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.NucleusMoEImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=5, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=16, axes_dims_rope=(8, 4, 4), num_experts=8, moe_intermediate_dim=16,
+        capacity_factors=2.0,
+    )  # fmt: skip
+    return diffusers.NucleusMoEImagePipeline(
+        transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_families.qwen_image().vae, text_encoder=qwen3_vl(layers=9), processor=vl_processor(Qwen3VLProcessor),
+    )  # fmt: skip
+
+
+def qwen_image21() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = diffusers.QwenImage21Transformer2DModel(
+        in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2, context_in_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLQwenImage21(
+        base_dim=4, decoder_base_dim=4, z_dim=4, dim_mult=[1] * 5, num_res_blocks=1, latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )  # fmt: skip
+    processor = vl_processor(Qwen3VLProcessor, patch_size=16, tokens=64)  # as many tokens as the VAE makes
+    return diffusers.QwenImage21Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae.eval(), text_encoder=qwen3_vl(patch_size=16),
+        processor=processor, transformer=transformer.eval(),
+    )  # fmt: skip
+
+
+def ideogram4() -> DiffusionPipeline:
+    torch.manual_seed(0)
+
+    def transformer() -> Any:
+        return diffusers.Ideogram4Transformer2DModel(
+            in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32,
+            adaln_dim=16, llm_features_dim=13 * 16, mrope_section=(4, 2, 2),
+        ).eval()  # fmt: skip
+
+    return diffusers.Ideogram4Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=tiny_families.flux2_klein().vae,
+        text_encoder=qwen3_vl(Qwen3VLModel, 36), tokenizer=chat_tokenizer(), transformer=transformer(),
+        unconditional_transformer=transformer(),
+    )  # fmt: skip
+
+
+def z_image_omni() -> DiffusionPipeline:
+    parts = tiny_families.z_image().components
+    torch.manual_seed(0)
+    config = {**plain(parts["transformer"]), "siglip_feat_dim": 16}
+    transformer = diffusers.ZImageTransformer2DModel.from_config(config)
+    with torch.no_grad():
+        for name in ("x_pad_token", "cap_pad_token", "siglip_pad_token"):
+            getattr(transformer, name).fill_(1.0)  # they are not initialised
+    siglip = Siglip2VisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_patches=16, patch_size=8
+    )
+    return diffusers.ZImageOmniPipeline(
+        **parts | {"transformer": transformer.eval()}, siglip=Siglip2VisionModel(siglip).eval(),
+        siglip_processor=Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16),
+    )  # fmt: skip
+
+
+def joy_vae() -> Any:
+    """A VAE of 32 pixels a latent, as pictures are of 1024 x 1024 at least."""
+    return diffusers.AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5,
+        latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scale_factor_spatial=32, scale_factor_temporal=1,
+    ).eval()  # fmt: skip
+
+
+def joy(plus: bool = False) -> DiffusionPipeline:
+    name = "JoyImageEditPlus" if plus else "JoyImageEdit"
+    torch.manual_seed(0)
+    transformer = getattr(diffusers, f"{name}Transformer3DModel")(
+        patch_size=[1, 2, 2], in_channels=4, hidden_size=32, num_attention_heads=2, text_dim=16, num_layers=1,
+        rope_dim_list=[4, 6, 6], theta=256,
+    )  # fmt: skip
+    pipeline: DiffusionPipeline = getattr(diffusers, f"{name}Pipeline")(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=joy_vae(), text_encoder=qwen3_vl(),
+        tokenizer=chat_tokenizer(), transformer=transformer.eval(), processor=vl_processor(Qwen3VLProcessor),
+    )  # fmt: skip
+    return pipeline
+
+
+
 CASES: dict[str, Case] = {
     "QwenImageEditPipeline": Case(qwen_image_edit, "i", size=64),
     "QwenImageEditPlusPipeline": Case(of("QwenImageEditPlusPipeline", qwen_image_edit), "i", size=64),
@@ -309,8 +418,16 @@ CASES: dict[str, Case] = {
     "HunyuanImageRefinerPipeline": Case(hunyuan_refiner, "i"),
     "LongCatImagePipeline": Case(longcat, size=64),
     "LongCatImageEditPipeline": Case(lambda: longcat(diffusers.LongCatImageEditPipeline), "i", size=64),
+    "DreamLitePipeline": Case(dreamlite, "i"),
+    "DreamLiteMobilePipeline": Case(lambda: dreamlite(diffusers.DreamLiteMobilePipeline), "i"),
+    "NucleusMoEImagePipeline": Case(nucleus),
+    "QwenImage21Pipeline": Case(qwen_image21, "i", size=64, settings={"output_resolution": 64}),
+    "Ideogram4Pipeline": Case(ideogram4, steps=48, settings={"max_sequence_length": 128}),  # its default schedule of guidance is of 48 steps
+    "ZImageOmniPipeline": Case(z_image_omni),
 }
 TROUBLE: dict[str, Case] = {
+    "JoyImageEditPipeline": Case(joy, "i", size=64),
+    "JoyImageEditPlusPipeline": Case(lambda: joy(plus=True), size=64),
     "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
     "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
     "BriaFiboEditPipeline": Case(of("BriaFiboEditPipeline", fibo), "i"),
