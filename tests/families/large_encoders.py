@@ -83,7 +83,9 @@ def vl_processor(cls: Any = Qwen2VLProcessor, patch_size: int = 14, tokens: int 
     """
     cls.get_attributes = classmethod(lambda _: ["image_processor", "tokenizer"])
     images = Qwen2VLImageProcessorPil(
-        patch_size=patch_size, temporal_patch_size=2, merge_size=2,
+        patch_size=patch_size,
+        temporal_patch_size=2,
+        merge_size=2,
         size={"shortest_edge": (2 * patch_size) ** 2, "longest_edge": tokens * (2 * patch_size) ** 2},
     )
     return cls(image_processor=images, tokenizer=chat_tokenizer(), chat_template=TEMPLATE)
@@ -299,7 +301,6 @@ def longcat(cls: Any = diffusers.LongCatImagePipeline) -> DiffusionPipeline:
     )  # fmt: skip
 
 
-
 def dreamlite(cls: Any = diffusers.DreamLitePipeline) -> DiffusionPipeline:
     torch.manual_seed(0)
     unet = diffusers.DreamLiteUNetModel(
@@ -353,8 +354,8 @@ def ideogram4() -> DiffusionPipeline:
 
     def transformer() -> Any:
         return diffusers.Ideogram4Transformer2DModel(
-            in_channels=4, num_layers=1, attention_head_dim=16, num_attention_heads=2, intermediate_size=32,
-            adaln_dim=16, llm_features_dim=13 * 16, mrope_section=(4, 2, 2),
+            in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=1, intermediate_size=16,
+            adaln_dim=16, llm_features_dim=13 * 16, mrope_section=(2, 1, 1),
         ).eval()  # fmt: skip
 
     return diffusers.Ideogram4Pipeline(
@@ -403,7 +404,6 @@ def joy(plus: bool = False) -> DiffusionPipeline:
     return pipeline
 
 
-
 CASES: dict[str, Case] = {
     "QwenImageEditPipeline": Case(qwen_image_edit, "i", size=64),
     "QwenImageEditPlusPipeline": Case(of("QwenImageEditPlusPipeline", qwen_image_edit), "i", size=64),
@@ -422,15 +422,21 @@ CASES: dict[str, Case] = {
     "DreamLiteMobilePipeline": Case(lambda: dreamlite(diffusers.DreamLiteMobilePipeline), "i"),
     "NucleusMoEImagePipeline": Case(nucleus),
     "QwenImage21Pipeline": Case(qwen_image21, "i", size=64, settings={"output_resolution": 64}),
-    "Ideogram4Pipeline": Case(ideogram4, steps=48, settings={"max_sequence_length": 128}),  # its default schedule of guidance is of 48 steps
+    "Ideogram4Pipeline": Case(ideogram4, steps=48),  # its default schedule of guidance is of 48 steps
     "ZImageOmniPipeline": Case(z_image_omni),
 }
+# Not among the cases, as they fail, or can't be told apart:
+# - JoyImageEdit and JoyImageEditPlus encode prompts in `encode_prompt_multiple_images`, by a hook of a layer inside of
+#   their text encoder, which a recorded call of the encoder doesn't run; JoyImageEdit draws without the seed, besides.
+# - PRX has a configuration of a whole T5Gemma beside its encoder, which can't be built of that.
+# - Kandinsky 5 returns `image`, QwenImageLayered `images` that are lists of layers.
+# - BriaFiboEdit wants a prompt of JSON, such as {"edit_instruction": "a red circle"}.
 TROUBLE: dict[str, Case] = {
     "JoyImageEditPipeline": Case(joy, "i", size=64),
     "JoyImageEditPlusPipeline": Case(lambda: joy(plus=True), size=64),
     "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
-    "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
-    "BriaFiboEditPipeline": Case(of("BriaFiboEditPipeline", fibo), "i"),
     "Kandinsky5T2IPipeline": Case(kandinsky5),
     "Kandinsky5I2IPipeline": Case(lambda: kandinsky5(conditioned=True), "i"),
+    "QwenImageLayeredPipeline": Case(of("QwenImageLayeredPipeline", qwen_image_edit), "i", size=64),
+    "BriaFiboEditPipeline": Case(of("BriaFiboEditPipeline", fibo), "i"),
 }
