@@ -182,6 +182,16 @@ def mistral3(cls: Any, layers: int) -> Any:
     return cls(config).eval()
 
 
+def prompt_enhancer() -> Any:
+    """A language model that writes prompts anew, in one token, and always the same."""
+    from transformers import Ministral3Config, Ministral3ForCausalLM
+
+    model = Ministral3ForCausalLM(Ministral3Config(**tokens_and_heads(2), sliding_window=None)).eval()
+    model.generation_config.eos_token_id = list(range(len(chat_tokenizer())))
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
+    return model
+
+
 def ernie() -> DiffusionPipeline:
     torch.manual_seed(0)
     transformer = diffusers.ErnieImageTransformer2DModel(
@@ -404,6 +414,60 @@ def joy(plus: bool = False) -> DiffusionPipeline:
     return pipeline
 
 
+def glm_tokenizer() -> Qwen2Tokenizer:
+    """A tokenizer that names the tokens which GLM-Image's processor asks for."""
+    names = {"image_token": "<|image_pad|>", "grid_bos_token": "<|vision_start|>", "grid_eos_token": "<|vision_end|>"}
+    whole = chat_tokenizer()
+    tokenizer = Qwen2Tokenizer(
+        vocab=whole.get_vocab(), merges=[], unk_token=None, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        bos_token="<|im_start|>", extra_special_tokens=names, chat_template=TEMPLATE,
+    )  # fmt: skip
+    return tokenizer
+
+
+def glm_image() -> DiffusionPipeline:
+    from transformers import (
+        GlmImageConfig,
+        GlmImageForConditionalGeneration,
+        GlmImageImageProcessorPil,
+        GlmImageProcessor,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = glm_tokenizer()
+    tokens = {name: tokenizer.convert_tokens_to_ids(getattr(tokenizer, name)) for name in ("image_token", "bos_token")}
+    config = GlmImageConfig(
+        text_config={**tiny_families.QWEN, "num_hidden_layers": 2, "vocab_size": len(tokenizer), "pad_token_id": 0,
+                     "vision_vocab_size": 130, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                                   "mrope_section": (2, 1, 1)},
+                     "eos_token_id": 129},
+        vision_config={"depth": 2, "hidden_size": 16, "num_heads": 2, "image_size": 32, "patch_size": 8,
+                       "intermediate_size": 16},
+        vq_config={"embed_dim": 16, "num_embeddings": 128, "latent_channels": 16},
+        image_token_id=tokens["image_token"], image_start_token_id=tokens["bos_token"], image_end_token_id=129,
+    )  # fmt: skip
+    images = GlmImageImageProcessorPil(
+        patch_size=8, temporal_patch_size=1, merge_size=1, size={"shortest_edge": 16**2, "longest_edge": 32**2}
+    )
+    encoder = GlmImageForConditionalGeneration(config).eval()
+    encoder.generation_config.suppress_tokens = [128, 129]  # no end before all of the picture's tokens are there
+    glyphs = ByT5Tokenizer()
+    t5 = T5Config(vocab_size=len(glyphs), d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)
+    transformer = diffusers.GlmImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        text_embed_dim=32, time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=130,
+    )  # fmt: skip
+    return diffusers.GlmImagePipeline(
+        tokenizer=glyphs, processor=GlmImageProcessor(images, tokenizer, chat_template=TEMPLATE),
+        text_encoder=T5EncoderModel(t5).eval(), vision_language_encoder=encoder,
+        vae=vae8(latents_mean=[0.0] * 4, latents_std=[1.0] * 4), transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+
+
+
 CASES: dict[str, Case] = {
     "QwenImageEditPipeline": Case(qwen_image_edit, "i", size=64),
     "QwenImageEditPlusPipeline": Case(of("QwenImageEditPlusPipeline", qwen_image_edit), "i", size=64),
@@ -424,6 +488,7 @@ CASES: dict[str, Case] = {
     "QwenImage21Pipeline": Case(qwen_image21, "i", size=64, settings={"output_resolution": 64}),
     "Ideogram4Pipeline": Case(ideogram4, steps=48),  # its default schedule of guidance is of 48 steps
     "ZImageOmniPipeline": Case(z_image_omni),
+    "GlmImagePipeline": Case(glm_image, size=64),
 }
 # Not among the cases, as they fail, or can't be told apart:
 # - JoyImageEdit and JoyImageEditPlus encode prompts in `encode_prompt_multiple_images`, by a hook of a layer inside of
@@ -432,6 +497,9 @@ CASES: dict[str, Case] = {
 # - Kandinsky 5 returns `image`, QwenImageLayered `images` that are lists of layers.
 # - BriaFiboEdit wants a prompt of JSON, such as {"edit_instruction": "a red circle"}.
 TROUBLE: dict[str, Case] = {
+    "ErnieImagePipeline": Case(
+        of("ErnieImagePipeline", ernie, pe=prompt_enhancer, pe_tokenizer=chat_tokenizer), size=64
+    ),
     "JoyImageEditPipeline": Case(joy, "i", size=64),
     "JoyImageEditPlusPipeline": Case(lambda: joy(plus=True), size=64),
     "PRXPipeline": Case(prx, settings={"use_resolution_binning": False}),
