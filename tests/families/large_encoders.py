@@ -47,6 +47,13 @@ def chat_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def tokenizer_of_length(length: int) -> Qwen2Tokenizer:
+    """A tokenizer with a greatest length; a prompt enhancer's is that of its new prompts."""
+    tokenizer = chat_tokenizer()
+    tokenizer.model_max_length = length
+    return tokenizer
+
+
 def tokens_of_images() -> dict[str, int]:
     """Return the numbers of the tokens that a vision-language model of Qwen knows images by."""
     tokenizer = chat_tokenizer()
@@ -157,7 +164,7 @@ def prx() -> DiffusionPipeline:
     text_encoder.config = config  # of the whole model, as published ones have it
     return diffusers.PRXPipeline(
         transformer=prx_transformer(4), scheduler=FlowMatchEulerDiscreteScheduler(),
-        text_encoder=text_encoder, tokenizer=chat_tokenizer(), vae=tiny.vae(),
+        text_encoder=text_encoder, tokenizer=tokenizer_of_length(64), vae=tiny.vae(),
     )  # fmt: skip
 
 
@@ -183,11 +190,10 @@ def mistral3(cls: Any, layers: int) -> Any:
 
 
 def prompt_enhancer() -> Any:
-    """A language model that writes prompts anew, in one token, and always the same."""
+    """A language model that writes prompts anew; always the same ones."""
     from transformers import Ministral3Config, Ministral3ForCausalLM
 
     model = Ministral3ForCausalLM(Ministral3Config(**tokens_and_heads(2), sliding_window=None)).eval()
-    model.generation_config.eos_token_id = list(range(len(chat_tokenizer())))
     model.generation_config.do_sample, model.generation_config.top_k = True, 1
     return model
 
@@ -229,7 +235,8 @@ def fibo2() -> DiffusionPipeline:
     torch.manual_seed(0)
     transformer = diffusers.BriaFibo2Transformer2DModel(
         in_channels=1, patch_size=2, dim=32, n_layers=6, n_refiner_layers=1, n_heads=2, cap_feat_dim=48,
-        injection_layer_ids=(1, 2, 3, 4, 5), perceiver_num_layers=1, axes_dims=(4, 6, 6), axes_lens=(2048, 64, 64),
+        injection_layer_ids=(1, 2, 3, 4, 5), perceiver_num_layers=1, min_num_gist_tokens=16,
+        max_num_gist_tokens=32, gist_step=8, axes_dims=(4, 6, 6), axes_lens=(2048, 64, 64),
     )  # fmt: skip
     return diffusers.BriaFibo2Pipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
@@ -467,7 +474,6 @@ def glm_image() -> DiffusionPipeline:
     )  # fmt: skip
 
 
-
 CASES: dict[str, Case] = {
     "QwenImageEditPipeline": Case(qwen_image_edit, "i", size=64),
     "QwenImageEditPlusPipeline": Case(of("QwenImageEditPlusPipeline", qwen_image_edit), "i", size=64),
@@ -491,6 +497,8 @@ CASES: dict[str, Case] = {
     "GlmImagePipeline": Case(glm_image, size=64),
 }
 # Not among the cases, as they fail, or can't be told apart:
+# - ERNIE-Image with a prompt enhancer, as it is published, goes to and fro between two stages without an end: `pe` is
+#   a part of the denoise stage by its name, but it writes the prompt that the text encoder reads.
 # - JoyImageEdit and JoyImageEditPlus encode prompts in `encode_prompt_multiple_images`, by a hook of a layer inside of
 #   their text encoder, which a recorded call of the encoder doesn't run; JoyImageEdit draws without the seed, besides.
 # - PRX has a configuration of a whole T5Gemma beside its encoder, which can't be built of that.
@@ -498,7 +506,7 @@ CASES: dict[str, Case] = {
 # - BriaFiboEdit wants a prompt of JSON, such as {"edit_instruction": "a red circle"}.
 TROUBLE: dict[str, Case] = {
     "ErnieImagePipeline": Case(
-        of("ErnieImagePipeline", ernie, pe=prompt_enhancer, pe_tokenizer=chat_tokenizer), size=64
+        of("ErnieImagePipeline", ernie, pe=prompt_enhancer, pe_tokenizer=lambda: tokenizer_of_length(8)), size=64
     ),
     "JoyImageEditPipeline": Case(joy, "i", size=64),
     "JoyImageEditPlusPipeline": Case(lambda: joy(plus=True), size=64),
