@@ -343,6 +343,10 @@ def nucleus() -> DiffusionPipeline:
         joint_attention_dim=16, axes_dims_rope=(8, 4, 4), num_experts=8, moe_intermediate_dim=16,
         capacity_factors=2.0,
     )  # fmt: skip
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            if ".experts." in name:
+                weight.normal_(std=0.02)  # they are not initialised
     return diffusers.NucleusMoEImagePipeline(
         transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=tiny_families.qwen_image().vae, text_encoder=qwen3_vl(layers=9), processor=vl_processor(Qwen3VLProcessor),
