@@ -101,7 +101,7 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask
     if missing := [n for n in model.needs if n not in ("image", "mask", *(name or n for name, _ in request.videos))]:
         raise BadRequest(f"{model.pipeline} needs a video: {missing[0]}.", f"Give it: --video {missing[0]}=FILE.")
     if not request.images:
-        if request.mask is not None:
+        if request.mask is not None and not (model.control_mask and request.control):
             raise BadRequest("There is a mask without a picture.", "Give the picture, too: --image FILE.")
         if request.videos:
             return check_of_video(request, model, model.of_video)
@@ -183,7 +183,7 @@ def check_frames(
     if frames > video.max_frames:
         raise DoesNotFit(f"{frames} frames are too many for {model.pipeline}.", f"At most {video.max_frames} fit.")
     more = video.frames % video.multiple
-    if (frames - more) % video.multiple:
+    if all((frames - rest) % video.multiple for rest in (more, 1)):
         below = (frames - more) // video.multiple * video.multiple + more
         nearest = below if below > 0 and frames - below <= below + video.multiple - frames else below + video.multiple
         which = f"{more} more than a multiple" if more else "a multiple"

@@ -66,7 +66,7 @@ def run(name: str) -> tuple[str, str]:
     from tests.stages import all_through
     from tests.tiny_videos import frames_of
     from workers.models.description import describe
-    from workers.models.source import read
+    from workers.models.source import read, stages_of
     from workers.stages.pipeline_call import arguments_of
 
     case = CASES[name]
@@ -75,8 +75,8 @@ def run(name: str) -> tuple[str, str]:
         folder = Path(scratch) / "model"
         made = case.make()
         torch.manual_seed(1)
-        for component in made.components.values():
-            if isinstance(component, torch.nn.Module):
+        for part, component in made.components.items():
+            if stages_of(part) == ("denoise",) and isinstance(component, torch.nn.Module):
                 awake(component)
         made.save_pretrained(folder)
         source = read(str(folder), folder, None)
@@ -87,7 +87,7 @@ def run(name: str) -> tuple[str, str]:
         task = (model.inpaint if masks else model.image) if images else model.of_video if videos else None
         size: dict[str, Any] = {"width": case.size, "height": case.size} if task is None or task.sized else {}
         request = JobRequest(
-            prompt="a red circle" if model.prompt else "", steps=case.steps, seed=11, frames=case.frames, images=images,
+            prompt=case.prompt if model.prompt else "", steps=case.steps, seed=11, frames=case.frames, images=images,
             mask=next(iter(masks), None), videos=tuple(videos.items()), negative_prompt=case.negative,
             control=next(iter(controls), None), settings=tuple((n, str(v).lower()) for n, v in case.settings.items()),
             strength=0.5 if task and task.strength is not None else None, **size,
@@ -143,7 +143,7 @@ def plainly(pipeline: Any, request: Any, arguments: dict[str, Any], settings: di
     from workers.models.tasks import FRAMES, video_arguments
 
     given = {"prompt", "negative_prompt", "num_inference_steps", "strength", "width", "height", "image", "mask_image",
-             "control_image", "output_type", *video_arguments(type(pipeline)), *FRAMES, *settings}  # fmt: skip
+             "control_image", "control_mask", "images", "output_type", *video_arguments(type(pipeline)), *FRAMES, *settings}  # fmt: skip
     return {name: value for name, value in arguments.items() if name in given}
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.dispatch.transitions import MAX_VISITS
 from protocol.job import Recipe
 from protocol.pictures import pictures_among
 from protocol.stages import FIRST, STAGES, Stage
@@ -49,6 +50,9 @@ def all_through(
 ) -> list[Tensor]:
     by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source, dtype, device), strict=True))
     outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
-    while outcome.next:
+    for _ in range(MAX_VISITS):
+        if not outcome.next:
+            break
         outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
+    assert outcome.next is None, f"it goes in circles, now to {outcome.next} for {outcome.wants}"
     return list(outcome.tensors)

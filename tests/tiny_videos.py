@@ -220,7 +220,8 @@ def frames_of(output: Any) -> torch.Tensor:
     """Return a plain pipeline's pictures, or the frames of its videos in order, uint8 (n, height, width, 3)."""
     frames = getattr(output, "frames", None)
     if frames is None:
-        frames = [output.images]
+        images = getattr(output, "images", getattr(output, "image", None))
+        frames = images[None] if isinstance(images, np.ndarray) else [images]
     if isinstance(frames, np.ndarray):
         flat = frames.reshape(-1, *frames.shape[2:])
         return torch.from_numpy((flat * 255).round().astype("uint8"))

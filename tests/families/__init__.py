@@ -3,6 +3,4 @@
 from tests.families import large_encoders, more_pictures, more_videos, pictures, videos
 from tests.families.case import Case
 
-CASES: dict[str, Case] = (
-    pictures.CASES | more_pictures.CASES | large_encoders.CASES | videos.CASES | more_videos.CASES
-)
+CASES: dict[str, Case] = pictures.CASES | more_pictures.CASES | large_encoders.CASES | videos.CASES | more_videos.CASES

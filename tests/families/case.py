@@ -23,6 +23,7 @@ class Case:
     size: int = tiny.SIZE  # pixels of each side
     settings: dict[str, Any] = field(default_factory=dict)  # arguments without options of their own
     steps: int = 4
+    prompt: str = "a red circle"
     negative: str | None = None  # prompt
     videos: tuple[str, ...] = ("video",)  # arguments, where it brings videos
     length: int = 9  # frames of those

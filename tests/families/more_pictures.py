@@ -26,15 +26,15 @@ from transformers import (
 
 from tests import tiny, tiny_families
 from tests.families import pictures
-from tests.families.case import Case, of, plain
-from tests.families.parts import felt, sure, unet, vae8
+from tests.families.case import Case, awake, of, plain
+from tests.families.parts import sure, unet, vae8
 
 
 def union_controlnet() -> Any:
     config = plain(diffusers.ControlNetUnionModel.from_unet(tiny.sdxl().unet))
     sizes = {"num_trans_channel": 16, "num_trans_head": 2, "num_proj_channel": 16}
     config |= {"conditioning_embedding_out_channels": (16, 4), **sizes}
-    return felt(diffusers.ControlNetUnionModel.from_config(config))
+    return awake(diffusers.ControlNetUnionModel.from_config(config))
 
 
 def z_image_controlnet(channels: int) -> Any:
@@ -42,7 +42,7 @@ def z_image_controlnet(channels: int) -> Any:
         control_layers_places=[0], control_refiner_layers_places=[0], control_in_dim=channels,
         add_control_noise_refiner="control_noise_refiner", dim=32, n_refiner_layers=1, n_heads=2, n_kv_heads=2,
     )  # fmt: skip
-    return felt(model)
+    return awake(model)
 
 
 def z_image_controlled(name: str, channels: int) -> Any:
@@ -62,7 +62,7 @@ def hunyuan_dit_controlnet() -> Any:
         in_channels=4, cross_attention_dim=32, cross_attention_dim_t5=32, pooled_projection_dim=16, hidden_size=24,
         activation_fn="gelu-approximate",
     )  # fmt: skip
-    return felt(model)
+    return awake(model)
 
 
 def hunyuan_dit_of_four_layers() -> Any:
@@ -155,7 +155,7 @@ def xs_adapter(base: UNet2DConditionModel) -> Any:
     adapter = diffusers.ControlNetXSAdapter.from_unet(
         deeper(base), size_ratio=1, conditioning_embedding_out_channels=(2, 4)
     )
-    return felt(adapter)
+    return awake(adapter)
 
 
 def lumina() -> DiffusionPipeline:
@@ -256,10 +256,6 @@ CASES: dict[str, Case] = {
     ),
     "LuminaPipeline": Case(lumina),
     "LDMTextToImagePipeline": Case(ldm),
-}
-
-TROUBLE: dict[str, Case] = {
-    # A setting can't be of several kinds of lists: `control_mode` is no setting, and there is no default.
     "StableDiffusionXLControlNetUnionPipeline": Case(
         of("StableDiffusionXLControlNetUnionPipeline", tiny.sdxl, controlnet=union_controlnet),
         "c",
@@ -275,44 +271,25 @@ TROUBLE: dict[str, Case] = {
         "imc",
         settings={"control_mode": 0},
     ),
-    # `control_mask` isn't the `mask_image` that a job's mask is.
     "QwenImageControlNetInpaintPipeline": Case(
         of(
             "QwenImageControlNetInpaintPipeline",
             tiny_families.qwen_image,
-            controlnet=lambda: felt(pictures.qwen_controlnet(extra=4)),
+            controlnet=lambda: awake(pictures.qwen_controlnet(extra=4)),
             vae=lambda: sure(tiny_families.qwen_image().vae),
         ),
-        "c",
+        "mc",
     ),
     "StableDiffusion3ControlNetInpaintingPipeline": Case(
         of(
             "StableDiffusion3ControlNetInpaintingPipeline",
             tiny.sd3,
-            controlnet=lambda: felt(pictures.sd3_controlnet(extra=1)),
+            controlnet=lambda: awake(pictures.sd3_controlnet(extra=1)),
             vae=lambda: sure(tiny.vae()),
         ),
-        "c",
+        "mc",
     ),
-    # Its callback reads beyond its window's steps.
-    "StableDiffusionParadigmsPipeline": Case(
-        of("StableDiffusionParadigmsPipeline", tiny.sd15, scheduler=diffusers.DDIMParallelScheduler)
-    ),
-    # `image_normalizer` is called outside of its forward, in the text stage.
     "StableUnCLIPImg2ImgPipeline": Case(stable_unclip, "i"),
-    # `depth_estimator` is of the denoise stage, and the encoding after it of the vae stage: they send it to each other.
     "StableDiffusionDepth2ImgPipeline": Case(depth_to_image, "i"),
-    # Its prompt's `text_projection` is called outside of its encoder's forward: elsewhere it has no weights, silently.
     "VersatileDiffusionTextToImagePipeline": Case(versatile_diffusion),
-    # transformers can't load its checker, which says nothing of tied weights. And it is of the vae stage, which a
-    # pipeline of pixels never visits: the denoise stage, which runs it, has no weights of it.
-    "IFPipeline": Case(safe_floyd),
-    # It needs `gligen_phrases` and `gligen_boxes`, which are no settings.
-    "StableDiffusionGLIGENPipeline": Case(
-        of("StableDiffusionGLIGENPipeline", tiny.sd15, unet=lambda: felt(unet(4, attention_type="gated")))
-    ),
-    # They need `original_image`, too.
-    "IFImg2ImgSuperResolutionPipeline": Case(floyd_of("IFImg2ImgSuperResolutionPipeline"), "i"),
-    "IFInpaintingSuperResolutionPipeline": Case(floyd_of("IFInpaintingSuperResolutionPipeline"), "im"),
 }
-"""Cases that the stages don't run as the plain pipeline does, or that a job can't give all it needs."""

@@ -196,7 +196,7 @@ def i2vgen_xl() -> DiffusionPipeline:
     return diffusers.I2VGenXLPipeline(
         vae=parts["vae"], text_encoder=tiny.clip(projection=True), tokenizer=parts["tokenizer"], unet=model.eval(),
         image_encoder=CLIPVisionModelWithProjection(vision).eval(), scheduler=ddim(),
-        feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
+        feature_extractor=CLIPImageProcessorPil(),
     )  # fmt: skip
 
 
@@ -353,8 +353,8 @@ def wan_animate_transformer() -> Any:
 def stable_video_diffusion() -> DiffusionPipeline:
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
-        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=32,
-        intermediate_size=37, patch_size=4,
+        hidden_size=32, projection_dim=32, num_hidden_layers=2, num_attention_heads=4, image_size=224,
+        intermediate_size=37, patch_size=32,
     )  # fmt: skip
     unet = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64), layers_per_block=1, sample_size=32, in_channels=8, out_channels=4,
@@ -371,7 +371,7 @@ def stable_video_diffusion() -> DiffusionPipeline:
             beta_schedule="scaled_linear", prediction_type="v_prediction", sigma_max=700.0, sigma_min=0.002,
             timestep_spacing="leading", timestep_type="continuous", use_karras_sigmas=True,
         ),
-        feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
+        feature_extractor=CLIPImageProcessorPil(),
     )  # fmt: skip
 
 

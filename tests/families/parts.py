@@ -71,12 +71,3 @@ def sure(vae: Any) -> Any:
         vae.quant_conv.weight[half:] = 0
         vae.quant_conv.bias[half:] = -30  # the logarithm of a variance
     return vae
-
-
-def felt(model: torch.nn.Module) -> Any:
-    """A model that begins with zeros where it adds to another, as ControlNets do, with random numbers there."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.1)
-    return model.eval()

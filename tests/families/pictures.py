@@ -8,8 +8,8 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2D
 from transformers import LlamaForCausalLM
 
 from tests import tiny, tiny_families, tiny_videos
-from tests.families.case import Case, of, plain
-from tests.families.parts import ddim, felt, gemma2, llama, padded_tokenizer, sure, unet, vae8
+from tests.families.case import Case, awake, of, plain
+from tests.families.parts import ddim, gemma2, llama, padded_tokenizer, sure, unet, vae8
 
 
 def controlnet(**settings: Any) -> Any:
@@ -406,7 +406,7 @@ CASES: dict[str, Case] = {
         of(
             "StableDiffusion3ControlNetPipeline",
             tiny.sd3,
-            controlnet=lambda: felt(sd3_controlnet()),
+            controlnet=lambda: awake(sd3_controlnet()),
             vae=lambda: sure(tiny.vae()),
         ),
         "c",
@@ -481,7 +481,13 @@ CASES: dict[str, Case] = {
         of("QwenImageControlNetPipeline", tiny_families.qwen_image, controlnet=lambda: qwen_controlnet()), "c"
     ),
     "CogView4ControlPipeline": Case(
-        of("CogView4ControlPipeline", cogview4, transformer=lambda: cogview4_transformer(8)), "c"
+        of(
+            "CogView4ControlPipeline",
+            cogview4,
+            transformer=lambda: cogview4_transformer(8),
+            vae=lambda: sure(tiny.vae()),
+        ),
+        "c",
     ),
     "StableDiffusionXLAdapterPipeline": Case(
         of(

@@ -57,12 +57,18 @@ def _hint(call: Callable[..., Any], name: str) -> Any:
 
 def kind_of(hint: Any) -> SettingKind | None:
     """Return the kind of an argument by its annotation; None where it isn't plain."""
-    members = [member for member in members_of(hint) if member is not type(None)]
+    members = [member for member in members_of(hint) if member is not type(None) and not is_nested(member)]
     kinds = [plain_kind(member) for member in members]
     if not kinds or None in kinds:
         return None
     singles = [kind for kind in kinds if kind in PLAIN.values()]
     return singles[0] if singles else kinds[0]
+
+
+def is_nested(hint: Any) -> bool:
+    """Return whether a hint is of lists of lists of plain values: of several pictures, where one has a plain list."""
+    inner = [member for member in flat(hint) if typing.get_origin(member) is list]
+    return typing.get_origin(hint) is list and bool(inner) and all(plain_kind(member) for member in inner)
 
 
 def members_of(hint: Any) -> Iterable[Any]:

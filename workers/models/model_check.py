@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from protocol.errors import ModelMissing, TriptychError
 from protocol.stages import STAGES, Stage
 from workers.errors import cause_of
-from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet
+from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet, text_config
 from workers.models.source import Source, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
 
@@ -154,7 +154,7 @@ def shapes_of(tensors: Mapping[str, StoredTensor], file: str) -> dict[str, torch
 
 def compare_transformers(source: Source, name: str, cls: Any, tensors: Mapping[str, StoredTensor], file: str) -> None:
     """Compare by the library's own loading, with its renamings and exceptions, onto the meta device."""
-    config = cls.config_class.from_pretrained(source.folder_of(name))
+    config = text_config(cls, source, name)
     _, report = cls.from_pretrained(
         None, config=config, state_dict=shapes_of(tensors, f"{name}/{file}"), output_loading_info=True,
         device_map="meta", ignore_mismatched_sizes=True,

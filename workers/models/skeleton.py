@@ -13,6 +13,7 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import safe_open
+from transformers import PretrainedConfig
 
 from protocol.errors import ModelMissing
 from workers.models.source import CONTROLNET, Source, is_component
@@ -37,6 +38,14 @@ NOT_SPLIT: Mapping[str, str] = {
     "LTX2HDRPipeline": "makes light of any strength, and no pictures", "MarigoldDepthPipeline": OTHER,
     "MarigoldIntrinsicsPipeline": OTHER, "MarigoldNormalsPipeline": OTHER,
     "SanaWMPipeline": "needs the intrinsics of a camera, which a job can't give",
+    "StableDiffusionParadigmsPipeline": "calls back with an index beyond its list, which is a fault of its own",
+    "StableDiffusionDiffEditPipeline": "needs image_latents, which a job can't give",
+    "StableDiffusionPix2PixZeroPipeline": "needs source_embeds and target_embeds, which a job can't give",
+    "StableDiffusionGLIGENPipeline": "needs gligen_boxes, which a job can't give",
+    "StableDiffusionGLIGENTextImagePipeline": "needs gligen_boxes, which a job can't give",
+    "IFImg2ImgSuperResolutionPipeline": "needs original_image, which a job can't give",
+    "IFInpaintingSuperResolutionPipeline": "needs original_image, which a job can't give",
+    "QwenImageLayeredPipeline": "makes layers with alpha, which pictures here don't have",
     "UniDiffuserPipeline": "makes pictures or texts, whichever is missing",
 }  # fmt: skip
 SHARED_SIZES = {"cross_attention_dim", "joint_attention_dim", "pooled_projection_dim", "caption_channels"}
@@ -169,8 +178,15 @@ def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
     """Return a text encoder on the meta device, with its tied weights tied."""
     cls = component_class(source, name)
     with torch.device("meta"):
-        model: torch.nn.Module = cls(cls.config_class.from_pretrained(source.folder_of(name)))
+        model: torch.nn.Module = cls(text_config(cls, source, name))
     return model
+
+
+def text_config(cls: Any, source: Source, name: str) -> Any:
+    """Return the configuration of a text encoder; that of the encoder's half where a file holds both halves'."""
+    config = cls.config_class.from_pretrained(source.folder_of(name))
+    half = getattr(config, "encoder", None)
+    return half if isinstance(half, PretrainedConfig) and cls.__name__.endswith("Encoder") else config
 
 
 def _load_buffers(model: torch.nn.Module, source: Source, name: str) -> None:

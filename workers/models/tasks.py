@@ -16,6 +16,8 @@ from diffusers.pipelines.auto_pipeline import (
 
 from protocol.job import Recipe
 
+IMAGES = ("image", "images")  # names of the pictures to begin from
+MASKS = ("mask_image", "control_mask")
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 FRAMES = ("num_frames", "video_length", "frames")  # names of the number of a video's frames
 RATE = ("frame_rate", "fps")  # names of frames a second, of pipelines that heed them
@@ -30,7 +32,7 @@ IMAGE_TO_VIDEO = {"LTXPipeline": "LTXImageToVideoPipeline", "LTX2Pipeline": "LTX
 
 def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that makes something of a picture with the weights of `cls`; None where there is none."""
-    if "image" in parameters_of(cls) and control_argument(cls) != "image":
+    if (name := first_of(IMAGES, cls)) and control_argument(cls) != name:
         return cls
     if name := IMAGE_TO_VIDEO.get(cls.__name__):
         found: type[DiffusionPipeline] = getattr(diffusers, name)
@@ -40,7 +42,7 @@ def image_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
 
 def inpaint_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:
     """Return the pipeline that paints what a mask covers, with the weights of `cls`; None where there is none."""
-    return cls if "mask_image" in parameters_of(cls) else _of_task(AUTO_INPAINT_PIPELINES_MAPPING, cls)
+    return cls if first_of(MASKS, cls) else _of_task(AUTO_INPAINT_PIPELINES_MAPPING, cls)
 
 
 def video_class(cls: type[DiffusionPipeline]) -> type[DiffusionPipeline] | None:

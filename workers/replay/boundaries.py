@@ -23,7 +23,13 @@ from workers.replay.call_record import Call, CallRecord
 from workers.replay.placeholder import is_placeholder
 
 MOST_SHAPES = 64  # of a component's arguments, of which the result's are kept
-OUTSIDE_FORWARD = ("generate", "get_image_features", "get_text_features")  # entries of an encoder beside its forward
+OUTSIDE_FORWARD = (
+    "generate",
+    "get_image_features",
+    "get_text_features",
+    "scale",
+    "unscale",
+)  # entries of an encoder beside its forward
 
 
 class Stopped(BaseException):
@@ -154,6 +160,7 @@ class Run:
             self.inside = False
 
 
+ENCODING = ("encode_prompt", "encode_prompt_multiple_images", "_encode_prompt")  # a pipeline's own methods
 GENERATOR = {"generator": True}  # in the place of the call's own among a decode's arguments
 
 
@@ -212,8 +219,9 @@ def shape_of(real: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 def install(pipeline: DiffusionPipeline, owners: Mapping[str, Stage]) -> None:
     """Install the boundaries of a pipeline, and of those of its components (`owners`: by name) that have none yet."""
-    if hasattr(pipeline, "encode_prompt"):
-        wrap(pipeline, "encode_prompt", "text", "encode_prompt")
+    for entry in ENCODING:
+        if hasattr(pipeline, entry):
+            wrap(pipeline, entry, "text", entry)
     if can_skip(type(pipeline).__call__):
         pipeline.__dict__["progress_bar"] = skipping(pipeline, pipeline.progress_bar)
     for processor in vars(pipeline).values():
@@ -238,6 +246,10 @@ def unless_tainted(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def install_component(name: str, component: torch.nn.Module, owner: Stage) -> None:
+    if is_placeholder(component):
+        for part, module in component.named_modules():
+            if part and next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(functools.partial(refuse_on_the_host, f"{name}.{part}"))
     match owner:
         case "text":
             for entry in ("forward", *OUTSIDE_FORWARD):
@@ -256,6 +268,16 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
                 wrap(component, "forward", owner, f"{name}.forward", Run.denoise)
             else:
                 component.register_forward_hook(note_shapes)
+
+
+def refuse_on_the_host(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """A forward hook of a placeholder's layers, before they run: only shapes can go through them.
+
+    torch multiplies by weights on the meta device in silence, and what comes out is whatever was in memory.
+    """
+    run = _current.get()
+    if run is not None and not run.finishes and any(not tensor.is_meta for tensor in tensors_of(args)):
+        raise RuntimeError(f"{name} is called on its own, where it has no weights: it is on the meta device")
 
 
 def refuse_tainted(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
 from workers.models.call_settings import tuples_of
 from workers.models.description import call_parameters, guidance_arguments
-from workers.models.tasks import FRAMES, IMAGES_PER_PROMPT, RATE, control_argument, first_of
+from workers.models.tasks import FRAMES, IMAGES, IMAGES_PER_PROMPT, MASKS, RATE, control_argument, first_of
 from workers.replay.boundaries import Run, Stopped, running
 from workers.replay.call_record import CallRecord
 from workers.tensors import to_wire
@@ -47,7 +47,7 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
         first_of(FRAMES, type(pipeline)): recipe.frames,
         first_of(RATE, type(pipeline)): recipe.fps,
         **{n: list(v) if isinstance(v, tuple) and n not in tuples else v for n, v in recipe.settings},
-        **given_pictures(tensors, control_argument(type(pipeline))),
+        **given_pictures(tensors, type(pipeline)),
     }
     if recipe.num_images != 1:
         known[first_of(IMAGES_PER_PROMPT, type(pipeline))] = recipe.num_images
@@ -56,16 +56,14 @@ def arguments_of(pipeline: DiffusionPipeline, recipe: Recipe, tensors: Sequence[
     return {name: value for name, value in known.items() if name is not None and value is not None}
 
 
-def given_pictures(tensors: Sequence[Tensor], control: str | None) -> dict[str, Any]:
-    """Return the pictures that a job begins from, as the arguments that pipelines take them by.
-
-    `control` is the name of the argument that a ControlNet's picture goes by.
-    """
+def given_pictures(tensors: Sequence[Tensor], cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """Return the pictures that a job begins from, as the arguments of a pipeline's call."""
     mine = {tensor.name: tensor for tensor in tensors if is_given_picture(tensor)}
     images = [image_of(mine[f"{IMAGE}:{i}"]) for i in range(sum(name.startswith(f"{IMAGE}:") for name in mine))]
-    found: dict[str, Any] = {"image": images if len(images) > 1 else images[0]} if images else {}
+    control, name = control_argument(cls), first_of(IMAGES, cls) or IMAGES[0]
+    found: dict[str, Any] = {name: images if len(images) > 1 or name == "images" else images[0]} if images else {}
     if MASK in mine:
-        found["mask_image"] = image_of(mine[MASK])
+        found[first_of(MASKS, cls) or MASKS[0]] = image_of(mine[MASK])
     if CONTROL in mine and control:
         found[control] = image_of(mine[CONTROL])
     videos = {
@@ -124,7 +122,7 @@ def pictures_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
     (videos, channels, samples), and its `sound_rate`, int32 (1,), if it has any. StageError where it made something
     else. `pipeline` is the one that made it.
     """
-    images = getattr(output, "images", None)
+    images = getattr(output, "images", getattr(output, "image", None))
     if images is None:
         images = [frame for video in getattr(output, "frames", None) or () for frame in video]
     if isinstance(images, np.ndarray) and images.ndim == 4:
