@@ -52,8 +52,12 @@ def verdict(cls: type) -> tuple[str, str]:
         return "fails", f"{type(error).__name__}: {text[:160]}"
 
 
-def run(name: str) -> tuple[str, str]:
-    """Run a class's case plainly and through the stages."""
+def run(name: str, dtype: str = "float32", guided: bool = False, killed_at: int | None = None) -> tuple[str, str]:
+    """Run a class's case plainly and through the stages.
+
+    `guided`: with a negative prompt, and three times what guidance is. `killed_at`: by a denoiser that dies after so
+    many steps, and one that follows it.
+    """
     import torch
     from diffusers import DiffusionPipeline
 
@@ -68,6 +72,7 @@ def run(name: str) -> tuple[str, str]:
     from workers.models.description import describe
     from workers.models.source import read, stages_of
     from workers.stages.pipeline_call import arguments_of
+    from workers.tensors import DTYPES
 
     case = CASES[name]
     side = (case.size, case.size)
@@ -92,15 +97,17 @@ def run(name: str) -> tuple[str, str]:
             control=next(iter(controls), None), settings=tuple((n, str(v).lower()) for n, v in case.settings.items()),
             strength=0.5 if task and task.strength is not None else None, **size,
         )  # fmt: skip
-        recipe = resolve(request, model, "float32", None, picture_size=side, video_frames=case.length)
+        if guided:
+            request = request.model_copy(update=guidance_of(task or model, model))
+        recipe = resolve(request, model, dtype, None, picture_size=side, video_frames=case.length)
         named = recipe.named_pictures
         pictures = {picture.name: picture for kind in given.values() for picture in kind}
         tensors = as_given(named, pictures)
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[dtype])
         pipeline.set_progress_bar_config(disable=True)
         if case.tiled:
             pipeline.vae.enable_tiling()
-        asked = plainly(pipeline, request, arguments_of(pipeline, recipe, tensors), case.settings)
+        asked = plainly(pipeline, arguments_of(pipeline, recipe, tensors), {*case.settings, *scales(pipeline, guided)})
 
         def plain_frames() -> Any:
             return frames_of(pipeline(**asked, generator=torch.Generator("cpu").manual_seed(11)))
@@ -109,7 +116,7 @@ def run(name: str) -> tuple[str, str]:
             plain = plain_frames()
         except Exception as error:
             return "not run", f"the plain pipeline fails at this tiny model: {' '.join(str(error).split())[:120]}"
-        ours = pictures_among(all_through(source, recipe, tensors))
+        ours = pictures_among(all_through(source, recipe, tensors, DTYPES[dtype], killed_at=killed_at))
         same = bytes(ours.data) == plain.numpy().tobytes()
         if not same and not torch.equal(plain, plain_frames()):
             return (
@@ -138,12 +145,28 @@ def brought(case: Any, noise: Any, mask: Any) -> dict[str, list[Any]]:
     }
 
 
-def plainly(pipeline: Any, request: Any, arguments: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def guidance_of(task: Any, model: Any) -> dict[str, Any]:
+    """Return a request's fields for guidance of three times a task's defaults, and a negative prompt."""
+    found = {"cfg_scale": task.cfg_scale and task.cfg_scale * 3, "guidance": task.guidance and task.guidance * 3}
+    return found | ({"negative_prompt": "blurry"} if model.negative_prompt else {})
+
+
+def scales(pipeline: Any, guided: bool) -> list[str]:
+    """Return the names of a call's arguments for guidance."""
+    from workers.models.description import guidance_arguments
+
+    return [name for name in guidance_arguments(pipeline) if name and guided]
+
+
+def plainly(pipeline: Any, arguments: dict[str, Any], settings: set[str]) -> dict[str, Any]:
     """Return, of a call's arguments, what the job gave; the pipeline's own defaults hold for the rest."""
     from workers.models.tasks import FRAMES, video_arguments
 
-    given = {"prompt", "negative_prompt", "num_inference_steps", "strength", "width", "height", "image", "mask_image",
-             "control_image", "control_mask", "images", "output_type", *video_arguments(type(pipeline)), *FRAMES, *settings}  # fmt: skip
+    given = {
+        "prompt", "negative_prompt", "num_inference_steps", "strength", "width", "height", "image", "images",
+        "mask_image", "control_image", "control_mask", "output_type", *video_arguments(type(pipeline)), *FRAMES,
+        *settings,
+    }  # fmt: skip
     return {name: value for name, value in arguments.items() if name in given}
 
 

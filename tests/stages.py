@@ -13,7 +13,7 @@ from protocol.tensors import Tensor
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source
-from workers.stages.contract import unheard
+from workers.stages.contract import Saved, unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
@@ -35,9 +35,10 @@ def through(
     given: Sequence[Tensor] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    killed_at: int | None = None,
 ) -> torch.Tensor:
     """Go through the stages in whatever order they name; return all pictures or frames."""
-    pictures = pictures_among(all_through(source, recipe, given, dtype, device))
+    pictures = pictures_among(all_through(source, recipe, given, dtype, device, killed_at))
     return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
 
 
@@ -47,12 +48,47 @@ def all_through(
     given: Sequence[Tensor] = (),
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
+    killed_at: int | None = None,
 ) -> list[Tensor]:
+    return go_through(source, recipe, given, dtype, device, killed_at)[0]
+
+
+def go_through(
+    source: Source,
+    recipe: Recipe,
+    given: Sequence[Tensor] = (),
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    killed_at: int | None = None,
+    checkpoint_seconds: float | None = None,
+) -> tuple[list[Tensor], list[Stage]]:
+    """Return what the last stage gives, and the way there.
+
+    A denoiser that dies once so many steps are told is followed by another one, from its last checkpoint.
+    """
     by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source, dtype, device), strict=True))
-    outcome = by_name[FIRST].run(recipe, tuple(given), unheard)
-    for _ in range(MAX_VISITS):
+    by_name["denoise"].checkpoint_seconds = 0.0 if killed_at is not None else checkpoint_seconds
+    kept: list[Saved] = []
+    left: tuple[Tensor, ...] = ()
+    way: list[Stage] = [FIRST]
+
+    def report(step: int, steps: int, saved: Saved | None = None) -> None:
+        nonlocal killed_at
+        kept.extend([saved] if saved else [])
+        if way[-1] == "denoise" and step == killed_at:
+            killed_at = None
+            raise ConnectionAbortedError
+
+    while len(way) < MAX_VISITS:
+        kept.clear()
+        task = (*left, *given)
+        try:
+            outcome = by_name[way[-1]].run(recipe, task, report)
+        except ConnectionAbortedError:
+            by_name["denoise"] = DenoiseStage(load(source, "denoise", Devices(device), dtype), device, 0.0)
+            outcome = by_name["denoise"].run(recipe, (*task, *(kept[-1].tensors if kept else ())), unheard)
+        left = tuple(outcome.tensors)
         if not outcome.next:
-            break
-        outcome = by_name[outcome.next].run(recipe, (*outcome.tensors, *given), unheard)
-    assert outcome.next is None, f"it goes in circles, now to {outcome.next} for {outcome.wants}"
-    return list(outcome.tensors)
+            return list(left), way
+        way.append(outcome.next)
+    raise AssertionError(f"it goes in circles, now to {outcome.next} for {outcome.wants}")

@@ -119,7 +119,7 @@ class Admission:
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
                     (shapes[0][-2], shapes[0][-3]) if request.images or request.videos else None,
-                    shapes[-len(request.videos)][0] if request.videos else None,
+                    next((shape[0] for shape in shapes if len(shape) == 4), None),
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None

@@ -71,7 +71,7 @@ def test_of_shapes_only_numbers_are_zeros_and_masks_stay() -> None:
 
 
 def test_objects_do_not_cross_and_nothing_else_is_taken_for_a_value() -> None:
-    for bad in (object(), {1: 2}, [lambda: 0], torch.Generator()):
+    for bad in (object(), {(1, 2): 3}, [lambda: 0], torch.Generator()):
         with pytest.raises(Untransferable):
             freeze(bad, CPU, lambda tensor: 0)
     for frozen in (

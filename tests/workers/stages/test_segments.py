@@ -4,24 +4,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 
 from protocol.client.input_pictures import picture_of, video_of
 from protocol.job import JobRequest, Recipe
+from protocol.pictures import pictures_among
 from protocol.recipe import resolve
 from protocol.stages import STAGES, Stage
 from protocol.tensors import Tensor
 from tests import tiny, tiny_videos
 from tests.families.case import awake
 from tests.pictures import noise
-from tests.stages import stages
+from tests.stages import go_through, stages, through
 from tests.tiny_videos import frames_of
 from workers.models.description import describe
 from workers.models.source import Source, read
-from workers.stages.contract import Saved, unheard
+from workers.stages.contract import unheard
 from workers.stages.pipeline_call import frames_of as images_of
 
 STEPS = 3
@@ -67,55 +67,25 @@ def plainly(folder: Path) -> torch.Tensor:
     )  # fmt: skip
 
 
-def go(
-    source: Source, recipe: Recipe, given: tuple[Tensor, ...], killed_at: int | None = None, seconds: float | None = 0.0
-) -> tuple[Any, list[str]]:
-    """Go through the stages; a denoiser that is killed once so many steps are told begins anew from its checkpoint."""
-    by_name: dict[Stage, Any] = dict(zip(STAGES, stages(source), strict=True))
-    by_name["denoise"].checkpoint_seconds = seconds
-    left: tuple[Tensor, ...] = ()
-    way: list[str] = []
-    stage: Stage | None = "text"
-    kept: list[Saved] = []
-    while stage:
-        kept.clear()
-
-        def report(step: int, steps: int, saved: Saved | None = None) -> None:
-            nonlocal killed_at
-            kept.extend([saved] if saved else [])
-            if way[-1] == "denoise" and step == killed_at:
-                killed_at = None
-                raise ConnectionAbortedError
-
-        way.append(stage)
-        try:
-            outcome = by_name[stage].run(recipe, (*left, *given), report)
-        except ConnectionAbortedError:
-            outcome = by_name[stage].run(recipe, (*left, *given, *(kept[-1].tensors if kept else ())), unheard)
-        left, stage = tuple(outcome.tensors), outcome.next
-        assert len(way) < 20
-    pictures = [tensor for tensor in left if tensor.name == "pictures"]
-    return np.concatenate([np.frombuffer(p.data, np.uint8).reshape(p.shape) for p in pictures]), way
-
-
 def test_a_segment_begins_with_what_was_decoded_of_the_one_before(folder: Path) -> None:
     source, recipe, given = job(folder)
-    made, way = go(source, recipe, given)
+    made, way = go_through(source, recipe, given, checkpoint_seconds=0.0)
     assert way[-4:] == ["denoise", "vae", "denoise", "vae"]
-    assert torch.equal(torch.from_numpy(made), plainly(folder))
+    pictures = pictures_among(made)
+    assert bytes(pictures.data) == plainly(folder).numpy().tobytes()
 
 
 @pytest.mark.parametrize("step", [1, STEPS, STEPS + 2])
 def test_a_denoiser_that_dies_in_a_segment_is_followed_by_one_with_the_same_bits(folder: Path, step: int) -> None:
     source, recipe, given = job(folder)
-    made, _ = go(source, recipe, given, killed_at=step)
-    assert torch.equal(torch.from_numpy(made), plainly(folder))
+    made = through(source, recipe, given, killed_at=step)
+    assert torch.equal(made, plainly(folder))
 
 
 def test_without_checkpoints_the_segments_before_are_denoised_again(folder: Path) -> None:
     source, recipe, given = job(folder)
-    made, _ = go(source, recipe, given, seconds=None)
-    assert torch.equal(torch.from_numpy(made), plainly(folder))
+    made = through(source, recipe, given)
+    assert torch.equal(made, plainly(folder))
 
 
 def test_the_segments_before_are_not_denoised_again(folder: Path) -> None:
