@@ -17,7 +17,7 @@ Kept = Literal["text", "latents", ""]  # with the results of jobs of the same te
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a picture, see pictures.py
 MAX_IMAGES_IN = 16  # pictures that a job may begin from
 GivenVideos = Annotated[  # (argument of the pipeline's call, digest)
-    tuple[tuple[Annotated[str, Field(pattern=r"^\w{0,64}$")], Digest], ...], Field(max_length=4)
+    tuple[tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{0,64}$")], Digest], ...], Field(max_length=4)
 ]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 MAX_SEED = 2**63 - 1

@@ -26,7 +26,7 @@ from transformers import (
 
 from tests import tiny, tiny_families, tiny_videos
 from tests.families.case import Case, Make, of
-from tests.families.parts import ddim, gemma2, motion_adapter, padded_tokenizer, unet
+from tests.families.parts import ddim, gemma2, motion_adapter, padded_tokenizer, sure, unet
 from tests.families.pictures import controlnet
 from tests.families.videos import VIDEO, cogvideox_transformer, unet3d, wan_like
 
@@ -194,9 +194,9 @@ def i2vgen_xl() -> DiffusionPipeline:
     )  # fmt: skip
     parts = tiny.sd15().components
     return diffusers.I2VGenXLPipeline(
-        vae=parts["vae"], text_encoder=tiny.clip(projection=True), tokenizer=parts["tokenizer"], unet=model.eval(),
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(), scheduler=ddim(),
-        feature_extractor=CLIPImageProcessorPil(),
+        vae=sure(parts["vae"]), text_encoder=tiny.clip(projection=True), tokenizer=parts["tokenizer"],
+        unet=model.eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(), scheduler=ddim(),
+        feature_extractor=CLIPImageProcessorPil(crop_size=32, size=32),
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.messages.client import Workers
 from tests import tiny
+from tests.pictures import noise, plain_of_picture
 from tests.stack.test_stack import until
 from tests.stacks import RunningStack, running_stack, triptych
 from tests.tiny import plain
@@ -123,6 +124,12 @@ def test_parallel_ranks_are_one_worker_that_dies_and_comes_back_as_one(
         job, picture = stack.picture(PROMPTS[0], seed=0, **SIZE)
         assert (job.recipe.tier, job.recipe.speedups) == ("numeric", (f"denoise:parallel={kind}-2",))
         assert np.abs(picture.numpy().astype(int) - wanted[0].numpy().astype(int)).max() <= 1
+        image = noise()
+        of_picture = plain_of_picture(
+            deep, image, prompt=PROMPTS[0], strength=0.5, seed=4, width=32, height=32, num_inference_steps=6
+        )
+        _, made = stack.picture(PROMPTS[0], images=image, strength=0.5, seed=4, **SIZE)
+        assert np.abs(made.numpy().astype(int) - of_picture.numpy().astype(int)).max() <= 1
         again, same = stack.picture(PROMPTS[0], seed=0, **SIZE)
         assert again.id != job.id
         assert torch.equal(same, picture)

@@ -18,7 +18,8 @@ from protocol.job import JobRequest
 from protocol.recipe import resolve
 from tests import tiny
 from tests.chance import examples
-from tests.records import latents_of
+from tests.pictures import as_task, noise
+from tests.records import before_denoising, latents_of
 from tests.tiny import needs_gpus
 from tests.workers.worst_stream import OneForgotten, worst_copy_stream
 from workers.models import devices
@@ -261,8 +262,8 @@ def test_of_equal_blocks_each_gives_the_same() -> None:
     assert plan.resident_bytes(total) > total * 0.78
 
 
-def jobs(stage: DenoiseStage, folder: Path, cfg: bool) -> list[torch.Tensor]:
-    """Latents of three jobs after each other, of different sizes, steps and prompts."""
+def jobs(stage: DenoiseStage, folder: Path, cfg: bool, picture: bool = False) -> list[torch.Tensor]:
+    """Latents of three jobs after each other, of different sizes, steps and prompts; with a picture, of one more."""
     source = read("x", folder, None)
     text = TextStage(load(source, "text", Devices(torch.device("cpu")), torch.float32), torch.device("cpu"))
     found = []
@@ -274,6 +275,11 @@ def jobs(stage: DenoiseStage, folder: Path, cfg: bool) -> list[torch.Tensor]:
         recipe = resolve(request, describe(source), "float32", None)
         embeddings = tuple(text.run(recipe, (), lambda *_: None).tensors)
         found.append(latents_of(stage.run(recipe, embeddings, lambda *_: None).tensors))
+    if picture:
+        request = JobRequest(prompt="a star", images=("0" * 64,), strength=0.5, steps=4, seed=3, width=32, height=32)
+        recipe = resolve(request, describe(source), "float32", None)
+        given = before_denoising(source, recipe, as_task(noise()))
+        found.append(latents_of(stage.run(recipe, given, lambda *_: None).tensors))
     return found
 
 
@@ -307,7 +313,7 @@ def test_streamed_jobs_have_equal_bits_and_modulation_runs_ahead_where_there_is_
 def test_compiled_bits_are_equal_in_every_residency_and_close_to_uncompiled_ones(model: str, tmp_path: Path) -> None:
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
     cpu = torch.device("cpu")
-    plain = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
+    plain = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False, True)
     whole = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32)
     found = []
     for share in (1.0, 0.9, 0.75):
@@ -315,7 +321,7 @@ def test_compiled_bits_are_equal_in_every_residency_and_close_to_uncompiled_ones
         loaded = load(source, "denoise", Devices(cpu, {0: budget}), torch.float32)
         residency = loaded.residencies["transformer"]
         residency.compile(backend="aot_eager")
-        found.append(jobs(DenoiseStage(loaded, cpu), tmp_path, False))
+        found.append(jobs(DenoiseStage(loaded, cpu), tmp_path, False, True))
         assert residency.state == ("in" if share == 1.0 else "streamed")
         assert residency.modulation is not None
         torch._dynamo.reset()
