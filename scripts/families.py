@@ -1,6 +1,6 @@
 """Run every pipeline class of the installed diffusers through the stages, and write the table of families.
 
-    python -m scripts.families [NAME …] [--write docs/families.md]
+    python -m scripts.families [NAME …] [--write docs/families.md] [--dtype bfloat16] [--device cuda]
 
 Each class whose tiny pipeline `tests/families/` builds, with random weights, is run in one process as the plain
 pipeline, called with nothing but what a job gave, and through the three stages; the pictures, or frames, are compared
@@ -36,7 +36,7 @@ def every_class() -> Iterator[type]:
             yield found
 
 
-def verdict(cls: type) -> tuple[str, str]:
+def verdict(cls: type, dtype: str = "float32", device: str = "cpu") -> tuple[str, str]:
     """Return how a class fares, `equal`, `differs`, `refused`, `fails` or `not run`, and with what, or why."""
     from tests.families import CASES
     from workers.models.skeleton import refusal
@@ -46,13 +46,15 @@ def verdict(cls: type) -> tuple[str, str]:
     if cls.__name__ not in CASES:
         return "not run", "no tiny pipeline of it is built here"
     try:
-        return run(cls.__name__)
+        return run(cls.__name__, dtype, device)
     except Exception as error:
         text = " ".join(str(error).split())
         return "fails", f"{type(error).__name__}: {text[:160]}"
 
 
-def run(name: str, dtype: str = "float32", guided: bool = False, killed_at: int | None = None) -> tuple[str, str]:
+def run(
+    name: str, dtype: str = "float32", device: str = "cpu", guided: bool = False, killed_at: int | None = None
+) -> tuple[str, str]:
     """Run a class's case plainly and through the stages.
 
     `guided`: with a negative prompt, and three times what guidance is. `killed_at`: by a denoiser that dies after so
@@ -103,7 +105,7 @@ def run(name: str, dtype: str = "float32", guided: bool = False, killed_at: int 
         named = recipe.named_pictures
         pictures = {picture.name: picture for kind in given.values() for picture in kind}
         tensors = as_given(named, pictures)
-        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[dtype])
+        pipeline: Any = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[dtype]).to(device)
         pipeline.set_progress_bar_config(disable=True)
         if case.tiled:
             pipeline.vae.enable_tiling()
@@ -116,7 +118,7 @@ def run(name: str, dtype: str = "float32", guided: bool = False, killed_at: int 
             plain = plain_frames()
         except Exception as error:
             return "not run", f"the plain pipeline fails at this tiny model: {' '.join(str(error).split())[:120]}"
-        ours = pictures_among(all_through(source, recipe, tensors, DTYPES[dtype], killed_at=killed_at))
+        ours = pictures_among(all_through(source, recipe, tensors, DTYPES[dtype], torch.device(device), killed_at))
         same = bytes(ours.data) == plain.numpy().tobytes()
         if not same and not torch.equal(plain, plain_frames()):
             return (
@@ -172,8 +174,10 @@ def plainly(pipeline: Any, arguments: dict[str, Any], settings: set[str]) -> dic
 
 @click.command(help=__doc__.split("\n")[0] if __doc__ else None)
 @click.argument("names", nargs=-1)
+@click.option("--dtype", default="float32", show_default=True)
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--write", type=click.Path(path_type=Path), metavar="FILE", help="Write the table to this file.")
-def main(names: tuple[str, ...], write: Path | None) -> None:
+def main(names: tuple[str, ...], write: Path | None, dtype: str, device: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     import diffusers
@@ -187,20 +191,21 @@ def main(names: tuple[str, ...], write: Path | None) -> None:
         for cls in every_class():
             if names and cls.__name__ not in names:
                 continue
-            how, why = verdict(cls)
+            how, why = verdict(cls, dtype, device)
             rows.append((cls.__name__, how, why))
             print(f"{how}\t{cls.__name__}\t{why}", flush=True)
     counts = {how: sum(row[1] == how for row in rows) for how in ("equal", "refused", "not run", "fails", "differs")}
     print(", ".join(f"{count} {how}" for how, count in counts.items() if count))
     if write:
-        write.write_text(page(rows, counts, f"diffusers {diffusers.__version__}, torch {torch.__version__}"))
+        versions = f"diffusers {diffusers.__version__}, torch {torch.__version__}"
+        write.write_text(page(rows, counts, versions, f"{device} in {dtype}"))
 
 
-def page(rows: list[tuple[str, str, str]], counts: dict[str, int], versions: str) -> str:
+def page(rows: list[tuple[str, str, str]], counts: dict[str, int], versions: str, where: str) -> str:
     told = ", ".join(f"{count} {how}" for how, count in counts.items() if count)
     lines = [
         "# Families", "",
-        f"Every pipeline class of {versions}, on a CPU in float32: {told}. Written by `python -m scripts.families "
+        f"Every pipeline class of {versions}, on {where}: {told}. Written by `python -m scripts.families "
         "--write docs/families.md`.", "",
         "`equal`: a tiny pipeline of the class, with random weights, gives the same bits through the three stages as "
         "plainly, with what is named. `refused`: in one line, before anything is loaded. `not run`: it is taken, but "
