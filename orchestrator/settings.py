@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
-from protocol.model_spec import ModelSpec
+from protocol.model_spec import PARTS, ModelSpec
 from protocol.speedups import canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -192,6 +192,11 @@ class StackConfig(JobSettings):
         Field(description="A ControlNet for jobs with a control image: a folder or a hub id."),
         Flag("--controlnet", "MODEL", "none"),
     ] = None
+    ip_adapter: Annotated[
+        str | None,
+        Field(description="An IP-Adapter's weights (safetensors); its image_encoder is beside it, or the model's own."),
+        Flag("--ip-adapter", "FILE|OWNER/NAME/FILE", "none"),
+    ] = None
     dtype: Annotated[
         Dtype, Field(description="Of all stages."), Flag("--dtype", default="bfloat16 on GPUs, float32 on the CPU")
     ] = "auto"
@@ -245,7 +250,7 @@ class StackConfig(JobSettings):
 
     def model_spec(self) -> ModelSpec:
         """Return what its workers are to load."""
-        return ModelSpec(name=self.model, revision=self.revision, controlnet=self.controlnet)
+        return ModelSpec(name=self.model, **{part: getattr(self, part) for part in PARTS})
 
     def speedups(self) -> tuple[str, ...]:
         """Return all that may change a picture's bits, as speedups.py writes it; BadRequest."""

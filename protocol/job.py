@@ -41,6 +41,8 @@ class JobRequest(Data):
     images: Annotated[tuple[Digest, ...], Field(max_length=MAX_IMAGES_IN)] = ()  # pictures that it begins from
     mask: Digest | None = None  # white where the picture is to be made anew
     control: Digest | None = None  # a picture that a ControlNet keeps to, such as edges
+    ip_image: Digest | None = None  # a picture for the IP-Adapter
+    ip_scale: float | None = None  # how much that counts
     videos: GivenVideos = ()  # that it begins from, by the pipeline's own names; "" is the first one that it takes
     strength: float | None = None  # how much of the picture goes, from 0 to 1
     settings: Given = ()  # further arguments of the pipeline's call, by name
@@ -55,7 +57,7 @@ class JobRequest(Data):
     @property
     def named_pictures(self) -> dict[str, str]:
         """Their digests, by their names beside a task."""
-        return named_pictures(self.images, self.mask, self.control, self.videos)
+        return named_pictures(self.images, self.mask, self.control, self.ip_image, self.videos)
 
 
 class Recipe(Data):
@@ -77,6 +79,8 @@ class Recipe(Data):
     images: tuple[Digest, ...] = ()
     mask: Digest | None = None
     control: Digest | None = None
+    ip_image: Digest | None = None
+    ip_scale: float | None = None
     videos: GivenVideos = ()
     strength: float | None = None
     frames: Int64 | None = None  # of a video; None: pictures are made
@@ -94,7 +98,7 @@ class Recipe(Data):
     @property
     def named_pictures(self) -> dict[str, str]:
         """Their digests, by their names beside a task."""
-        return named_pictures(self.images, self.mask, self.control, self.videos)
+        return named_pictures(self.images, self.mask, self.control, self.ip_image, self.videos)
 
 
 class StageRecord(Data):

@@ -56,6 +56,7 @@ class ModelDescription(Data):
     image: PictureTask | None = None  # what is made of a picture; None: nothing
     inpaint: PictureTask | None = None  # what is made of a picture and a mask
     control: bool = False  # it takes a picture that a ControlNet keeps to
+    ip_adapter: bool = False  # it has one, and needs a picture for it
     control_mask: bool = False  # a mask goes with that picture, and needs no other
     controlled: PipelineTask | None = None  # with a ControlNet that was added to the model
     of_video: PipelineTask | None = None  # what is made of a video

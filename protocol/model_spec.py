@@ -3,11 +3,13 @@
 from protocol.data import Data
 
 DEMO = "demo"
+PARTS = ("revision", "controlnet", "ip_adapter")  # of a model, beside its name
 
 
 class ModelSpec(Data):
-    """A model and what is added to it; each a folder or a hub id."""
+    """A model and what is added to it; each a folder, a file or a hub id."""
 
     name: str = DEMO  # a folder, a hub id, or demo
     revision: str | None = None  # of a hub model: branch, tag or commit
     controlnet: str | None = None  # for jobs that bring a control image
+    ip_adapter: str | None = None  # weights, as a path or OWNER/NAME/PATH on the hub

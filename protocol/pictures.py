@@ -9,7 +9,13 @@ from protocol.tensors import Tensor
 
 MAX_PIXELS = 1 << 26  # of one picture: 8192 x 8192
 MAX_VIDEO_PIXELS = 80 << 20  # of all frames of a video: 91 of 1280 x 720
-IMAGE, MASK, CONTROL, VIDEO = "image", "mask", "control", "video"  # how the names of a task's pictures begin
+IMAGE, MASK, CONTROL, IP_IMAGE, VIDEO = (
+    "image",
+    "mask",
+    "control",
+    "ip_image",
+    "video",
+)  # how the names of a task's pictures begin
 PICTURES = "pictures"  # name of the tensors that a job's last visit gives
 SOUND, SOUND_RATE = "sound", "sound_rate"  # names of the tensors of videos' sound
 PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
@@ -17,15 +23,19 @@ PART_BYTES = 4 << 20  # of pictures, or of a video's frames, in one message
 
 def is_given_picture(tensor: Tensor) -> bool:
     """Return whether a tensor beside a task is a picture that the job begins from."""
-    return tensor.name in (MASK, CONTROL) or tensor.name.startswith((f"{IMAGE}:", f"{VIDEO}:"))
+    return tensor.name in (MASK, CONTROL, IP_IMAGE) or tensor.name.startswith((f"{IMAGE}:", f"{VIDEO}:"))
 
 
 def named_pictures(
-    images: Sequence[str], mask: str | None, control: str | None, videos: Sequence[tuple[str, str]]
+    images: Sequence[str],
+    mask: str | None,
+    control: str | None,
+    ip_image: str | None,
+    videos: Sequence[tuple[str, str]],
 ) -> dict[str, str]:
     """Return the digests of the pictures and videos that a job begins from, by their names beside its tasks."""
     found = {f"{IMAGE}:{number}": digest for number, digest in enumerate(images)}
-    found |= {name: digest for name, digest in ((MASK, mask), (CONTROL, control)) if digest}
+    found |= {name: digest for name, digest in ((MASK, mask), (CONTROL, control), (IP_IMAGE, ip_image)) if digest}
     return found | {f"{VIDEO}:{name}": digest for name, digest in videos}
 
 

@@ -47,6 +47,7 @@ class Template:
                 update={
                     "prompt": SENTINEL, "negative_prompt": negative, "seed": 0, "images": images,
                     "mask": recipe.mask and digest, "control": recipe.control and digest,
+                    "ip_image": recipe.ip_image and digest,
                     "videos": tuple((name, digest) for name, _ in recipe.videos),
                 }
             ),

@@ -9,7 +9,7 @@ import click
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
 from protocol.client.input_pictures import picture_of, split_video, video_of
 from protocol.errors import BadRequest
-from protocol.model_spec import DEMO, ModelSpec
+from protocol.model_spec import DEMO, PARTS, ModelSpec
 from protocol.speedups import canonical, parse_speedup
 from protocol.stages import FIRST, Stage
 from protocol.units import parse_bytes
@@ -17,7 +17,7 @@ from protocol.worker_spec import WorkerSpec
 
 LEAST_SECONDS = 0.1  # between two checkpoints, where nothing else is said
 RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-          "max_sequence_length", "frames", "fps", "strength")  # fmt: skip
+          "max_sequence_length", "frames", "fps", "strength", "ip_scale")  # fmt: skip
 
 
 @click.command()
@@ -35,6 +35,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("-m", "--model", help="A folder, a hub id, or demo. [default: demo, or what made the input file]")
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--controlnet", metavar="MODEL", help="As the stack's others: a folder or a hub id.")
+@click.option("--ip-adapter", metavar="FILE", help="As the stack's others: an IP-Adapter's weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
@@ -80,6 +81,8 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, help="A picture to begin from.")
 @click.option("--mask", type=click.Path(path_type=Path), help="White where the picture is to be made anew.")
 @click.option("--control-image", type=click.Path(path_type=Path), help="A picture that a ControlNet keeps to.")
+@click.option("--ip-image", type=click.Path(path_type=Path), help="A picture for the IP-Adapter.")
+@click.option("--ip-scale", type=float, help="How much that picture counts.")
 @click.option("--video", "videos", multiple=True, metavar="[NAME=]FILE", help="A video to begin from.")
 @click.option("--strength", type=float, help="How much of the picture goes, from 0 to 1.")
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
@@ -133,11 +136,15 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     images = [picture_of(path) for path in options["images"]]
     mask = picture_of(options["mask"], mask=True) if options["mask"] else None
     control = picture_of(options["control_image"]) if options["control_image"] else None
+    ip_image = picture_of(options["ip_image"]) if options["ip_image"] else None
     clips = [(name, video_of(path)) for name, path in map(split_video, options["videos"])]
-    named = {"images": tuple(image.name for image in images), "mask": mask and mask.name,
-             "control": control and control.name, "videos": tuple((n, v.name) for n, v in clips)}  # fmt: skip
+    named = {
+        "images": tuple(image.name for image in images), "mask": mask and mask.name,
+        "control": control and control.name, "ip_image": ip_image and ip_image.name,
+        "videos": tuple((name, video.name) for name, video in clips),
+    }  # fmt: skip
     given |= {name: value for name, value in named.items() if value}
-    pictures = (*images, *(one for one in (mask, control) if one), *(video for _, video in clips))
+    pictures = (*images, *(one for one in (mask, control, ip_image) if one), *(video for _, video in clips))
     if options["input_path"] is None:
         given.setdefault("prompt", "")  # of models that take none
     run_standalone(prepare(spec), given, pictures, options["input_path"], output, debugging)
@@ -183,7 +190,7 @@ def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:
     return WorkerSpec(
         stage=stage,
         name=name,
-        model=ModelSpec(name=options["model"] or DEMO, revision=options["revision"], controlnet=options["controlnet"]),
+        model=ModelSpec(name=options["model"] or DEMO, **{part: options[part] for part in PARTS}),
         device=options["device"],
         dtype=options["dtype"],
         max_memory=tuple(map(parse_bytes, limit.split(","))) if limit else (),

@@ -38,8 +38,9 @@ timeout_option = click.option(
 )  # fmt: skip
 
 ALPHA = "alpha"  # for --mask
+SINGLE = ("control_image", "ip_image")  # options of one picture, in the order of a request's pictures
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
-                 "max_sequence_length", "strength", "frames", "fps", "settings", "priority")  # fmt: skip
+                 "max_sequence_length", "strength", "ip_scale", "frames", "fps", "settings", "priority")  # fmt: skip
 
 
 def state_folder(state: Path | None) -> Path:
@@ -93,6 +94,9 @@ def picture_options(command: Command) -> Command:
                      "in --image."),
         click.option("--control-image", type=click.Path(path_type=Path), metavar="FILE",
                      help="A picture that the model's ControlNet keeps to, such as edges or depths."),
+        click.option("--ip-image", type=click.Path(path_type=Path), metavar="FILE",
+                     help="A picture for the stack's IP-Adapter."),
+        click.option("--ip-scale", type=float, help="How much that picture counts. [default: 1]"),
         click.option("--video", "videos", multiple=True, metavar="[NAME=]FILE",
                      help="A video to begin from (mp4, webm, gif); NAME is for models that take several, such as "
                      "pose_video=FILE."),
@@ -185,9 +189,9 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
 
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Read the pictures of --image, --mask and --control-image; BadRequest."""
-    control = options.get("control_image")
+    singles = [options[name] for name in SINGLE if options.get(name)]
     videos = [video_of(path) for _, path in map(split_video, options.get("videos") or ())]
-    return (*image_and_mask(options), *([picture_of(control)] if control else []), *videos)
+    return (*image_and_mask(options), *map(picture_of, singles), *videos)
 
 
 def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
@@ -210,9 +214,10 @@ def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]
     names = [name for name, _ in map(split_video, options.get("videos") or ())]
     videos = tuple(zip(names, digests[len(digests) - len(names) :], strict=True))
     del digests[len(digests) - len(names) :]
-    control = digests.pop() if options.get("control_image") else None
-    return {"images": tuple(digests[:count]), "mask": digests[count] if options.get("mask") else None,
-            "control": control, "videos": videos}  # fmt: skip
+    rest = iter(digests[count:])
+    one = {name: next(rest) if options.get(name) else None for name in ("mask", *SINGLE)}
+    return {"images": tuple(digests[:count]), "mask": one["mask"], "control": one["control_image"],
+            "ip_image": one["ip_image"], "videos": videos}  # fmt: skip
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:

@@ -42,7 +42,7 @@ from protocol.client.exchange import raise_unless_done
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.messages.client import Stack
-from protocol.pictures import CONTROL, IMAGE, MASK, VIDEO, pictures_among
+from protocol.pictures import CONTROL, IMAGE, IP_IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.settings import as_given
 from protocol.tensors import Tensor
@@ -285,7 +285,7 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
     wanted, given = list(recipe.pictures), [picture.name for picture in pictures]
     if wanted == given:
         return
-    flags = {"--mask FILE": recipe.mask, "--control-image FILE": recipe.control}
+    flags = {"--mask FILE": recipe.mask, "--control-image FILE": recipe.control, "--ip-image FILE": recipe.ip_image}
     options = " ".join([*(["--image FILE"] * len(recipe.images)), *(flag for flag, given in flags.items() if given),
                         *(f"--video {name}=FILE" for name, _ in recipe.videos)])  # fmt: skip
     if len(wanted) != len(given):
@@ -299,6 +299,7 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
         IMAGE: f"picture {number + 1}",
         MASK: "the mask",
         CONTROL: "the control image",
+        IP_IMAGE: "the IP-Adapter's picture",
         VIDEO: f"the video {which}",
     }
     what = words[kind]

@@ -6,6 +6,7 @@ from orchestrator.settings import StackConfig
 from orchestrator.short_process import EndedWithoutAnswer, answer_of
 from protocol.errors import TriptychError
 from protocol.model_profile import ModelProfile
+from protocol.model_spec import PARTS
 
 
 class NoProfile(TriptychError):
@@ -20,9 +21,9 @@ def find_profile(config: StackConfig, dtype: str) -> ModelProfile:
         NoProfile: anything else.
     """
     arguments = [config.model, "--dtype", dtype]
-    for name in ("revision", "controlnet", "width", "height", "steps"):
+    for name in (*PARTS, "width", "height", "steps"):
         if (value := getattr(config, name)) is not None:
-            arguments += [f"--{name}", str(value)]
+            arguments += [f"--{name.replace('_', '-')}", str(value)]
     try:
         return ModelProfile.model_validate_json(answer_of("workers.profile.measure", arguments))
     except (EndedWithoutAnswer, ValidationError) as error:

@@ -142,8 +142,8 @@ class Client:
     def submit(self, prompt: str | JobRequest, **options: Any) -> Job:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
 
-        `images`, `mask` and `control` may be paths, the bytes of files, or Pillow images; `video` a path, or frames as
-        Pillow images. `videos` are several, by the names of the pipeline's call.
+        `images`, `mask`, `control` and `ip_image` may be paths, the bytes of files, or Pillow images; `video` a path,
+        or frames as Pillow images. `videos` are several, by the names of the pipeline's call.
         """
         return run(self._calls.submit(prompt, **options))
 

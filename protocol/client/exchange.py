@@ -87,17 +87,19 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRe
     pictures = [picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])]
     masks = [] if mask is None else [picture_of(mask, mask=True)]
     controls = [] if control is None else [picture_of(control)]
+    ip_images = [picture_of(one) for one in (options.pop("ip_image", None),) if one is not None]
     videos = dict(options.pop("videos", {}))
     if (video := options.pop("video", None)) is not None:
         videos = {"": video, **videos}
     clips = {name: video_of(one) for name, one in videos.items()}
     named: dict[str, Any] = {
+        "ip_image": ip_images[0].name if ip_images else None,
         "videos": tuple((name, clip.name) for name, clip in clips.items()),
         "images": tuple(p.name for p in pictures),
         "mask": masks[0].name if masks else None,
         "control": controls[0].name if controls else None,
     }
-    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls, *clips.values()]
+    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls, *ip_images, *clips.values()]
 
 
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:

@@ -90,6 +90,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         image=picture_task(source, image_class(cls), pipeline, defaults),
         inpaint=picture_task(source, inpaint_class(cls), pipeline, defaults),
         control=control_argument(cls) is not None,
+        ip_adapter=source.ip_adapter is not None,
         control_mask="control_mask" in parameters,
         controlled=controlled_task(source, cls, pipeline, defaults),
         of_video=pipeline_task(found, pipeline, defaults) if (found := video_class(cls)) else None,

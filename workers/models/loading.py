@@ -33,6 +33,7 @@ from workers.models.component_plan import (
     plan_component,
 )
 from workers.models.devices import Devices
+from workers.models.ip_adapter import adapt
 from workers.models.layer_spread import spread_layers
 from workers.models.model_check import judge
 from workers.models.skeleton import (
@@ -194,6 +195,7 @@ def load_split(
 ) -> PipelineSplit:
     """A denoiser cut over its GPUs; BadRequest or DoesNotFit."""
     module = load_module(source, name, component_class(source, name), {"dtype": dtype})
+    adapt(source, name, module)
     speed.after_loading(module)
     return PipelineSplit(name, module, devices.parts(stage), devices.leased, devices.copy_stream)
 
@@ -226,6 +228,7 @@ def load_weights(
 
     def from_host() -> torch.nn.Module:
         module = load_module(source, name, cls, arguments)
+        adapt(source, name, module)
         speed.after_loading(module)
         return module
 

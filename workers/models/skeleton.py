@@ -16,6 +16,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from protocol.errors import ModelMissing
+from workers.models.ip_adapter import adapt, check_ip_adapter, feature_extractor
 from workers.models.source import CONTROLNET, Source, is_component
 from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of, video_arguments
 from workers.models.weight_files import read_json
@@ -84,6 +85,8 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
         )
     if CONTROLNET in source.added:
         check_controlnet(source, found)
+    if source.ip_adapter:
+        check_ip_adapter(source, found)
     return found
 
 
@@ -135,7 +138,7 @@ def build_skeleton(source: Source, dtype: torch.dtype = torch.float32) -> Diffus
 def without_weights(source: Source, name: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Return a component for a stage without its weights: a placeholder, or itself if it has none; None if absent."""
     if name not in source.index:
-        return None
+        return feature_extractor(source) if source.ip_adapter and name == "feature_extractor" else None
     cls: Any = component_class(source, name)
     if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
         return cls.from_pretrained(source.folder_of(name))
@@ -143,6 +146,7 @@ def without_weights(source: Source, name: str, device: torch.device, dtype: torc
         with init_empty_weights(include_buffers=False):
             module = of_config(cls, source, name)
         _load_buffers(module, source, name)
+        adapt(source, name, module)
         return said_to_be(module.to(dtype), device, dtype)
     return said_to_be(text_encoder_on_meta(source, name), device, dtype)
 

@@ -10,7 +10,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from protocol.errors import ModelMissing
@@ -19,7 +19,7 @@ from protocol.stages import SHARED_COMPONENTS, STAGES, TRAITS, Stage
 from workers.models.weight_files import Damaged, check_file, read_json
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
-CONTROLNET = "controlnet"  # name of the component
+CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
 SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
@@ -36,6 +36,7 @@ class Source:
     pipeline: str
     index: dict[str, tuple[str, str]]
     named: frozenset[str] = frozenset()  # components of the index, those that are null included
+    ip_adapter: Path | None = None  # its weights
     added: Mapping[str, Path] = field(default_factory=dict)  # folders of components that lie beside the model's own
 
     def folder_of(self, component: str) -> Path:
@@ -65,7 +66,9 @@ def stages_of(component: str) -> tuple[Stage, ...]:
 def locate(spec: ModelSpec, stage: Stage | None) -> Source:
     """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
     source = locate_model(spec.name, spec.revision, stage)
-    return with_controlnet(source, spec.controlnet, stage) if spec.controlnet else source
+    if spec.controlnet:
+        source = with_controlnet(source, spec.controlnet, stage)
+    return with_ip_adapter(source, spec.ip_adapter, stage) if spec.ip_adapter else source
 
 
 def locate_model(model: str, revision: str | None, stage: Stage | None) -> Source:
@@ -118,6 +121,37 @@ def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
         named=source.named | {CONTROLNET},
         added={**source.added, CONTROLNET: folder},
     )
+
+
+def with_ip_adapter(source: Source, given: str, stage: Stage | None) -> Source:
+    """Return the source with an IP-Adapter beside it, and its image encoder where the model has none; ModelMissing."""
+    path = Path(given).expanduser()
+    if not path.exists() and len(path.parts) > 2 and REPO_ID.fullmatch(repo := "/".join(path.parts[:2])):
+        file = PurePosixPath(*path.parts[2:])
+        encoders = [str(file.parent / IMAGE_ENCODER / "*.json")]
+        if stage in stages_of(IMAGE_ENCODER):
+            encoders.append(str(file.parent / IMAGE_ENCODER / "*.safetensors"))
+        with hub_errors(repo, None):
+            path = snapshot(repo, None, [str(file), *encoders]) / file
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ModelMissing(
+            f"There is no IP-Adapter {given!r}.",
+            "Give a file of safetensors, or one on the hub: h94/IP-Adapter/models/ip-adapter_sd15.safetensors.",
+        )
+    added, index = dict(source.added), dict(source.index)
+    if IMAGE_ENCODER not in index:
+        if not (path.parent / IMAGE_ENCODER / "config.json").exists():
+            raise ModelMissing(
+                f"{given!r} has no image encoder: there is no folder {IMAGE_ENCODER} beside it, and none in the model.",
+                "Put the one that it was trained with there.",
+            )
+        added[IMAGE_ENCODER] = path.parent / IMAGE_ENCODER
+        index[IMAGE_ENCODER] = ("transformers", "CLIPVisionModelWithProjection")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return replace(
+        source, revision=f"{source.revision}+{digest}", index=index, named=source.named | {IMAGE_ENCODER}, added=added,
+        ip_adapter=path,
+    )  # fmt: skip
 
 
 def read(model: str, folder: Path, revision: str | None) -> Source:

@@ -117,16 +117,21 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.argument("model")
 @click.option("--revision")
 @click.option("--controlnet")
+@click.option("--ip-adapter")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--steps", type=int)
 @click.option("--num-images", type=int, default=1)
 @click.option("--cfg-scale", type=float)
-def main(model: str, revision: str | None, controlnet: str | None, dtype: str, **wanted: Any) -> None:
+def main(
+    model: str, revision: str | None, controlnet: str | None, ip_adapter: str | None, dtype: str, **wanted: Any
+) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-            source = locate(ModelSpec(name=model, revision=revision, controlnet=controlnet), None)
+            source = locate(
+                ModelSpec(name=model, revision=revision, controlnet=controlnet, ip_adapter=ip_adapter), None
+            )
             found = profile_for(source, dtype, **wanted)
         print(found.model_dump_json())
     except Exception as error:

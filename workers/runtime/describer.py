@@ -197,7 +197,8 @@ def serve(spec: DescriberSpec) -> None:
 @click.argument("model")
 @click.option("--revision")
 @click.option("--controlnet")
-def main(model: str, revision: str | None, controlnet: str | None) -> None:
+@click.option("--ip-adapter")
+def main(model: str, **parts: str | None) -> None:
     from workers.models.description import describe
     from workers.models.model_check import find_problems
     from workers.models.skeleton import quiet
@@ -205,7 +206,7 @@ def main(model: str, revision: str | None, controlnet: str | None) -> None:
 
     try:
         with quiet(), contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-            source = locate(ModelSpec(name=model, revision=revision, controlnet=controlnet), None)
+            source = locate(ModelSpec(name=model, **parts), None)
             problems = find_problems(source, STAGES)
             found: dict[str, Any] = {"problems": [str(problem) for problem in problems]}
             if not problems:

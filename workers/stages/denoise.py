@@ -47,6 +47,8 @@ class DenoiseStage:
         record = CallRecord.unpack(tensors)
         record.forwards = []  # of an earlier visit; they are made, or stood in for, once more
         run = new_run("denoise", record, self.device, recipe)
+        if recipe.ip_scale is not None:
+            self.loaded.pipeline_for(recipe).set_ip_adapter_scale(recipe.ip_scale)
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.weights(recipe, tensors, record, begins=saved is None))

@@ -10,7 +10,18 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from protocol.job import Recipe
-from protocol.pictures import CONTROL, IMAGE, MASK, PART_BYTES, PICTURES, SOUND, SOUND_RATE, VIDEO, is_given_picture
+from protocol.pictures import (
+    CONTROL,
+    IMAGE,
+    IP_IMAGE,
+    MASK,
+    PART_BYTES,
+    PICTURES,
+    SOUND,
+    SOUND_RATE,
+    VIDEO,
+    is_given_picture,
+)
 from protocol.stages import Stage
 from protocol.tensors import Tensor
 from workers.errors import Cancelled, StageError
@@ -66,6 +77,8 @@ def given_pictures(tensors: Sequence[Tensor], cls: type[DiffusionPipeline]) -> d
         found[first_of(MASKS, cls) or MASKS[0]] = image_of(mine[MASK])
     if CONTROL in mine and control:
         found[control] = image_of(mine[CONTROL])
+    if IP_IMAGE in mine:
+        found["ip_adapter_image"] = image_of(mine[IP_IMAGE])
     videos = {
         name.removeprefix(f"{VIDEO}:"): frames_of(tensor) for name, tensor in mine.items() if len(tensor.shape) == 4
     }
