@@ -199,6 +199,8 @@ def guidance_arguments(
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """(width, height) in pixels, as the pipeline's own call gives them."""
     width, height = default_of(pipeline, "width"), default_of(pipeline, "height")
+    width = width or getattr(pipeline, "default_width", None)
+    height = height or getattr(pipeline, "default_height", None)
     if width and height:
         return int(width), int(height)
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)

@@ -11,12 +11,13 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin, ModularPipeline
 from safetensors import safe_open
 from transformers import PretrainedConfig
 
 from protocol.errors import ModelMissing
 from workers.models.ip_adapter import adapt, check_ip_adapter, feature_extractor
+from workers.models.modular import adapter_of
 from workers.models.source import CONTROLNET, Source, is_component
 from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of, video_arguments
 from workers.models.weight_files import read_json
@@ -73,6 +74,8 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
         found = getattr(diffusers, source.pipeline, None)
     except (ImportError, RuntimeError) as error:  # of what it needs besides
         raise ModelMissing(f"{source.model!r} is a {source.pipeline}, which can't be imported: {error}.") from error
+    if isinstance(found, type) and issubclass(found, ModularPipeline):
+        found = adapter_of(source.model, found, source.blocks)
     if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise ModelMissing(
             f"{source.model!r} is a {source.pipeline!r}, which diffusers {diffusers.__version__} doesn't have.",
@@ -163,7 +166,7 @@ def expected_components(cls: type[DiffusionPipeline]) -> set[str]:
 
 def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, Any]:
     """The constructor's plain settings that model_index.json holds, such as force_zeros_for_empty_prompt."""
-    raw = json.loads((source.folder / "model_index.json").read_text())
+    raw = json.loads(source.index_file.read_text())
     _, optional = cls._get_signature_keys(cls)
     return {name: raw[name] for name in optional if name in raw and not is_component(raw[name])}
 

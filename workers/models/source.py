@@ -22,6 +22,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
+INDEX_FILES = ("model_index.json", "modular_model_index.json")
 SKIP = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.msgpack", "*.onnx*", "*.fp16.*", "*.non_ema.*", "*.png", "*.jpg")
 SAMPLE_BYTES = 65536
 
@@ -37,7 +38,13 @@ class Source:
     index: dict[str, tuple[str, str]]
     named: frozenset[str] = frozenset()  # components of the index, those that are null included
     ip_adapter: Path | None = None  # its weights
+    blocks: str | None = None  # name of a modular pipeline's blocks, where the model says one
     added: Mapping[str, Path] = field(default_factory=dict)  # folders of components that lie beside the model's own
+
+    @property
+    def index_file(self) -> Path:
+        """The file that names the pipeline and its components."""
+        return next(path for name in INDEX_FILES if (path := self.folder / name).exists())
 
     def folder_of(self, component: str) -> Path:
         """Return the folder of a component's files."""
@@ -156,8 +163,9 @@ def with_ip_adapter(source: Source, given: str, stage: Stage | None) -> Source:
 
 def read(model: str, folder: Path, revision: str | None) -> Source:
     """The source in a local folder; a folder without a commit gets a fingerprint of its files. ModelMissing."""
-    path = folder / "model_index.json"
-    if not path.exists() and not path.is_symlink():
+    paths = [folder / name for name in INDEX_FILES]
+    path = next((path for path in paths if path.exists() or path.is_symlink()), None)
+    if path is None:
         raise ModelMissing(
             f"{model!r} is not a model in the diffusers layout: it has no model_index.json.", hint(folder)
         )
@@ -170,19 +178,32 @@ def read(model: str, folder: Path, revision: str | None) -> Source:
             f"{model!r} is not a model in the diffusers layout: its model_index.json names no pipeline and components.",
             "Save one there with pipeline.save_pretrained(FOLDER), or download it again.",
         )
-    index = {name: (str(value[0]), str(value[1])) for name, value in entries.items() if value != [None, None]}
+    hints = {name: class_named(value) for name, value in entries.items()}
+    index = {name: (str(hint[0]), str(hint[1])) for name, hint in hints.items() if hint != [None, None]}
     if odd := [name for name in index if not NAME.fullmatch(name)]:
         raise ModelMissing(f"{model!r} names a component {odd[0]!r}, which is no name of a folder.", "Rename it.")
     with explained(model, folder):
-        return Source(model, folder, revision or fingerprint(folder), pipeline, index, frozenset(entries))
+        blocks = raw.get("_blocks_class_name")
+        return Source(
+            model, folder, revision or fingerprint(folder), pipeline, index, frozenset(entries),
+            blocks=blocks if isinstance(blocks, str) else None,
+        )  # fmt: skip
 
 
 def is_component(value: object) -> bool:
     """Return whether an entry of model_index.json is a component; other lists are settings of the pipeline."""
     match value:
-        case [str(), str()] | [None, None]:
+        case [str(), str()] | [None, None] | [str() | None, str() | None, {}]:
             return True
     return False
+
+
+def class_named(entry: list[Any]) -> list[Any]:
+    """Return (library, class) of an entry; of a modular pipeline's, what it was saved as, or is to be."""
+    match entry:
+        case [None, None, {"type_hint": [library, name]}]:
+            return [library, name]
+    return entry[:2]
 
 
 def hint(folder: Path) -> str:
@@ -234,7 +255,7 @@ def lacks(folder: Path) -> bool:
 
 def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
     """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already."""
-    small = ["model_index.json", "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
+    small = [*INDEX_FILES, "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
     with hub_errors(repo, revision):
         base = snapshot(repo, revision, small)
         if stage is None:

@@ -224,7 +224,7 @@ def install(pipeline: DiffusionPipeline, owners: Mapping[str, Stage]) -> None:
             wrap(pipeline, entry, "text", entry)
     if can_skip(type(pipeline).__call__):
         pipeline.__dict__["progress_bar"] = skipping(pipeline, pipeline.progress_bar)
-    for processor in vars(pipeline).values():
+    for processor in (*vars(pipeline).values(), *pipeline.components.values()):
         if isinstance(processor, VaeImageProcessor):
             install_processor(processor)
     for name, component in pipeline.components.items():

@@ -121,6 +121,7 @@ def token_counter(source: Any) -> Counter:
     tokenizer = longest_tokenizer(source)
     if tokenizer is None:
         return lambda text: 0
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
     return lambda text: len(tokenizer(text, truncation=False, add_special_tokens=True).input_ids)
 
 
