@@ -113,6 +113,7 @@ class StageRecord(Data):
     warnings: tuple[str, ...] = ()
     device_kind: str = ""  # cpu, or a GPU's name: what equal bits depend on
     versions: str = ""  # of the libraries that computed it
+    calls: int = 0  # into components, whose results the job has now
     wants: str = ""  # the call that the next stage is to make, such as `vae.encode`
     kept: Kept = ""  # what it left for the stages to come
 

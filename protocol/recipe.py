@@ -101,7 +101,9 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask
         raise BadRequest(f"{model.pipeline} begins from a picture.", "Give it: --image FILE.")
     if "mask" in model.needs and request.mask is None:
         raise BadRequest(f"{model.pipeline} needs a mask: white where the picture is made anew.", "Give --mask FILE.")
-    if missing := [n for n in model.needs if n not in ("image", "mask", *(name or n for name, _ in request.videos))]:
+    task_of_videos = model.image if request.images else model.of_video
+    given = {"image", "mask", *(name for name, _ in named_videos(request, task_of_videos))}
+    if missing := [name for name in model.needs if name not in given]:
         raise BadRequest(f"{model.pipeline} needs a video: {missing[0]}.", f"Give it: --video {missing[0]}=FILE.")
     if not request.images:
         if request.mask is not None and not (model.control_mask and request.control):
@@ -155,7 +157,9 @@ def check_of_video(request: JobRequest, model: ModelDescription, task: PipelineT
 
 def named_videos(request: JobRequest, task: PipelineTask | None) -> tuple[tuple[str, str], ...]:
     """Return a request's videos by the names of the pipeline's call."""
-    return tuple((name or task.videos[0], digest) for name, digest in request.videos) if task else ()
+    if task is None or not task.videos:
+        return ()
+    return tuple(sorted((name or task.videos[0], digest) for name, digest in request.videos))
 
 
 def check_sizes(

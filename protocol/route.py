@@ -66,7 +66,7 @@ def encoded_key(route: Route, recipe: Recipe) -> str:
         route.encoded,
         recipe.prompt,
         recipe.negative_prompt,
-        *(recipe.pictures if route.of_pictures else ()),
+        *(sorted(recipe.named_pictures.items()) if route.of_pictures else ()),
         *((recipe.seed,) if route.of_seed else ()),
         *text_speedups(recipe),
     )
@@ -83,7 +83,7 @@ def whole_key(recipe: Recipe) -> str:
         recipe.cfg_scale,  # which may decide whether the negative prompt is encoded, too
         recipe.max_sequence_length,
         recipe.num_images,
-        *recipe.pictures,
+        *sorted(recipe.named_pictures.items()),
         recipe.settings,
         *(
             (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.pictures else ()

@@ -9,6 +9,7 @@ from protocol.tensors import Tensor
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source
+from workers.replay.boundaries import tensors_of
 from workers.replay.call_record import CallRecord
 from workers.stages.contract import unheard
 from workers.stages.text import TextStage
@@ -44,3 +45,11 @@ def before_denoising(source: Source, recipe: Recipe, given: Sequence[Tensor] = (
         outcome = vae.run(recipe, (*outcome.tensors, *given), unheard)
     assert outcome.next == "denoise"
     return (*outcome.tensors, *given)
+
+
+def decodes_of(tensors: Sequence[Tensor]) -> bytes:
+    """The bits of all that the vae stage is to decode."""
+    record = CallRecord.unpack(tensors)
+    return b"".join(
+        bits(tensor) for tensor in tensors_of([record.value(call, torch.device("cpu")) for call in record.decodes])
+    )

@@ -268,7 +268,7 @@ class Engine:
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
-            versions=worker.hello.versions, wants=result.wants, kept=kept,
+            versions=worker.hello.versions, calls=result.calls, wants=result.wants, kept=kept,
         )  # fmt: skip
         self.happened(job, transitions.StageDone(record, result.next, time.time(), result.visits_left))
         if result.next is None:

@@ -4,6 +4,7 @@ A job waits at a stage until a worker has its task. Each task has a number of it
 counts once. What a job leaves on the way is dropped here when nobody needs it any more.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from protocol.stages import FIRST, TRAITS, Stage
 
 MAX_ATTEMPTS = 3  # tries of one stage at the same point
 MAX_SHORTAGES = 12  # tries of one stage that found too little memory; each asks for half as much again
-MAX_VISITS = 32  # of stages in a job, before its way is taken to go in circles
+MAX_VISITS = 32  # of stages that bring nothing new, before a job's way is taken to go in circles
 KEEP_REASONS = 16
 ArtifactKind = Literal["checkpoint", "latents", "pictures"]  # of a job by its id
 PARTS: tuple[ArtifactKind, ...] = ("pictures",)  # that a task has sent before its end, which go with it
@@ -181,8 +182,8 @@ def _stage_done(job: LiveJob, event: StageDone) -> Changes:
     if event.next is None:
         pictures = job.recipe.num_images
         return _ended(job, "done", event.now, records=(*job.records, event.record), pictures=pictures)
-    if len(job.records) >= MAX_VISITS:
-        reason = f"{job.stage} sends it to {event.next} again, after {MAX_VISITS} visits; its pipeline can't be split"
+    if visits_in_vain((*job.records, event.record)) >= MAX_VISITS:
+        reason = f"{job.stage} sends it to {event.next} again, after {MAX_VISITS} visits that brought nothing new"
         return _failed(job, Failed(reason, retry=False, now=event.now))
     over = job.saved and TRAITS[job.stage].resumes
     saved = 0 if over else job.saved
@@ -190,6 +191,14 @@ def _stage_done(job: LiveJob, event: StageDone) -> Changes:
         job, event.record, event.next, visits_left=event.visits_left, state=event.next, saved=saved
     )  # fmt: skip
     return Changes(following, drop=("checkpoint",) if over else ())
+
+
+def visits_in_vain(records: Sequence[StageRecord]) -> int:
+    """Return how many visits there have been since one brought calls' results that there were not before."""
+    most, since = -1, 0
+    for record in records:
+        most, since = (record.calls, 0) if record.calls > most else (most, since + 1)
+    return since
 
 
 def _visited(

@@ -16,7 +16,7 @@ from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
 from orchestrator.token_bucket import TokenBucket
 from protocol.client.endpoints import Endpoints
 from protocol.curve_keys import KeyPair, Role
-from protocol.pictures import MAX_PIXELS
+from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
 from protocol.sockets import receive_from, router, send
 from protocol.tensors import Buffer
 
@@ -26,7 +26,7 @@ ZAP = "inproc://zeromq.zap.01"
 BATCH = 256  # messages of one socket between two commits
 REMEMBERED = 10_000  # peers from outside
 MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
-LARGEST_QUESTION = 3 * MAX_PIXELS + (1 << 20)  # bytes of a frame: the largest picture that a job may begin from
+LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
 Handler = Callable[[bytes, Principal, list[Buffer]], None]  # (peer, on whose behalf, frames)
 
 

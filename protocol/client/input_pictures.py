@@ -32,17 +32,20 @@ def picture_of(given: Given, mask: bool = False, blur: float = 0) -> Tensor:
     return tensor_of(in_srgb(upright(given)).convert("RGB"))
 
 
-def video_of(given: "str | os.PathLike[str] | Sequence[Image]") -> Tensor:
+def video_of(given: "str | os.PathLike[str] | bytes | Sequence[Image]") -> Tensor:
     """Return a video's frames, uint8 (frames, height, width, 3), named by their digest.
 
-    `given` is a path of a file that PyAV can read, or frames as Pillow images.
+    `given` is the path or the bytes of a file that PyAV can read, or frames as Pillow images.
 
     Raises:
         BadRequest: it can't be read, holds no video, or is too large.
     """
     import numpy as np
 
-    frames = decoded(given) if isinstance(given, str | os.PathLike) else (np.asarray(f.convert("RGB")) for f in given)
+    if isinstance(given, str | os.PathLike | bytes):
+        frames = decoded(given)
+    else:
+        frames = (np.asarray(frame.convert("RGB")) for frame in given)
     found: list[np.ndarray] = []
     pixels = 0
     for frame in frames:
@@ -58,32 +61,34 @@ def video_of(given: "str | os.PathLike[str] | Sequence[Image]") -> Tensor:
         found.append(frame)
     if not found:
         raise BadRequest(f"{told(given)} has no frames.", "Give a video.")
-    video = np.stack(found)
-    return Tensor(digest_of(video.shape, video.tobytes()), "uint8", video.shape, video.tobytes())
+    shape, data = (len(found), *found[0].shape), b"".join(frame.tobytes() for frame in found)
+    return Tensor(digest_of(shape, data), "uint8", shape, data)
 
 
 def split_video(text: str) -> tuple[str, str]:
     """Split `[NAME=]FILE` into the name of a pipeline's argument, "" for the first that it takes, and the path."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals and name.isidentifier() else ("", text)
+    if Path(text).exists():
+        return "", text
+    return (name, path) if equals and name.isidentifier() and name.isascii() else ("", text)
 
 
-def decoded(path: "str | os.PathLike[str]") -> "Iterator[np.ndarray]":
+def decoded(given: "str | os.PathLike[str] | bytes") -> "Iterator[np.ndarray]":
     """Yield the frames of a video file, uint8 (height, width, 3), upright; BadRequest."""
     import av
     import numpy as np
 
     try:
-        with av.open(os.fspath(path)) as file:
+        with av.open(io.BytesIO(given) if isinstance(given, bytes) else os.fspath(given), "r") as file:
             if not file.streams.video:
-                raise BadRequest(f"{told(path)} holds no video.", "Give one: mp4, webm, gif …")
+                raise BadRequest(f"{told(given)} holds no video.", "Give one: mp4, webm, gif …")
             for frame in file.decode(video=0):
                 picture = frame.to_ndarray(format="rgb24")
                 yield np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
     except FileNotFoundError as error:
-        raise BadRequest(f"There is no file {told(path)}.") from error
+        raise BadRequest(f"There is no file {told(given)}.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise BadRequest(f"{told(path)} can't be read as a video.", "mp4, webm and gif can.") from error
+        raise BadRequest(f"{told(given)} can't be read as a video.", "mp4, webm and gif can.") from error
 
 
 def alpha_mask_of(given: Given, blur: float = 0) -> Tensor:

@@ -86,6 +86,14 @@ def test_embeddings_are_shared_by_what_they_depend_on_and_no_further() -> None:
     assert whole_key(base) == whole_key(recipe(seed=2, steps=4, width=512, height=512, guidance=7.0))
     others = [recipe(prompt="a dog"), recipe(num_images=2), recipe(max_sequence_length=256), recipe(cfg_scale=2.0)]
     assert len({whole_key(base), *map(whole_key, others)}) == 5
+    one, two = "1" * 64, "2" * 64
+    some = recipe()
+    fields: tuple[dict[str, object], ...] = (
+        {"images": (one,)}, {"control": one}, {"ip_image": one}, {"videos": (("a", one), ("b", two))},
+        {"videos": (("a", two), ("b", one))},
+    )  # fmt: skip
+    pictured = [some.model_copy(update=update) for update in fields]
+    assert len(set(map(whole_key, pictured))) == len(pictured)
 
 
 VIDEO = DEV.model_copy(update={"video": VideoTask(frames=81, multiple=4, fps=16.0, max_frames=324)})

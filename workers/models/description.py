@@ -24,6 +24,7 @@ from workers.models.skeleton import added_names, build_skeleton, pipeline_class
 from workers.models.source import CONTROLNET, Source
 from workers.models.tasks import (
     FRAMES,
+    IMAGES,
     IMAGES_PER_PROMPT,
     RATE,
     control_argument,
@@ -130,7 +131,9 @@ def controlled_task(
     if CONTROLNET not in added_names(source, type(pipeline)):
         return None
     found = controlnet_class(cls, source.index[CONTROLNET][1])
-    return pipeline_task(found, pipeline, defaults) if found else None
+    if found is None or (cls is not type(pipeline) and not first_of(IMAGES, found)):  # it takes no picture besides
+        return None
+    return pipeline_task(found, pipeline, defaults)
 
 
 def picture_task(

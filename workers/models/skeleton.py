@@ -19,7 +19,7 @@ from protocol.errors import ModelMissing
 from workers.models.ip_adapter import adapt, check_ip_adapter, feature_extractor
 from workers.models.modular import adapter_of
 from workers.models.source import CONTROLNET, Source, is_component
-from workers.models.tasks import annotation_of, controlnet_class, needs_of, parameters_of, video_arguments
+from workers.models.tasks import controlnet_class, needs_of, parameters_of, takes, video_arguments
 from workers.models.weight_files import read_json
 from workers.replay.placeholder import said_to_be
 
@@ -96,8 +96,7 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
 def check_controlnet(source: Source, cls: type[DiffusionPipeline]) -> None:
     """Check that a ControlNet from elsewhere goes with a model; ModelMissing."""
     given, name = str(source.added[CONTROLNET]), source.index[CONTROLNET][1]
-    takes = annotation_of(cls, CONTROLNET) or annotation_of(controlnet_class(cls, name) or cls, CONTROLNET)
-    if name not in takes:
+    if not takes(cls, name) and controlnet_class(cls, name) is None:
         raise ModelMissing(
             f"{given!r} is a {name}, which doesn't go with a {cls.__name__}.", "Choose a ControlNet for this model."
         )

@@ -105,9 +105,11 @@ def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
     if folder.is_dir():
         folder, revision = folder.resolve(), None
     elif REPO_ID.fullmatch(given) and not folder.exists():
-        weights = ["*.safetensors"] if stage in stages_of(CONTROLNET) else []
+        weights = ["diffusion_pytorch_model*.safetensors*"] if stage in stages_of(CONTROLNET) else []
         with hub_errors(given, None):
             folder = snapshot(given, None, ["config.json", *weights])
+            if weights and lacks(folder):  # it has variants alone, such as fp16
+                snapshot(given, folder.name, weights, skip=())
         revision = folder.name
     else:
         raise ModelMissing(

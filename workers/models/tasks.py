@@ -70,9 +70,15 @@ def controlnet_class(cls: type[DiffusionPipeline], controlnet: str) -> type[Diff
         base = cls.__name__.removesuffix(ending)
         for written in (ending, ending.replace("Inpaint", "Inpainting")):
             found: type[DiffusionPipeline] | None = getattr(diffusers, f"{base}{kind}{written}", None)
-            if base + ending == cls.__name__ and found is not None and controlnet in annotation_of(found, "controlnet"):
+            if base + ending == cls.__name__ and found is not None and takes(found, controlnet):
                 return found
     return None
+
+
+def takes(cls: type[DiffusionPipeline], controlnet: str) -> bool:
+    """Return whether a pipeline takes ControlNets of a class, and pictures for them."""
+    known = re.findall(r"\w+", annotation_of(cls, "controlnet"))
+    return controlnet in known and control_argument(cls) is not None
 
 
 def annotation_of(cls: type[DiffusionPipeline], component: str) -> str:

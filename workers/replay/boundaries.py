@@ -249,7 +249,7 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
     if is_placeholder(component):
         for part, module in component.named_modules():
             if part and next(module.parameters(recurse=False), None) is not None:
-                module.register_forward_pre_hook(functools.partial(refuse_on_the_host, f"{name}.{part}"))
+                module.register_forward_pre_hook(functools.partial(refuse_on_the_host, owner, f"{name}.{part}"))
     match owner:
         case "text":
             for entry in ("forward", *OUTSIDE_FORWARD):
@@ -270,14 +270,16 @@ def install_component(name: str, component: torch.nn.Module, owner: Stage) -> No
                 component.register_forward_hook(note_shapes)
 
 
-def refuse_on_the_host(name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+def refuse_on_the_host(owner: Stage, name: str, module: torch.nn.Module, args: tuple[Any, ...]) -> None:
     """A forward hook of a placeholder's layers, before they run: only shapes can go through them.
 
     torch multiplies by weights on the meta device in silence, and what comes out is whatever was in memory.
     """
     run = _current.get()
-    if run is not None and not run.finishes and any(not tensor.is_meta for tensor in tensors_of(args)):
-        raise RuntimeError(f"{name} is called on its own, where it has no weights: it is on the meta device")
+    if run is None or (run.finishes and owner == "denoise") or all(tensor.is_meta for tensor in tensors_of(args)):
+        return
+    told = f"{name} is called on its own, where it has no weights"
+    raise RuntimeError(f"{told}: it is on the meta device") if run.pending else StageError(told)
 
 
 def refuse_tainted(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """The record of a job: the results of its calls into components, in order, as one stage after the other made them."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,31 @@ from workers.tensors import from_wire, to_wire
 
 RECORD = "record:"  # begins the names of the tensors that a record is made of
 STATE = f"{RECORD}state"
+PART, MOST_BYTES = "/", 128 << 20  # of a tensor in one frame of a message
 NO_STAND_IN = "none"  # in the place of a result's shapes
+
+
+def in_parts(tensor: Tensor) -> list[Tensor]:
+    """Return a tensor in parts that fit a message's frame, where it is larger, such as a decoded video.
+
+    The one of its own name tells its type and shape then; the others have its bytes.
+    """
+    data = memoryview(tensor.data).cast("B")
+    if len(data) <= MOST_BYTES:
+        return [tensor]
+    packed = msgpack.packb([tensor.dtype, tensor.shape])
+    rest = [data[start : start + MOST_BYTES] for start in range(0, len(data), MOST_BYTES)]
+    parts = [Tensor(f"{tensor.name}{PART}{i}", "uint8", (len(part),), part) for i, part in enumerate(rest)]
+    return [Tensor(tensor.name, "uint8", (len(packed),), packed), *parts]
+
+
+def joined(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the tensor of a name, put together again where it came in parts."""
+    if f"{name}{PART}0" not in tensors:
+        return tensors[name]
+    dtype, shape = msgpack.unpackb(tensors[name].data)
+    found = itertools.takewhile(lambda part: part in tensors, (f"{name}{PART}{i}" for i in itertools.count()))
+    return Tensor(name, dtype, tuple(shape), b"".join(tensors[part].data for part in found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +124,8 @@ class CallRecord:
         calls, decodes = ([[c.label, c.result] for c in calls] for calls in (self.calls, self.decodes))
         packed = msgpack.packb({"calls": calls, "decodes": decodes, "forwards": self.forwards, "goes_on": self.goes_on})
         state = Tensor(STATE, "uint8", (len(packed),), packed)
-        return [state, *(to_wire(f"{RECORD}{i}", tensor) for i, tensor in enumerate(self.tensors))]
+        named = (to_wire(f"{RECORD}{i}", tensor) for i, tensor in enumerate(self.tensors))
+        return [state, *itertools.chain.from_iterable(map(in_parts, named))]
 
     @staticmethod
     def unpack(tensors: Sequence[Tensor]) -> "CallRecord":
@@ -110,7 +136,8 @@ class CallRecord:
             return CallRecord()
         match msgpack.unpackb(state.data):
             case {"calls": list(calls), "decodes": list(decodes), "forwards": list(forwards), "goes_on": bool(goes_on)}:
-                values = [from_wire(mine[f"{RECORD}{i}"]) for i in range(len(mine))]
+                whole = (name for name in mine if PART not in name)
+                values = [from_wire(joined(mine, f"{RECORD}{i}")) for i, _ in enumerate(whole)]
                 made, left = [Call(*call) for call in calls], [Call(*call) for call in decodes]
                 return CallRecord(made, left, forwards, values, goes_on)
         raise ValueError("a record doesn't hold what it should")

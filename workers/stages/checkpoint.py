@@ -135,9 +135,9 @@ class Draft:
 
 def read(tensors: Sequence[Tensor], device: torch.device) -> Checkpoint:
     """The checkpoint among received tensors, which must hold one; ValueError."""
-    mine = [tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)]
-    state = next(tensor for tensor in mine if tensor.name == STATE)
-    values = [from_wire(tensor) for tensor in mine if tensor.name != STATE]
+    mine = {tensor.name: tensor for tensor in tensors if tensor.name.startswith(CHECKPOINT)}
+    state = mine.pop(STATE)
+    values = [from_wire(mine[f"{CHECKPOINT}{i}"]) for i in range(len(mine))]
     found = msgpack.unpackb(state.data)
     match found:
         case {"step": int(step), "marks": list(marks), "schedulers": dict(schedulers), "forwards": list(forwards)}:

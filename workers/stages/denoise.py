@@ -17,7 +17,7 @@ from workers.models.loading import Loaded
 from workers.models.source import stages_of
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
-from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, for_next_stages, newest, read
+from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, for_next_stages, is_one, newest, read
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
@@ -52,7 +52,7 @@ class DenoiseStage:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(self.weights(recipe, tensors, record, begins=saved is None))
-                steps = stack.enter_context(self.course(recipe, record, report, saved))
+                steps = stack.enter_context(self.course(recipe, record, report, saved, in_loop=is_one(tensors)))
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
                 goes_on = bool(run.pending) and isinstance(result, Stopped)
@@ -61,9 +61,11 @@ class DenoiseStage:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
-            return Outcome([*run.for_decoding(goes_on).pack(), *ended], next="vae", wants=run.pending[0][0])
+            left, calls = [*run.for_decoding(goes_on).pack(), *ended], len(record.calls)
+            return Outcome(left, next="vae", wants=run.pending[0][0], calls=calls)
         if isinstance(result, Stopped):
-            return Outcome([*record.pack(), *ended], next=result.owner, wants=result.label)
+            left = [*record.pack(), *ended]
+            return Outcome(left, next=result.owner, wants=result.label, calls=len(record.calls))
         return Outcome(pictures_of(result, self.pipeline))  # it works on pixels
 
     @contextlib.contextmanager
@@ -85,13 +87,18 @@ class DenoiseStage:
             yield
 
     @contextlib.contextmanager
-    def course(self, recipe: Recipe, record: CallRecord, report: Report, saved: Checkpoint | None) -> Iterator[Steps]:
-        """The job's steps: recorded as they go, and from a checkpoint on if there is one."""
+    def course(
+        self, recipe: Recipe, record: CallRecord, report: Report, saved: Checkpoint | None, in_loop: bool
+    ) -> Iterator[Steps]:
+        """The job's steps: recorded as they go, and from a checkpoint on if there is one.
+
+        That is in the middle of a loop, or else its last mark is the end of one, too.
+        """
         denoisers = self.denoisers()
         if any(getattr(one, "is_cache_enabled", False) for one in denoisers):  # a step cache has a memory of its own
             yield Steps(report, recipe.steps)
             return
-        recorder, ends = None, saved.marks[:-1] if saved else ()
+        recorder, ends = None, (saved.marks[:-1] if in_loop else saved.marks) if saved else ()
         with contextlib.ExitStack() as stack:
             if self.checkpoint_seconds is not None:
                 recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds, record, ends)
@@ -186,7 +193,7 @@ def shape_of(recipe: Recipe) -> tuple[object, ...]:
     """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
     return (
         recipe.width, recipe.height, recipe.sized, recipe.frames, recipe.num_images, recipe.cfg_scale,
-        recipe.max_sequence_length, recipe.pictures, recipe.negative_prompt, recipe.settings,
+        recipe.max_sequence_length, tuple(recipe.named_pictures.items()), recipe.negative_prompt, recipe.settings,
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ class VaeStage:
         names = ("vae", "vqvae", "movq")
         self.vae: Any = next((vae for name in names if (vae := getattr(loaded.pipeline, name, None)) is not None), None)
         self.may_tile = True  # where memory is short
-        if self.vae is not None and type(self.vae).__name__ in ONLY_TILED:
+        self.only_tiled = type(self.vae).__name__ in ONLY_TILED
+        if self.vae is not None and self.only_tiled:
             self.vae.enable_tiling()
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
@@ -39,7 +40,7 @@ class VaeStage:
         try:
             return self.visit(recipe, tensors)
         except torch.OutOfMemoryError:
-            if not (self.may_tile and hasattr(self.vae, "enable_tiling")):
+            if not (self.may_tile and hasattr(self.vae, "enable_tiling")) or self.only_tiled:
                 raise
             release_memory()
             log.warning("out of memory; decoding in tiles")
@@ -67,7 +68,7 @@ class VaeStage:
             return Outcome(pictures_of(result, pipeline), warnings=(BLACKENED,) if flagged else ())
         if result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} stopped in the vae stage at {result.label}")
-        return Outcome(record.pack(), next=result.owner, wants=result.label)
+        return Outcome(record.pack(), next=result.owner, wants=result.label, calls=len(record.calls))
 
     def decode_and_go_on(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord) -> Outcome:
         """Record what was put aside to be decoded, and go on with that to what is another stage's."""
@@ -77,4 +78,5 @@ class VaeStage:
         if not isinstance(result, Stopped) or result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} denoises no further once it has decoded")
         record.decodes, record.goes_on = [], False
-        return Outcome([*record.pack(), *ended_of(tensors)], next=result.owner, wants=result.label)
+        left = [*record.pack(), *ended_of(tensors)]
+        return Outcome(left, next=result.owner, wants=result.label, calls=len(record.calls))

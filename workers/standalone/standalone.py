@@ -24,11 +24,13 @@ from protocol.units import format_bytes
 from workers.runtime.describer import token_counter
 from workers.runtime.executor import Measured, StageRunner, resident_bytes, run_measured
 from workers.runtime.worker import Prepared
+from workers.stages.checkpoint import ENDED
 from workers.stages.contract import Outcome, Saved
 from workers.standalone import stage_file
 
 BOUND_TO_RECORD = (
-    "prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale", "frames", "images", "mask", "control"
+    "prompt", "negative_prompt", "num_images", "max_sequence_length", "cfg_scale", "frames",
+    "images", "mask", "control", "ip_image", "videos",
 )  # fmt: skip
 
 
@@ -88,7 +90,8 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tupl
     recipe, tensors = stage_file.read(path, stage)
     if recipe.revision != prepared.source.revision:
         raise BadRequest(f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}.", "Use the same --model.")
-    fixed = [name for name in given if stage == "vae" or name in BOUND_TO_RECORD]
+    begun = any(tensor.name.startswith(ENDED) for tensor in tensors)  # loops of it are over
+    fixed = [name for name in given if stage == "vae" or begun or name in BOUND_TO_RECORD]
     if fixed:
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))

@@ -116,6 +116,9 @@ def test_a_way_that_goes_in_circles_ends_with_the_reason() -> None:
     ended = after(job, StageDone(record("denoise"), "text", 1.0)).job
     assert ended.state == "failed"
     assert "after 32 visits" in ended.reasons[-1]
+    fruitful = [record("vae").model_copy(update={"calls": number}) for number in range(2 * MAX_VISITS)]
+    goes_on = job._replace(records=tuple(fruitful))
+    assert not after(goes_on, StageDone(record("denoise"), "text", 1.0)).job.ended
 
 
 def test_three_failures_at_the_same_point_end_a_job_and_progress_begins_anew() -> None:

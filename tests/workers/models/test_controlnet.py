@@ -113,6 +113,7 @@ def test_the_revision_is_of_both(folders: Path) -> None:
         ("sd15", "nowhere", "There is no ControlNet"),
         ("sd15", "sd15", "has no config.json"),
         ("sd15", "sd15/unet", "is no ControlNet, but UNet2DConditionModel"),
+        ("flux", "sd15-net", "is a ControlNetModel, which doesn't go with a FluxPipeline"),
         ("sd15", "flux-net", "is a FluxControlNetModel, which doesn't go with a StableDiffusionPipeline"),
     ],
 )

@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from workers.replay import call_record
 from workers.replay.call_record import CallRecord
 from workers.replay.values import Output, Untransferable, freeze, thaw
 
@@ -92,3 +93,15 @@ def test_zeros_stand_in_for_forwards_in_their_order() -> None:
     assert [received.forward(i, CPU)[0].shape[0] for i in range(3)] == [2, 2, 3]
     with pytest.raises(ValueError, match="less often"):
         received.forward(3, CPU)
+
+
+def test_a_tensor_larger_than_a_frame_comes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_record, "MOST_BYTES", 1000)
+    record, large = CallRecord(), torch.rand(3, 700)
+    record.add("vae.decode", (large, torch.arange(5)), torch.device("cpu"))
+    packed = record.pack()
+    assert max(tensor.nbytes for tensor in packed) <= 1000
+    read = CallRecord.unpack(packed[::-1])
+    found, small = read.value(read.calls[0], torch.device("cpu"))
+    assert torch.equal(found, large)
+    assert torch.equal(small, torch.arange(5))

@@ -1,6 +1,6 @@
 """A job that another worker goes on with, from any step, gives the same bits: any family, any scheduler."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from tests import tiny, tiny_videos
 from tests.pictures import as_task, noise
-from tests.records import before_denoising, bits
+from tests.records import before_denoising, decodes_of
 from tests.tiny import needs_gpus
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.replay.boundaries import tensors_of
-from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import Unstorable, check_storable, freeze, thaw
 from workers.stages.contract import Saved
 from workers.stages.denoise import DenoiseStage
@@ -60,12 +58,6 @@ def run(stage: DenoiseStage, recipe: Recipe, tensors: tuple[Tensor, ...]) -> tup
             saved.append(checkpoint)
 
     return decodes_of(stage.run(recipe, tensors, report).tensors), saved, told
-
-
-def decodes_of(tensors: Sequence[Tensor]) -> bytes:
-    """The bits of all that the vae stage is to decode."""
-    record = CallRecord.unpack(tensors)
-    return b"".join(bits(tensor) for tensor in tensors_of([record.value(call, CPU) for call in record.decodes]))
 
 
 def check_all(source: Source, recipe: Recipe, embeddings: tuple[Tensor, ...], device: torch.device = CPU) -> None:
