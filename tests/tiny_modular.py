@@ -5,10 +5,10 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModularPipeline
-from transformers import CLIPImageProcessorPil, LlavaProcessor
+from diffusers import DPMSolverMultistepScheduler, ModularPipeline
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaProcessor, Qwen2VLImageProcessorPil
 
-from tests import tiny_families
+from tests import tiny, tiny_families, tiny_videos
 from tests.families import large_encoders
 
 
@@ -29,9 +29,11 @@ def packed_vae() -> Any:
 
 
 def processor() -> Any:
-    """A processor with a chat tokenizer; Qwen3-VL's own wants torchvision wherever it is loaded."""
+    """A processor of chats and pictures; Qwen3-VL's own wants torchvision wherever it is loaded."""
+    images = Qwen2VLImageProcessorPil(
+        patch_size=14, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 28**2, "longest_edge": 4 * 28**2}
+    )
     tokenizer = large_encoders.chat_tokenizer()
-    images = CLIPImageProcessorPil(size=32, crop_size=32)
     return LlavaProcessor(images, tokenizer, chat_template=large_encoders.TEMPLATE, image_token="<|image_pad|>")
 
 
@@ -82,3 +84,64 @@ def flux3(folder: Path, blocks: str = "Flux3AutoBlocks", writes: bool = True) ->
 
 def flux3_distilled(folder: Path) -> Path:
     return flux3(folder, "Flux3DistilledAutoBlocks")
+
+
+def flux2_klein(folder: Path) -> Path:
+    parts = dict(tiny_families.flux2_klein().components)
+    torch.manual_seed(0)
+    names = ("scheduler", "text_encoder", "tokenizer", "transformer")
+    return saved(folder, "Flux2KleinAutoBlocks", {name: parts[name] for name in names} | {"vae": packed_vae()})
+
+
+def vision() -> CLIPVisionModel:
+    """An image encoder of 224 pixels and width 1280: the code of Wan-Animate 2 has both numbers in it.
+
+    It is of half precision, as it makes up most of the pipeline's size.
+    """
+    config = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2, image_size=224,
+        patch_size=16,
+    )  # fmt: skip
+    return CLIPVisionModel(config).eval().to(torch.bfloat16)
+
+
+def wan_animate_2(folder: Path, blocks: str = "WanAnimate2Blocks") -> Path:
+    """Wan-Animate 2, which brings a picture in motion as a video tells it, in segments."""
+    torch.manual_seed(0)
+    transformer = diffusers.WanAnimate2Transformer3DModel(
+        text_len=16, in_dim=36, dim=32, ffn_dim=32, freq_dim=32, text_dim=32, out_dim=16, num_heads=2, num_layers=2,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    parts = {"text_encoder": tiny_videos.umt5(), "tokenizer": tiny.t5_tokenizer(), "image_encoder": vision(),
+             "vae": tiny_videos.wan_vae(), "transformer": transformer.eval(), "scheduler": scheduler}  # fmt: skip
+    return saved(folder, blocks, parts)
+
+
+def wan_animate_2_distilled(folder: Path) -> Path:
+    return wan_animate_2(folder, "WanAnimate2DistilledBlocks")
+
+
+def minimax_h3(folder: Path) -> Path:
+    """MiniMax H3, which makes videos with sound; with the transformer of its workflows without references alone."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLMiniMaxH3(
+        latent_channels=4, block_out_channels=(8,) * 6, layers_per_block=1, norm_num_groups=4, decoder_num_layers=2,
+        decoder_num_attention_heads=2, decoder_attention_head_dim=8, decoder_num_register_tokens=2, decoder_ffn_mult=2,
+        latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4,
+    )  # fmt: skip
+    audio_vae = diffusers.AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=4, encoder_rates=(2, 2), latent_dim=32, latent_channels=8, num_attention_heads=2, decoder_dim=16,
+        decoder_rates=(2, 2), decoder_kernel_sizes=(4, 4), resblock_kernel_sizes=(3, 7),
+        resblock_dilation_sizes=((1, 3), (1, 3)), latents_mean=[0.0] * 8, latents_std=[1.0] * 8,
+    )  # fmt: skip
+    transformer = diffusers.MiniMaxH3Transformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, hidden_size=24, num_layers=2, num_refiner_layers=1, ffn_dim=32,
+        in_channels=4, audio_in_channels=8, text_dim=16, freq_dim=8, time_embed_hidden_dim=24, time_embed_dim=16,
+        rope_freq_dim=2,
+    )  # fmt: skip
+    # Of the text encoder the 50th layer is read, which must not be the last one.
+    parts = {"text_encoder": large_encoders.qwen3_vl(layers=51), "tokenizer": large_encoders.chat_tokenizer(),
+             "processor": processor(), "vae": vae.eval(), "audio_vae": audio_vae.eval(),
+             "transformer": transformer.eval(), "scheduler": diffusers.MiniMaxH3Scheduler(),
+             "audio_scheduler": diffusers.MiniMaxH3Scheduler(shift=3.0)}  # fmt: skip
+    return saved(folder, "MiniMaxH3Blocks", parts)
