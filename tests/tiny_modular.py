@@ -145,3 +145,11 @@ def minimax_h3(folder: Path) -> Path:
              "transformer": transformer.eval(), "scheduler": diffusers.MiniMaxH3Scheduler(),
              "audio_scheduler": diffusers.MiniMaxH3Scheduler(shift=3.0)}  # fmt: skip
     return saved(folder, "MiniMaxH3Blocks", parts)
+
+
+def qwen_image(folder: Path) -> Path:
+    return saved(folder, "QwenImageAutoBlocks", dict(tiny_families.qwen_image().components))
+
+
+def z_image(folder: Path) -> Path:
+    return saved(folder, "ZImageAutoBlocks", dict(tiny_families.z_image().components))
