@@ -109,7 +109,7 @@ def wan_animate_2(folder: Path, blocks: str = "WanAnimate2Blocks") -> Path:
     """Wan-Animate 2, which brings a picture in motion as a video tells it, in segments."""
     torch.manual_seed(0)
     transformer = diffusers.WanAnimate2Transformer3DModel(
-        text_len=16, in_dim=36, dim=32, ffn_dim=32, freq_dim=32, text_dim=32, out_dim=16, num_heads=2, num_layers=2,
+        in_dim=36, dim=32, ffn_dim=32, freq_dim=32, text_dim=32, out_dim=16, num_heads=2, num_layers=2,
     )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {"text_encoder": tiny_videos.umt5(), "tokenizer": tiny.t5_tokenizer(), "image_encoder": vision(),
