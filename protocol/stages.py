@@ -25,8 +25,9 @@ class StageTraits:
 
 
 TEXT_COMPONENTS = (
-    "text_encoder", "text_model", "image_encoder", "mllm", "vision_language_encoder", "prompt_enhancer", "connectors",
-    "prior_text_encoder", "prior_image_encoder", "depth_estimator", "image_normalizer", "bert", "pe",
+    "text_encoder", "text_model", "image_encoder", "mllm", "vision_language_encoder", "prompt_enhancer",
+    "prompt_upsampler", "connectors", "prior_text_encoder", "prior_image_encoder", "depth_estimator",
+    "image_normalizer", "bert", "pe",
 )  # fmt: skip
 VAE_COMPONENTS = (
     "vae", "vqvae", "movq", "audio_vae", "vocoder", "condition_image_encoder", "safety_checker", "image_upscaler",
@@ -34,7 +35,7 @@ VAE_COMPONENTS = (
 # Components without weights, which every stage has.
 SHARED_COMPONENTS = (
     "scheduler", "tokenizer", "feature_extractor", "processor", "text_processor", "image_processor", "guider",
-    "prior_tokenizer", "prior_scheduler", "prior_image_processor", "pe_tokenizer",
+    "prior_tokenizer", "prior_scheduler", "prior_image_processor", "pe_tokenizer", "prompt_upsampler_processor",
 )  # fmt: skip
 TRAITS: Mapping[Stage, StageTraits] = {
     # Finished embeddings (4 MB each for FLUX.1) must not pile up on disk while the denoiser works through them.

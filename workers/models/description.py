@@ -42,7 +42,11 @@ LARGEST = 4  # times the default number of pixels, or of frames
 NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 SPATIAL = ("vae_scale_factor", "vae_scale_factor_spatial", "vae_spatial_compression_ratio")
-USUAL_FRAMES, USUAL_RATE = 16, 10  # of pipelines that don't say; the rate is that of diffusers' export_to_video
+USUAL_STEPS, USUAL_FRAMES, USUAL_RATE = (
+    50,
+    16,
+    10,
+)  # of pipelines that don't say; the rate is that of diffusers' export_to_video
 
 
 def describe(source: Source) -> ModelDescription:
@@ -80,7 +84,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         width=width,
         height=height,
         max_pixels=width * height * LARGEST,
-        steps=int(default("num_inference_steps")),
+        steps=int(default("num_inference_steps") or USUAL_STEPS),
         guidance=_float(default(distilled)),
         cfg_scale=_float(default(true_cfg)),
         prompt="prompt" in parameters,
@@ -113,9 +117,20 @@ def video_task(pipeline: DiffusionPipeline, defaults: Mapping[str, Any]) -> Vide
         return None
     frames = int(defaults.get("frames") or (default_of(pipeline, name) if name else 0) or USUAL_FRAMES)
     rate = first_of(RATE, type(pipeline))
-    told = defaults.get("fps") or (default_of(pipeline, rate) if rate else None) or example_rate(type(pipeline))
+    told = (
+        defaults.get("fps")
+        or (default_of(pipeline, rate) if rate else None)
+        or own_rate(pipeline)
+        or example_rate(type(pipeline))
+    )
     ratio = next((found for name in TEMPORAL if isinstance(found := getattr(pipeline, name, None), int)), 1)
     return VideoTask(frames=frames, multiple=ratio if name else 1, fps=float(told), max_frames=max(frames * LARGEST, 1))
+
+
+def own_rate(pipeline: DiffusionPipeline) -> float | None:
+    """Return the frames a second that a pipeline says its videos have; None where it says nothing."""
+    found = getattr(pipeline, "fps", None)
+    return found if isinstance(found, int | float) else None
 
 
 def example_rate(cls: type[DiffusionPipeline]) -> int:
@@ -158,7 +173,7 @@ def pipeline_task(
     return PipelineTask(
         pipeline=cls.__name__,
         several=cls is type(pipeline) and first_of(FRAMES, cls) is None,
-        steps=int(default("num_inference_steps")),
+        steps=int(default("num_inference_steps") or USUAL_STEPS),
         guidance=_float(default(distilled)),
         cfg_scale=_float(default(true_cfg)),
         strength=_float(default("strength")),

@@ -6,43 +6,24 @@ Diffusers makes them of blocks, which share a state and call the same components
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
-from diffusers.modular_pipelines import LoopSequentialPipelineBlocks, ModularPipelineBlocks
+from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from protocol.errors import ModelMissing
 from workers.models.tasks import FRAMES, IMAGES, MASKS
 from workers.replay.placeholder import of_the_same_name
 
 CALLBACK = "callback_on_step_end"
+logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)  # errors are raised, too
+SOUND = ("audio", "sampling_rate")  # names of what may come besides
 RESULTS = ("images", "videos", "image", "video")  # names of what blocks come to in the end
-
-
-class StepCount:
-    """What stands for a progress bar in a loop of blocks: it calls back at each step."""
-
-    def __init__(self, steps: Iterable[Any], callback: Callable[[int], None]) -> None:
-        self._steps, self._callback, self._done = steps, callback, 0
-
-    def __enter__(self) -> "StepCount":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __iter__(self) -> Iterator[Any]:
-        for step in self._steps:
-            yield step
-            self.update()
-
-    def update(self, count: int = 1) -> None:
-        for _ in range(count):
-            self._done += 1
-            self._callback(self._done - 1)
 
 
 class ModularAdapter(DiffusionPipeline):  # type: ignore[misc]
@@ -52,6 +33,7 @@ class ModularAdapter(DiffusionPipeline):  # type: ignore[misc]
     blocks: ClassVar[type[ModularPipelineBlocks]]
     parts: ClassVar[tuple[str, ...]]  # names of components that are loaded
     settings: ClassVar[tuple[str, ...]]
+    outputs: ClassVar[tuple[str, ...]]
     result: ClassVar[str]
 
     def _assemble(self, given: Mapping[str, Any]) -> None:
@@ -60,6 +42,7 @@ class ModularAdapter(DiffusionPipeline):  # type: ignore[misc]
         cls: Any = of_the_same_name(self.modular, device=here, _execution_device=computing)
         settings = {name: given[name] for name in self.settings if name in given}
         object.__setattr__(self, "inner", cls(blocks=self.blocks(), modular_config_dict=settings))
+        self.inner.set_progress_bar_config(disable=True)
         for name in self.parts:
             if given.get(name) is not None:
                 setattr(self.inner, name, given[name])
@@ -88,28 +71,38 @@ class ModularAdapter(DiffusionPipeline):  # type: ignore[misc]
         callback = given.pop(CALLBACK, None)
         scale = given.pop("guidance_scale", None)
         guider = getattr(self.inner, "guider", None)
-        if scale is not None and guider is not None:
-            self.inner.guider = type(guider).from_config({**guider.config, "guidance_scale": scale})
+        if guider is not None:  # which notes of its calls what step they are at
+            own = {} if scale is None else {"guidance_scale": scale}
+            self.inner.guider = type(guider).from_config({**guider.config, **own})
+        names = [self.result, *(name for name in SOUND if name in self.outputs)]
         try:
-            with counting(self.inner._blocks, lambda step: callback(self, step, None, {}) if callback else None):
-                made = self.inner(output=self.result, **given)
+            with counting(self.inner, lambda step: callback(self, step, None, {}) if callback else None):
+                made = self.inner(output=names, **given)
         finally:
-            if scale is not None and guider is not None:
+            if guider is not None:
                 self.inner.guider = guider
-        return SimpleNamespace(**{"images" if self.result.startswith("image") else "frames": made})
+        field = "images" if self.result.startswith("image") else "frames"
+        return SimpleNamespace(**{field: made.pop(self.result)}, **made)
 
 
 @contextlib.contextmanager
-def counting(blocks: ModularPipelineBlocks, callback: Callable[[int], None]) -> Iterator[None]:
-    """Call back at each step of the loops among some blocks."""
-    loops = [block for block in every_block(blocks) if isinstance(block, LoopSequentialPipelineBlocks)]
-    for loop in loops:
-        loop.progress_bar = lambda iterable=None, total=None: StepCount(iterable or (), callback)
+def counting(pipeline: Any, callback: Callable[[int], None]) -> Iterator[None]:
+    """Call back at each step of a modular pipeline's scheduler: its loops have no callbacks of their own."""
+    scheduler = pipeline.scheduler
+    before, real, done = scheduler.__dict__.get("step"), scheduler.step, itertools.count()
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        made = real(*args, **kwargs)
+        callback(next(done))
+        return made
+
+    scheduler.step = functools.wraps(real)(step)
     try:
         yield
     finally:
-        for loop in loops:
-            del loop.progress_bar
+        del scheduler.step
+        if before is not None:
+            scheduler.step = before
 
 
 def every_block(blocks: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]:
@@ -151,7 +144,13 @@ def _adapter(cls: type[ModularPipeline], blocks: type[ModularPipelineBlocks]) ->
         [myself, *(inspect.Parameter(name, keyword, default=None) for name in (*parts, *settings))]
     )
     inputs = {given.name: given for given in made.inputs if given.name}
-    parameters = {name: inspect.Parameter(name, keyword, default=default_of(one)) for name, one in inputs.items()}
+    defaults = {
+        one.name: one.default for block in every_block(made) for one in block.inputs if one.default is not None
+    }  # what the whole leaves open may be a block's own
+    parameters = {
+        name: inspect.Parameter(name, keyword, default=default_of(one, defaults.get(name)))
+        for name, one in inputs.items()
+    }
     parameters[CALLBACK] = inspect.Parameter(CALLBACK, keyword, default=None)
     if guided:
         parameters["guidance_scale"] = inspect.Parameter("guidance_scale", keyword, default=scale)
@@ -161,16 +160,16 @@ def _adapter(cls: type[ModularPipeline], blocks: type[ModularPipelineBlocks]) ->
         cls.__name__,
         (ModularAdapter,),
         {
-            "modular": cls, "blocks": blocks, "parts": parts, "settings": settings,
+            "modular": cls, "blocks": blocks, "parts": parts, "settings": settings, "outputs": tuple(outputs),
             "result": next((name for name in RESULTS if name in outputs), "images"),
             "_optional_components": list(parts), "__init__": __init__, "__call__": __call__,
         },
     )  # fmt: skip
 
 
-def default_of(given: Any) -> Any:
+def default_of(given: Any, of_block: Any) -> Any:
     """Return the default of a block's input; none for pictures and videos that it can't do without."""
     of_pictures = given.name in (*IMAGES, *MASKS) or given.name.endswith("_video") or given.name == "video"
     if given.required and of_pictures and given.name not in FRAMES:
         return inspect.Parameter.empty
-    return given.default
+    return of_block if given.default is None else given.default

@@ -203,7 +203,7 @@ def is_component(value: object) -> bool:
 def class_named(entry: list[Any]) -> list[Any]:
     """Return (library, class) of an entry; of a modular pipeline's, what it was saved as, or is to be."""
     match entry:
-        case [None, None, {"type_hint": [library, name]}]:
+        case [None, None, {"pretrained_model_name_or_path": str(), "type_hint": [library, name]}]:
             return [library, name]
     return entry[:2]
 

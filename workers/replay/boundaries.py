@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from protocol.stages import Stage
 from workers.errors import StageError
-from workers.replay.call_record import Call, CallRecord
+from workers.replay.call_record import Call, CallRecord, Unprepared
 from workers.replay.placeholder import is_placeholder
 
 MOST_SHAPES = 64  # of a component's arguments, of which the result's are kept
@@ -86,7 +86,7 @@ class Run:
         if self._decoded == len(self.record.decodes):
             if self.goes_on:
                 raise Stopped("denoise", label, args, kwargs)
-            raise StageError(f"{label} is called again, which another stage has not prepared")
+            raise Unprepared(f"{label} is called again, which another stage has not prepared")
         args, kwargs, state = self._recorded(self.record.decodes[self._decoded], label)
         self._decoded += 1
         if self.goes_on and any(map(is_generator, (*args, *kwargs.values()))):
@@ -127,13 +127,14 @@ class Run:
         """Return whether values have come of a decode that is yet to be made."""
         return bool(self.pending) and any(tensor.is_meta for tensor in tensors_of(list(given), every=True))
 
-    def for_decoding(self, goes_on: bool) -> CallRecord:
+    def for_decoding(self, goes_on: bool, unsure: bool) -> CallRecord:
         """Return the record with which the vae stage decodes what was put aside, by the same random numbers.
 
-        It comes to its end with them, or `goes_on`: what was put aside is recorded, and denoising is visited again.
+        It comes to its end with them, or `goes_on`: what was put aside is recorded, and denoising is visited again. Or
+        that will be seen (`unsure`).
         """
-        record = self.record if goes_on else self.record.shapes_only()
-        record.goes_on = goes_on
+        record = self.record if goes_on or unsure else self.record.shapes_only()
+        record.goes_on, record.unsure = goes_on, unsure
         for label, arguments in self.pending:
             record.add_decode(label, arguments, self.device)
         return record
@@ -248,13 +249,15 @@ def unless_tainted(real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def install_component(name: str, component: torch.nn.Module, owner: Stage) -> None:
     if is_placeholder(component):
         for part, module in component.named_modules():
-            if part and next(module.parameters(recurse=False), None) is not None:
+            if part and part != "model" and next(module.parameters(recurse=False), None) is not None:
                 module.register_forward_pre_hook(functools.partial(refuse_on_the_host, owner, f"{name}.{part}"))
     match owner:
         case "text":
             for entry in ("forward", *OUTSIDE_FORWARD):
                 if hasattr(component, entry):
                     wrap(component, entry, owner, f"{name}.{entry}")
+            if isinstance(inner := getattr(component, "model", None), torch.nn.Module):
+                wrap(inner, "forward", owner, f"{name}.model")  # which some pipelines call past it
         case "vae":
             if hasattr(component, "encode"):
                 wrap(component, "encode", owner, f"{name}.encode")

@@ -42,6 +42,10 @@ def joined(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return Tensor(name, dtype, tuple(shape), b"".join(tensors[part].data for part in found))
 
 
+class Unprepared(StageError):
+    """The call goes on to something for which an earlier stage has prepared nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """A call into a component, or of `encode_prompt`, and its result as msgpack knows it."""
@@ -57,6 +61,7 @@ class CallRecord:
     forwards: list[list[Any]] = field(default_factory=list)  # [times, shapes] of denoisers' results, in order
     tensors: list[torch.Tensor] = field(default_factory=list)  # on the host
     goes_on: bool = False  # there is more to denoise once the decodes are made
+    unsure: bool = False  # there may be: its own stage could not see what comes after them
 
     def _put_aside(self, tensor: torch.Tensor) -> int:
         self.tensors.append(tensor.detach().to("cpu"))
@@ -86,14 +91,14 @@ class CallRecord:
             self.forwards.append([1, frozen])
 
     def forward(self, number: int, device: torch.device) -> Any:
-        """Return zeros of the shapes of a denoiser's result, by its number; ValueError where there were not so many."""
+        """Return zeros of the shapes of a denoiser's result, by its number; Unprepared where there were not so many."""
         for times, frozen in self.forwards:
             if number < times:
                 if frozen == NO_STAND_IN:
                     raise StageError("nothing can stand in for what this denoiser returns")
                 return thaw(frozen, (), device)
             number -= times
-        raise ValueError("a denoiser ran less often in its own stage")
+        raise Unprepared("a denoiser runs more often than in its own stage")
 
     @property
     def forwards_made(self) -> int:
@@ -122,7 +127,15 @@ class CallRecord:
 
     def pack(self) -> list[Tensor]:
         calls, decodes = ([[c.label, c.result] for c in calls] for calls in (self.calls, self.decodes))
-        packed = msgpack.packb({"calls": calls, "decodes": decodes, "forwards": self.forwards, "goes_on": self.goes_on})
+        packed = msgpack.packb(
+            {
+                "calls": calls,
+                "decodes": decodes,
+                "forwards": self.forwards,
+                "goes_on": self.goes_on,
+                "unsure": self.unsure,
+            }
+        )
         state = Tensor(STATE, "uint8", (len(packed),), packed)
         named = (to_wire(f"{RECORD}{i}", tensor) for i, tensor in enumerate(self.tensors))
         return [state, *itertools.chain.from_iterable(map(in_parts, named))]
@@ -135,9 +148,12 @@ class CallRecord:
         if state is None:
             return CallRecord()
         match msgpack.unpackb(state.data):
-            case {"calls": list(calls), "decodes": list(decodes), "forwards": list(forwards), "goes_on": bool(goes_on)}:
+            case {
+                "calls": list(calls), "decodes": list(decodes), "forwards": list(forwards), "goes_on": bool(goes_on),
+                "unsure": bool(unsure),
+            }:  # fmt: skip
                 whole = (name for name in mine if PART not in name)
                 values = [from_wire(joined(mine, f"{RECORD}{i}")) for i, _ in enumerate(whole)]
                 made, left = [Call(*call) for call in calls], [Call(*call) for call in decodes]
-                return CallRecord(made, left, forwards, values, goes_on)
+                return CallRecord(made, left, forwards, values, goes_on, unsure)
         raise ValueError("a record doesn't hold what it should")

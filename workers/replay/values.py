@@ -15,6 +15,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, Iden
 
 from workers.tensors import DTYPES, NAMES
 
+CACHE = "past_key_values"  # of an encoder that can go on writing; a pipeline that encodes has no use for it
+
 
 class Untransferable(Exception):
     """A value is none of those that cross between stages."""
@@ -114,7 +116,7 @@ def sizes(value: object) -> list[int]:
 def fields_of(output: Any) -> dict[str, Any]:
     """Return all fields of a library's output, those that are None included."""
     names = getattr(output, "__dataclass_fields__", None) or output.keys()
-    return {name: getattr(output, name, None) for name in names}
+    return {name: None if name == CACHE else getattr(output, name, None) for name in names}
 
 
 def thaw(frozen: Any, tensors: Sequence[torch.Tensor], device: torch.device) -> Any:

@@ -56,12 +56,12 @@ class DenoiseStage:
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
                 goes_on = bool(run.pending) and isinstance(result, Stopped)
-                ended = for_next_stages(steps.of_ended()) if isinstance(result, Stopped) else []
+                ended = for_next_stages(steps.of_ended()) if isinstance(result, Stopped | None) else []
         finally:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
-            left, calls = [*run.for_decoding(goes_on).pack(), *ended], len(record.calls)
+            left, calls = [*run.for_decoding(goes_on, unsure=result is None).pack(), *ended], len(record.calls)
             return Outcome(left, next="vae", wants=run.pending[0][0], calls=calls)
         if isinstance(result, Stopped):
             left = [*record.pack(), *ended]

@@ -154,7 +154,8 @@ def pictures_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
 def sound_of(output: Any, pipeline: DiffusionPipeline) -> list[Tensor]:
     sound = getattr(output, "audio", None)
     settings = [getattr(getattr(pipeline, name, None), "config", {}) for name in ("vocoder", "audio_vae")]
-    rate = next((known for known in (config.get(name) for config in settings for name in RATES) if known), None)
+    told = [getattr(output, "sampling_rate", None), *(config.get(name) for config in settings for name in RATES)]
+    rate = next((one for one in told if one), None)
     if sound is None or rate is None:
         return []
     samples = sound.detach().to("cpu", torch.float32).contiguous()

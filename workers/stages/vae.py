@@ -11,7 +11,7 @@ from protocol.tensors import Tensor
 from workers.errors import StageError, release_memory
 from workers.models.loading import Loaded
 from workers.replay.boundaries import Stopped
-from workers.replay.call_record import CallRecord
+from workers.replay.call_record import CallRecord, Unprepared
 from workers.stages.checkpoint import ended_of
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
@@ -55,6 +55,15 @@ class VaeStage:
         record = CallRecord.unpack(tensors)
         if record.goes_on or (record.forwards and not record.decodes):
             return self.decode_and_go_on(recipe, tensors, record)
+        try:
+            return self.finish(recipe, tensors, record)
+        except Unprepared:
+            if not record.unsure:
+                raise
+            return self.decode_and_go_on(recipe, tensors, CallRecord.unpack(tensors))
+
+    def finish(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord) -> Outcome:
+        """Come to the end with what was put aside to be decoded; without that, to what is another stage's."""
         pipeline = self.loaded.pipeline_for(recipe)
         arguments = arguments_of(pipeline, recipe, tensors)
         run = new_run("vae", record, self.device, recipe, finishes=bool(record.decodes))
@@ -77,6 +86,6 @@ class VaeStage:
         result = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
         if not isinstance(result, Stopped) or result.owner == "vae":
             raise StageError(f"{type(pipeline).__name__} denoises no further once it has decoded")
-        record.decodes, record.goes_on = [], False
+        record.decodes, record.goes_on, record.unsure = [], False, False
         left = [*record.pack(), *ended_of(tensors)]
         return Outcome(left, next=result.owner, wants=result.label, calls=len(record.calls))
