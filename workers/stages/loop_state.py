@@ -33,7 +33,10 @@ def carried_in(code: CodeType) -> Carried | None:
     None where there is no such loop, or where it can't be told: it makes schedulers as it goes, writes into what it
     doesn't make, or has guiders.
     """
-    tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except SyntaxError:  # a lambda's lines, which hold no loop
+        return None
     loops = [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While) and calls_back(node)]
     innermost = [loop for loop in loops if not any(calls_back(node) for node in ast.walk(loop) if is_inner(node, loop))]
     if len(innermost) != 1:
