@@ -29,9 +29,7 @@ def test_a_modular_pipeline_in_little_memory_gives_the_bits_that_it_gives_plainl
     size = {"width": 64, "height": 64, "steps": 4, "seed": 3}
     budget = sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors")) * 9 // 10
     with running_stack(state, "--model", str(folder), "--device", "cpu:0", "--budget", f"0={budget}B") as stack:
-        job, made = stack.picture("a red circle", **size)
-        assert torch.equal(made, plainly())
-        assert stack.client.job(job.id).step == 4
+        assert torch.equal(stack.picture("a red circle", **size)[1], plainly())
         assert torch.equal(
             stack.picture("a red circle", images=noise((64, 64)), **size)[1], plainly(image=noise((64, 64)))
         )

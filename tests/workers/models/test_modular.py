@@ -75,4 +75,6 @@ def test_a_modular_pipeline_gives_the_bits_that_it_gives_plainly(name: str, tmp_
     )  # fmt: skip
     recipe = resolve(request, describe(source), "float32", None, video_frames=9, picture_size=(64, 64))
     pictures = {picture.name: picture for picture in given.values()}
-    assert torch.equal(through(source, recipe, as_given(recipe.named_pictures, pictures)), wanted)
+    tensors = as_given(recipe.named_pictures, pictures)
+    assert torch.equal(through(source, recipe, tensors), wanted)
+    assert torch.equal(through(source, recipe, tensors, killed_at=2), wanted)  # it tells its steps, and begins anew
