@@ -202,11 +202,11 @@ def main(names: tuple[str, ...], write: Path | None, dtype: str, device: str) ->
 
 
 BESIDES = (
-    "On 2026-11-26 the same cases ran in bfloat16 on an H200 (torch 2.11.0+cu130, `--dtype bfloat16 --device cuda`): 191 "
-    "classes equal, none that differed; of the others the plain pipelines failed there.",
+    "On 2026-11-26 the same cases ran in bfloat16 on an H200 (torch 2.11.0+cu130, `--dtype bfloat16 --device cuda`): "
+    "191 classes equal, none that differed; of the others the plain pipelines failed there.",
     "",
-    "Modular pipelines (FLUX.3 and its distilled form, FLUX.2 klein, Wan-Animate 2, MiniMax-H3, Qwen-Image, Z-Image) are "
-    "compared by `tests/workers/models/test_modular.py`, all equal on a CPU.",
+    "Modular pipelines (FLUX.3 and its distilled form, FLUX.2 klein, Wan-Animate 2, MiniMax-H3, Qwen-Image, Z-Image) "
+    "are compared by `tests/workers/models/test_modular.py`, all equal on a CPU.",
 )
 
 
