@@ -190,7 +190,7 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
 def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Read the pictures of --image, --mask and --control-image; BadRequest."""
     singles = [options[name] for name in SINGLE if options.get(name)]
-    videos = [video_of(path) for _, path in map(split_video, options.get("videos") or ())]
+    videos = [video_of(path) for _, path in sorted(map(split_video, options.get("videos") or ()))]
     return (*image_and_mask(options), *map(picture_of, singles), *videos)
 
 
@@ -211,7 +211,7 @@ def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
 def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:
     """A request's fields that name its pictures by their digests."""
     digests, count = [picture.name for picture in inputs], len(options.get("images") or ())
-    names = [name for name, _ in map(split_video, options.get("videos") or ())]
+    names = [name for name, _ in sorted(map(split_video, options.get("videos") or ()))]
     videos = tuple(zip(names, digests[len(digests) - len(names) :], strict=True))
     del digests[len(digests) - len(names) :]
     rest = iter(digests[count:])

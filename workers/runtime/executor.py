@@ -19,7 +19,9 @@ from protocol.job import Recipe
 from protocol.messages.common import Message
 from protocol.messages.worker import Leased, Progress, Ready, Result, SetLease, Task, TaskFailed
 from protocol.tensors import Tensor
+from protocol.units import format_bytes
 from protocol.views import ComponentView
+from protocol.wire import MAX_FRAME_BYTES
 from workers.errors import Cancelled, StageError, cause_of, release_memory
 from workers.runtime.cpu_lock import turn
 from workers.runtime.ranks import LeadStage, RankLost
@@ -175,6 +177,7 @@ class Executor:
             self._warm()
             with turn(self._turns):
                 done = self._run(runner, task.recipe, tensors, report)
+            check_can_travel(done.outcome)
             if done.short and not task.allow_tiling:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
         except RankLost:
@@ -202,6 +205,13 @@ class Executor:
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def check_can_travel(outcome: Outcome) -> None:
+    """Raise StageError for what no message can hold: its reader would drop it, and wait for ever."""
+    largest = max((tensor.nbytes for tensor in outcome.tensors), default=0)
+    if largest > MAX_FRAME_BYTES:
+        raise StageError(f"it leaves a tensor of {format_bytes(largest)}; {format_bytes(MAX_FRAME_BYTES)} can travel")
 
 
 def changed(runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], lease: SetLease) -> Leased:
