@@ -17,6 +17,7 @@ class PipelineTask(Data):
     settings: tuple[Setting, ...] = ()  # further arguments
     videos: tuple[str, ...] = ()  # names of the videos that it takes
     frames: bool = False  # it takes a number of frames; else it makes as many as the video given has
+    ip_image: bool = False  # it takes a picture for an IP-Adapter
     sized: bool = True  # it takes a width and a height; else the result has the picture's size
 
 

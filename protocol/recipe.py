@@ -59,7 +59,7 @@ def resolve(
     guidance, cfg_scale = check_guidance(request, model, defaults)
     if request.control is not None and not defaults.control:
         raise BadRequest(f"{defaults.pipeline} takes no control image.", "Leave --control-image out.")
-    check_ip_adapter(request, model)
+    check_ip_adapter(request, model, task)
     return Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -125,12 +125,14 @@ def check_pictures(request: JobRequest, model: ModelDescription) -> PipelineTask
     return check_of_video(request, model, task) if request.videos else task
 
 
-def check_ip_adapter(request: JobRequest, model: ModelDescription) -> None:
+def check_ip_adapter(request: JobRequest, model: ModelDescription, task: PipelineTask | None) -> None:
     """Raise BadRequest where an IP-Adapter has no picture, or a picture no IP-Adapter."""
     if request.ip_image is None and model.ip_adapter:
         raise BadRequest("This stack's IP-Adapter needs a picture.", "Give it: --ip-image FILE.")
     if request.ip_image is not None and not model.ip_adapter:
         raise BadRequest("This stack has no IP-Adapter.", "Leave --ip-image out, or start one with --ip-adapter.")
+    if request.ip_image is not None and task is not None and not task.ip_image:
+        raise BadRequest(f"{task.pipeline} goes by no IP-Adapter.", "Leave --image, --mask or --control-image out.")
     if request.ip_scale is not None and request.ip_image is None:
         raise BadRequest("An IP-Adapter's scale has no meaning without its picture.", "Give it: --ip-image FILE.")
     check_range("ip_scale", request.ip_scale, 0, 10)

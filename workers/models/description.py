@@ -181,6 +181,7 @@ def pipeline_task(
         settings=settings_of(cls),
         videos=video_arguments(cls),
         frames=first_of(FRAMES, cls) is not None,
+        ip_image="ip_adapter_image" in known,
         sized={"height", "width"} <= set(known),
     )
 

@@ -106,6 +106,7 @@ def counting(pipeline: Any, callback: Callable[[int], None]) -> Iterator[None]:
 
 
 def every_block(blocks: ModularPipelineBlocks) -> Iterator[ModularPipelineBlocks]:
+    """Yield blocks, and all those that they are made of."""
     yield blocks
     for block in getattr(blocks, "sub_blocks", {}).values():
         yield from every_block(block)
@@ -128,8 +129,8 @@ def _adapter(cls: type[ModularPipeline], blocks: type[ModularPipelineBlocks]) ->
     parts = tuple(spec.name for spec in made.expected_components)
     settings = tuple(spec.name for spec in made.expected_configs)
     outputs = [output.name for output in made.outputs]
-    guided = any(spec.name == "guider" and "guidance_scale" in (spec.config or {}) for spec in made.expected_components)
-    scale = next((spec.config["guidance_scale"] for spec in made.expected_components if spec.name == "guider"), None)
+    guider = next((spec for spec in made.expected_components if spec.name == "guider"), None)
+    scale = (guider.config or {}).get("guidance_scale") if guider else None
 
     def __init__(self: Any, **given: Any) -> None:
         DiffusionPipeline.__init__(self)
@@ -152,7 +153,7 @@ def _adapter(cls: type[ModularPipeline], blocks: type[ModularPipelineBlocks]) ->
         for name, one in inputs.items()
     }
     parameters[CALLBACK] = inspect.Parameter(CALLBACK, keyword, default=None)
-    if guided:
+    if scale is not None:
         parameters["guidance_scale"] = inspect.Parameter("guidance_scale", keyword, default=scale)
     __call__.__signature__ = inspect.Signature([myself, *parameters.values()])  # type: ignore[attr-defined]
     __call__.__annotations__ = {name: one.type_hint for name, one in inputs.items() if one.type_hint is not None}

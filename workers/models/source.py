@@ -79,6 +79,7 @@ def locate(spec: ModelSpec, stage: Stage | None) -> Source:
 
 
 def locate_model(model: str, revision: str | None, stage: Stage | None) -> Source:
+    """Find or download what a stage needs of a model itself; ModelMissing."""
     if model == DEMO:
         return read(model, DEMO_FOLDER, None)
     folder = Path(model).expanduser()
@@ -273,6 +274,7 @@ def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str], skip: tuple[str, ...] = SKIP) -> Path:
+    """Return the folder of a hub repo's files that fit some patterns, downloaded where they aren't there."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*skip] or None))
