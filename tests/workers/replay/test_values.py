@@ -91,7 +91,7 @@ def test_zeros_stand_in_for_forwards_in_their_order() -> None:
     received = CallRecord.unpack(record.pack())
     assert len(received.forwards) == 2
     assert [received.forward(i, CPU)[0].shape[0] for i in range(3)] == [2, 2, 3]
-    with pytest.raises(ValueError, match="less often"):
+    with pytest.raises(call_record.Unprepared, match="more often"):
         received.forward(3, CPU)
 
 
