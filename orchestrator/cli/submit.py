@@ -3,6 +3,7 @@
 import json
 import secrets
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from protocol.client.picture_files import Made
 
+LOADING_SECONDS = 60.0  # that a stack may take to know its model
 MODEL_SECONDS = 600.0  # to load a model's configuration, a download of it included
 
 
@@ -261,7 +263,7 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
     from protocol.client.picture_files import read_recipe
 
     made = read_recipe(path)
-    recipe, stack = made.recipe, client.stack()
+    recipe, stack = made.recipe, known_stack(client)
     if stack.model is None:
         raise NoStack("The stack has no worker yet, so its model is not known.", "Try again once it has loaded.")
     if stack.model.revision != recipe.revision:
@@ -278,6 +280,14 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
     kept["settings"] = as_given(recipe.settings)
     request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
     return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None, pictures)
+
+
+def known_stack(client: Client) -> Stack:
+    """Return what the stack is, once it knows its model, or has had a while for that."""
+    deadline = time.monotonic() + LOADING_SECONDS
+    while (stack := client.stack()).model is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return stack
 
 
 def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]) -> None:

@@ -57,7 +57,7 @@ def given(control: Image.Image | None, image: Image.Image | None, mask: Image.Im
 
 
 @pytest.mark.parametrize("model", ["sd15", pytest.param("flux", marks=pytest.mark.all)])
-@pytest.mark.parametrize("task", ["control", "image", "mask", "prompt"])
+@pytest.mark.parametrize("task", ["control", pytest.param("image", marks=pytest.mark.all), "mask", "prompt"])
 def test_pictures_are_those_of_the_plain_controlnet_pipeline(folders: Path, model: str, task: str) -> None:
     source = source_of(folders, model)
     description = describe(source)

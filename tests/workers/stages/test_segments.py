@@ -77,13 +77,17 @@ def test_a_segment_begins_with_what_was_decoded_of_the_one_before(folder: Path) 
     assert bytes(pictures.data) == plainly(folder).numpy().tobytes()
 
 
-@pytest.mark.parametrize("step", [1, STEPS, STEPS + 2, 2 * STEPS + 1])
+LATER = [pytest.param(step, marks=pytest.mark.all) for step in (1, STEPS, 2 * STEPS + 1)]
+
+
+@pytest.mark.parametrize("step", [STEPS + 2, *LATER])
 def test_a_denoiser_that_dies_in_a_segment_is_followed_by_one_with_the_same_bits(folder: Path, step: int) -> None:
     source, recipe, given = job(folder)
     made = through(source, recipe, given, killed_at=step)
     assert torch.equal(made, plainly(folder))
 
 
+@pytest.mark.all
 def test_without_checkpoints_the_segments_before_are_denoised_again(folder: Path) -> None:
     source, recipe, given = job(folder)
     made = through(source, recipe, given)
