@@ -1,4 +1,4 @@
-"""What a stack's model is made of, as a person named it."""
+"""The model of a stack, as a person named it, and what is added to it."""
 
 from protocol.data import Data
 

@@ -29,28 +29,15 @@ def stages(
     return TextStage(text, device), DenoiseStage(denoise, device), VaeStage(vae, device)
 
 
-def through(
-    source: Source,
-    recipe: Recipe,
-    given: Sequence[Tensor] = (),
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    killed_at: int | None = None,
-) -> torch.Tensor:
-    """Go through the stages in whatever order they name; return all pictures or frames."""
-    pictures = pictures_among(all_through(source, recipe, given, dtype, device, killed_at))
+def through(source: Source, recipe: Recipe, given: Sequence[Tensor] = (), *how: Any, **more: Any) -> torch.Tensor:
+    """Go through the stages in whatever order they name, as `go_through` does; return all pictures or frames."""
+    pictures = pictures_among(all_through(source, recipe, given, *how, **more))
     return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
 
 
-def all_through(
-    source: Source,
-    recipe: Recipe,
-    given: Sequence[Tensor] = (),
-    dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
-    killed_at: int | None = None,
-) -> list[Tensor]:
-    return go_through(source, recipe, given, dtype, device, killed_at)[0]
+def all_through(source: Source, recipe: Recipe, given: Sequence[Tensor] = (), *how: Any, **more: Any) -> list[Tensor]:
+    """Return what the last stage gives; the rest as `go_through` takes it."""
+    return go_through(source, recipe, given, *how, **more)[0]
 
 
 def go_through(

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ModularPipeline
 from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from protocol.errors import ModelMissing
-from workers.models.tasks import FRAMES, IMAGES, MASKS
+from workers.models.tasks import IMAGES, MASKS
 from workers.replay.placeholder import of_the_same_name
 
 CALLBACK = "callback_on_step_end"
@@ -171,6 +171,6 @@ def _adapter(cls: type[ModularPipeline], blocks: type[ModularPipelineBlocks]) ->
 def default_of(given: Any, of_block: Any) -> Any:
     """Return the default of a block's input; none for pictures and videos that it can't do without."""
     of_pictures = given.name in (*IMAGES, *MASKS) or given.name.endswith("_video") or given.name == "video"
-    if given.required and of_pictures and given.name not in FRAMES:
+    if given.required and of_pictures:
         return inspect.Parameter.empty
     return of_block if given.default is None else given.default

@@ -1,4 +1,4 @@
-"""What a worker may send of a task's result."""
+"""A worker sends no result that a message can't hold."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a loop carries from one step to the next, told from its code."""
+"""The variables that a loop carries from one step to the next, told from its code."""
 
 import inspect
 from collections.abc import Callable

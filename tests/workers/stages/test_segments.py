@@ -46,7 +46,7 @@ GIVEN = {"image:0": picture_of(noise((16, 16), 1)), "video:pose_video": clip(2),
 
 
 def job(folder: Path) -> tuple[Source, Recipe, tuple[Tensor, ...]]:
-    """Of three segments: 21 frames, 9 in a segment, of which one is the last of the segment before."""
+    """Make a job of three segments: 21 frames, 9 in a segment, of which one is the last of the segment before."""
     source = read(str(folder), folder, None)
     request = JobRequest(
         prompt="a red circle", steps=STEPS, seed=5, width=16, height=16, images=(GIVEN["image:0"].name,),
