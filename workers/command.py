@@ -7,7 +7,7 @@ from typing import Any, get_args
 import click
 
 from protocol.client.endpoints import CPU_LOCK, default_folder, published
-from protocol.client.input_pictures import picture_of, split_video, video_of
+from protocol.client.input_pictures import Inputs, picture_of, split_video, video_of
 from protocol.errors import BadRequest
 from protocol.model_spec import DEMO, PARTS, ModelSpec
 from protocol.speedups import canonical, parse_speedup
@@ -133,21 +133,16 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
     spec = worker_spec(stage, name, {**options, "model": model, "dtype": dtype})
     output = options["output"] or Path(made if stage == "vae" else f"{stage}.safetensors")
     debugging = Debugging(options["repeat"], options["profile"], options["pdb"])
-    images = [picture_of(path) for path in options["images"]]
-    mask = picture_of(options["mask"], mask=True) if options["mask"] else None
-    control = picture_of(options["control_image"]) if options["control_image"] else None
-    ip_image = picture_of(options["ip_image"]) if options["ip_image"] else None
-    clips = [(name, video_of(path)) for name, path in map(split_video, options["videos"])]
-    named = {
-        "images": tuple(image.name for image in images), "mask": mask and mask.name,
-        "control": control and control.name, "ip_image": ip_image and ip_image.name,
-        "videos": tuple((name, video.name) for name, video in clips),
-    }  # fmt: skip
-    given |= {name: value for name, value in named.items() if value}
-    pictures = (*images, *(one for one in (mask, control, ip_image) if one), *(video for _, video in clips))
+    single = {"mask": "mask", "control": "control_image", "ip_image": "ip_image"}
+    inputs = Inputs(
+        images=tuple(map(picture_of, options["images"])),
+        videos=tuple((name, video_of(path)) for name, path in sorted(map(split_video, options["videos"]))),
+        **{name: picture_of(path, mask=name == "mask") for name, opt in single.items() if (path := options[opt])},
+    )
+    given |= inputs.fields
     if options["input_path"] is None:
         given.setdefault("prompt", "")  # of models that take none
-    run_standalone(prepare(spec), given, pictures, options["input_path"], output, debugging)
+    run_standalone(prepare(spec), given, inputs.tensors, options["input_path"], output, debugging)
 
 
 def check_input(stage: Stage, begins: bool, path: Path | None) -> None:

@@ -11,7 +11,7 @@ import click
 
 from orchestrator.cli.prompts import read_prompts
 from protocol.client.endpoints import default_folder
-from protocol.client.input_pictures import alpha_mask_of, picture_of, split_video, video_of
+from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, split_video, video_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.recipe import DRAWN
@@ -38,7 +38,7 @@ timeout_option = click.option(
 )  # fmt: skip
 
 ALPHA = "alpha"  # for --mask
-SINGLE = ("control_image", "ip_image")  # options of one picture, in the order of a request's pictures
+SINGLE = ("control_image", "ip_image")  # options of one picture
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
                  "max_sequence_length", "strength", "ip_scale", "frames", "fps", "settings", "priority")  # fmt: skip
 
@@ -163,13 +163,13 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
     """Make one request a prompt, from arguments and file; a line's own settings win over the flags."""
     given = given_recipe(options)
     inputs = given_pictures(options)
-    given |= {name: value for name, value in named(inputs, options).items() if value}
+    given |= inputs.fields
     rows: list[tuple[str, dict[str, Any]]] = [("", {"prompt": prompt}) for prompt in prompts]
     if options.get("prompts_file"):
         rows += read_prompts(options["prompts_file"])
         if not rows:
             raise BadRequest(f"{str(options['prompts_file'])!r} holds no prompt.")
-    if not rows and inputs:
+    if not rows and inputs.tensors:
         rows = [("", {"prompt": ""})]  # for models that take none
     if not rows:
         raise BadRequest("There is no prompt.", 'Give one: triptych submit "a large red circle", or --prompts FILE.')
@@ -183,41 +183,29 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
             fields = {**given, **row} | ({} if seed is None else {"seed": seed})
             if named_by_seed and fields.get("seed") in (None, DRAWN):
                 fields["seed"] = secrets.randbelow(2**32)  # known before it is queued
-            asked.append(Asked(make_request(fields, where), where, inputs=inputs))
+            asked.append(Asked(make_request(fields, where), where, inputs=inputs.tensors))
     return asked
 
 
-def given_pictures(options: dict[str, Any]) -> tuple[Tensor, ...]:
-    """Read the pictures of --image, --mask and --control-image; BadRequest."""
-    singles = [options[name] for name in SINGLE if options.get(name)]
-    videos = [video_of(path) for _, path in sorted(map(split_video, options.get("videos") or ()))]
-    return (*image_and_mask(options), *map(picture_of, singles), *videos)
+def given_pictures(options: dict[str, Any]) -> Inputs:
+    """Read the pictures and videos that the options name; BadRequest."""
+    control, ip_image = (picture_of(path) if (path := options.get(name)) else None for name in SINGLE)
+    images = tuple(map(picture_of, options.get("images") or ()))
+    videos = tuple((name, video_of(path)) for name, path in sorted(map(split_video, options.get("videos") or ())))
+    return Inputs(images, given_mask(options), control, ip_image, videos)
 
 
-def image_and_mask(options: dict[str, Any]) -> tuple[Tensor, ...]:
+def given_mask(options: dict[str, Any]) -> Tensor | None:
     paths, mask, blur = options.get("images") or (), options.get("mask"), options.get("mask_blur") or 0
-    images = [picture_of(path) for path in paths]
     if mask is None:
         if blur:
             raise BadRequest("There is no mask to be softened.", "Give one: --mask FILE.")
-        return tuple(images)
-    if str(mask) == ALPHA:
-        if not paths:
-            raise BadRequest("--mask alpha is what is transparent in a picture.", "Give it: --image FILE.")
-        return (*images, alpha_mask_of(paths[0], blur))
-    return (*images, picture_of(mask, mask=True, blur=blur))
-
-
-def named(inputs: tuple[Tensor, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """A request's fields that name its pictures by their digests."""
-    digests, count = [picture.name for picture in inputs], len(options.get("images") or ())
-    names = [name for name, _ in sorted(map(split_video, options.get("videos") or ()))]
-    videos = tuple(zip(names, digests[len(digests) - len(names) :], strict=True))
-    del digests[len(digests) - len(names) :]
-    rest = iter(digests[count:])
-    one = {name: next(rest) if options.get(name) else None for name in ("mask", *SINGLE)}
-    return {"images": tuple(digests[:count]), "mask": one["mask"], "control": one["control_image"],
-            "ip_image": one["ip_image"], "videos": videos}  # fmt: skip
+        return None
+    if str(mask) != ALPHA:
+        return picture_of(mask, mask=True, blur=blur)
+    if not paths:
+        raise BadRequest("--mask alpha is what is transparent in a picture.", "Give it: --image FILE.")
+    return alpha_mask_of(paths[0], blur)
 
 
 def make_request(fields: dict[str, Any], where: str) -> JobRequest:

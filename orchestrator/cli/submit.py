@@ -245,7 +245,7 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
         raise BadRequest("Jobs and files don't go together.", "Give one kind at a time.")
     with Client(state_folder(state)) as client:
         if files:
-            pictures = given_pictures(options)
+            pictures = given_pictures(options).tensors
             asked = [asked_again(client, path, anyway, pictures) for path in files]
             make(client, asked, names_for_requests(asked, options), options)
             return

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from protocol import wire
-from protocol.client.input_pictures import picture_of, video_of
+from protocol.client.input_pictures import Inputs, picture_of, video_of
 from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, from_wire
 from protocol.job import Job, JobRequest
 from protocol.messages.client import (
@@ -83,23 +83,17 @@ def request_of(prompt: str | JobRequest, options: dict[str, Any]) -> tuple[JobRe
     """A request, and the pictures that it begins from; those are read where they are given by path or as images."""
     if isinstance(prompt, JobRequest):
         return prompt, []
-    given, mask, control = options.pop("images", ()), options.pop("mask", None), options.pop("control", None)
-    pictures = [picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])]
-    masks = [] if mask is None else [picture_of(mask, mask=True)]
-    controls = [] if control is None else [picture_of(control)]
-    ip_images = [picture_of(one) for one in (options.pop("ip_image", None),) if one is not None]
+    given = options.pop("images", ())
+    single = {name: options.pop(name, None) for name in ("mask", "control", "ip_image")}
     videos = dict(options.pop("videos", {}))
     if (video := options.pop("video", None)) is not None:
         videos = {"": video, **videos}
-    clips = {name: video_of(one) for name, one in videos.items()}
-    named: dict[str, Any] = {
-        "ip_image": ip_images[0].name if ip_images else None,
-        "videos": tuple((name, clip.name) for name, clip in clips.items()),
-        "images": tuple(p.name for p in pictures),
-        "mask": masks[0].name if masks else None,
-        "control": controls[0].name if controls else None,
-    }
-    return JobRequest(prompt=prompt, **options, **named), [*pictures, *masks, *controls, *ip_images, *clips.values()]
+    inputs = Inputs(
+        images=tuple(picture_of(one) for one in (given if isinstance(given, list | tuple) else [given])),
+        videos=tuple((name, video_of(one)) for name, one in videos.items()),
+        **{name: picture_of(one, mask=name == "mask") for name, one in single.items() if one is not None},
+    )
+    return JobRequest(prompt=prompt, **options, **inputs.fields), list(inputs.tensors)
 
 
 def with_ids(requests: Sequence[JobRequest]) -> tuple[JobRequest, ...]:

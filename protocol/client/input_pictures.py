@@ -3,8 +3,9 @@
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from protocol.errors import BadRequest
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS, digest_of
@@ -16,6 +17,34 @@ if TYPE_CHECKING:
 
 Given: TypeAlias = "str | os.PathLike[str] | bytes | Image"
 FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The pictures and videos that a request begins from, as pixels."""
+
+    images: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+    control: Tensor | None = None
+    ip_image: Tensor | None = None
+    videos: tuple[tuple[str, Tensor], ...] = ()  # by names of the pipeline's call
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them, in the order of a request's digests."""
+        singles = (one for one in (self.mask, self.control, self.ip_image) if one is not None)
+        return (*self.images, *singles, *(video for _, video in self.videos))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The request's fields that name them, for those that are there."""
+        singles = {"mask": self.mask, "control": self.control, "ip_image": self.ip_image}
+        found: dict[str, Any] = {name: one.name for name, one in singles.items() if one is not None}
+        if self.images:
+            found["images"] = tuple(image.name for image in self.images)
+        if self.videos:
+            found["videos"] = tuple((name, video.name) for name, video in self.videos)
+        return found
 
 
 def picture_of(given: Given, mask: bool = False, blur: float = 0) -> Tensor:
