@@ -30,6 +30,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def videos(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStack]:
     with running_stack(tmp_path_factory.mktemp("videos") / "state", "--model", str(wan)) as stack:
+        stack.picture(PROMPT, frames=9, steps=1, width=32, height=32)  # so that the model is known, and nothing waits
         yield stack
 
 
