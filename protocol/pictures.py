@@ -45,6 +45,16 @@ def is_of_its_kind(name: str, shape: Sequence[int]) -> bool:
     return len(shape) == (4 if name.startswith(f"{VIDEO}:") else 3) and shape[-1] == channels
 
 
+def extent_of(shapes: Mapping[str, Sequence[int]]) -> tuple[tuple[int, int] | None, int | None]:
+    """Return the size of the first picture or video that a job begins from, and the frames of its first video.
+
+    `shapes` are those of its pictures by their names. (width, height) in pixels; None where there is none.
+    """
+    begins = [shape for name, shape in shapes.items() if name.startswith((f"{IMAGE}:", f"{VIDEO}:"))]
+    size = (begins[0][-2], begins[0][-3]) if begins else None
+    return size, next((shape[0] for shape in begins if len(shape) == 4), None)
+
+
 def as_given(named: Mapping[str, str], pictures: Mapping[str, Tensor]) -> list[Tensor]:
     """Return pictures, of those that are there by digest, named for a job's tasks; KeyError."""
     return [replace(pictures[digest], name=name) for name, digest in named.items()]

@@ -14,7 +14,7 @@ from orchestrator.principal import Principal
 from orchestrator.storage.job_store import Store
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
-from protocol.pictures import is_of_its_kind
+from protocol.pictures import extent_of, is_of_its_kind
 from protocol.recipe import resolve
 from protocol.route import Route, Shape, Template, whole_key
 from protocol.stages import FIRST
@@ -118,8 +118,7 @@ class Admission:
                 shapes = self._shapes(request, pictures)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
-                    (shapes[0][-2], shapes[0][-3]) if request.images or request.videos else None,
-                    next((shape[0] for shape in shapes if len(shape) == 4), None),
+                    *extent_of(dict(zip(request.named_pictures, shapes, strict=True))),
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None

@@ -24,6 +24,7 @@ from protocol.job import JobRequest
 from protocol.model import ModelDescription
 from protocol.model_profile import ModelProfile
 from protocol.model_spec import ModelSpec
+from protocol.pictures import extent_of
 from protocol.process import report_end
 from protocol.tensors import Tensor
 from workers.models.source import Source, locate
@@ -72,9 +73,7 @@ def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
 
     def profile(kinds: Collection[str]) -> ModelProfile:
         brought, shapes = with_pictures(request, description, kinds)
-        size = next(((shape[-2], shape[-3]) for shape in shapes.values()), None)
-        frames = next((shape[0] for shape in shapes.values() if len(shape) == 4), None)
-        recipe = resolve(brought, description, dtype, None, (), size, frames)
+        recipe = resolve(brought, description, dtype, None, (), *extent_of(shapes))
         given = [Tensor(name, "uint8", shape, bytes(math.prod(shape))) for name, shape in shapes.items()]
         return ModelProfile(model=description, recipe=recipe, stages=MetaRun(source, recipe, given).stages())
 

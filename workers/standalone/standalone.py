@@ -14,7 +14,7 @@ from protocol.client.picture_files import metadata_of, to_images
 from protocol.client.video_files import save_made, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
-from protocol.pictures import as_given, is_given_picture, pictures_among
+from protocol.pictures import as_given, extent_of, is_given_picture, pictures_among
 from protocol.recipe import resolve
 from protocol.settings import as_given as settings_as_given
 from protocol.speedups import canonical
@@ -76,12 +76,10 @@ def make_input(
 ) -> tuple[Recipe, tuple[Tensor, ...]]:
     """Make the first stage's input: a recipe, and the pictures that it begins from."""
     counter = token_counter(prepared.source)
-    size = (pictures[0].shape[-2], pictures[0].shape[-3]) if pictures else None
-    frames = next((picture.shape[0] for picture in pictures if len(picture.shape) == 4), None)
-    request = JobRequest.model_validate(given)
-    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, size, frames)
-    named = recipe.named_pictures
-    return recipe, tuple(as_given(named, {picture.name: picture for picture in pictures}))
+    request, by_digest = JobRequest.model_validate(given), {picture.name: picture for picture in pictures}
+    extent = extent_of({name: by_digest[digest].shape for name, digest in request.named_pictures.items()})
+    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, *extent)
+    return recipe, tuple(as_given(recipe.named_pictures, by_digest))
 
 
 def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tuple[Recipe, tuple[Tensor, ...]]:
