@@ -9,6 +9,7 @@ from tests.families import CASES
 
 
 @pytest.mark.all
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept")  # of torch and NumPy, in the scheduler of Helios
 @pytest.mark.parametrize("name", CASES)
 def test_a_class_gives_the_bits_of_the_plain_pipeline(name: str) -> None:
     how, why = run(name)
