@@ -34,6 +34,7 @@ def settings_of(cls: type[DiffusionPipeline]) -> tuple[Setting, ...]:
     return tuple(sorted(found, key=lambda setting: setting.name))
 
 
+@functools.cache
 def tuples_of(cls: type[DiffusionPipeline]) -> frozenset[str]:
     """Return the names of a call's arguments that are tuples; others of several values are lists."""
     hints = _hints(cls.__call__).items()

@@ -87,6 +87,7 @@ def annotation_of(cls: type[DiffusionPipeline], component: str) -> str:
     return re.sub(r"[\w.]+\.", "", str(parameter.annotation)) if parameter else ""
 
 
+@functools.cache
 def control_argument(cls: type[DiffusionPipeline]) -> str | None:
     """Return the name of a call's argument for the picture that a ControlNet, or an adapter, keeps to."""
     parameters = parameters_of(cls)

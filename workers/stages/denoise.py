@@ -200,6 +200,5 @@ def shape_of(recipe: Recipe) -> tuple[object, ...]:
 def reset_caches(pipeline: DiffusionPipeline) -> None:
     """Empty the denoiser's step caches: a loop that was left, at its decoding or before, leaves them full."""
     for component in pipeline.components.values():
-        reset = getattr(component, "_reset_stateful_cache", None)
-        if reset is not None:
-            reset()
+        if getattr(component, "is_cache_enabled", False):
+            component._reset_stateful_cache()
