@@ -22,6 +22,8 @@ class StageTraits:
     ahead: int  # jobs nearer to their end that may wait, before no more of its tasks are started
     distance: int  # visits from here to the end of a job, this one included, where no result has told
     resumes: bool = False  # its tasks make checkpoints, from which another worker goes on
+    lends: bool = False  # GPU memory, between two of its steps
+    momentary: bool = False  # its tasks take a moment, and GPU memory that another stage may lend meanwhile
 
 
 TEXT_COMPONENTS = (
@@ -39,8 +41,8 @@ SHARED_COMPONENTS = (
 )  # fmt: skip
 TRAITS: Mapping[Stage, StageTraits] = {
     # Finished embeddings (4 MB each for FLUX.1) must not pile up on disk while the denoiser works through them.
-    "text": StageTraits(TEXT_COMPONENTS, 64, 3),
-    "denoise": StageTraits((), 256, 2, resumes=True),
-    "vae": StageTraits(VAE_COMPONENTS, 256, 1),
+    "text": StageTraits(TEXT_COMPONENTS, 64, 3, momentary=True),
+    "denoise": StageTraits((), 256, 2, resumes=True, lends=True),
+    "vae": StageTraits(VAE_COMPONENTS, 256, 1, momentary=True),
 }
 USUAL_NEXT: Mapping[Stage, Stage | None] = {"text": "denoise", "denoise": "vae", "vae": None}  # from prompt to picture

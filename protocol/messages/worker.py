@@ -57,6 +57,8 @@ class Ready(Message):
     context_bytes: Counts = ()  # of its CUDA contexts with their libraries
     kept_bytes: Counts = ()  # that it holds beside contexts and leases, whatever it gives back
     leases: Leases = ()  # that it holds
+    lent_bytes: Count = 0  # of its lease, see Lent
+    lendable_bytes: Count = 0  # of weights, see Leased
     current_task: tuple[JobId, Stage, Count] | None = None  # job, stage, attempt
 
 
@@ -71,7 +73,18 @@ class Leased(Message):
     kept_bytes: Counts = ()
     context_bytes: Counts = ()
     residency: tuple[ComponentView, ...] = ()
+    lendable_bytes: Count = 0  # of weights that can be let go between two steps
     reason: Line = ""  # why the weights could not be brought in; then nothing is held
+
+
+class Lent(Message):
+    """So many bytes of the lease are free, by the driver's count, and nothing is computed until Returned.
+
+    0: the wanted bytes can't be freed, and it goes on with all that it had.
+    """
+
+    kind = "lent"
+    bytes: Count
 
 
 class Progress(TaskKey):
@@ -134,6 +147,20 @@ class SetLease(Message):
     leases: Leases  # one for each GPU, all of them of something or all of nothing
 
 
+class Borrow(Message):
+    """Free so many bytes of the lease until Returned: at the end of the step that is computed, or else at once."""
+
+    kind = "borrow"
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class Returned(Message):
+    """The bytes that were lent are the worker's again: so many are in its lease now, maybe some less than before."""
+
+    kind = "returned"
+    bytes: Count
+
+
 class CancelTask(TaskKey):
     kind = "cancel-task"
 
@@ -148,6 +175,7 @@ FROM_WORKER: tuple[type[Message], ...] = (
     WorkerHello,
     Ready,
     Leased,
+    Lent,
     Heartbeat,
     Progress,
     Part,
@@ -155,4 +183,6 @@ FROM_WORKER: tuple[type[Message], ...] = (
     TaskFailed,
     WorkerGoodbye,
 )
-TO_WORKER: tuple[type[Message], ...] = (Welcome, Task, SetLease, CancelTask, Committed, Beat, Error)
+TO_WORKER: tuple[type[Message], ...] = (
+    Welcome, Task, SetLease, Borrow, Returned, CancelTask, Committed, Beat, Error,
+)  # fmt: skip

@@ -34,10 +34,14 @@ def settings_of(cls: type[DiffusionPipeline]) -> tuple[Setting, ...]:
     return tuple(sorted(found, key=lambda setting: setting.name))
 
 
-@functools.cache
 def tuples_of(cls: type[DiffusionPipeline]) -> frozenset[str]:
     """Return the names of a call's arguments that are tuples; others of several values are lists."""
-    hints = _hints(cls.__call__).items()
+    return _tuples(cls.__call__)
+
+
+@functools.cache
+def _tuples(call: Callable[..., Any]) -> frozenset[str]:
+    hints = _hints(call).items()
     return frozenset(n for n, hint in hints if any(typing.get_origin(m) is tuple for m in members_of(hint)))
 
 

@@ -87,13 +87,12 @@ def annotation_of(cls: type[DiffusionPipeline], component: str) -> str:
     return re.sub(r"[\w.]+\.", "", str(parameter.annotation)) if parameter else ""
 
 
-@functools.cache
 def control_argument(cls: type[DiffusionPipeline]) -> str | None:
     """Return the name of a call's argument for the picture that a ControlNet, or an adapter, keeps to."""
     parameters = parameters_of(cls)
     if "control_image" in parameters:
         return "control_image"
-    controlled = {"controlnet", "adapter"} & set(inspect.signature(cls.__init__).parameters)
+    controlled = {"controlnet", "adapter"} & _parameters(cls.__init__).keys()
     return "image" if controlled and "image" in parameters and "strength" not in parameters else None
 
 

@@ -10,22 +10,40 @@ import ctypes
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
 SOFT_PAUSE = 1  # omp_pause_soft
 
 
-@contextlib.contextmanager
-def turn(lock: Path | None) -> Iterator[None]:
-    """Hold the lock file for a task; the kernel lets go of it if this process dies. Nothing happens without one."""
-    if lock is None:
+class CpuTurn:
+    """A turn of a process, for a task; the kernel ends it if the process dies. Nothing happens without a lock file."""
+
+    def __init__(self, lock: Path | None) -> None:
+        self._lock = lock
+        self._file: TextIO | None = None
+
+    def __enter__(self) -> "CpuTurn":
+        if self._lock:
+            self._file = self._lock.open("a")
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            end_idle_threads()
+            self._file.close()
+            self._file = None
+
+    @contextlib.contextmanager
+    def left(self) -> Iterator[None]:
+        """Let others have their turn meanwhile, in the middle of a task."""
+        held = self._file is not None
+        self.__exit__()
         yield
-        return
-    with lock.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-        end_idle_threads()
+        if held:
+            self.__enter__()
 
 
 def end_idle_threads() -> None:

@@ -13,23 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 
 from protocol.errors import TriptychError
 from protocol.job import Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import Leased, Progress, Ready, Result, SetLease, Task, TaskFailed
+from protocol.messages.worker import Borrow, Leased, Lent, Progress, Ready, Result, SetLease, Task, TaskFailed
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
 from protocol.wire import MAX_FRAME_BYTES
 from workers.errors import Cancelled, StageError, cause_of, release_memory
-from workers.runtime.cpu_lock import turn
+from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
 from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
-from workers.weights.gpu_lease import AnyGpuLease, apply_leases
+from workers.weights.gpu_lease import AnyGpuLease, GpuLease, apply_leases
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +38,19 @@ StageRunner = TextStage | DenoiseStage | LeadStage | VaeStage
 Load = Callable[[], tuple[StageRunner, tuple[tuple[str, str], ...]]]
 Shares = Callable[[StageRunner], Sequence[AnyGpuLease]]  # of each of its GPUs
 Event = tuple[Message, list[Tensor]]
+Order = Task | SetLease | Borrow
 PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and each costs a computation on the CPU 2 ms
+KEPT_PLANS = "a library was short of GPU memory, and goes on with what it chose then"  # cuDNN, whose plans torch keeps
 IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
 PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
+
+
+class StartAnew(Exception):
+    """The process is to be replaced before it works on, for no fault of its task's."""
+
+
+class LoanLost(Exception):
+    """Weights that were lent are not where they belong; it ends the worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +113,30 @@ class Executor:
         self.wake, self.bell = socket.socketpair()
         self.wake.setblocking(False)
         self.bell.setblocking(False)
-        self._load, self._turns, self._gpu_leases, self._warm, self._run = load, turns, gpu_leases, warm, run
-        self._orders: queue.SimpleQueue[tuple[Task | SetLease, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._load, self._turn, self._gpu_leases, self._warm, self._run = load, CpuTurn(turns), gpu_leases, warm, run
+        self._orders: queue.SimpleQueue[tuple[Order, tuple[Tensor, ...]]] = queue.SimpleQueue()
+        self._borrow: Borrow | None = None  # that was not served yet
+        self._was_short = False  # of memory, for a library: what it computes from then on may differ in its last bits
+        self._returned: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of a lease that was lent of
         self._cancelled: set[tuple[str, int]] = set()
         self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
 
     def start(self) -> None:
         self._thread.start()
 
-    def give(self, order: Task | SetLease, tensors: tuple[Tensor, ...]) -> None:
+    def give(self, order: Order, tensors: tuple[Tensor, ...]) -> None:
         if isinstance(order, Task):
             self._cancelled.discard((order.job, order.attempt))  # what was cancelled under this number is over
+        if isinstance(order, Borrow):
+            self._borrow = order  # for the end of a step, before its turn among the orders
         self._orders.put((order, tensors))
 
     def cancel(self, job: str, attempt: int) -> None:
         self._cancelled.add((job, attempt))
+
+    def returned(self, size: int) -> None:
+        """Go on, from any thread: what was lent is back, and the lease has `size` bytes."""
+        self._returned.put(size)
 
     def fail(self, error: BaseException) -> None:
         """End the worker, from any thread."""
@@ -152,18 +172,46 @@ class Executor:
             if isinstance(order, SetLease):
                 self._emit((changed(runner, gpu_leases, order), []))
                 continue
-            self._do(runner, order, tensors)
+            if isinstance(order, Borrow):
+                self._lend(gpu_leases)
+                continue
+            self._do(runner, gpu_leases, order, tensors)
             del order, tensors
             contexts = tuple(gpu_lease.context_bytes() for gpu_lease in gpu_leases)
             self._emit((Ready(residency=views(runner), context_bytes=contexts), []))
 
-    def _do(self, runner: StageRunner, task: Task, tensors: tuple[Tensor, ...]) -> None:
+    def _lend(self, gpu_leases: Sequence[AnyGpuLease]) -> None:
+        """Lend what is to be borrowed, unless that was done at the end of a step, and wait until it is back."""
+        borrow, self._borrow = self._borrow, None
+        if borrow is None:
+            return
+        own = gpu_leases[0] if len(gpu_leases) == 1 else None
+        while not self._returned.empty():
+            self._returned.get()
+        try:
+            lent = borrow.bytes if isinstance(own, GpuLease) and own.lend(borrow.bytes) else 0
+            self._emit((Lent(bytes=lent), []))
+            if lent and isinstance(own, GpuLease):
+                start = time.perf_counter()
+                with self._turn.left():
+                    size = self._returned.get()
+                back = time.perf_counter()
+                own.take_again(size)
+                log.info("%s were lent for %.3f s, and are taken again in %.3f s", format_bytes(lent), back - start,
+                         time.perf_counter() - back)  # fmt: skip
+        except Exception as error:
+            raise LoanLost("what was lent could not be taken again") from error
+
+    def _do(
+        self, runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], task: Task, tensors: tuple[Tensor, ...]
+    ) -> None:
         key: dict[str, Any] = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
         extra = {"job": task.job}
         told = time.monotonic()
 
         def report(step: int, steps: int, saved: Saved | None = None) -> None:
             nonlocal told
+            self._lend(gpu_leases)
             if (task.job, task.attempt) in self._cancelled:
                 raise Cancelled
             if saved or (0 < step < steps and time.monotonic() - told >= PROGRESS_SECONDS):
@@ -173,14 +221,19 @@ class Executor:
 
         if isinstance(runner, VaeStage):
             runner.may_tile = task.allow_tiling
+            if gpu_leases:
+                release_memory()  # which a decode before has left in pieces: the next one may find none that fits
+        if self._was_short and not task.allow_tiling:
+            raise StartAnew(KEPT_PLANS)
         try:
             self._warm()
-            with turn(self._turns):
+            with self._turn:
                 done = self._run(runner, task.recipe, tensors, report)
             check_can_travel(done.outcome)
+            self._was_short |= done.short
             if done.short and not task.allow_tiling:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
-        except RankLost:
+        except (RankLost, LoanLost):
             raise
         except Cancelled:
             log.info("cancelled", extra=extra)
@@ -189,6 +242,7 @@ class Executor:
             log.exception("%s failed", task.stage, extra=extra)
             short, retry = isinstance(error, torch.OutOfMemoryError), not isinstance(error, PERMANENT)
             if short:
+                self._was_short |= convolves(runner)
                 release_memory()
             elif retry and runner.device.type == "cuda":
                 torch.cuda.synchronize(runner.device)  # where a context is broken for good, this ends the worker
@@ -201,10 +255,16 @@ class Executor:
                 calls=done.outcome.calls,
                 peak_bytes=done.peak_bytes,
                 workspace_bytes=done.workspace_bytes,
-                warnings=(*done.outcome.warnings, *((IN_SHORT,) if done.short else ())),
+                warnings=(*done.outcome.warnings, *((IN_SHORT,) if self._was_short else ())),
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def convolves(runner: StageRunner) -> bool:
+    """Return whether a stage has convolutions: cuDNN chooses their algorithms by the memory that is free."""
+    modules = (module for residency in runner.residencies for module in residency.module.modules())
+    return any(isinstance(module, _ConvNd) for module in modules)
 
 
 def check_can_travel(outcome: Outcome) -> None:
@@ -219,7 +279,8 @@ def changed(runner: StageRunner, gpu_leases: Sequence[AnyGpuLease], lease: SetLe
     parts = runner.split if isinstance(runner, DenoiseStage) else None
     with parts.to_oneself() if parts else contextlib.nullcontext():
         leased = apply_leases(gpu_leases, lease.leases)
-    return leased.model_copy(update={"residency": views(runner)})
+    lendable = sum(residency.lendable_bytes for residency in runner.residencies)
+    return leased.model_copy(update={"residency": views(runner), "lendable_bytes": lendable})
 
 
 def views(runner: StageRunner) -> tuple[ComponentView, ...]:

@@ -18,12 +18,15 @@ from protocol.errors import TriptychError, from_wire
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
 from protocol.messages.worker import (
     TO_WORKER,
+    Borrow,
     CancelTask,
     Committed,
     Leased,
+    Lent,
     Part,
     Ready,
     Result,
+    Returned,
     SetLease,
     Task,
     WorkerGoodbye,
@@ -31,7 +34,7 @@ from protocol.messages.worker import (
 )
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.tensors import Tensor
-from workers.runtime.executor import Executor, resident_bytes
+from workers.runtime.executor import Executor, StartAnew, resident_bytes
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +154,12 @@ class Session:
                 self._idle, self._ordered = False, self._links
                 self._task = order if isinstance(order, Task) else None
                 self._executor.give(order, envelope.tensors)
+            case Borrow() as borrow:
+                self._executor.give(borrow, ())
+            case Returned(bytes=size):
+                leases = tuple(lease.model_copy(update={"bytes": size}) for lease in self._ready.leases)
+                self._ready = self._ready.model_copy(update={"lent_bytes": 0, "leases": leases})
+                self._executor.returned(size)
             case CancelTask(job=job, attempt=attempt):
                 self._executor.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):
@@ -192,6 +201,9 @@ class Session:
             return
         while not self._executor.events.empty():
             event = self._executor.events.get()
+            if isinstance(event, StartAnew):
+                self._stop_reason = str(event)
+                return
             if isinstance(event, BaseException):
                 raise event
             message, tensors = event
@@ -202,9 +214,11 @@ class Session:
                 case Leased():
                     self._idle = True
                     self._gpu_bytes = sum(component.device_bytes for component in message.residency)
-                    self._remember(message, "residency", "context_bytes", "kept_bytes", "leases")
+                    self._remember(message, "residency", "context_bytes", "kept_bytes", "leases", "lendable_bytes")
                     if self._ordered != self._links:  # another orchestrator, or one that thinks this worker gone
                         message = self._ready
+                case Lent(bytes=lent):
+                    self._ready = self._ready.model_copy(update={"lent_bytes": lent})
                 case Result() as result:
                     self._result = (result, tensors)
                     self._gpu_bytes = result.peak_bytes

@@ -46,6 +46,7 @@ class GpuLease:
     residencies: Sequence[Residency]
     workspace: int
     most: int | None = None  # bytes that it shall ever have for weights; None: all of them
+    _bytes: int = 0  # of the lease
     _kept: int = 0  # bytes of the allocator's that stay when everything is given back, as last measured
 
     def __post_init__(self) -> None:
@@ -67,6 +68,7 @@ class GpuLease:
         """
         if weights < sum(residency.device_bytes for residency in self.residencies):
             self.give_back()
+        self._bytes = size
         self._cap(size)
         left = weights
         ordered = sorted(self.residencies, key=lambda residency: residency.total_bytes)
@@ -83,16 +85,56 @@ class GpuLease:
         before, allocated = self._driver_bytes(), self._reserved()
         for residency in self.residencies:
             residency.swap_out()
+        self._bytes = 0
         if self.device.type != "cuda":
             return
-        torch.cuda.synchronize(self.device)
-        torch._C._cuda_clearCublasWorkspaces()  # which the allocator counts as in use
-        torch.cuda.empty_cache()
+        self._tidy()
         self._kept = self._reserved()
         self._cap(0)
+        self._confirm(before, allocated)
+
+    def lend(self, size: int) -> bool:
+        """Free `size` bytes of the lease until `take_again`, of weights what is not to be had otherwise.
+
+        Between two forwards, when workspace is free. Return False, with all as it was, where there are not so many.
+        """
+        before, allocated = self._driver_bytes(), self._reserved()
+        self._tidy()
+        for residency in sorted(self.residencies, key=lambda residency: -residency.device_bytes):
+            residency.lend(self._in_use() - self._bytes + size)
+            self._tidy()
+        if self._in_use() > self._bytes - size:
+            self.take_again(self._bytes)
+            return False
+        self._cap(self._bytes - size)
+        self._confirm(before, allocated)
+        return True
+
+    def take_again(self, size: int) -> None:
+        """Take back what was lent, in a lease of `size` bytes; some less than before are missing to workspace."""
+        self._bytes = size
+        self._cap(size)
+        for residency in self.residencies:
+            residency.take_again()
+
+    def _in_use(self) -> int:
+        """Bytes of the lease in use; a CPU that stands in for a GPU counts weights alone."""
+        if self.device.type == "cuda":
+            return self._reserved() - self._kept
+        return sum(residency.device_bytes for residency in self.residencies)
+
+    def _tidy(self) -> None:
+        """Give back to the driver what the allocator holds and nobody uses."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch._C._cuda_clearCublasWorkspaces()  # which the allocator counts as in use
+            torch.cuda.empty_cache()
+
+    def _confirm(self, before: int | None, allocated: int) -> None:
+        """Wait until the driver, which has counted `before` bytes, counts less by what the allocator gave back."""
         if before is None:
             return
-        wanted = before - (allocated - self._kept) + SLACK
+        wanted = before - (allocated - self._reserved()) + SLACK
         deadline = time.monotonic() + VERIFY_SECONDS
         while (now := self._driver_bytes()) is not None and now > wanted:
             if time.monotonic() > deadline:

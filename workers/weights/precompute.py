@@ -64,11 +64,11 @@ class Precompute:
         if not found or found[0][0] is not self._owners[0]:
             return  # it would take half a model to foresee a vector
         if any(owner.compiled for owner in self._owners) or any(owner.gains(m) for owner, m in found):
+            self._first = found[0][1].first
             for owner, modulation in found:
                 owner.adopt(modulation)
                 if self._several:
                     modulation.put(several=True)
-            self._first = found[0][1].first
 
     def rehearse(self, model: torch.nn.Module, forwards: JobForwards) -> None:
         """Learn before the first job, so that its compiled code is that of all later ones, and so are its bits."""

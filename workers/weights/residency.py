@@ -17,23 +17,21 @@ from torch.distributed.tensor import DTensor
 
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
-from workers.tensors import flat_bytes
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.modulation import Modulation
 from workers.weights.precompute import JobForwards, Precompute
+from workers.weights.resident_pieces import PIECE_BYTES, ResidentPieces
 from workers.weights.sharded import LocalPart
 from workers.weights.streaming import (
     Block,
     Ring,
     StreamPlan,
     least_bytes,
-    memory_of_its_own,
     plan_stream,
     room,
-    view_of,
 )
 
 State = Literal["in", "streamed", "out"]
@@ -50,12 +48,14 @@ class Residency:
         whole: bool = False,
         elsewhere: Sequence[str] = (),
         copy_stream: CopyStreams = copy_stream_for,
+        piece_bytes: int = PIECE_BYTES,
     ) -> None:
         """A component that is used `whole` is never streamed. Modules and weights that are `elsewhere` are not its."""
         self.name, self.module, self.device = name, module, device
         self._elsewhere = tuple(f"{name}." for name in elsewhere)  # prefixes
         self.state: State = "out"
         self.seconds = 0.0  # of the last swap
+        self._piece_bytes = piece_bytes
         weights = host_weights(module, name, self.has)
         locks = PageLocks(weights, device) if device.type == "cuda" else None
         self._host = weights.tensors
@@ -70,7 +70,7 @@ class Residency:
         # What it takes to be in.
         self.total_bytes = sum(room(tensor.nbytes) for tensor in self._host.values()) + self._fixed_bytes
         self.least_bytes = self.total_bytes if whole else least_bytes(self.blocks, self.total_bytes)  # to be streamed
-        self._slab: torch.Tensor | None = None
+        self._resident: ResidentPieces | None = None
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
         self._precompute = Precompute([self], self.rows)
@@ -89,7 +89,12 @@ class Residency:
             return 0
         ring = self._ring.memory.nbytes if self._ring else 0
         buffer = self.modulation.buffer_bytes if self.modulation and self.state == "streamed" else 0
-        return (0 if self._slab is None else self._slab.nbytes) + ring + buffer + self._fixed_bytes
+        return (self._resident.nbytes if self._resident else 0) + ring + buffer + self._fixed_bytes
+
+    @property
+    def lendable_bytes(self) -> int:
+        """Bytes of weights that can be lent now."""
+        return self._resident.lendable_bytes if self._resident else 0
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
@@ -117,7 +122,10 @@ class Residency:
             if self.modulation:
                 streamed |= self.modulation.weights
                 self.modulation.pass_through()
-        self._copy_in([name for name in self._host if name not in streamed])
+        names = [name for name in self._host if name not in streamed]
+        self._resident = ResidentPieces(
+            self.module, names, self.rows, self._parameters, self._host, self._copy_stream, self._piece_bytes
+        )
         self._loose.move_in(self.device)
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = torch.nn.Parameter(parameter.to(self.device), requires_grad=False)
@@ -151,6 +159,7 @@ class Residency:
 
     def swap_out(self) -> None:
         """Let go of the device's copies; the weights are those in host memory again."""
+        self._budget = 0
         if self.state == "out":
             return
         start = time.perf_counter()
@@ -160,16 +169,28 @@ class Residency:
 
     def _let_go(self) -> None:
         self._copy_stream.synchronize()
-        if self._ring:
-            self._ring.close()
+        for part in (self._ring, self._resident):
+            if part:
+                part.close()
         for name, parameter in self._parameters.items():
             parameter.data = self._host[name]
         for owner, leaf, parameter in self._quantized:
             owner._parameters[leaf] = parameter
         self._loose.let_go(self.device)
-        self._ring = self._slab = None
+        self._ring = self._resident = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def lend(self, size: int) -> None:
+        """Let go of about `size` bytes of weights until `take_again`, if there are as many; between two forwards."""
+        if self._resident:
+            self._copy_stream.synchronize()
+            self._resident.let_go(size)
+
+    def take_again(self) -> None:
+        """Bring back what was lent, beside the next forward where its blocks are streamed anyway."""
+        if self._resident:
+            self._resident.take_again(beside=self._ring is not None)
 
     def start(self) -> None:
         """Send the first blocks' weights on their way, before a run."""
@@ -184,6 +205,8 @@ class Residency:
     @contextlib.contextmanager
     def job(self, forwards: JobForwards | None) -> Iterator[None]:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too."""
+        if self.state == "out" and self._budget:  # what the job before changed to did not fit
+            self.swap_in(self._budget)
         if self.state == "in" and not self.compiled:
             forwards = None  # nothing to be gained
         precompute = self._precompute
@@ -231,34 +254,14 @@ class Residency:
         return self.plan is not None and after is not None and after.streamed_bytes < self.plan.streamed_bytes
 
     def adopt(self, modulation: Modulation) -> None:
+        """Run a modulation ahead from now on; where that finds no memory, all is out until the next job."""
         self.modulation = modulation
-        if self.plan:
-            self.swap_in(self._budget)
-
-    def _copy_in(self, names: Sequence[str]) -> None:
-        """Copy all that stays into one piece of device memory, in large pieces: a file's neighbours stay such."""
-        size = sum(room(self._host[name].nbytes) for name in names)
-        self._slab = slab = memory_of_its_own(size, self.device)
-        offset = 0
-        spans: list[tuple[torch.Tensor, int, int]] = []  # (first source, bytes from it on, place in the slab)
-        after: tuple[int, int] | None = None  # where the last source and its place end
-        for name in sorted(names, key=lambda name: self._host[name].data_ptr()):
-            source = self._host[name]
-            place = self._parameters[name].data = view_of(slab, offset, source)
-            offset = place.data_ptr() - slab.data_ptr()
-            if after == (source.data_ptr(), offset) and same_storage(spans[-1][0], source):
-                first, length, start = spans.pop()
-                spans.append((first, length + source.nbytes, start))
-            else:
-                spans.append((source, source.nbytes, offset))
-            offset += source.nbytes
-            after = source.data_ptr() + source.nbytes, offset
-        copies = [(slab[start : start + length], flat_bytes(first, length)) for first, length, start in spans]
-        self._copy_stream.wait(self._copy_stream.copy(copies, self._copy_stream.mark()))
-
-
-def same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+        try:
+            if self.plan:
+                self.swap_in(self._budget)
+        except BaseException:
+            self.modulation = None
+            raise
 
 
 def block_rows(module: torch.nn.Module) -> list[str]:

@@ -7,20 +7,34 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from protocol.gpu_memory import Lease
-from protocol.job import JobRequest
+from protocol.gpu_memory import Lease, WeightNeed
+from protocol.job import JobRequest, Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import Leased, Ready, Result, SetLease, Task, TaskFailed
+from protocol.messages.worker import Borrow, Leased, Lent, Progress, Ready, Result, SetLease, Task, TaskFailed
 from protocol.recipe import resolve
+from protocol.tensors import Tensor
 from tests import tiny
+from tests.records import before_denoising
 from tests.tiny import needs_gpus
+from tests.workers.worst_stream import worst_copy_stream
 from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.replay.call_record import CallRecord
-from workers.runtime.executor import Event, Executor, Load, Measured, Run, run_measured
-from workers.stages.contract import Outcome
+from workers.runtime.executor import (
+    Event,
+    Executor,
+    Load,
+    LoanLost,
+    Measured,
+    Run,
+    StageRunner,
+    StartAnew,
+    run_measured,
+)
+from workers.stages.contract import Outcome, Report, Saved
+from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 from workers.weights.gpu_lease import GpuLease
@@ -105,6 +119,12 @@ def task(source: Source, allow_tiling: bool) -> Task:
     return Task(job="j", stage="text", attempt=1, recipe=recipe, allow_tiling=allow_tiling)
 
 
+def denoise_task(source: Source) -> Task:
+    request = JobRequest(prompt="a", width=32, height=32, seed=1, steps=4)
+    recipe = resolve(request, describe(source), "float32", None)
+    return Task(job="j", stage="denoise", attempt=1, recipe=recipe)
+
+
 def test_an_executor_obeys_leases_and_tells_what_could_not_be(source: Source, start: Start) -> None:
     def loading() -> tuple[TextStage, tuple[tuple[str, str], ...]]:
         return TextStage(load(source, "text", Devices(CPU, leased=True), torch.float32), CPU), ()
@@ -132,9 +152,26 @@ def test_an_executor_obeys_leases_and_tells_what_could_not_be(source: Source, st
 def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can_be_had(
     source: Source, start: Start
 ) -> None:
-    short = Measured(Outcome([]), 0.1, 1, 1, short=True)
+    """Torch keeps the algorithm that cuDNN chose in need, so a new process has to take its place for other bits."""
+    runs = [
+        Measured(Outcome([]), 0.1, 1, 1, short=True),
+        Measured(Outcome([]), 0.1, 1, 1, short=False),
+        Measured(Outcome([]), 0.1, 1, 1, short=True),
+    ]
     executor = start(
-        lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()), run=lambda *_: short
+        lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()), run=lambda *_: runs.pop(0)
+    )
+    assert isinstance(next_of(executor), Ready)
+    for _ in range(2):
+        executor.give(task(source, allow_tiling=True), ())
+        result = next_of(executor)
+        assert isinstance(result, Result)
+        assert "last bits may differ" in result.warnings[0]
+        assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=False), ())
+    assert isinstance(next_event(executor), StartAnew)
+    executor = start(
+        lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()), run=lambda *_: runs.pop(0)
     )
     assert isinstance(next_of(executor), Ready)
     executor.give(task(source, allow_tiling=False), ())
@@ -142,15 +179,12 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     assert isinstance(failed, TaskFailed)
     assert failed.out_of_memory
     assert isinstance(next_of(executor), Ready)
-    executor.give(task(source, allow_tiling=True), ())
-    result = next_of(executor)
-    assert isinstance(result, Result)
-    assert "last bits may differ" in result.warnings[0]
-    assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=False), ())
+    assert isinstance(next_event(executor), StartAnew)
 
 
 def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, start: Start) -> None:
-    stage = VaeStage(load(source, "vae", Devices(CPU), torch.float32), CPU)
+    stage = VaeStage(load(source, "vae", Devices(CPU, leased=True), torch.float32), CPU)
 
     def cramped(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -166,6 +200,95 @@ def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, start:
     assert isinstance(failed, TaskFailed)
     assert not stage.may_tile
     assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=False), tuple(record.pack()))
+    assert isinstance(next_event(executor), StartAnew)
+
+
+def denoising(source: Source) -> Load:
+    def loading() -> tuple[DenoiseStage, tuple[tuple[str, str], ...]]:
+        loaded = load(source, "denoise", Devices(CPU, leased=True, copy_stream=worst_copy_stream), torch.float32)
+        return DenoiseStage(loaded, CPU), ()
+
+    return loading
+
+
+def weights_of(executor: Executor) -> WeightNeed:
+    ready = next_of(executor)
+    assert isinstance(ready, Ready)
+    return ready.needs[0]
+
+
+def done_in(executor: Executor, source: Source, share: float, lent: int = 0) -> list[bytes]:
+    """Return what a job leaves, in a lease of a share of the weights, which are `lent` of, in the middle of it."""
+    needs = weights_of(executor)
+    executor.give(lease_of(int(needs.weights * share)), ())
+    leased = next_of(executor)
+    assert isinstance(leased, Leased)
+    assert not leased.reason
+    work = denoise_task(source)
+    executor.give(work, before_denoising(source, work.recipe))
+    if lent:
+        assert next_but_progress(executor)[0] == Lent(bytes=lent)
+        assert executor.events.empty()
+        executor.returned(int(needs.weights * share))
+    result, tensors = next_but_progress(executor)
+    assert isinstance(result, Result), result
+    assert isinstance(next_of(executor), Ready)
+    return [bytes(tensor.data) for tensor in tensors]
+
+
+def next_but_progress(executor: Executor) -> Event:
+    event = next_event(executor)
+    assert not isinstance(event, BaseException), event
+    return next_but_progress(executor) if isinstance(event[0], Progress) else event
+
+
+@pytest.mark.parametrize("share", [1.0, 0.75])
+def test_a_denoiser_lends_at_the_end_of_a_step_and_waits_until_it_has_it_back(
+    source: Source, start: Start, share: float
+) -> None:
+    def lending(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Measured:
+        def reporting(step: int, steps: int, saved: Saved | None = None) -> None:
+            if step == 2:
+                executor.give(Borrow(bytes=1 << 14), ())
+            report(step, steps, saved)
+
+        return run_measured(runner, recipe, tensors, reporting)
+
+    executor = start(denoising(source), GpuLease, run=lending)
+    found = done_in(executor, source, share, lent=1 << 14)
+    assert found == done_in(start(denoising(source), GpuLease), source, share)
+
+
+def test_a_denoiser_without_work_lends_at_once_and_what_it_can_not_lend_it_says(source: Source, start: Start) -> None:
+    executor = start(denoising(source), GpuLease)
+    needs = weights_of(executor)
+    executor.give(lease_of(needs.weights), ())
+    assert isinstance(next_of(executor), Leased)
+    executor.give(Borrow(bytes=needs.weights), ())  # even what is of no block
+    assert next_of(executor) == Lent(bytes=0)
+    executor.give(Borrow(bytes=1000), ())
+    assert next_of(executor) == Lent(bytes=1000)
+    executor.give(lease_of(needs.weights), ())
+    assert executor.events.empty()
+    executor.returned(needs.weights)
+    assert isinstance(next_of(executor), Leased)
+
+
+class BrokenLoan(GpuLease):
+    def take_again(self, size: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_denoiser_that_does_not_get_back_what_it_lent_ends(source: Source, start: Start) -> None:
+    executor = start(denoising(source), BrokenLoan)
+    needs = weights_of(executor)
+    executor.give(lease_of(needs.weights), ())
+    assert isinstance(next_of(executor), Leased)
+    executor.give(Borrow(bytes=1000), ())
+    assert next_of(executor) == Lent(bytes=1000)
+    executor.returned(needs.weights)
+    assert isinstance(next_event(executor), LoanLost)
 
 
 class BrokenLease(GpuLease):

@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.copy_stream import HostCopyStream
+from workers.weights.copy_stream import Copies, HostCopyStream, Mark, copy_stream_for
 from workers.weights.host_weights import HostWeights, PageLocker, PageLocks, host_weights
 from workers.weights.residency import Residency, block_rows
 from workers.weights.streaming import Block, plan_stream, room
@@ -102,6 +102,60 @@ def test_bits_are_equal_in_every_residency(case: str, device: str, folder: Path)
     assert "streamed" in states
 
 
+@pytest.mark.parametrize("device", ["cpu", "worst", pytest.param("cuda:0", marks=needs_gpus(1))])
+@pytest.mark.parametrize("share", [1.0, 0.75])
+@torch.no_grad()
+def test_what_is_lent_between_forwards_is_back_before_it_is_read(share: float, device: str, folder: Path) -> None:
+    copy_stream = worst_copy_stream if device == "worst" else copy_stream_for
+    where = "cpu" if device == "worst" else device
+    wanted = tiny.flux_forward(FluxTransformer2DModel.from_pretrained(folder / "flux").eval().to(where), where)
+    module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
+    residency = Residency("flux", module, torch.device(where), copy_stream=copy_stream, piece_bytes=4096)
+    residency.swap_in(int(residency.total_bytes * share))
+    residency.start()
+    held = residency.device_bytes
+    for size in (1, 5000, held // 3, held):
+        assert torch.equal(tiny.flux_forward(module, where), wanted)
+        residency.lend(size)
+        loose = [name for name in module.state_dict() if "blocks." not in name]
+        assert held - residency.device_bytes >= min(size, held // 3)  # the ring and what is of no block stay
+        assert all(module.get_parameter(name).device.type == torch.device(where).type for name in loose)
+        residency.take_again()
+        assert residency.device_bytes == held
+    assert torch.equal(tiny.flux_forward(module, where), wanted)
+    residency.lend(held)
+    residency.take_again()
+    residency.swap_out()  # before a forward: nothing of what was on its way holds on to memory
+    assert not any(block._forward_pre_hooks for block in module.single_transformer_blocks)
+    assert residency.device_bytes == 0
+
+
+def test_a_change_of_what_is_streamed_that_finds_no_memory_fails_one_job_alone(tmp_path: Path) -> None:
+    class Full(HostCopyStream):
+        full = False
+
+        def copy(self, copies: Copies, after: Mark) -> Mark:
+            if self.full:
+                self.full = False
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().copy(copies, after)
+
+    source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
+    cpu = torch.device("cpu")
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, False)
+    copy_stream = Full(cpu)
+    devices = Devices(cpu, {0: wanted_bytes(source, 0.75)}, copy_stream=lambda *_: copy_stream)
+    stage = DenoiseStage(load(source, "denoise", devices, torch.float32), cpu)
+    each = each_job(stage, tmp_path, cfg=False, picture=False)
+    assert torch.equal(next(each), wanted[0])
+    copy_stream.full = True
+    with pytest.raises(torch.OutOfMemoryError):
+        next(each)
+    (residency,) = stage.residencies
+    assert (residency.state, residency.device_bytes) == ("out", 0)
+    assert all(map(torch.equal, jobs(stage, tmp_path, False), wanted))
+
+
 @torch.no_grad()
 def test_blocks_in_another_order_than_planned_fetch_their_weights_themselves(folder: Path) -> None:
     module = FluxTransformer2DModel.from_pretrained(folder / "flux").eval()
@@ -161,7 +215,7 @@ def test_a_swap_in_that_fails_leaves_nothing_on_the_device(folder: Path) -> None
 
     with pytest.raises(torch.OutOfMemoryError):
         residency.swap_in(int(residency.total_bytes * 0.7))
-    assert (residency.state, residency.device_bytes, residency._slab) == ("out", 0, None)
+    assert (residency.state, residency.device_bytes, residency._resident) == ("out", 0, None)
     assert len({p.untyped_storage().data_ptr() for p in residency.module.parameters()}) == 1  # the file's
     assert torch.equal(text(residency.module, "cpu"), wanted)
     residency.swap_in(int(residency.total_bytes * 0.7))
@@ -264,9 +318,12 @@ def test_of_equal_blocks_each_gives_the_same() -> None:
 
 def jobs(stage: DenoiseStage, folder: Path, cfg: bool, picture: bool = False) -> list[torch.Tensor]:
     """Latents of three jobs after each other, of different sizes, steps and prompts; with a picture, of one more."""
+    return list(each_job(stage, folder, cfg, picture))
+
+
+def each_job(stage: DenoiseStage, folder: Path, cfg: bool, picture: bool) -> Iterator[torch.Tensor]:
     source = read("x", folder, None)
     text = TextStage(load(source, "text", Devices(torch.device("cpu")), torch.float32), torch.device("cpu"))
-    found = []
     for seed, (size, steps) in enumerate(((32, 2), (48, 3), (32, 4))):
         request = JobRequest(
             prompt=f"a red circle {seed}", width=size, height=size, steps=steps, seed=seed,
@@ -274,13 +331,12 @@ def jobs(stage: DenoiseStage, folder: Path, cfg: bool, picture: bool = False) ->
         )  # fmt: skip
         recipe = resolve(request, describe(source), "float32", None)
         embeddings = tuple(text.run(recipe, (), lambda *_: None).tensors)
-        found.append(latents_of(stage.run(recipe, embeddings, lambda *_: None).tensors))
+        yield latents_of(stage.run(recipe, embeddings, lambda *_: None).tensors)
     if picture:
         request = JobRequest(prompt="a star", images=("0" * 64,), strength=0.5, steps=4, seed=3, width=32, height=32)
         recipe = resolve(request, describe(source), "float32", None)
         given = before_denoising(source, recipe, as_task(noise()))
-        found.append(latents_of(stage.run(recipe, given, lambda *_: None).tensors))
-    return found
+        yield latents_of(stage.run(recipe, given, lambda *_: None).tensors)
 
 
 @pytest.mark.parametrize("cfg", [False, True])
