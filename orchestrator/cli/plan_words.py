@@ -54,7 +54,8 @@ def kind(work: PlannedWorker) -> str:
 
 
 def residency(work: PlannedWorker) -> str:
-    return {"in": "all in", "streamed": "streamed", "turns": "takes turns", "host": "in memory"}[work.residency]
+    words = {"in": "all in", "streamed": "streamed", "turns": "takes turns", "host": "in memory", "borrows": "borrows"}
+    return words[work.residency]
 
 
 def seconds(value: float) -> str:

@@ -35,7 +35,7 @@ from protocol.gpu_memory import GpuId
 from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
-from protocol.messages.worker import CancelTask, Committed, Leased, Part, Progress, Ready, Result, TaskFailed
+from protocol.messages.worker import CancelTask, Committed, Leased, Lent, Part, Progress, Ready, Result, TaskFailed
 from protocol.pictures import PICTURES, SOUND, SOUND_RATE
 from protocol.route import WHOLE
 from protocol.stages import FIRST, USUAL_NEXT, Stage
@@ -178,6 +178,10 @@ class Engine:
             for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
                 self.dispatch.blame(self.job_queue.jobs[job_id], f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
+
+    def lent(self, worker: Worker, lent: Lent) -> None:
+        if not self.leasing.lent(worker, lent):
+            self.lose_worker(worker, "lent more than it has")
 
     def _give_up(self, worker: Worker, reason: str) -> None:
         """Fail the jobs that a worker can never do, unless another process has workers of its stage and model."""

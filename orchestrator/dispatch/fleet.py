@@ -41,6 +41,9 @@ class Worker:
     lease_bytes: tuple[int, ...] = ()  # of each of its GPUs
     context_bytes: tuple[int, ...] = ()
     refused: int | None = None  # bytes of the smallest lease that it could not take
+    loan: Literal["", "asked", "given"] = ""  # of its lease
+    lendable_bytes: int = 0  # of weights that it can let go between two steps, as it has told
+    refused_loan: int | None = None  # bytes of the smallest loan that it could not give
 
     @property
     def id(self) -> str:
@@ -105,6 +108,18 @@ class Fleet:
         del self._idle[worker.identity]
         worker.state, worker.pace, worker.moved = "swapping", None, self.clock()
 
+    def borrow(self, worker: Worker) -> None:
+        """Note that a worker is to lend of its memory, before anything else."""
+        worker.loan = "asked"
+        if worker.state == "idle":
+            worker.moved = self.clock()
+
+    def lent(self, worker: Worker, size: int) -> None:
+        worker.loan, worker.moved = "given" if size else "", self.clock()
+
+    def return_loan(self, worker: Worker) -> None:
+        worker.loan, worker.moved = "", self.clock()
+
     def give(self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None) -> None:
         self._idle.pop(worker.identity, None)
         worker.state, worker.task, worker.pace = "busy", task, pace
@@ -115,11 +130,11 @@ class Fleet:
         self._idle.pop(worker.identity, None)
 
     def idle(self) -> list[IdleWorker]:
-        """Return the idle workers, without those whose process's lease is being changed."""
+        """Return the idle workers, without those whose process's lease is being changed, or lent of."""
         found: list[IdleWorker] = []
         for worker in self._idle.values():
             first = self.first(worker)
-            if first and first.state in ("idle", "busy"):
+            if first and first.state in ("idle", "busy") and not first.loan:
                 found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
         return found
 

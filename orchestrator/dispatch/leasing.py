@@ -9,29 +9,33 @@ from orchestrator.dispatch.memory_accounts import MemoryAccounts
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.standstill import Busy, Standstill
 from orchestrator.job import LiveJob, ModelKey
+from orchestrator.memory.lease_sizes import KEPT_BETWEEN_STEPS
 from orchestrator.memory.ledger import Holding, Ledger
 from orchestrator.memory.task_keys import step_key
 from orchestrator.scheduling.scheduler import Place, decide
 from orchestrator.scheduling.snapshot import (
     NOTHING,
-    Assign,
+    Action,
     ChangeLease,
     GpuDemand,
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    ReturnLoan,
     Snapshot,
+    TakeLoan,
     WaitingTask,
 )
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
 from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
-from protocol.messages.worker import Leased, Ready, SetLease, WorkerHello
+from protocol.messages.worker import Borrow, Leased, Lent, Ready, Returned, SetLease, WorkerHello
 from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
 
+LESS = 0.9  # of a loan that a worker could not give
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
 
@@ -70,7 +74,10 @@ class Leasing:
                 for gpu, needs, context, lease, left in rows
             ]
             self.ledger.join(worker.id, holdings)
-            worker.lease_bytes = tuple(lease.bytes for lease in leases)
+            worker.lendable_bytes = ready.lendable_bytes
+            if ready.lent_bytes and self.ledger.lent(worker.id, ready.lent_bytes):
+                self._fleet.lent(worker, ready.lent_bytes)
+            worker.lease_bytes = tuple(holding.booked for holding in holdings)
         else:
             self.ledger.has_worked(worker.id, ready.context_bytes)
 
@@ -95,18 +102,18 @@ class Leasing:
 
     # -- what next ------------------------------------------------------------------------------
 
-    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Assign | ChangeLease]:
+    def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Action]:
         """The scheduler's decision; drivers are asked only where memory is to be lent.
 
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
         """
         self.standing = []
         idle = self._fleet.idle()
-        if not idle:
+        if not idle and not self._lenders():
             return []
         snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
-        if any(isinstance(action, ChangeLease) and action.bytes for action in actions):
+        if any(isinstance(action, ReturnLoan) or takes_more(action) for action in actions):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
         if any(snapshot.waiting.values()):
@@ -115,20 +122,24 @@ class Leasing:
 
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
-        holders = self._holders(self.accounts.concerned({worker.holder for worker in idle}))
+        holders = self._holders(self.accounts.concerned({worker.holder for worker in idle} | self._lenders()))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
-        spaces = {gpu: GpuSpace(self.ledger.available(gpu), self.ledger.free(gpu)) for gpu in gpus}
+        here, ledger = {worker.id for worker in self._fleet}, self.ledger
+        spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
         return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience)
+
+    def _lenders(self) -> set[str]:
+        return {worker.id for worker in self._fleet if worker.loan == "given"}
 
     def _busy(self) -> Busy:
         """Return the workers that work, and those whose leases are being changed, now."""
         firsts = [(worker, first) for worker in self._fleet if (first := self._fleet.first(worker))]
         return Busy(
             {first.id for worker, first in firsts if worker.state == "busy"},
-            {first.id for worker, first in firsts if worker.state == "swapping"},
+            {first.id for worker, first in firsts if worker.state == "swapping" or worker.loan},
             {(worker.hello.stage, worker.model) for worker in self._fleet if worker.state == "busy"},
         )
 
@@ -153,9 +164,20 @@ class Leasing:
                     lasting=keep is None and worker.refused is None, refused=worker.refused,
                     expired=keep is not None and resting is not None and now - resting >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
+                    lendable=self._lendable(worker, holdings), loan=holdings[0].loan,
                 )
             )  # fmt: skip
         return found
+
+    def _lendable(self, worker: Worker, holdings: Sequence[Holding]) -> int:
+        """Return the bytes that a worker can lend: of weights what it has told, and workspace that rests."""
+        holding = holdings[0]
+        need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
+        if not need.lends or worker.state not in ("idle", "busy"):
+            return 0
+        resting = int((holding.lease - holding.weight_bytes) * (1 - KEPT_BETWEEN_STEPS))
+        able = worker.lendable_bytes + resting
+        return able if worker.refused_loan is None else min(able, int(worker.refused_loan * LESS))
 
     def _demand(self, worker: Worker, holding: Holding) -> GpuDemand:
         need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
@@ -192,6 +214,30 @@ class Leasing:
         self._fleet.swap(worker)
         return SetLease(leases=lend.leases)
 
+    def borrow(self, worker: Worker, loan: TakeLoan) -> Borrow:
+        """Book that a worker is asked to lend; return the message to be sent."""
+        self.ledger.borrow(worker.id, loan.bytes)
+        self._fleet.borrow(worker)
+        return Borrow(bytes=loan.bytes)
+
+    def lent(self, worker: Worker, lent: Lent) -> bool:
+        """Book what a worker has lent; return False for more than it has."""
+        asked = next((holding.loan.bytes for holding in self.held(worker) if holding.loan), 0)
+        if not self.ledger.lent(worker.id, lent.bytes):
+            return False
+        if asked and not lent.bytes:
+            worker.refused_loan = min(asked, worker.refused_loan or asked)
+        self._fleet.lent(worker, lent.bytes)
+        worker.lease_bytes = tuple(holding.booked for holding in self.ledger.holdings[worker.id])
+        return True
+
+    def return_loan(self, worker: Worker, action: ReturnLoan) -> Returned:
+        """Book that a worker has again what it lent; return the message to be sent."""
+        size = self.ledger.return_loan(worker.id, action.missing)
+        self._fleet.return_loan(worker)
+        worker.lease_bytes = tuple(holding.booked for holding in self.ledger.holdings[worker.id])
+        return Returned(bytes=size)
+
     def leased(self, worker: Worker, leased: Leased) -> bool:
         """Settle a worker's lease by its answer; return False if that is not what it was told."""
         holdings = self.ledger.holdings.get(worker.id, ())
@@ -205,6 +251,7 @@ class Leasing:
         self.ledger.settled(worker.id, leased.leases, leased.kept_bytes)
         worker.lease_bytes = tuple(lease.bytes for lease in leased.leases)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
+        worker.lendable_bytes = leased.lendable_bytes
         return True
 
     def more(self, worker: Worker) -> bool:
@@ -269,6 +316,10 @@ class Leasing:
             f"of GPU memory beside the denoiser's weights; {format_bytes(most)} can be had.",
             f"About {width}x{height} fits; or fewer pictures a job, or a larger budget for the denoiser's GPU.",
         )
+
+
+def takes_more(action: Action) -> bool:
+    return isinstance(action, ChangeLease) and action.bytes > 0
 
 
 def ghost(hello: WorkerHello) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from protocol.messages.client import JobEvent
 from protocol.messages.common import Message
-from protocol.messages.worker import SetLease, Task
+from protocol.messages.worker import Borrow, Returned, SetLease, Task
 from protocol.tensors import Tensor
 
 
@@ -25,7 +25,7 @@ class Outbox:
 
     def to_worker(self, identity: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:
         """Put in a message to a worker, or to the supervisor, which sits at the same socket."""
-        letters = self._tasks if isinstance(message, Task | SetLease) else self._letters
+        letters = self._tasks if isinstance(message, Task | SetLease | Borrow | Returned) else self._letters
         letters.append(Letter(True, identity, message, tensors))
 
     def to_client(self, identity: bytes, message: Message, tensors: Sequence[Tensor] = ()) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.scheduling.scheduler import Place, decide, startable
-from orchestrator.scheduling.snapshot import Assign, ChangeLease, GpuSpace, LeasedWorker, Snapshot
+from orchestrator.scheduling.snapshot import Action, Assign, GpuSpace, LeasedWorker, Snapshot
 
 TICK_SECONDS = 0.5
 MEETINGS = 20  # of one state while leases change
@@ -44,7 +44,7 @@ class Standstill:
         """Forget all meetings: a task came nearer to its end, or a worker came or went."""
         self._met.clear()
 
-    def look(self, snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy) -> list[Place]:
+    def look(self, snapshot: Snapshot, actions: Sequence[Action], busy: Busy) -> list[Place]:
         """The places that stand still, having met the same state too often."""
         tick = int(self.clock() / TICK_SECONDS)
         found: list[Place] = []
@@ -62,7 +62,7 @@ class Standstill:
 
 
 def waiting_in_vain(
-    snapshot: Snapshot, actions: Sequence[Assign | ChangeLease], busy: Busy
+    snapshot: Snapshot, actions: Sequence[Action], busy: Busy
 ) -> Iterator[tuple[Place, list[LeasedWorker]]]:
     """Yield places whose tasks wait while no worker is busy on their GPUs, each with all workers in leases there."""
     assigned = {action.job for action in actions if isinstance(action, Assign)}

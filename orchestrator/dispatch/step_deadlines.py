@@ -10,6 +10,7 @@ from protocol.stages import Stage
 
 FACTOR = 20.0  # of the longest that was ever seen
 LEAST_SECONDS = 60.0
+LENT_SECONDS = 60.0  # that what a worker has lent may be in nobody's hands and not be free
 Key = tuple[Stage, ModelKey, int]  # pixels of all pictures of a job
 
 
@@ -33,16 +34,29 @@ class StepDeadlines:
             worker.step, worker.moved = step, now
 
     def overdue(self, workers: Iterable[Worker]) -> list[tuple[Worker, float]]:
-        """Workers that have shown no progress for too long, and for how many seconds."""
-        now = self._clock()
+        """Workers that have shown no progress for too long, and for how many seconds.
+
+        One that lends comes no further while others work on its GPUs.
+        """
+        now, everybody = self._clock(), list(workers)
+        used = {gpu for worker in everybody if occupied(worker) and not worker.loan for gpu in worker.gpus}
+        for worker in everybody:
+            if worker.loan == "given" and used & {*worker.gpus}:
+                worker.moved = now
         return [
             (worker, now - worker.moved)
-            for worker in workers
-            if worker.state in ("busy", "swapping") and now - worker.moved > self._limit(worker)
+            for worker in everybody
+            if (worker.loan or occupied(worker)) and now - worker.moved > self._limit(worker)
         ]
 
     def _limit(self, worker: Worker) -> float:
+        if worker.loan == "given":
+            return LENT_SECONDS
         known = self._longest.get(worker.pace) if worker.pace else None
         if known is None or worker.done == 0:
             return self._unknown
         return min(self._unknown, max(LEAST_SECONDS, FACTOR * known))
+
+
+def occupied(worker: Worker) -> bool:
+    return worker.state in ("busy", "swapping")

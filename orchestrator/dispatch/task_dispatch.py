@@ -13,7 +13,7 @@ from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob
 from orchestrator.scheduling.scheduler import Place
-from orchestrator.scheduling.snapshot import Assign, ChangeLease
+from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
 from protocol.messages.worker import Task
 from protocol.pictures import as_given
@@ -71,6 +71,10 @@ class TaskDispatch:
                     self._hand_out(self._job_queue.jobs[action.job], worker)
                 case ChangeLease():
                     self._outbox.to_worker(worker.identity, self._leasing.lend(worker, action))
+                case TakeLoan():
+                    self._outbox.to_worker(worker.identity, self._leasing.borrow(worker, action))
+                case ReturnLoan():
+                    self._outbox.to_worker(worker.identity, self._leasing.return_loan(worker, action))
 
     def _hand_out(self, job: LiveJob, worker: Worker) -> None:
         tensors = self._inputs(job)

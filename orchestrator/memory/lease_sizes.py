@@ -4,12 +4,16 @@ If all fit, all are in. If not, workers on several GPUs are in first, but for th
 one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long as the
 largest still has a quarter of its weights in place: streaming the rest costs little up to there. Workers that find no
 room take turns.
+
+Those whose tasks take a moment hold nothing beside a largest one that lends: they borrow from it, between two of its
+steps, what they need, and the rest of the time it has all that they would hold.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 LEAST_IN_PLACE = 0.25  # of the largest one's weights, for others to stay beside it
+KEPT_BETWEEN_STEPS = 0.25  # of a workspace: latents, embeddings, what was computed ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,8 @@ class Need:
     least: int
     workspace: int
     spread: bool = False  # it is a part of what lies on several GPUs
+    lends: bool = False  # what others need for a moment, between two of its steps
+    momentary: bool = False  # its tasks take a moment
 
     @property
     def whole(self) -> int:
@@ -29,6 +35,19 @@ class Need:
     def small(self) -> int:
         return self.least + self.workspace
 
+    @property
+    def between_steps(self) -> int:
+        """Bytes that it can't lend."""
+        return self.least + int(self.workspace * KEPT_BETWEEN_STEPS)
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Bytes of a worker's lease that it lends for a moment: asked for, and then given."""
+
+    bytes: int
+    given: bool = False
+
 
 @dataclass(frozen=True, slots=True)
 class LeaseSize:
@@ -36,6 +55,7 @@ class LeaseSize:
 
     shared: int
     exclusive: int
+    borrows: bool = False  # it holds nothing but for moments, in what the largest lends
 
 
 def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSize]:
@@ -57,16 +77,26 @@ def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSiz
     largest = max(needs, key=lambda name: (needs[name].weights, name))
     main = needs[largest]
     left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))
-    shared = dict.fromkeys(needs, 0)
-    for name, need in sorted(needs.items(), key=lambda item: (item[1].small, item[0])):
-        if name != largest and need.small <= left:
-            shared[name] = need.small
-            left -= need.small
+    beside = {name: need for name, need in needs.items() if name != largest}
+    momentary = {name for name, need in beside.items() if need.momentary and main.lends}
+    lent = available - main.between_steps - sum(smallest_first(left, beside, momentary).values())
+    borrow = {name for name in momentary if needs[name].small <= lent}
+    shared = smallest_first(left, beside, borrow)
     found: dict[str, LeaseSize] = {}
     for name, need in needs.items():
         turn = min(need.whole, available - sum(size for other, size in shared.items() if other != name))
         if turn < need.small:
             turn = available if need.small <= available else 0  # alone, then
             turn = min(turn, need.whole)
-        found[name] = LeaseSize(shared[name], turn)
+        found[name] = LeaseSize(shared.get(name, 0), turn, name in borrow)
+    return found
+
+
+def smallest_first(left: int, needs: Mapping[str, Need], without: Collection[str]) -> dict[str, int]:
+    """Return how much of what is `left` each gets that does with little; nobody where it isn't enough."""
+    found: dict[str, int] = {}
+    for name, need in sorted(needs.items(), key=lambda item: (item[1].small, item[0])):
+        if name not in without and need.small <= left:
+            found[name] = need.small
+            left -= need.small
     return found

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 
 from orchestrator.job import ModelKey
-from orchestrator.memory.lease_sizes import Need
+from orchestrator.memory.lease_sizes import Loan, Need
 from orchestrator.memory.margins import (
     FIRST_HEADROOM,
     FIXED_PART,
@@ -20,12 +20,13 @@ from orchestrator.memory.margins import (
     MORE,
     ROUNDING,
     UNSEEN,
+    WORTH_LEARNING,
     WORTH_TELLING,
 )
 from orchestrator.memory.task_keys import MEGAPIXEL, pixels_at_once, place_key, workspace_key
 from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import Recipe
-from protocol.stages import Stage
+from protocol.stages import TRAITS, Stage
 
 
 def no_driver() -> None:
@@ -54,6 +55,7 @@ class Holding:
     lease: int = 0
     weight_bytes: int = 0  # of it for weights
     asked: Lease | None = None  # a lease on the way
+    loan: Loan | None = None  # of its lease
     kept: int = 0  # bytes beside context and lease that it holds whatever it gives back, as last measured
     grown: int = 0  # how often what it keeps has grown since it joined
     jobs: int = 1  # at once, each with a workspace of its own
@@ -61,7 +63,8 @@ class Holding:
 
     @property
     def booked(self) -> int:
-        return max(self.lease, self.asked.bytes if self.asked else 0)
+        lent = self.loan.bytes if self.loan and self.loan.given else 0
+        return max(self.lease, self.asked.bytes if self.asked else 0) - lent
 
     def keeps(self, size: int) -> None:
         """Replace the last measurement of the bytes that it keeps."""
@@ -135,6 +138,11 @@ class Ledger:
         pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
         return max(0, account.budget + account.kept - (used - account.foreign) - pending)
 
+    def passing(self, gpu: GpuId, workers: Collection[str]) -> int:
+        """Bytes in leases of others than these workers, which will be free."""
+        others = [holdings for worker, holdings in self.holdings.items() if worker not in workers]
+        return sum(holding.booked for holdings in others for holding in holdings if holding.gpu == gpu)
+
     def _on(self, gpu: GpuId) -> list[Holding]:
         return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
 
@@ -152,6 +160,31 @@ class Ledger:
             holding.lease, holding.weight_bytes, holding.asked = lease.bytes, lease.weight_bytes, None
             holding.keeps(left)
             holding.since = time.monotonic()
+
+    def borrow(self, worker: str, size: int) -> None:
+        """Note that a worker on one GPU is asked to lend; the bytes are its own until it has."""
+        (holding,) = self.holdings[worker]
+        holding.loan = Loan(size)
+
+    def lent(self, worker: str, size: int) -> bool:
+        """Book what a worker has lent, 0 if it couldn't; return False for more than it has."""
+        holdings = self.holdings.get(worker, ())
+        if len(holdings) != 1 or size > holdings[0].lease:
+            return False
+        holdings[0].loan = Loan(size, given=True) if size else None
+        return True
+
+    def return_loan(self, worker: str, missing: int) -> int:
+        """Book that a worker has again what it lent, before it is told; return the bytes of its lease.
+
+        What is `missing` of the loan is in its lease no more.
+        """
+        (holding,) = self.holdings[worker]
+        size = max(0, holding.loan.bytes - missing) if holding.loan else 0
+        if size > max(0, self.free(holding.gpu)):
+            raise AssertionError(f"a loan of {size} bytes is not free on GPU {holding.gpu} yet")
+        holding.loan, holding.lease = None, holding.lease - missing
+        return holding.lease
 
     def has_worked(self, worker: str, contexts: Sequence[int]) -> None:
         """Book a worker's contexts, measured anew after a task."""
@@ -184,7 +217,7 @@ class Ledger:
     def learn(self, stage: Stage, model: ModelKey, recipe: Recipe, size: int) -> str | None:
         """Remember what a task took; its key where that is news."""
         key = workspace_key(stage, model, recipe)
-        if size <= self.learned.get(key, 0):
+        if size <= self.learned.get(key, 0) * WORTH_LEARNING:
             return None
         self.learned[key] = size
         self._note(key, size)
@@ -207,7 +240,9 @@ class Ledger:
         if stage == "vae":
             workspace = min(workspace, max(0, self.most_workspace(worker)))
         spread = len(self.holdings[worker]) > 1
-        return Need(needs.weights, needs.least, workspace * holding.jobs, spread)
+        alone = not spread and holding.jobs == 1
+        lends, momentary = alone and TRAITS[stage].lends, alone and TRAITS[stage].momentary
+        return Need(needs.weights, needs.least, workspace * holding.jobs, spread, lends, momentary)
 
     def most_workspace(self, worker: str) -> int:
         """Bytes for a task beside a worker's weights with as much of them streamed as can be, its GPUs to itself."""

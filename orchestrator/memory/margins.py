@@ -7,4 +7,5 @@ ROUNDING = 300_000_000  # bytes, of its blocks; with less, a denoiser at 1024 ×
 UNSEEN = 1.25  # of a workspace taken from another size
 FIXED_PART = 0.25  # of it, whatever the size
 MORE = 1.5  # of one that was too small
+WORTH_LEARNING = 1.03  # times what was seen: MARGIN covers less, and a lease anew costs more than it brings
 WORTH_TELLING = 1 << 20  # bytes that a worker keeps more than before, for that to count as growing

@@ -16,7 +16,7 @@ from orchestrator.planning.streaming_cost import job_seconds, load_of, pass_seco
 from orchestrator.planning.throughput import GpuUse, PlannedWorker, Residency, latency, steady_state
 from protocol.errors import DoesNotFit
 from protocol.model_profile import ModelProfile, StageProfile
-from protocol.stages import Stage
+from protocol.stages import TRAITS, Stage
 from protocol.units import format_bytes
 
 WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
@@ -24,6 +24,7 @@ SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
 UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
+LOAN_SECONDS = 0.08  # to borrow GPU memory and give it back, beside the weights that come in: an H100, 2026-11-26
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
 
 
@@ -55,12 +56,14 @@ class Prediction:
         return [work for work in self.work if work.post.stage == stage]
 
     def used(self, gpu: int) -> int:
-        """Bytes of a GPU at most, contexts included; of those that take turns the largest is in."""
+        """Bytes of a GPU at most, contexts included; of those that take turns the largest is in.
+
+        Those that borrow work in another's bytes.
+        """
         here = [(work, share) for work in self.work for share in work.shares if share.gpu == gpu]
-        stay = sum(share.bytes for work, share in here if work.residency != "turns")
-        turning = [share for work, share in here if work.residency == "turns"]
-        largest = max((share.weights + share.workspace for share in turning), default=0)
-        return stay + largest + sum(share.context for share in turning)
+        stay = sum(share.weights + share.workspace for work, share in here if work.residency in ("in", "streamed"))
+        turning = [share.weights + share.workspace for work, share in here if work.residency == "turns"]
+        return stay + max(turning, default=0) + sum(share.context for _, share in here)
 
 
 def predict(profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> Prediction:
@@ -97,8 +100,11 @@ class Book:
         return context_bytes(post, card) + HEADROOM if card.rate.context else 0
 
     def need(self, post: Post, card: Card) -> Need:
-        profile = self.profile.stage(post.stage)
-        return Need(profile.weights, profile.least, self.workspace(post.stage, card))
+        profile, traits, leases = self.profile.stage(post.stage), TRAITS[post.stage], post.kind == "leases"
+        return Need(
+            profile.weights, profile.least, self.workspace(post.stage, card), lends=traits.lends and leases,
+            momentary=traits.momentary and leases,
+        )  # fmt: skip
 
     def left(self, card: Card, but: Post | None = None) -> int:
         """Bytes beside all contexts and what workers keep for themselves; `but` one, which is to get its part."""
@@ -270,7 +276,8 @@ class Book:
             raise too_large(post, card, need.small, max(0, self.left(card)))
         others = [other for key, other in found.items() if key != name]
         largest = max(found, key=lambda key: (self.need(self.posts[int(key)], card).weights, key))
-        crowded = any(other != largest and not found[other].shared for other in found if found[other].exclusive != 0)
+        turning = [key for key, other in found.items() if other.exclusive and not other.shared and not other.borrows]
+        crowded = any(key != largest for key in turning)
         stays = lease_size.shared > 0 or (
             name == largest
             and not crowded
@@ -286,6 +293,8 @@ class Book:
         residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
         share = self._share(post, card, weights, need.workspace)
         swap = 0.0 if stays else weights / card.rate.link
+        if lease_size.borrows:
+            residency, swap = "borrows", swap + LOAN_SECONDS
         return PlannedWorker(post, (share,), residency, how.a_pass, a_pass, seconds, swap)
 
     def _levels_on(self, card: Card) -> dict[str, LeaseSize]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orchestrator.planning.placement import Post
-from protocol.stages import STAGES
+from protocol.stages import STAGES, TRAITS
 
-Residency = Literal["in", "streamed", "turns", "host"]
+Residency = Literal["in", "streamed", "turns", "borrows", "host"]
 OVERHEAD_SECONDS = 0.07  # of a job outside its stages: messages, disks, the PNG
 SPLIT_EFFICIENCY = 0.95  # of GPUs that work on parts of several jobs; not measured yet
 
@@ -36,7 +36,7 @@ class PlannedWorker:
     streamed: float  # bytes a pass, to each of its GPUs
     pass_seconds: float
     seconds: float  # a job's stage, once it is there
-    swap_seconds: float = 0.0  # to bring its weights in, where it must take turns
+    swap_seconds: float = 0.0  # to bring its weights in, where it must take turns or borrows memory
     busy: tuple[float, ...] = ()  # seconds a job on each of its GPUs, where they work one after the other
 
     def busy_on(self, gpu: int) -> float:
@@ -95,8 +95,12 @@ def steady_state(work: Sequence[PlannedWorker], patience: float) -> float:
 
 
 def turn_seconds(one: PlannedWorker, work: Sequence[PlannedWorker], patience: float) -> float:
-    """Return the seconds of swapping for each job: a turn is as many jobs as come together in `patience`."""
-    if not one.swap_seconds:
-        return 0.0
+    """Return the seconds of swapping for each job: a turn is as many jobs as come together in `patience`.
+
+    What comes after denoising borrows for each job anew, what comes before it for many.
+    """
+    each = one.residency == "borrows" and TRAITS[one.post.stage].distance < TRAITS["denoise"].distance
+    if not one.swap_seconds or each:
+        return one.swap_seconds
     denoisers = [other.seconds for other in work if other.post.stage == "denoise" and other.seconds]
     return one.swap_seconds / max(1.0, patience / min(denoisers, default=patience))

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.job import ModelKey
 from orchestrator.scheduling.snapshot import (
+    Action,
     Assign,
-    ChangeLease,
     GpuSpace,
     IdleWorker,
     LeasedWorker,
@@ -29,7 +29,7 @@ from protocol.stages import TRAITS, Stage
 Place = tuple[Stage, ModelKey]
 
 
-def decide(snapshot: Snapshot) -> list[Assign | ChangeLease]:
+def decide(snapshot: Snapshot) -> list[Action]:
     """Give each idle worker the first task that fits it, nearest to its end first; and swap where that helps."""
     assigned: list[Assign] = []
     wants: list[Want] = []
@@ -55,16 +55,16 @@ def decide(snapshot: Snapshot) -> list[Assign | ChangeLease]:
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     free = Counter(held_by.values())
     resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
-    lent: list[ChangeLease] = []
+    changes: list[Action] = []
     yielding: set[str] = set()
     for gpus, holders in gpu_groups(snapshot):
         spaces, ids = {gpu: snapshot.gpus[gpu] for gpu in gpus}, {holder.id for holder in holders}
         here = [want for want in wants if want.holder.id in ids]
-        swaps = Swaps(spaces, holders, here, resting, working, busiest, snapshot.patience)
+        swaps = Swaps(spaces, holders, here, resting, working, busiest, snapshot)
         swaps.plan()
-        lent += swaps.lent
+        changes += [*swaps.lent, *swaps.loans]
         yielding |= swaps.yielding
-    return [*(action for action in assigned if held_by[action.worker] not in yielding), *lent]
+    return [*(action for action in assigned if held_by[action.worker] not in yielding), *changes]
 
 
 def places_of(snapshot: Snapshot) -> list[Place]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.job import ModelKey
-from orchestrator.memory.lease_sizes import Need
+from orchestrator.memory.lease_sizes import Loan, Need
 from protocol.gpu_memory import GpuId, Lease
 from protocol.stages import STAGES, TRAITS, Stage
 
@@ -40,7 +40,7 @@ class GpuDemand:
     """The memory of a GPU that a worker needs, and its lease."""
 
     need: Need  # its workspace being that of the largest task that it has done, for all its jobs at once
-    lease: int = 0  # bytes; while one is being changed, the larger of both
+    lease: int = 0  # bytes, without those that are lent; while one is being changed, the larger of both
     weight_bytes: int = 0  # of it for weights
 
 
@@ -58,6 +58,8 @@ class LeasedWorker:
     lasting: bool = False  # its weights may come before there is work, and stay
     most: int | None = None  # bytes of workspace that it can ever have; None: whatever a task takes
     refused: int | None = None  # bytes of the smallest lease that it could not take
+    lendable: int = 0  # bytes of its lease that it may lend
+    loan: Loan | None = None  # until it is over it gets no task, and no other lease
 
     @property
     def lease(self) -> int:
@@ -81,6 +83,7 @@ class GpuSpace:
 
     available: int
     free: int
+    passing: int = 0  # in leases of processes that are gone, or nearly so
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,25 @@ class ChangeLease:
     @property
     def weight_bytes(self) -> int:
         return sum(lease.weight_bytes for lease in self.leases)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeLoan:
+    """Borrow from a worker, which computes nothing from its next step on until it has the bytes back."""
+
+    worker: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnLoan:
+    """Let a worker have back what it has lent, but for what is missing of it: its lease is so much smaller then."""
+
+    worker: str
+    missing: int = 0  # bytes
+
+
+Action = Assign | ChangeLease | TakeLoan | ReturnLoan
 
 
 @dataclass(frozen=True, slots=True)

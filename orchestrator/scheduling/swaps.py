@@ -3,20 +3,34 @@
 The worker that is in goes on until its queue is empty, unless another's task and its own turn have lasted for longer
 than `patience`. None is sent away where there is room. One that streams more than it has to gets more room, where
 several tasks wait for it and no other worker wants that. What fits beside all others for good comes in before there is
-work.
+work. What is needed for a moment is borrowed from a worker that lends, and goes back when no task waits for it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 from orchestrator.memory.lease_sizes import LeaseSize, Need, lease_sizes
-from orchestrator.scheduling.snapshot import NOTHING, ChangeLease, GpuSpace, LeasedWorker, Want
+from orchestrator.scheduling.snapshot import (
+    NOTHING,
+    ChangeLease,
+    GpuSpace,
+    LeasedWorker,
+    ReturnLoan,
+    Snapshot,
+    TakeLoan,
+    Want,
+    waiting_at,
+)
 from protocol.gpu_memory import GpuId, Lease
 
 WORTH_A_SWAP = 0.1  # of a worker's weights in place, more than before
+MANY = 3  # tasks that share a loan, for all weights to come in for them rather than to be streamed for each
 
 
 class Swaps:
-    """The swaps on GPUs that belong together: the leases `lent`, and workers `yielding`, which get no more tasks."""
+    """The swaps on GPUs that belong together.
+
+    The outcome: leases `lent`, `loans` taken and returned, and workers `yielding`, which get no more tasks.
+    """
 
     def __init__(
         self,
@@ -26,12 +40,12 @@ class Swaps:
         idle: Collection[str],
         working: Collection[str],
         busiest: Collection[str],
-        patience: float,
+        snapshot: Snapshot,
     ) -> None:
-        self.holders, self.idle, self.patience = holders, idle, patience
+        self.holders, self.idle, self.patience, self.snapshot = holders, {*idle}, snapshot.patience, snapshot
         self.working, self.busiest = working, busiest
-        self.free = {gpu: room.free for gpu, room in spaces.items()}
         self.available = {gpu: room.available for gpu, room in spaces.items()}
+        self.passing = {gpu: room.passing for gpu, room in spaces.items()}
         self.wants = sorted(wants, key=self._urgency)
         self.needs: dict[GpuId, dict[str, Need]] = {gpu: {} for gpu in spaces}
         for holder in holders:
@@ -41,17 +55,38 @@ class Swaps:
             for gpu in want.holder.demands:
                 self.needs[gpu][want.holder.id] = want.need(gpu)
         self.lease_sizes = {gpu: lease_sizes(room.available, self.needs[gpu]) for gpu, room in spaces.items()}
+        self.lent_free = {gpu: self._lent_free(gpu, room) for gpu, room in spaces.items()}  # only for those that borrow
+        self.free = {gpu: room.free - self.lent_free[gpu] for gpu, room in spaces.items()}
         self.lent: list[ChangeLease] = []
+        self.loans: list[TakeLoan | ReturnLoan] = []
         self.yielding: set[str] = set()
+
+    def _lent_free(self, gpu: GpuId, space: GpuSpace) -> int:
+        """Return the free bytes of a GPU that are a loan's."""
+        here = [holder for holder in self.holders if gpu in holder.demands]
+        lent = sum(holder.loan.bytes for holder in here if holder.loan and holder.loan.given)
+        borrowed = sum(holder.demands[gpu].lease for holder in here if self._size(holder, gpu).borrows)
+        return max(0, min(space.free, lent - borrowed))
+
+    def _free_for(self, holder: LeasedWorker, gpu: GpuId) -> int:
+        """Return the bytes of a GPU that a worker may have beside its lease."""
+        return self.free[gpu] + (self.lent_free[gpu] if self._size(holder, gpu).borrows else 0)
+
+    def _take(self, gpu: GpuId, size: int) -> None:
+        """Count bytes as taken, those of a loan first."""
+        of_loan = min(size, self.lent_free[gpu])
+        self.lent_free[gpu] -= of_loan
+        self.free[gpu] -= size - of_loan
 
     def plan(self) -> None:
         for want in self.wants:
-            if not self._grant(want):
+            if not self._grant(want) and not self._borrow(want):
                 self._make_room(want)
         wanting = {want.holder.id for want in self.wants}
         for holder in self._idle_holders():
             if holder.expired and holder.id not in wanting and holder.id not in self.working:
                 self._take_back(holder)
+        self._return_loans()
         if not self.wants:
             self._widen()
             self._settle_down()
@@ -100,8 +135,12 @@ class Swaps:
         holder, sizes = want.holder, {}
         for gpu, demand in holder.demands.items():
             lease_size = self._size(holder, gpu)
-            for size in (lease_size.exclusive, lease_size.shared):
-                if size and size - demand.lease <= self.free[gpu]:
+            least = lease_size.shared
+            if lease_size.borrows:  # all that there is, if it is enough
+                there = min(lease_size.exclusive, demand.lease + self._free_for(holder, gpu))
+                least = there if there >= want.need(gpu).small else 0
+            for size in (lease_size.exclusive, least):
+                if size and size - demand.lease <= self._free_for(holder, gpu):
                     sizes[gpu] = size
                     break
             else:
@@ -113,6 +152,66 @@ class Swaps:
         weights = {gpu: min(demand.need.weights, sizes[gpu] - space) for gpu, demand in holder.demands.items()}
         self._lend(holder, sizes, weights)
         return True
+
+    def _borrow(self, want: Want) -> bool:
+        """Borrow what is missing for a task that takes a moment; return whether that is how it gets it.
+
+        One that is not nearer to its job's end than what the lender does next waits, until nothing waits for the
+        lender: then many share a loan, which is large.
+        """
+        for gpu, demand in want.holder.demands.items():
+            if not self._size(want.holder, gpu).borrows:
+                return False
+            there = [holder for holder in self.holders if gpu in holder.demands]
+            if loans := [holder.loan for holder in there if holder.loan]:
+                if demand.lease and all(loan.given for loan in loans):  # too small a loan goes back first
+                    self._take_back(want.holder)
+                return True
+            if {loan.worker for loan in self.loans} & {holder.id for holder in there}:
+                return True  # another's comes first
+            has, need = demand.lease + self._free_for(want.holder, gpu), want.need(gpu)
+            lenders = [holder for holder in self._in_lease() if holder in there and holder.lendable >= need.small - has]
+            if not lenders:
+                return False
+            lender = max(lenders, key=lambda holder: (holder.id not in self.working, holder.lendable, holder.id))
+            if self._goes_first(lender, want):
+                return True
+            many = waiting_at(want.task.stage, self.snapshot) >= MANY
+            size = max(need.small, min(need.whole, has + lender.lendable)) if many else need.small
+            self.loans.append(TakeLoan(lender.id, size - has))
+            self.yielding.add(lender.id)
+            self.idle.discard(lender.id)
+        return True
+
+    def _goes_first(self, lender: LeasedWorker, want: Want) -> bool:
+        """Return whether a lender can do its next task before a task for which it would lend."""
+        tasks = self.snapshot.waiting.get((lender.stage, lender.model), ())[:1]
+        able = any(task.distance <= want.task.distance and lender.covers(task) for task in tasks)
+        return able and not self._overdue(want)
+
+    def _return_loans(self) -> None:
+        """Return what nobody needs any more, once it is free again.
+
+        What borrowers' processes keep, and what other programs took meanwhile, the lender does without.
+        """
+        for lender in [holder for holder in self.holders if holder.loan and holder.loan.given]:
+            for gpu in lender.demands:
+                size = lender.loan.bytes if lender.loan else 0
+                missing = max(0, size - self.free[gpu] - self.lent_free[gpu])
+                changing = any(self._lies_on(lend.worker, gpu) for lend in self.lent)
+                borrowers = [h for h in self.holders if h.id != lender.id and self._above(h, gpu)]
+                if not missing or not (changing or borrowers or self.passing[gpu]):
+                    self._take(gpu, size - missing)
+                    self.loans.append(ReturnLoan(lender.id, missing))
+                    continue
+                rest = {want.holder.id for want in self.wants} | (self.idle - {*self.working})
+                for holder in self._idle_holders():
+                    if holder in borrowers and holder.id in rest:  # or the loan is too small for what it has to do
+                        self._take_back(holder)
+
+    def _above(self, holder: LeasedWorker, gpu: GpuId) -> bool:
+        """Return whether a worker holds more of a GPU than it may keep whatever others do."""
+        return gpu in holder.demands and holder.demands[gpu].lease > self._size(holder, gpu).shared
 
     def _make_room(self, want: Want) -> None:
         """Take back what others don't need now; for an overdue task what they need, too, once they are free."""
@@ -179,7 +278,11 @@ class Swaps:
 
     def _lend(self, holder: LeasedWorker, sizes: Mapping[GpuId, int], weights: Mapping[GpuId, int]) -> None:
         for gpu, size in sizes.items():
-            self.free[gpu] -= max(0, size - holder.demands[gpu].lease)
+            more = max(0, size - holder.demands[gpu].lease)
+            if self._size(holder, gpu).borrows:
+                self._take(gpu, more)
+            else:
+                self.free[gpu] -= more
         leases = tuple(Lease(bytes=sizes[gpu], weight_bytes=weights[gpu]) for gpu in holder.demands)
         self.lent.append(ChangeLease(holder.id, leases))
 

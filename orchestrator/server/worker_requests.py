@@ -18,6 +18,7 @@ from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorH
 from protocol.messages.worker import (
     FROM_WORKER,
     Leased,
+    Lent,
     Part,
     Progress,
     Ready,
@@ -95,6 +96,8 @@ class WorkerRequests:
                 engine.ready(worker, ready)
             case Leased() as leased:
                 engine.leased(worker, leased)
+            case Lent() as lent:
+                engine.lent(worker, lent)
             case Heartbeat() as beat:
                 engine.fleet.beat(worker, beat)
                 self._answer(identity, Beat())

@@ -1,7 +1,7 @@
 """The fleet knows who is idle, who is silent, and which workers are one process."""
 
 from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, Fleet
-from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, StepDeadlines
+from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, LENT_SECONDS, StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
@@ -113,3 +113,23 @@ def test_subscriptions_forget_a_job_and_a_client() -> None:
     assert not subscriptions.of("a")
     assert not subscriptions._jobs
     assert not subscriptions._clients.get("a")
+
+
+def test_a_lender_is_overdue_only_where_nobody_has_what_it_lent() -> None:
+    fleet, deadlines = Fleet(clock := Clock()), StepDeadlines(600.0, clock)
+    lender, borrower = fleet.hello(b"1", hello("a", 1, gpus=(0,))), fleet.hello(b"2", hello("b", 2, gpus=(0,)))
+    fleet.ready(lender)
+    fleet.ready(borrower)
+    fleet.borrow(lender)
+    assert [idle.id for idle in fleet.idle()] == [borrower.id]
+    fleet.lent(lender, 100)
+    fleet.give(borrower, task(), None)
+    for _ in range(3):
+        clock.now += LENT_SECONDS
+        assert deadlines.overdue(fleet) == []
+    fleet.ready(borrower)
+    clock.now += LENT_SECONDS + 1
+    assert [late.id for late, _ in deadlines.overdue(fleet)] == [lender.id]
+    fleet.return_loan(lender)
+    assert deadlines.overdue(fleet) == []
+    assert {idle.id for idle in fleet.idle()} == {lender.id, borrower.id}

@@ -7,16 +7,28 @@ import pytest
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.snapshot import NOTHING
 from protocol.errors import DoesNotFit, JobFailed
-from protocol.gpu_memory import WeightNeed
+from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.supervisor import Processes, SupervisorHello
-from protocol.messages.worker import Committed, Leased, Result, SetLease, Task, TaskFailed, WorkerGoodbye
+from protocol.messages.worker import (
+    Borrow,
+    Committed,
+    Leased,
+    Lent,
+    Result,
+    Returned,
+    SetLease,
+    Task,
+    TaskFailed,
+    WorkerGoodbye,
+)
 from protocol.stages import USUAL_NEXT
 from tests.fakes import OUTPUTS, FakeWorker, Orchestrator, orchestrator
 
 GB = 10**9
 TEXT = WeightNeed(weights=10 * GB, least=GB, workspace=GB // 2)
 DENOISE = WeightNeed(weights=20 * GB, least=2 * GB, workspace=2 * GB)
+VAE = WeightNeed(weights=GB // 5, least=GB // 5, workspace=3 * GB)
 CONTEXT = GB // 2
 
 
@@ -61,6 +73,74 @@ def test_stages_that_do_not_fit_together_take_turns(state: Path) -> None:
         finish(denoise)
         finish(denoise)
         assert not [e for e in denoise.seen if isinstance(e.message, SetLease) and e.message.leases[0].bytes == 0]
+
+
+def in_a_loan(running: Orchestrator) -> tuple[FakeWorker, Task, Lease, int, FakeWorker]:
+    """Return a denoiser in the middle of a job, its task, its lease and what it has lent; and the VAE that has it."""
+    text = running.worker("text").ready()
+    denoise = leased(running, "denoise", DENOISE)
+    running.client().submit_many([JobRequest(prompt=f"a cat {i}", seed=i, width=1024, height=1024) for i in range(2)])
+    for _ in range(2):
+        text.finish(text.take())
+        text.ready()
+    order = denoise.hear(SetLease)
+    (lease,) = order.leases
+    denoise.say(Leased(leases=order.leases, lendable_bytes=lease.weight_bytes - DENOISE.least))
+    finish(denoise)
+    task = denoise.take()
+    vae = leased(running, "vae", VAE)
+    loan = denoise.hear(Borrow)
+    vae.settle()
+    assert not [e for e in vae.seen if isinstance(e.message, SetLease)]  # nothing, before it is free
+    denoise.say(Lent(bytes=loan.bytes))
+    taken = vae.obey()
+    assert taken.leases[0].bytes >= VAE.least + VAE.workspace
+    views = {view.stage: view for view in running.client().workers().workers}
+    assert views["denoise"].lease_bytes == (lease.bytes - loan.bytes,)
+    return denoise, task, lease, loan.bytes, vae
+
+
+def test_a_vae_borrows_from_a_denoiser_in_the_middle_of_a_job(state: Path) -> None:
+    with orchestrator(state, **one_gpu(13 * GB)) as running:
+        denoise, task, lease, _, vae = in_a_loan(running)
+        finish(vae)
+        assert vae.obey().leases[0].bytes == 0
+        missing = lease.bytes - denoise.hear(Returned).bytes
+        assert 0 < missing <= CONTEXT + FIRST_HEADROOM  # of the VAE's process, which came later
+        denoise.finish(task)
+        denoise.ready(context_bytes=(CONTEXT,))
+        assert denoise.hear(Borrow).bytes  # maybe before it hears that its result is committed
+        denoise.say(Lent(bytes=0))  # it can't
+        assert denoise.obey().leases[0].bytes == 0  # so they take turns
+        vae.obey()
+        finish(vae)
+
+
+def test_what_is_lent_comes_back_when_the_borrowers_process_is_gone(state: Path) -> None:
+    with orchestrator(state, **one_gpu(13 * GB)) as running:
+        denoise, task, lease, _, vae = in_a_loan(running)
+        vae.take()
+        vae.say(WorkerGoodbye())
+        denoise.settle()
+        assert not [e for e in denoise.seen if isinstance(e.message, Returned)]
+        supervisor = running.worker("text")  # any peer may say hello as the supervisor
+        supervisor.say(SupervisorHello(pid=1))
+        supervisor.say(Processes(processes=(), exited_pids=(1_000_003,)))
+        assert denoise.hear(Returned).bytes == lease.bytes
+        finish(denoise, task)
+
+
+def test_an_orchestrator_that_begins_in_the_middle_of_a_loan_returns_it(state: Path) -> None:
+    with orchestrator(state, **one_gpu(13 * GB)) as running:
+        _, task, lease, lent, _ = in_a_loan(running)
+        running.restart()
+        denoise = running.worker("denoise", gpus=(0,), pid=1_000_007)
+        denoise.ready(
+            DENOISE, context_bytes=(CONTEXT,), leases=(lease,), lent_bytes=lent,
+            current_task=(task.job, task.stage, task.attempt),
+        )  # fmt: skip
+        assert denoise.hear(Returned).bytes == lease.bytes
+        finish(denoise, task)
 
 
 def test_a_denoiser_that_runs_out_of_memory_gets_more_room_and_its_try_does_not_count(state: Path) -> None:

@@ -35,7 +35,18 @@ from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
 from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import JobRequest
-from protocol.messages.worker import Leased, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
+from protocol.messages.worker import (
+    Borrow,
+    Leased,
+    Lent,
+    Ready,
+    Result,
+    Returned,
+    SetLease,
+    Task,
+    TaskFailed,
+    WorkerHello,
+)
 from protocol.stages import STAGES, USUAL_NEXT, Stage
 from tests.chance import examples
 from tests.fakes import MODEL, OUTPUTS
@@ -56,11 +67,17 @@ class Sim:
     context: int
     keeps: list[int] = field(default_factory=list)  # bytes, one more each time that all is given back; then the last
     refuses: int = 0  # leases, the first ones
+    lends: bool = True
+    dies: int = 0  # times, with something lent
+    dies_at_work: int = 0  # times
+    lent: int = 0
+    asked: int = 0  # to be lent in the next round
     lease: Lease = NOTHING
     kept: int = 0
     worker: Worker | None = None
 
     def give_back(self) -> None:
+        assert not self.lent, "a lease is taken back in a loan"
         self.lease = NOTHING
         self.kept = self.keeps.pop(0) if len(self.keeps) > 1 else (self.keeps or [self.kept])[0]
 
@@ -78,6 +95,7 @@ class World:
     orders: int = 0
     restarts: int = 0
     questions: int = 0
+    dead: list[int] = field(default_factory=list)  # processes that are known to have ended in the next round
     _identities: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:
@@ -95,7 +113,7 @@ class World:
         """As the driver counts."""
         self.questions += 1
         others = self.others[self.questions % len(self.others)]
-        return others + sum(sim.context + sim.kept + sim.lease.bytes for sim in self.sims)
+        return others + sum(sim.context + sim.kept + sim.lease.bytes - sim.lent for sim in self.sims)
 
     def join(self, sim: Sim) -> None:
         number = next(self._identities)
@@ -105,7 +123,7 @@ class World:
         )  # fmt: skip
         self.engine.catalogue.learn(hello)
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
-        sim.lease, sim.kept = NOTHING, 0
+        sim.lease, sim.kept, sim.lent, sim.asked = NOTHING, 0, 0, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
 
     def submit(self, count: int, width: int = 1024) -> list[LiveJob]:
@@ -114,6 +132,10 @@ class World:
 
     def round(self) -> None:
         self.now += TICK_SECONDS
+        while self.dead:
+            self.engine.leasing.buried("h", self.dead.pop())
+        for each in self.sims:
+            self.lend(each)
         self.engine.assign()
         for letter in [*self.outbox.drain_tasks(), *self.outbox.drain()]:
             sim = next((s for s in self.sims if s.worker and s.worker.identity == letter.identity), None)
@@ -123,14 +145,37 @@ class World:
             elif sim and isinstance(letter.message, Task):
                 self.orders += 1
                 self.work(sim, letter.message)
+            elif sim and isinstance(letter.message, Borrow):
+                self.orders += 1
+                assert not sim.lent
+                assert not sim.asked
+                sim.asked = letter.message.bytes
+            elif sim and isinstance(letter.message, Returned):
+                assert sim.lent
+                assert sim.lease.bytes >= letter.message.bytes >= sim.lease.bytes - sim.lent
+                sim.lease, sim.lent = sim.lease.model_copy(update={"bytes": letter.message.bytes}), 0
+        assert sum(sim.lease.bytes - sim.lent for sim in self.sims) <= self.budget
         for name in self.engine.dispatch.to_restart:
-            sim = next(s for s in self.sims if s.worker and s.worker.hello.name == name)
-            assert sim.worker
             self.restarts += 1
-            self.engine.dismiss_worker(sim.worker)
-            self.engine.leasing.buried("h", sim.worker.hello.pid)
-            self.join(sim)
+            self.start_anew(next(s for s in self.sims if s.worker and s.worker.hello.name == name))
         self.engine.dispatch.to_restart.clear()
+
+    def start_anew(self, sim: Sim) -> None:
+        assert sim.worker
+        self.engine.dismiss_worker(sim.worker)
+        self.engine.leasing.buried("h", sim.worker.hello.pid)
+        self.join(sim)
+
+    def lend(self, sim: Sim) -> None:
+        """Lend what a worker was asked for in the round before."""
+        if not sim.asked or not sim.worker:
+            return
+        assert sim.asked <= sim.lease.bytes - sim.needs.least
+        sim.lent, sim.asked = sim.asked if sim.lends else 0, 0
+        self.engine.lent(sim.worker, Lent(bytes=sim.lent))
+        if sim.dies:
+            sim.dies -= 1
+            self.start_anew(sim)
 
     def obey(self, sim: Sim, order: SetLease) -> None:
         (lease,) = order.leases
@@ -144,12 +189,20 @@ class World:
             sim.give_back()
         assert sim.worker
         leased = Leased(
-            leases=(sim.lease,), kept_bytes=(sim.kept,), context_bytes=(sim.context,), reason=reason
+            leases=(sim.lease,), kept_bytes=(sim.kept,), context_bytes=(sim.context,), reason=reason,
+            lendable_bytes=max(0, sim.lease.weight_bytes - sim.needs.least),
         )  # fmt: skip
         self.engine.leased(sim.worker, leased)
 
     def work(self, sim: Sim, task: Task) -> None:
         assert sim.worker
+        assert not sim.lent, "a task comes in a loan"
+        if sim.dies_at_work:
+            sim.dies_at_work -= 1
+            self.engine.lose_worker(sim.worker, "died")
+            self.dead.append(sim.worker.hello.pid)
+            self.join(sim)
+            return
         key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
         if sim.lease.bytes - sim.lease.weight_bytes < sim.takes and not (sim.stage == "vae" and task.allow_tiling):
             told = TaskFailed(**key, reason="out of memory", retry=True, out_of_memory=True)
@@ -191,6 +244,9 @@ def sims(draw: st.DrawFn, stage: Stage) -> Sim:
         context=draw(st.integers(0, 600)) * MB,
         keeps=sorted(keeps) if leaks else keeps,
         refuses=draw(st.integers(0, 4)),
+        lends=draw(st.sampled_from([True, True, False])),
+        dies=draw(st.sampled_from([0, 0, 1])),
+        dies_at_work=draw(st.sampled_from([0, 0, 1])),
     )
 
 

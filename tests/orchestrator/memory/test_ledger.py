@@ -8,24 +8,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.job import ModelKey
-from orchestrator.memory.lease_sizes import Need, lease_sizes
+from orchestrator.memory.lease_sizes import LeaseSize, Loan, Need, lease_sizes
 from orchestrator.memory.ledger import Account, Holding, Ledger
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM
 from orchestrator.scheduling.scheduler import decide
 from orchestrator.scheduling.snapshot import (
     NOTHING,
+    Action,
     Assign,
     ChangeLease,
     GpuDemand,
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    ReturnLoan,
     Snapshot,
+    TakeLoan,
     WaitingTask,
 )
 from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import Recipe
-from protocol.stages import STAGES, TRAITS, USUAL_NEXT, Stage
+from protocol.stages import STAGES, TRAITS, USUAL_NEXT, Stage, StageTraits
 from tests.chance import examples
 
 MODEL = ModelKey("m", "bfloat16")
@@ -35,6 +38,11 @@ FLUX: dict[Stage, Need] = {
     "text": Need(9_780_000_000, 900_000_000, 600_000_000),
     "denoise": Need(23_800_000_000, 1_500_000_000, 600_000_000),
     "vae": Need(170_000_000, 170_000_000, 2_700_000_000),
+}
+
+
+LENDING = {
+    stage: replace(need, lends=TRAITS[stage].lends, momentary=TRAITS[stage].momentary) for stage, need in FLUX.items()
 }
 
 
@@ -79,6 +87,17 @@ def test_on_16_gb_the_vae_stays_and_text_streams_beside_the_denoiser() -> None:
     assert small["denoise"].exclusive == 6 * GB
 
 
+def test_what_takes_a_moment_holds_nothing_beside_a_denoiser_that_lends() -> None:
+    found = lease_sizes(int(14.5 * GB), {**LENDING})
+    assert found["vae"] == LeaseSize(0, LENDING["vae"].whole, borrows=True)
+    assert found["text"] == LeaseSize(0, LENDING["text"].whole, borrows=True)
+    assert found["denoise"] == LeaseSize(0, int(14.5 * GB))
+    small = lease_sizes(6 * GB, {**LENDING})  # of an 8 GiB card, contexts aside
+    assert (small["vae"].borrows, small["denoise"].exclusive) == (True, 6 * GB)
+    assert not lease_sizes(4 * GB, {**LENDING})["vae"].borrows  # what the denoiser can't lend is had by turns
+    assert not lease_sizes(40 * GB, {**LENDING})["vae"].borrows  # all are in
+
+
 @dataclass
 class World:
     """A stack that is moved on by the scheduler alone; a tick is a second."""
@@ -98,6 +117,10 @@ class World:
     lasting: bool = False
     ahead: dict[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
     routes: dict[str, tuple[Stage, ...]] = field(default_factory=dict)  # by job: what is still to come
+    loans: dict[str, Loan] = field(default_factory=dict)  # by lender
+    lent: int = 0  # loans that there were
+    unable: set[str] = field(default_factory=set)  # to lend, as it turns out
+    cannot_lend: set[str] = field(default_factory=set)  # as is known
 
     def __post_init__(self) -> None:
         self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
@@ -111,9 +134,16 @@ class World:
     def booked(self) -> dict[str, tuple[int, ...]]:
         coming = {worker: doing.leases for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
         return {
-            worker: tuple(max(now.bytes, then.bytes) for now, then in zip(held, coming.get(worker, held), strict=True))
+            worker: tuple(
+                max(now.bytes, then.bytes) - self._given(worker)
+                for now, then in zip(held, coming.get(worker, held), strict=True)
+            )
             for worker, held in self.held.items()
         }
+
+    def _given(self, worker: str) -> int:
+        loan = self.loans.get(worker)
+        return loan.bytes if loan and loan.given else 0
 
     def on(self, gpu: int) -> int:
         booked = self.booked()
@@ -137,6 +167,8 @@ class World:
                 self.now - self.since.get(w, 0),
                 lasting=self.lasting,
                 most=min((self.available[gpu] - self.needs[w].least) // self.hands(w) for gpu in self.gpus[w]),
+                lendable=self.lendable(w),
+                loan=self.loans.get(w),
             )
             for w in self.needs
         }
@@ -152,19 +184,37 @@ class World:
             IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), MODEL, w)
             for w in self.needs
             for hand in range(self.hands(w))
-            if (w, hand) not in self.busy and w not in swapping
+            if (w, hand) not in self.busy and w not in swapping and w not in self.loans
         ]
         depth = Counter((stage, self.distance(j, stage)) for stage, queue in self.queues.items() for j, *_ in queue)
         spaces = {gpu: GpuSpace(size, size - self.on(gpu)) for gpu, size in self.available.items()}
         return Snapshot(waiting, idle, depth, holders, spaces, self.patience, self.ahead)
 
+    def lendable(self, worker: str) -> int:
+        (held, *others), need = self.held[worker], self.needs[worker]
+        able = need.lends and not others and worker not in self.cannot_lend
+        changing = any(who == worker and isinstance(doing, ChangeLease) for (who, _), doing in self.busy.items())
+        return max(0, held.bytes - self._need(worker, held).between_steps) if able and not changing else 0
+
     def _need(self, worker: str, held: Lease) -> Need:
         need, hands = self.needs[worker], self.hands(worker)
         space = held.bytes - held.weight_bytes if held.bytes else need.workspace * hands
-        return replace(need, workspace=space, spread=len(self.gpus[worker]) > 1)
+        alone = len(self.gpus[worker]) == hands == 1
+        return replace(
+            need, workspace=space, spread=len(self.gpus[worker]) > 1, lends=need.lends and alone,
+            momentary=need.momentary and alone,
+        )  # fmt: skip
 
     def tick(self) -> None:
+        for worker, loan in list(self.loans.items()):
+            if worker in self.unable:
+                self.cannot_lend.add(worker)
+                del self.loans[worker]
+            else:
+                self.loans[worker] = replace(loan, given=True)
         for (worker, hand), doing in list(self.busy.items()):
+            if worker in self.loans:
+                continue  # it goes on once it has back what it has lent
             del self.busy[worker, hand]
             if isinstance(doing, ChangeLease):
                 self.held[worker], self.since[worker] = doing.leases, self.now
@@ -173,6 +223,10 @@ class World:
         for action in decide(snapshot := self.snapshot()):
             worker, _, which = action.worker.partition(".")
             hand = int(which or 0)
+            if isinstance(action, TakeLoan | ReturnLoan):
+                self._loan(action)
+                continue
+            assert worker not in self.loans, "a lender is given something to do"
             assert (worker, hand) not in self.busy
             if isinstance(action, ChangeLease):
                 assert not any(who == worker for who, _ in self.busy), "a lease is changed beside a job"
@@ -182,6 +236,18 @@ class World:
         for gpu, size in self.available.items():
             assert self.on(gpu) <= size, "the budget is passed"
         self.now += 1
+
+    def _loan(self, action: TakeLoan | ReturnLoan) -> None:
+        if isinstance(action, ReturnLoan):
+            loan, (held,) = self.loans.pop(action.worker), self.held[action.worker]
+            assert loan.given, "what was not lent yet is returned"
+            assert action.missing == 0, "nobody keeps anything here"
+            self.held[action.worker] = (held.model_copy(update={"bytes": held.bytes - action.missing}),)
+            return
+        assert action.worker not in self.loans, "a loan beside another"
+        assert 0 < action.bytes <= self.lendable(action.worker)
+        self.loans[action.worker] = Loan(action.bytes)
+        self.lent += 1
 
     def _lend(self, snapshot: Snapshot, lend: ChangeLease) -> None:
         need = self.needs[lend.worker]
@@ -195,7 +261,7 @@ class World:
             here = [h for h in others if {*h.demands} & {*self.gpus[lend.worker]}]
             busy = {worker for worker, _ in self.busy}
             blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in busy]
-            assert blocked, f"{lend.worker} was sent away for nobody"
+            assert blocked or self.loans, f"{lend.worker} was sent away for nobody"
         self.busy[lend.worker, 0] = lend
 
     def _assign(self, action: Assign, worker: str, hand: int) -> None:
@@ -220,24 +286,31 @@ class World:
             self.queues.setdefault(following, []).append((job, self.workspace(following), self.now))
 
 
+@st.composite
+def needs_of(draw: st.DrawFn, stage: Stage) -> Need:
+    traits = TRAITS[stage] if draw(st.booleans()) else StageTraits((), 0, 0)
+    return replace(draw(needs()), lends=traits.lends, momentary=traits.momentary)
+
+
 def one_gpu(available: int, wanted: dict[Stage, Need]) -> World:
     return World({0: available}, {**wanted}, dict.fromkeys(wanted, (0,)))
 
 
 @st.composite
 def worlds(draw: st.DrawFn) -> World:
-    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
+    wanted = {stage: draw(needs_of(stage)) for stage in STAGES}
     least = max(need.small for need in wanted.values())
     world = one_gpu(draw(st.integers(least, least + sum(need.whole for need in wanted.values()))), wanted)
     world.patience = draw(st.sampled_from([3.0, 30.0]))
     world.lasting = draw(st.booleans())
+    world.unable = draw(st.sampled_from([set(), set(), {"denoise"}]))
     return world
 
 
 @st.composite
 def many_gpus(draw: st.DrawFn) -> World:
     """Each stage has a worker on at least one of them; every worker can do its stage's tasks with a GPU to itself."""
-    wanted: dict[Stage, Need] = {stage: draw(needs()) for stage in STAGES}
+    wanted = {stage: draw(needs_of(stage)) for stage in STAGES}
     count = draw(st.integers(1, 4))
     chosen = draw(st.sets(st.integers(0, count - 1), min_size=1))
     jobs: dict[str, int] = {}
@@ -337,6 +410,43 @@ def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:
     assert world.swaps == 3
 
 
+def test_pictures_are_decoded_in_what_the_denoiser_lends() -> None:
+    world = one_gpu(int(14.5 * GB), LENDING)
+    world.held["text"] = held(LENDING["text"].small, LENDING["text"].least)
+    world.queues["denoise"] = [(name, LENDING["denoise"].workspace, 0) for name in "abc"]
+    for _ in range(40):
+        world.tick()
+    assert world.done == ["a", "b", "c"]
+    assert 1 <= world.lent <= 3
+    assert world.swaps == 1 + world.lent  # the denoiser's, and the VAE's in each loan
+    whole = lease_sizes(int(14.5 * GB), {**LENDING})["denoise"].exclusive
+    assert (world.held["denoise"][0].bytes, world.loans) == (whole, {})
+    assert world.held["vae"] == (NOTHING,)
+
+
+def test_a_loan_that_is_too_small_goes_back_for_a_larger_one() -> None:
+    world = one_gpu(int(14.5 * GB), LENDING)
+    world.held["denoise"] = held(int(13 * GB), int(12.4 * GB))
+    world.queues["vae"] = [("small", GB, 0), ("large", 2 * GB, 0)]
+    world.busy["denoise", 0] = ("x", GB)
+    for _ in range(20):
+        world.tick()
+    assert world.done == ["small", "large", "x"] or world.done == ["x", "small", "large"]
+    assert (world.lent, world.loans) == (2, {})
+
+
+def test_what_is_lent_goes_back_where_nobody_needs_it_any_more() -> None:
+    world = one_gpu(int(14.5 * GB), LENDING)
+    world.held["denoise"] = held(int(14 * GB), int(13 * GB))
+    world.queues["vae"] = [("a", 2 * GB, 0)]
+    world.busy["denoise", 0] = ("x", GB)
+    (loan,) = decide(world.snapshot())
+    assert loan == TakeLoan("denoise", LENDING["vae"].least + 2 * GB - GB // 2)
+    world.loans["denoise"] = Loan(loan.bytes, given=True)
+    world.queues["vae"] = []  # it was cancelled
+    assert decide(world.snapshot()) == [ReturnLoan("denoise")]
+
+
 def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_nobody_else_wants_it() -> None:
     world = one_gpu(int(14.5 * GB), FLUX)
     world.held["denoise"] = held(6 * GB, 6 * GB - FLUX["denoise"].workspace)
@@ -410,7 +520,7 @@ def held(size: int, weights: int) -> tuple[Lease, ...]:
     return (Lease(bytes=size, weight_bytes=weights),)
 
 
-def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Assign | ChangeLease]:
+def decide_with(world: World, denoise: list[tuple[str, int, int]], text: int = 0) -> list[Action]:
     world.queues = {
         "denoise": denoise,
         "text": [(f"t{number}", FLUX["text"].workspace, 0) for number in range(text)],

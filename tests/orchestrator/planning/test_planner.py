@@ -58,7 +58,9 @@ def test_whole_pictures_take_what_was_measured() -> None:
     assert {work.residency for work in everything.work} == {"in"}
     small = plan("H200:16GiB").prediction
     assert small.picture_seconds == pytest.approx(5.36, rel=0.05)
-    assert small.of("text")[0].residency == small.of("denoise")[0].residency == "streamed"
+    found = {work.post.stage: work.residency for work in small.work}
+    assert found == {"text": "borrows", "denoise": "streamed", "vae": "borrows"}
+    assert small.used(0) <= 16 << 30
     compiled = plan("H200:60GiB", compile=True).prediction.of("denoise")[0]
     assert compiled.seconds == pytest.approx(3.74, rel=0.03)
 
