@@ -22,14 +22,14 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from orchestrator.gpu_driver import used_bytes
 from protocol.client.client import Client
-from protocol.job import Job
 from scripts.bench.gpu_stacks import TRIPTYCH, StackBench, row, watched
 
 PROMPT = "a large red circle at the top left"
 GUIDANCE = 3.5
 ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split")
 WARM = 3  # jobs for each denoiser before anything is timed
-QUEUE = 6  # jobs for each GPU
+QUEUE = 12  # jobs for each GPU
+EDGE = 2  # jobs for each GPU at the beginning and the end of a queue, when not all are busy
 
 
 def reference_recipe(model: Path, device: str, size: int, steps: int, card: int, result: Path) -> None:
@@ -146,23 +146,30 @@ class SeveralBench(StackBench):
         for job in client.submit_many([self.new_request() for _ in range(WARM * denoisers)]):
             client.wait(job.id, 300)
 
-    def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, list[Job]]:
-        """Seconds a picture with so many jobs in the queue; with the `same` prompt nothing is encoded."""
+    def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, float]:
+        """Seconds a picture with so many jobs in the queue, all of them and those in the middle: the steady state.
+
+        With the `same` prompt nothing is encoded.
+        """
         requests = [self.new_request(seed) for seed in range(count)]
         if same:
             requests = [request.model_copy(update={"prompt": requests[0].prompt}) for request in requests]
             client.wait(client.submit(requests[0]).id, 300)
         start = time.perf_counter()
         jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
-        return (time.perf_counter() - start) / count, jobs
+        ends, edge = sorted(job.finished or 0.0 for job in jobs), EDGE * len(self.gpus)
+        middle = ends[edge:-edge] if len(ends) > 2 * edge + 1 else ends
+        steady = (middle[-1] - middle[0]) / max(1, len(middle) - 1)
+        return (time.perf_counter() - start) / count, steady
 
     # -- rows -----------------------------------------------------------------------------------
 
     def steady(self, what: str, goal: float, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
         def measure(client: Client, planned: dict[str, Any]) -> None:
-            seconds, _ = self.queue(client, QUEUE * len(self.gpus))
+            whole, seconds = self.queue(client, QUEUE * len(self.gpus))
             share = planned["picture_seconds"] / seconds
-            row(what=f"{what}: seconds a picture in steady state", s=seconds, goal=goal, predicted=share,
+            row(what=f"{what}: seconds a picture in steady state", s=seconds, with_filling_and_draining=whole,
+                of_half_of_one_process=seconds * len(self.gpus) / self.plain, goal=goal, predicted=share,
                 differing=self.differing(client, PROMPT) if exact else None)  # fmt: skip
             if exact:
                 self.kills(client)
@@ -181,7 +188,7 @@ class SeveralBench(StackBench):
 
     def split(self, client: Client, planned: dict[str, Any]) -> None:
         singly = [self.queue(client, 1, same=True)[0] for _ in range(3)]
-        together, _ = self.queue(client, QUEUE * len(self.gpus), same=True)
+        _, together = self.queue(client, QUEUE * len(self.gpus), same=True)
         one = statistics.median(singly)
         row(what="split: two jobs in flight against one, prompts known", one_s=one, s_a_picture=together,
             times=one / together, goal=1.9, predicted=planned["picture_seconds"] / together,

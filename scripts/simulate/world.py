@@ -209,7 +209,7 @@ class World:
         for action in decide(Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience)):
             if isinstance(action, Assign):
                 self._assign(action)
-            else:
+            elif isinstance(action, ChangeLease):  # nobody here lends for a moment
                 self._lend(action)
 
     def _workspace(self, stage: Stage) -> int:
