@@ -51,6 +51,8 @@ def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path,
             assert workers["denoise"].residency[0].state in (("in",) if share is None else ("streamed", "out"))
             shown = triptych("workers", folder=state).stdout
             assert "of GPU 0" in shown
+        lent = "were lent" in (state / "logs" / "denoise-1.log").read_text()
+        assert lent == (share is not None)  # to text encoders and VAE, which else are all in
         budget = int(total * (0.9 if turn == 0 else 0.6))
 
 
