@@ -8,23 +8,39 @@ from workers.weights.forward_trace import Call, Results
 from workers.weights.host_weights import PageLocks
 
 
+class Ordered(Mark):
+    """The moment when a copy, and all that were ordered before it, are done."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, count: int) -> None:
+        super().__init__(None)
+        self.count = count
+
+
 class WorstCopyStream(HostCopyStream):
     """Bytes are gone as soon as a copy over them is ordered, and there only once it is waited for."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self.ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.done = 0
 
     def copy(self, copies: Copies, after: Mark) -> Mark:
         for place, source in copies:
             place.view(torch.uint8).fill_(255)  # NaN in every floating dtype
             self.ordered.append((place, source))
-        return Mark(None)
+        return Ordered(self.done + len(self.ordered))
 
     def wait(self, mark: Mark) -> None:
-        for place, source in self.ordered:
+        assert isinstance(mark, Ordered)
+        count = max(0, mark.count - self.done)
+        for place, source in self.ordered[:count]:
             place.copy_(source)
-        self.ordered = []
+        self.ordered, self.done = self.ordered[count:], self.done + count
+
+    def synchronize(self) -> None:
+        self.wait(Ordered(self.done + len(self.ordered)))
 
 
 def worst_copy_stream(device: torch.device, locks: PageLocks | None) -> WorstCopyStream:

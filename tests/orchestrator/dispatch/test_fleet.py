@@ -120,6 +120,7 @@ def test_a_lender_is_overdue_only_where_nobody_has_what_it_lent() -> None:
     lender, borrower = fleet.hello(b"1", hello("a", 1, gpus=(0,))), fleet.hello(b"2", hello("b", 2, gpus=(0,)))
     fleet.ready(lender)
     fleet.ready(borrower)
+    fleet.give(fleet.hello(b"3", hello("c", 3, gpus=(1,))), task(), None)  # which has nothing to do with it
     fleet.borrow(lender)
     assert [idle.id for idle in fleet.idle()] == [borrower.id]
     fleet.lent(lender, 100)

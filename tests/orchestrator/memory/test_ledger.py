@@ -435,6 +435,19 @@ def test_a_loan_that_is_too_small_goes_back_for_a_larger_one() -> None:
     assert (world.lent, world.loans) == (2, {})
 
 
+def test_what_is_lent_is_not_for_those_who_take_turns() -> None:
+    """A text encoder that can't borrow took what the VAE had given back, and the denoiser waited for ever."""
+    needs = {"text": Need(1, 1, 0), "denoise": Need(2, 1, 6, lends=True), "vae": Need(1, 1, 0, momentary=True)}
+    world = one_gpu(7, {stage: needs[stage] for stage in STAGES})
+    world.held["denoise"] = held(7, 1)
+    world.loans["denoise"] = Loan(1, given=True)
+    world.queues["text"] = [("a", 0, 0)]
+    assert decide(world.snapshot()) == [ReturnLoan("denoise")]
+    for _ in range(60):
+        world.tick()
+    assert (world.done, world.loans) == (["a"], {})
+
+
 def test_what_is_lent_goes_back_where_nobody_needs_it_any_more() -> None:
     world = one_gpu(int(14.5 * GB), LENDING)
     world.held["denoise"] = held(int(14 * GB), int(13 * GB))
