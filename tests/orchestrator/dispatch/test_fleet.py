@@ -90,7 +90,7 @@ def test_a_worker_is_proven_by_a_task_or_by_time() -> None:
 def test_a_step_is_overdue_by_what_steps_of_its_kind_took() -> None:
     fleet, deadlines = Fleet(clock := Clock()), StepDeadlines(600.0, clock)
     kind: Recipe = recipe(seed=1)
-    worker = fleet.hello(b"1", hello("a"))
+    worker = fleet.hello(b"1", hello("a", gpus=(0,)))
     fleet.give(worker, task(), StepDeadlines.key("denoise", kind))
     clock.now += 5.0
     deadlines.moved(worker, kind, 1)
