@@ -197,7 +197,7 @@ class Swaps:
         for lender in [holder for holder in self.holders if holder.loan and holder.loan.given]:
             for gpu in lender.demands:
                 size = lender.loan.bytes if lender.loan else 0
-                missing = max(0, size - self.free[gpu] - self.lent_free[gpu])
+                missing = size - min(size, max(0, self.free[gpu] + self.lent_free[gpu]))
                 changing = any(self._lies_on(lend.worker, gpu) for lend in self.lent)
                 borrowers = [h for h in self.holders if h.id != lender.id and self._above(h, gpu)]
                 if not missing or not (changing or borrowers or self.passing[gpu]):
