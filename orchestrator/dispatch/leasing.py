@@ -77,7 +77,7 @@ class Leasing:
             worker.lendable_bytes = ready.lendable_bytes
             if ready.lent_bytes and self.ledger.lent(worker.id, ready.lent_bytes):
                 self._fleet.lent(worker, ready.lent_bytes)
-            worker.lease_bytes = tuple(holding.booked for holding in holdings)
+            self._note_lease(worker)
         else:
             self.ledger.has_worked(worker.id, ready.context_bytes)
 
@@ -113,7 +113,7 @@ class Leasing:
             return []
         snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
-        if any(isinstance(action, ReturnLoan) or takes_more(action) for action in actions):
+        if any(map(takes_more, actions)):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
         if any(snapshot.waiting.values()):
@@ -154,26 +154,25 @@ class Leasing:
             holdings = self.ledger.holdings.get(worker.id)
             if holdings is None or holdings[0].gpu not in gpus:
                 continue
+            demands = {holding.gpu: self._demand(worker, holding) for holding in holdings}
             stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
             resting = None if keep is None else self._fleet.resting_since(worker)
             found.append(
                 LeasedWorker(
                     id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
-                    demands={holding.gpu: self._demand(worker, holding) for holding in holdings},
+                    demands=demands,
                     held=now - max(holding.since for holding in holdings),
                     lasting=keep is None and worker.refused is None, refused=worker.refused,
                     expired=keep is not None and resting is not None and now - resting >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
-                    lendable=self._lendable(worker, holdings), loan=holdings[0].loan,
+                    lendable=self._lendable(worker, holdings[0], demands[holdings[0].gpu]), loan=holdings[0].loan,
                 )
             )  # fmt: skip
         return found
 
-    def _lendable(self, worker: Worker, holdings: Sequence[Holding]) -> int:
+    def _lendable(self, worker: Worker, holding: Holding, demand: GpuDemand) -> int:
         """Return the bytes that a worker can lend: of weights what it has told, and workspace that rests."""
-        holding = holdings[0]
-        need = self.ledger.need(worker.id, holding, worker.hello.stage, worker.model)
-        if not need.lends or worker.state not in ("idle", "busy"):
+        if not demand.need.lends or worker.state not in ("idle", "busy"):
             return 0
         resting = int((holding.lease - holding.weight_bytes) * (1 - KEPT_BETWEEN_STEPS))
         able = worker.lendable_bytes + resting
@@ -228,15 +227,19 @@ class Leasing:
         if asked and not lent.bytes:
             worker.refused_loan = min(asked, worker.refused_loan or asked)
         self._fleet.lent(worker, lent.bytes)
-        worker.lease_bytes = tuple(holding.booked for holding in self.ledger.holdings[worker.id])
+        self._note_lease(worker)
         return True
 
     def return_loan(self, worker: Worker, action: ReturnLoan) -> Returned:
         """Book that a worker has again what it lent; return the message to be sent."""
         size = self.ledger.return_loan(worker.id, action.missing)
         self._fleet.return_loan(worker)
-        worker.lease_bytes = tuple(holding.booked for holding in self.ledger.holdings[worker.id])
+        self._note_lease(worker)
         return Returned(bytes=size)
+
+    def _note_lease(self, worker: Worker) -> None:
+        """Note what a worker may use now, for those who look at it."""
+        worker.lease_bytes = tuple(holding.booked for holding in self.ledger.holdings[worker.id])
 
     def leased(self, worker: Worker, leased: Leased) -> bool:
         """Settle a worker's lease by its answer; return False if that is not what it was told."""
@@ -249,7 +252,7 @@ class Leasing:
             size = sum(lease.bytes for lease in asked)
             worker.refused = min(size, worker.refused or size)
         self.ledger.settled(worker.id, leased.leases, leased.kept_bytes)
-        worker.lease_bytes = tuple(lease.bytes for lease in leased.leases)
+        self._note_lease(worker)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         worker.lendable_bytes = leased.lendable_bytes
         return True
@@ -319,7 +322,7 @@ class Leasing:
 
 
 def takes_more(action: Action) -> bool:
-    return isinstance(action, ChangeLease) and action.bytes > 0
+    return isinstance(action, ReturnLoan) or (isinstance(action, ChangeLease) and action.bytes > 0)
 
 
 def ghost(hello: WorkerHello) -> str:

@@ -244,7 +244,7 @@ class Swaps:
         lease_size = self._size(want.holder, gpu)
         others = [h for h in self._in_lease() if h.id != want.holder.id and gpu in h.demands]
         resting = [h for h in others if h.id not in self.working]
-        above = [h for h in others if h.demands[gpu].lease > self._size(h, gpu).shared]
+        above = [h for h in others if self._above(h, gpu)]
         both = [h for h in above if h in resting]
         tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
         above_tired = [h for h in above if h in tired]

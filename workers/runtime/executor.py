@@ -189,16 +189,17 @@ class Executor:
         while not self._returned.empty():
             self._returned.get()
         try:
-            lent = borrow.bytes if isinstance(own, GpuLease) and own.lend(borrow.bytes) else 0
-            self._emit((Lent(bytes=lent), []))
-            if lent and isinstance(own, GpuLease):
-                start = time.perf_counter()
-                with self._turn.left():
-                    size = self._returned.get()
-                back = time.perf_counter()
-                own.take_again(size)
-                log.info("%s were lent for %.3f s, and are taken again in %.3f s", format_bytes(lent), back - start,
-                         time.perf_counter() - back)  # fmt: skip
+            if not isinstance(own, GpuLease) or not own.lend(borrow.bytes):
+                self._emit((Lent(bytes=0), []))
+                return
+            self._emit((Lent(bytes=borrow.bytes), []))
+            start = time.perf_counter()
+            with self._turn.left():
+                size = self._returned.get()
+            back = time.perf_counter()
+            own.take_again(size)
+            log.info("%s were lent for %.3f s, and are taken again in %.3f s", format_bytes(borrow.bytes), back - start,
+                     time.perf_counter() - back)  # fmt: skip
         except Exception as error:
             raise LoanLost("what was lent could not be taken again") from error
 
