@@ -21,10 +21,6 @@ class GpuUse:
     workspace: int
     context: int
 
-    @property
-    def bytes(self) -> int:
-        return self.weights + self.workspace + self.context
-
 
 @dataclass(frozen=True, slots=True)
 class PlannedWorker:
