@@ -1,6 +1,6 @@
 """Measure what a GPU's memory costs in time, side by side with diffusers in one run, with the limits beside each row.
 
-    python -m scripts.bench.random_flux /tmp/flux
+    python -m scripts.bench.random_model flux /tmp/flux
     python -m scripts.bench.gpu /tmp/flux
     python -m scripts.bench.gpu /tmp/flux --gpus 2        # every placement on two cards of 16 GiB
 

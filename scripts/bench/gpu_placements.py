@@ -6,9 +6,7 @@ the denoiser spread over both, denoise, let go, load the VAE, decode.
 
 import gc
 import itertools
-import json
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -22,14 +20,13 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from orchestrator.gpu_driver import used_bytes
 from protocol.client.client import Client
-from scripts.bench.gpu_stacks import TRIPTYCH, StackBench, row, watched
+from scripts.bench.gpu_stacks import StackBench, row, watched
 
 PROMPT = "a large red circle at the top left"
 GUIDANCE = 3.5
 ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split")
 WARM = 3  # jobs for each denoiser before anything is timed
 QUEUE = 12  # jobs for each GPU
-EDGE = 2  # jobs for each GPU at the beginning and the end of a queue, when not all are busy
 
 
 def reference_recipe(model: Path, device: str, size: int, steps: int, card: int, result: Path) -> None:
@@ -112,16 +109,9 @@ class SeveralBench(StackBench):
 
     budget = 0
 
-    def plan(self, *arguments: str) -> dict[str, Any]:
-        """Predict a stack that has run before: workspaces as known, speeds by the table."""
-        command = [*TRIPTYCH, "plan", "--json", *self.where(self.budget), *arguments]
-        command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout))
-
     def run(self, what: str, measure: Callable[[Client, dict[str, Any]], None], *arguments: str) -> None:
         """A stack, its plan beside it, and the most that each GPU had in use by the driver."""
-        planned = self.plan(*arguments)
+        planned = self.plan(self.budget, *arguments)
         row(what=f"{what}: plan", why=planned["why"], picture_s=planned["picture_seconds"],
             latency_s=planned["latency_seconds"])  # fmt: skip
         peaks = [watched(self._of(gpu)) for gpu in self.gpus]
@@ -145,22 +135,6 @@ class SeveralBench(StackBench):
         denoisers = sum(worker.stage == "denoise" for worker in client.workers().workers)
         for job in client.submit_many([self.new_request() for _ in range(WARM * denoisers)]):
             client.wait(job.id, 300)
-
-    def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, float]:
-        """Seconds a picture with so many jobs in the queue, all of them and those in the middle: the steady state.
-
-        With the `same` prompt nothing is encoded.
-        """
-        requests = [self.new_request(seed) for seed in range(count)]
-        if same:
-            requests = [request.model_copy(update={"prompt": requests[0].prompt}) for request in requests]
-            client.wait(client.submit(requests[0]).id, 300)
-        start = time.perf_counter()
-        jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
-        ends, edge = sorted(job.finished or 0.0 for job in jobs), EDGE * len(self.gpus)
-        middle = ends[edge:-edge] if len(ends) > 2 * edge + 1 else ends
-        steady = (middle[-1] - middle[0]) / max(1, len(middle) - 1)
-        return (time.perf_counter() - start) / count, steady
 
     # -- rows -----------------------------------------------------------------------------------
 

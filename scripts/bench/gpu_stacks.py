@@ -23,6 +23,7 @@ from protocol.job import JobRequest
 
 TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
 GIB = 1 << 30
+EDGE = 2  # jobs for each GPU at the beginning and the end of a queue, when not all are busy
 
 
 def rounded(value: Any) -> Any:
@@ -128,6 +129,29 @@ class StackBench:
         start = time.perf_counter()
         job = client.wait(client.submit_many([self.new_request()])[0].id)
         return time.perf_counter() - start, {record.stage: round(record.seconds, 3) for record in job.records}
+
+    def plan(self, budget: int, *arguments: str) -> dict[str, Any]:
+        """Predict a stack that has run before: workspaces as known, speeds by the table."""
+        command = [*TRIPTYCH, "plan", "--json", *self.where(budget), *arguments]
+        command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return dict(json.loads(done.stdout))
+
+    def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, float]:
+        """Seconds a picture with so many jobs in the queue, all of them and those in the middle: the steady state.
+
+        With the `same` prompt nothing is encoded.
+        """
+        requests = [self.new_request(seed) for seed in range(count)]
+        if same:
+            requests = [request.model_copy(update={"prompt": requests[0].prompt}) for request in requests]
+            client.wait(client.submit(requests[0]).id, 300)
+        start = time.perf_counter()
+        jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
+        ends, edge = sorted(job.finished or 0.0 for job in jobs), EDGE * len(self.gpus)
+        middle = ends[edge:-edge] if len(ends) > 2 * edge + 1 else ends
+        steady = (middle[-1] - middle[0]) / max(1, len(middle) - 1)
+        return (time.perf_counter() - start) / count, steady
 
     def differing(self, client: Client, prompt: str) -> int:
         """Values of the stack's picture that are not those of the plain pipeline's."""

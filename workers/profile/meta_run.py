@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +50,15 @@ class Seen:
     few_rows: set[str] = field(default_factory=set)  # linear layers that got but a few rows
 
 
+class Conditions(TorchDispatchMode):
+    """Let every condition on tensors that have but shapes be true: a model asks whether all of a mask is set, say."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def on_shapes(seen: Seen, name: str, model: torch.nn.Module) -> Iterator[None]:
     """Let a model on shapes be called like one on the CPU."""
@@ -84,6 +94,7 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
     given, named = tree_map(on_meta_device, (args, {k: v for k, v in kwargs.items() if k != MASKS}))
     with (
         looking(model, name, seen),
+        Conditions(),
         FlopCounterMode(display=False) as counter,
     ):
         result = run(*given, **named)
