@@ -52,6 +52,7 @@ class ModelProfile(Data):
     model: ModelDescription
     recipe: Recipe
     stages: tuple[StageProfile, ...]
+    guessed: str = ""  # why FLOP and intermediate results are guesses; empty where they were found
 
     def stage(self, stage: Stage) -> StageProfile:
         return next(figures for figures in self.stages if figures.stage == stage)

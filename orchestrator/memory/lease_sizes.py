@@ -1,9 +1,9 @@
 """The sizes of leases of a GPU: pure arithmetic on what its workers need.
 
 If all fit, all are in. If not, workers on several GPUs are in first, but for the least of the others. Of the others
-one, the largest, works in what the rest leave: those that can do with little keep that little beside it, as long as the
-largest still has a quarter of its weights in place: streaming the rest costs little up to there. Workers that find no
-room take turns.
+one, the largest whose tasks take longer than a moment, works in what the rest leave: those that can do with little keep
+that little beside it, as long as the largest still has a quarter of its weights in place: streaming the rest costs
+little up to there. Workers that find no room take turns.
 
 Those whose tasks take a moment hold nothing beside a largest one that lends: they borrow from it, between two of its
 steps, what they need, and the rest of the time it has all that they would hold.
@@ -74,7 +74,7 @@ def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSiz
         alone = {n: min(need.whole, available) for n, need in others.items() if not rest[n].exclusive}
         turns = {n: LeaseSize(0, size) for n, size in alone.items() if others[n].small <= available}
         return rest | turns | {name: LeaseSize(size, size) for name, size in taken.items()}
-    largest = max(needs, key=lambda name: (needs[name].weights, name))
+    largest = largest_of(needs)
     main = needs[largest]
     left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))
     beside = {name: need for name, need in needs.items() if name != largest}
@@ -90,6 +90,11 @@ def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSiz
             turn = min(turn, need.whole)
         found[name] = LeaseSize(shared.get(name, 0), turn, name in borrow)
     return found
+
+
+def largest_of(needs: Mapping[str, Need]) -> str:
+    """Return who works in what the others leave: the largest whose tasks take longer than a moment, if there is one."""
+    return max(needs, key=lambda name: (not needs[name].momentary, needs[name].weights, name))
 
 
 def smallest_first(left: int, needs: Mapping[str, Need], without: Collection[str]) -> dict[str, int]:

@@ -176,6 +176,8 @@ def _notes(
     used = {gpu for work in best.work for gpu in work.post.gpus}
     if used and any(not work.post.gpus and work.post.stage == "text" for work in best.work):
         notes.append("text encoders work on the CPU, and leave the GPUs to the others")
+    if profile.guessed:
+        notes.append("seconds are guesses by its weights: this pipeline can't be run on shapes alone")
     if unknown := sorted({card.name for card in hardware.cards if card.index in used and not card.rate.known}):
         notes.append(f"the speed of {', '.join(unknown)} is a guess; a stack that has run knows better")
     if idle := [card.index for card in hardware.cards if card.index not in used]:

@@ -7,7 +7,7 @@ files: each kind of placement is predicted from the same book of workers' bytes,
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.memory.lease_sizes import LeaseSize, Need, lease_sizes
+from orchestrator.memory.lease_sizes import LeaseSize, Need, largest_of, lease_sizes
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
 from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.pipeline_cut import Part, SplitGpu, best_cut, parts_of
@@ -275,7 +275,7 @@ class Book:
         if not lease_size.exclusive:
             raise too_large(post, card, need.small, max(0, self.left(card)))
         others = [other for key, other in found.items() if key != name]
-        largest = max(found, key=lambda key: (self.need(self.posts[int(key)], card).weights, key))
+        largest = largest_of({key: self.need(self.posts[int(key)], card) for key in found})
         turning = [key for key, other in found.items() if other.exclusive and not other.shared and not other.borrows]
         crowded = any(key != largest for key in turning)
         stays = lease_size.shared > 0 or (

@@ -164,7 +164,7 @@ def compare_transformers(source: Source, name: str, cls: Any, tensors: Mapping[s
 
 def compare_diffusers(source: Source, name: str, cls: Any, tensors: Mapping[str, StoredTensor], file: str) -> None:
     """Compare by the model's own list of tensors, with deprecated names as it renames them."""
-    model = on_meta(source, name)
+    model: Any = on_meta(source, name)
     stored = OrderedDict(shapes_of(tensors, f"{name}/{file}"))
     model._fix_state_dict_keys_on_load(stored)
     wanted = model.state_dict()

@@ -142,7 +142,7 @@ def without_weights(source: Source, name: str, device: torch.device, dtype: torc
     if name not in source.index:
         return feature_extractor(source) if source.ip_adapter and name == "feature_extractor" else None
     cls: Any = component_class(source, name)
-    if not (isinstance(cls, type) and issubclass(cls, torch.nn.Module)):
+    if not has_weights(cls):
         return cls.from_pretrained(source.folder_of(name))
     if issubclass(cls, ModelMixin):
         with init_empty_weights(include_buffers=False):
@@ -150,7 +150,7 @@ def without_weights(source: Source, name: str, device: torch.device, dtype: torc
         _load_buffers(module, source, name)
         adapt(source, name, module)
         return said_to_be(module.to(dtype), device, dtype)
-    return said_to_be(text_encoder_on_meta(source, name), device, dtype)
+    return said_to_be(of_transformers(source, name), device, dtype)
 
 
 def added_names(source: Source, cls: type[DiffusionPipeline]) -> list[str]:
@@ -170,9 +170,20 @@ def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, An
     return {name: raw[name] for name in optional if name in raw and not is_component(raw[name])}
 
 
-def on_meta(source: Source, name: str) -> ModelMixin:
+def has_weights(cls: Any) -> bool:
+    return isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+
+
+def on_meta(source: Source, name: str) -> torch.nn.Module | None:
+    """Return a component on the meta device; None if it has no weights."""
+    cls = component_class(source, name)
+    if not has_weights(cls):
+        return None
+    if not issubclass(cls, ModelMixin):
+        return of_transformers(source, name)
     with init_empty_weights():
-        return of_config(component_class(source, name), source, name)
+        model: torch.nn.Module = of_config(cls, source, name)
+    return model
 
 
 def of_config(cls: Any, source: Source, name: str) -> ModelMixin:
@@ -180,8 +191,8 @@ def of_config(cls: Any, source: Source, name: str) -> ModelMixin:
     return model
 
 
-def text_encoder_on_meta(source: Source, name: str) -> torch.nn.Module:
-    """Return a text encoder on the meta device, with its tied weights tied."""
+def of_transformers(source: Source, name: str) -> torch.nn.Module:
+    """Return a model of transformers on the meta device, with its tied weights tied."""
     cls = component_class(source, name)
     with torch.device("meta"):
         model: torch.nn.Module = cls(text_config(cls, source, name))

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,32 +60,56 @@ def cached(key: list[Any], make: Callable[[], ModelProfile]) -> ModelProfile:
 
 def code() -> str:
     """Return a digest of the code that finds a profile, which may change between versions."""
-    parts = (Path(__file__), Path(__file__).with_name("meta_run.py"))
+    parts = (Path(__file__), *(Path(__file__).with_name(name) for name in ("guess.py", "meta_run.py")))
     return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
 
 
 def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
-    """Return what a job takes by a model in a dtype; BadRequest or DoesNotFit where the model doesn't take it."""
+    """Return what a job takes by a model in a dtype, by weights alone where its pipeline can't be run on shapes.
+
+    Raises: BadRequest or DoesNotFit where the model doesn't take it.
+    """
     from protocol.recipe import resolve
     from workers.models.description import describe
     from workers.models.skeleton import quiet
     from workers.profile.meta_run import MetaRun
 
-    def profile(kinds: Collection[str]) -> ModelProfile:
+    def profile(kinds: Collection[str], guessed: str = "") -> ModelProfile:
         brought, shapes = with_pictures(request, description, kinds)
         recipe = resolve(brought, description, dtype, None, (), *extent_of(shapes))
         given = [Tensor(name, "uint8", shape, bytes(math.prod(shape))) for name, shape in shapes.items()]
-        return ModelProfile(model=description, recipe=recipe, stages=MetaRun(source, recipe, given).stages())
+        run = MetaRun(source, recipe, given)
+        stages = run.guessed() if guessed else run.stages()
+        return ModelProfile(model=description, recipe=recipe, stages=stages, guessed=guessed)
 
     with quiet():
         description = describe(source)
         try:
             return profile(description.needs)
-        except (ValueError, TypeError):  # by which pipelines say that they don't go without something
-            for more in (("image",), ("image", "mask"), ("control",)):
-                with contextlib.suppress(TriptychError, ValueError, TypeError):
-                    return profile({*description.needs, *more})
+        except TriptychError:
             raise
+        except Exception as error:  # pipelines have no word in common for what they don't go without
+            why = told(error, description.needs)
+        for more in also_taken(description):
+            try:
+                return profile({*description.needs, *more})
+            except Exception as error:
+                told(error, more)
+        return profile(description.needs, why)
+
+
+def told(error: Exception, kinds: Collection[str]) -> str:
+    """Return, and log, in one line why a pipeline was not run on shapes."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    log.info("not run on shapes with %s: %s", ", ".join(kinds) or "a prompt alone", line)
+    return line
+
+
+def also_taken(model: ModelDescription) -> Iterator[tuple[str, ...]]:
+    """Yield what a job may bring that a model may not go without, the least first."""
+    videos = tuple(model.of_video.videos) if model.of_video else ()
+    yield from ((kind,) for kind in ("image", "control", *videos))
+    yield from (("image", "mask"), ("image", "control"), ("image", "mask", "control"), (*videos, "control"), videos)
 
 
 def with_pictures(

@@ -19,8 +19,9 @@ from protocol.model_profile import BlockProfile, StageProfile
 from protocol.stages import FIRST, STAGES, Stage
 from protocol.tensors import Tensor
 from workers.models.loading import install_boundaries
-from workers.models.skeleton import build_skeleton, on_meta, text_encoder_on_meta
+from workers.models.skeleton import build_skeleton, on_meta
 from workers.models.source import Source, stages_of
+from workers.profile import guess
 from workers.replay.boundaries import Stopped, install_component
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import of_the_same_name
@@ -45,6 +46,7 @@ class Seen:
 
     runs: int = 0
     flop: float = 0.0  # of all runs
+    known: dict[Any, tuple[float, Any]] = field(default_factory=dict)  # FLOP and result, on shapes, of like runs
     largest: int = 0  # bytes, of what goes into a layer or comes out of it
     by_module: dict[str, float] = field(default_factory=dict)  # FLOP of one run by name
     few_rows: set[str] = field(default_factory=set)  # linear layers that got but a few rows
@@ -92,24 +94,35 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
     Masks are left out: some models look whether they can be ignored, which shapes don't tell.
     """
     given, named = tree_map(on_meta_device, (args, {k: v for k, v in kwargs.items() if k != MASKS}))
-    with (
-        looking(model, name, seen),
-        Conditions(),
-        FlopCounterMode(display=False) as counter,
-    ):
-        result = run(*given, **named)
+    key = (name, getattr(run, "__name__", ""), *map(likeness, tree_leaves((given, sorted(named.items())))))
+    if key not in seen.known:
+        with (
+            looking(model, name, seen),
+            Conditions(),
+            FlopCounterMode(display=False) as counter,
+        ):
+            result = run(*given, **named)
+        seen.known[key] = float(counter.get_total_flops()), result
+        prefix = type(model).__name__
+        for module, counts in counter.get_flop_counts().items():
+            if module.startswith(f"{prefix}."):
+                seen.by_module[f"{name}{module.removeprefix(prefix)}"] = float(sum(counts.values()))
+    flop, result = seen.known[key]
     seen.runs += 1
-    seen.flop += counter.get_total_flops()
-    prefix = type(model).__name__
-    for module, counts in counter.get_flop_counts().items():
-        if module.startswith(f"{prefix}."):
-            seen.by_module[f"{name}{module.removeprefix(prefix)}"] = float(sum(counts.values()))
+    seen.flop += flop
     return tree_map(on_cpu, result)
+
+
+def likeness(value: Any) -> Any:
+    """Return what two arguments have in common by which a model does the same work: shapes, and settings."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    return value if isinstance(value, bool | int | str) else type(value)
 
 
 class MetaRun:
     def __init__(self, source: Source, recipe: Recipe, given: Sequence[Tensor] = ()) -> None:
-        """`given` are the pictures that the recipe names, for a pipeline that can't do without them."""
+        """Build the pipeline on shapes; `given` are the pictures that the recipe names."""
         self._given = given
         self.source, self.recipe, self.dtype = source, recipe, DTYPES[recipe.dtype]
         self.pipeline: Any = build_skeleton(source, self.dtype)
@@ -118,9 +131,10 @@ class MetaRun:
         self._models: dict[Stage, list[tuple[str, torch.nn.Module]]] = {"text": [], "denoise": [], "vae": []}
         for name in sorted(source.index):
             stage, *others = stages_of(name)
-            if not others and (name in self.pipeline.components or name in source.added):
-                make = text_encoder_on_meta if stage == "text" else on_meta
-                model = make(source, name).to(device=META, dtype=self.dtype).eval()
+            if others or not (name in self.pipeline.components or name in source.added):
+                continue
+            if model := on_meta(source, name):
+                model = torch.nn.Module.to(model, device=META, dtype=self.dtype).eval()  # some have a narrower `to`
                 self._models[stage].append((name, said_to_be_here(model)))
         self.pipeline.set_progress_bar_config(disable=True)
 
@@ -137,15 +151,34 @@ class MetaRun:
             raise RuntimeError(f"{self.source.pipeline} doesn't come to its decoding on shapes")
         passes = max(1, seen["denoise"].runs)
         seen["denoise"].flop /= passes
-        denoise = self._figures("denoise", seen["denoise"], passes * self.recipe.steps)
+        denoise = self._figures("denoise", seen["denoise"], passes)
         return self._figures("text", seen["text"], 1), denoise, self._vae(seen["vae"], decodes)
 
+    def guessed(self) -> tuple[StageProfile, ...]:
+        """Return profiles by bytes alone, where the pipeline can't be run on shapes."""
+        text, denoise = (self._guess(stage) for stage in ("text", "denoise"))
+        flop, largest = guess.decoding(self.recipe, self.dtype.itemsize)
+        guided = 2 if (self.recipe.cfg_scale or 0) > 1 else 1
+        return (
+            self._figures("text", text, 1),
+            self._figures("denoise", denoise, self.recipe.steps * guided),
+            self._figures("vae", Seen(1, flop, largest=largest), 1),
+        )
+
+    def _guess(self, stage: Stage) -> Seen:
+        seen, tokens = Seen(1), guess.tokens_of(stage, self.recipe)
+        for name, model in self._models[stage]:
+            seen.flop += guess.flop_of(model, tokens)
+            seen.largest = max(seen.largest, guess.largest_of(model, tokens, self.dtype.itemsize))
+            for row in block_rows(model):
+                seen.by_module[f"{name}.{row}"] = guess.flop_of(model.get_submodule(row), tokens)
+        return seen
+
     def _visit(self, stage: Stage, seen: Seen) -> Decodes | Stopped:
-        """Run the pipeline's own call, of one step, up to what is another stage's: its next call, or all decodes."""
-        recipe = self.recipe.model_copy(update={"steps": 1})
+        """Run the pipeline's own call up to what is another stage's: its next call, or all decodes."""
         with self._on_shapes(stage, seen):
-            run = new_run(stage, self._record, HERE, recipe)
-            found = until_stop(self.pipeline, run, arguments_of(self.pipeline, recipe, self._given))
+            run = new_run(stage, self._record, HERE, self.recipe)
+            found = until_stop(self.pipeline, run, arguments_of(self.pipeline, self.recipe, self._given))
         return found if isinstance(found, Stopped) and not run.pending else run.pending
 
     @contextlib.contextmanager
@@ -170,7 +203,8 @@ class MetaRun:
         decode: Any = vae.decode
         args, kwargs = tree_map(on_meta_device, (args, kwargs))
         latents = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-        vae.to(latents.dtype)
+        if latents.is_floating_point():
+            vae.to(latents.dtype)
         watched(seen, name, vae, decode, *args, **kwargs)
         vae.to(self.dtype)
         return self._figures("vae", seen, 1)
@@ -178,6 +212,10 @@ class MetaRun:
     def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageProfile:
         models = self._models[stage]
         sizes = {name: model_bytes(model) + LooseTensors(model).nbytes for name, model in models}
+        if not models:  # of a pipeline without a VAE
+            return StageProfile(
+                stage=stage, components=(), least=0, largest=0, flop=0.0, passes=1, blocks=(), loose=0, heads=0, after=0
+            )
         main = max(sizes, key=lambda name: sizes[name])
         blocks, least = [], 0
         for name, model in models:
@@ -243,7 +281,7 @@ def looking(model: torch.nn.Module, component: str, seen: Seen) -> Iterator[None
             tensors = [leaf for leaf in tree_leaves((args, result)) if isinstance(leaf, torch.Tensor)]
             seen.largest = max([seen.largest, *(tensor.nbytes for tensor in tensors)])
             linear = isinstance(layer, torch.nn.Linear) and name.startswith(rows)
-            if linear and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:  # one a sample
+            if linear and args and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:  # one a sample
                 seen.few_rows.add(f"{component}.{name}")
 
         hooks.append(layer.register_forward_hook(see))

@@ -24,6 +24,7 @@ from workers.models.devices import Devices
 from workers.models.loading import load, weight_bytes
 from workers.models.source import locate
 from workers.profile.measure import cached, profile_of
+from workers.profile.meta_run import MetaRun
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
@@ -33,6 +34,13 @@ from workers.weights.residency import Residency, block_rows
 from workers.weights.streaming import room
 
 CPU = torch.device("cpu")
+RUN_ON_SHAPES = (  # of what is used today
+    "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "FluxFillPipeline",
+    "FluxKontextPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline",
+    "ChromaPipeline", "Krea2Pipeline", "SanaPipeline", "WanPipeline", "WanImageToVideoPipeline", "LTXPipeline",
+    "CogVideoXPipeline", "WanAnimatePipeline", "AnimateDiffPipeline",
+)  # fmt: skip
 FAMILIES = ("flux", "sd15", "sdxl", "sd3", "chroma", "pixart")
 
 
@@ -80,6 +88,35 @@ def test_models_that_begin_from_pictures_or_videos_are_planned_for(what: str, tm
     found = profile_of(source, "float32", JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1))
     assert all(stage.flop > 0 for stage in found.stages)
     assert found.recipe.pictures
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "Flux2KleinPipeline" else [pytest.mark.all]) for name in CASES]
+)
+def test_every_class_is_planned_for(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    source = locate(ModelSpec(name=str(tiny.save(case.make(), tmp_path))), None)
+    request = JobRequest(prompt=case.prompt, width=case.size, height=case.size, steps=case.steps, seed=1)
+    found = profile_of(source, "bfloat16", request)
+    assert found.stage("denoise").flop > 0
+    assert not found.guessed or name not in RUN_ON_SHAPES
+
+
+def test_what_cannot_be_run_on_shapes_is_planned_for_by_its_weights(tmp_path: Path) -> None:
+    """By the same weights as what can, and by about the arithmetic of it."""
+    source = locate(ModelSpec(name=str(tiny.save(tiny.flux(), tmp_path))), None)
+    request = JobRequest(prompt="a red circle", width=512, height=512, steps=4, seed=1)
+    found = profile_of(source, "bfloat16", request)
+    run = MetaRun(source, found.recipe)
+    for right, guess in zip(found.stages, run.guessed(), strict=True):
+        assert guess.components == right.components
+        assert guess.passes == right.passes
+        assert [block.bytes for block in guess.blocks] == [block.bytes for block in right.blocks]
+        assert guess.flop > 0
+        assert guess.largest > 0
+    unable = "LTX2TextConnectors"
+    lacking = locate(ModelSpec(name=str(tiny.save(CASES["LTX2Pipeline"].make(), tmp_path / "ltx"))), None)
+    assert unable in profile_of(lacking, "bfloat16", JobRequest(prompt="a", width=64, height=64, seed=1)).guessed
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
