@@ -1,6 +1,7 @@
 """A pipeline's own call, with a job's arguments, as far as a stage can make it."""
 
 import logging
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,12 +108,19 @@ def until_stop(pipeline: DiffusionPipeline, run: Run, arguments: dict[str, Any])
         try:
             return pipeline(**arguments, generator=run.generator)
         except Stopped as stopped:
+            let_go(stopped)
             return stopped
         except Exception as error:
             if not run.pending or not of_no_value(error):
                 raise
             log.debug("after its decode: %s", error)
             return None
+
+
+def let_go(error: BaseException) -> None:
+    """Let go of what an error's traceback holds: tensors on GPUs, and a collection of garbage may be far away."""
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = error.__context__ = None
 
 
 def of_no_value(error: Exception) -> bool:

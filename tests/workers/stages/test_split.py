@@ -1,6 +1,9 @@
 """The generic split: text, denoise and vae apart give the plain pipeline's pictures, in any family."""
 
+import gc
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,9 @@ from protocol.job import JobRequest
 from protocol.pictures import pictures_among
 from protocol.recipe import resolve
 from protocol.stages import STAGES, Stage
+from protocol.tensors import Tensor
 from tests import tiny, tiny_families, tiny_videos
+from tests.families import pictures
 from tests.pictures import as_task, half, noise, plain_of_picture
 from tests.records import latents_of
 from tests.stages import all_through, stages, through
@@ -250,6 +255,34 @@ def test_cancel_stops_at_a_step_boundary_and_the_stage_goes_on(flux_dev: Path) -
     undisturbed = denoise.run(recipe, embeddings, unheard)
     fresh = stages(source)[1].run(recipe, embeddings, unheard)
     assert torch.equal(latents_of(undisturbed.tensors), latents_of(fresh.tensors))
+
+
+@pytest.mark.parametrize("make", [tiny.flux, pictures.krea2, tiny_families.qwen_image, tiny.sdxl])
+def test_nothing_of_a_task_is_held_once_it_is_done(make: Callable[[], DiffusionPipeline], tmp_path: Path) -> None:
+    """On a GPU it would be missing to other stages until a collection of garbage."""
+    source = read(str(tmp_path), tiny.save(make(), tmp_path), None)
+    request = JobRequest(prompt="a red circle", width=32, height=32, steps=2, seed=1)
+    recipe = resolve(request, describe(source), "float32", None)
+    left: Any = ()
+    for stage in stages(source):
+        stage.run(recipe, tuple(left), unheard)  # what it learns from its first job stays
+        before = sizes_alive()
+        gc.disable()
+        try:
+            left = [bytes_of(tensor) for tensor in stage.run(recipe, tuple(left), unheard).tensors]
+            held = sizes_alive() - before
+        finally:
+            gc.enable()
+        assert not held, type(stage).__name__
+
+
+def sizes_alive() -> Counter[torch.Size]:
+    every = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    return Counter(tensor.shape for tensor in every if tensor.device.type != "meta")
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    return replace(tensor, data=bytes(tensor.data))
 
 
 def test_nan_is_a_failure_and_never_a_black_picture(flux_dev: Path) -> None:
