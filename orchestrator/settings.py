@@ -246,6 +246,11 @@ class StackConfig(JobSettings):
     steps: Annotated[
         Positive | None, Field(description="Their denoising steps."), Flag("--plan-steps", "N", "the model's own")
     ] = None
+    cfg_scale: Annotated[
+        NotNegative | None,
+        Field(description="Their scale of true classifier-free guidance: above 1, two passes a step."),
+        Flag("--plan-cfg-scale", "NUMBER", "the model's own"),
+    ] = None  # fmt: skip
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
 
     def model_spec(self) -> ModelSpec:

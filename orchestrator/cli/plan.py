@@ -34,6 +34,7 @@ NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anythi
 @click.option("--ram", metavar="64GB", help="Memory of the machine. [default: this one's]")
 @click.option("--size", callback=parse_size, metavar="WxH", help="Of the pictures. [default: the model's own]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the model's own]")
+@click.option("--cfg-scale", type=float, help="True classifier-free guidance. [default: the model's own]")
 @json_option
 @state_option
 def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, **options: Any) -> None:
@@ -56,7 +57,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         options["budget"] = [f"{gpu}={b}" for b in options["budget"] for gpu in range(count) if "=" not in b] + [
             b for b in options["budget"] if "=" in b
         ]
-    config = with_size(stack_config(options), options["size"], options["steps"])
+    config = with_recipe(stack_config(options), options["size"], options["steps"], options["cfg_scale"])
     gpus = list_gpus()
     hardware = this_hardware(gpus, config.gpus, stand_ins(config))
     if thought:
@@ -89,6 +90,8 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         print(f"Better with {change} a picture." if config.optimize == "throughput" else f"Better with {change} a job.")
 
 
-def with_size(config: StackConfig, size: tuple[int, int] | None, steps: int | None) -> StackConfig:
-    wanted = {"width": size and size[0], "height": size and size[1], "steps": steps}
+def with_recipe(
+    config: StackConfig, size: tuple[int, int] | None, steps: int | None, cfg_scale: float | None
+) -> StackConfig:
+    wanted = {"width": size and size[0], "height": size and size[1], "steps": steps, "cfg_scale": cfg_scale}
     return config.model_copy(update={name: value for name, value in wanted.items() if value is not None})

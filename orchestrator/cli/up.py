@@ -24,6 +24,7 @@ from protocol.errors import NoStack, TriptychError
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
+SLOW_SECONDS = 3.0  # without a word
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 8.0, 60.0  # of a wait for the hub
 
 
@@ -48,15 +49,21 @@ def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None
     if restore:
         go_back_to_backup(folder)
     os.umask(0o077)
+    start = time.monotonic()
     with waiting_is_told(config.model) as arrived:
-        run_stack(Supervisor(folder, config, say), as_json, arrived)
+        with told_if_slow(f"looking at {config.model}: what it takes of memory and time (once for each size) …"):
+            supervisor = Supervisor(folder, config, say)
+        run_stack(supervisor, as_json, start, arrived)
 
 
-def run_stack(supervisor: Supervisor, as_json: bool, arrived: Callable[[], None]) -> None:
-    """Say what a stack does and run it; `arrived` is called once its workers have loaded their model."""
+def run_stack(supervisor: Supervisor, as_json: bool, start: float, arrived: Callable[[], None]) -> None:
+    """Say what a stack does and run it; `arrived` is called once its workers have loaded their model.
+
+    It was begun at monotonic seconds `start`.
+    """
     folder, config, plan = supervisor.folder, supervisor.config, supervisor.plan
     wanted = sum(post.jobs for post in plan.posts)
-    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json, arrived), daemon=True).start()
+    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json, start, arrived), daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
     if plan.plan:
         for line in in_words(plan.plan):
@@ -100,6 +107,18 @@ def waiting_is_told(model: str | None, quiet: bool = False) -> Iterator[Callable
         over.set()
 
 
+@contextlib.contextmanager
+def told_if_slow(line: str) -> Iterator[None]:
+    """Say a line once the block has taken some seconds."""
+    timer = threading.Timer(SLOW_SECONDS, say, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def wait_for_stack(folder: Path) -> None:
     """Wait until the orchestrator has said where it listens."""
     while True:
@@ -109,9 +128,8 @@ def wait_for_stack(folder: Path) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def announce_ready(folder: Path, wanted: int, as_json: bool, arrived: Callable[[], None]) -> None:
+def announce_ready(folder: Path, wanted: int, as_json: bool, start: float, arrived: Callable[[], None]) -> None:
     """Say once when so many workers have loaded their model."""
-    start = time.monotonic()
     wait_for_stack(folder)
     with contextlib.suppress(TriptychError), Client(folder) as client:
         while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:

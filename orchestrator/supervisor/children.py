@@ -8,7 +8,7 @@ from orchestrator.planning.stack_plan import StackPlan
 from orchestrator.settings import JobSettings, OrchestratorSettings, OrchestratorSpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
-from orchestrator.supervisor.fork_server import ForkServer, Spare
+from orchestrator.supervisor.fork_server import ForkServer
 from protocol.stages import STAGES, Stage
 from protocol.views import ProcessView
 from protocol.worker_spec import DescriberSpec, WorkerSpec
@@ -19,12 +19,12 @@ GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
 class Children:
     """`lifeline` is the read end of the pipe by which they notice that the supervisor has ended."""
 
-    def __init__(self, folder: StackFolder, config: StackConfig, plan: StackPlan, lifeline: int) -> None:
-        self._folder, self._config, self._plan, self._lifeline = folder, config, plan, lifeline
+    def __init__(
+        self, folder: StackFolder, config: StackConfig, plan: StackPlan, lifeline: int, forks: ForkServer
+    ) -> None:
+        self._folder, self._config, self._plan, self._lifeline, self.forks = folder, config, plan, lifeline, forks
         self._endpoints = folder.local_endpoints()
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
-        starter = ForkServer if ForkServer.possible() else Spare
-        self.forks = starter(folder.log(starter.name), lifeline)
         self.describer = self._child("describer", "workers.runtime", self._describer_spec(), forked=True)
         self.describer.essential = True
         self.workers: dict[Stage, list[Child]] = {stage: [] for stage in STAGES}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgpack
 
+from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
 from protocol.process import PID
 from protocol.views import ProcessView
@@ -86,6 +87,10 @@ class ForkServer:
             and sys.platform == "linux"
             and bool(ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
         )
+
+    def start_ahead(self) -> None:
+        """Start it before anything else: its imports take longer than all that comes before the first worker."""
+        self.child.start()
 
     @property
     def starting(self) -> bool:
@@ -196,6 +201,9 @@ class Spare(ForkServer):
         super().__init__(log, lifeline)
         self.child.start_at = time.monotonic() + AFTER_SECONDS
 
+    def start_ahead(self) -> None:
+        """Do nothing: workers that start by themselves come first."""
+
     @property
     def starting(self) -> bool:
         """Return False: no child waits for it."""
@@ -209,3 +217,9 @@ class Spare(ForkServer):
         self.child.state, self.child.start_at = "waiting", time.monotonic()
         self.lost()
         return process
+
+
+def new_fork_server(folder: StackFolder, lifeline: int) -> ForkServer:
+    """Return what starts workers at once on this system."""
+    kind = ForkServer if ForkServer.possible() else Spare
+    return kind(folder.log(kind.name), lifeline)

@@ -24,6 +24,7 @@ from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import UNUSABLE, Child
 from orchestrator.supervisor.children import GRACE_SECONDS, Children
+from orchestrator.supervisor.fork_server import new_fork_server
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
 from protocol.errors import TriptychError
 from protocol.messages.common import Beat, Message
@@ -45,14 +46,20 @@ class Supervisor:
         """Plan the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
         raise_file_limit()
-        self.plan = plan_stack(config, list_gpus(), measurements_in(folder))
         self._lifeline, self._life = os.pipe()
+        forks = new_fork_server(folder, self._lifeline)
+        forks.start_ahead()
+        try:
+            self.plan = plan_stack(config, list_gpus(), measurements_in(folder))
+        except BaseException:
+            forks.child.kill()
+            raise
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)
         self._bell.setblocking(False)
         self._signal = 0
         self._done = False  # what it was for is done
-        self._children = Children(folder, config, self.plan, self._lifeline)
+        self._children = Children(folder, config, self.plan, self._lifeline, forks)
         self._link = OrchestratorLink(self._children.endpoint)
         self._lock: TextIO | None = None
         self._looked_down = 0.0  # monotonic seconds of the last look at the folder

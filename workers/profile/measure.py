@@ -121,7 +121,10 @@ def with_pictures(
     single = {kind: NO_PICTURE if kind in kinds else None for kind in ("mask", "control")}
     images = (NO_PICTURE,) if "image" in kinds else ()
     prompt = request.prompt if model.prompt else ""
-    brought = request.model_copy(update={"prompt": prompt, "images": images, "videos": videos, **single})
+    negative = "" if (request.cfg_scale or 0) > 1 and model.negative_prompt else request.negative_prompt
+    brought = request.model_copy(
+        update={"prompt": prompt, "negative_prompt": negative, "images": images, "videos": videos, **single}
+    )
     if (task := (model.inpaint if brought.mask else model.image) if images else None) and not task.sized:
         brought = brought.model_copy(update={"width": None, "height": None})
     frames = model.video.frames if model.video else 0

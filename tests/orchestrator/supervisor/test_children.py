@@ -11,6 +11,7 @@ from orchestrator.planning.stack_plan import StackPlan
 from orchestrator.settings import OrchestratorSpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.children import Children
+from orchestrator.supervisor.fork_server import new_fork_server
 from protocol.model_spec import ModelSpec
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
 
@@ -28,7 +29,7 @@ def children(state: Path) -> Iterator[Children]:
     config = StackConfig(model="m", revision="r", checkpoint=0.5, queue_limit=7, stages={"text": {"keep_alive": 3}})
     plan = StackPlan("bfloat16", POSTS, {}, ("denoise:compile",))
     reading, writing = os.pipe()
-    yield Children(folder, config, plan, reading)
+    yield Children(folder, config, plan, reading, new_fork_server(folder, reading))
     os.close(reading)
     os.close(writing)
 
