@@ -214,6 +214,11 @@ class StackConfig(JobSettings):
         Field(description="The most that the stack may use of a GPU, contexts included."),
         Flag("--budget", "[GPU=]16GB", "all that is free"),
     ] = Field(default_factory=dict)
+    host_memory: Annotated[
+        Bytes | None,
+        Field(description="The most of this host's memory that the stack may use; weights beyond it are read anew."),
+        Flag("--host-memory", "32GB", "all that is free"),
+    ] = None
     compile: Annotated[bool, Field(description="Compile the denoiser's blocks. Tier: numeric."), Flag("--compile")] = (
         False
     )

@@ -30,6 +30,7 @@ class WorkerSpec(Data):
     jobs: Annotated[int, Field(ge=1, le=8)] = 1  # at once
     speedups: tuple[str, ...] = ()  # of its whole stack
     checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
+    locked_bytes: Bytes | None = None  # of its weights, to be page-locked in host memory at most; None: all
     cpu_lock: str | None = None  # path of the lock file of those that compute on this CPU
 
 

@@ -15,7 +15,7 @@ from orchestrator.cli.table import print_table
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.planning.calibration import Measurements, measurements_in
 from orchestrator.planning.gpu_budgets import check_budgets
-from orchestrator.planning.hardware import imagined, this_hardware, with_link
+from orchestrator.planning.hardware import all_memory, imagined, this_hardware, with_link
 from orchestrator.planning.model_profile import find_profile
 from orchestrator.planning.placement import stand_ins
 from orchestrator.planning.planner import choose
@@ -59,7 +59,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         ]
     config = with_recipe(stack_config(options), options["size"], options["steps"], options["cfg_scale"])
     gpus = list_gpus()
-    hardware = this_hardware(gpus, config.gpus, stand_ins(config))
+    hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory or all_memory())
     if thought:
         hardware = replace(hardware, cards=imagined(thought[0], config.gpus))
     else:

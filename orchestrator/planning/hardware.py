@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 
 from orchestrator.gpu_driver import GpuInfo
@@ -12,6 +13,7 @@ from protocol.errors import BadRequest
 from protocol.stages import Stage
 from protocol.units import parse_bytes
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own there
 LEAST_CARD = 100_000_000  # bytes of a GPU that anybody would think of
 
 
@@ -38,7 +40,7 @@ class Card:
 @dataclass(frozen=True, slots=True)
 class Hardware:
     cards: tuple[Card, ...]
-    ram: int  # bytes
+    ram: int  # bytes, that a stack may use
     cores: int = 1
 
     def card(self, index: int) -> Card:
@@ -49,12 +51,16 @@ class Hardware:
         return self.cores * CPU_CORE
 
 
-def this_hardware(gpus: Sequence[GpuInfo], budgets: Mapping[int, int | None], stand_ins: Sequence[int]) -> Hardware:
-    """Return what the driver tells; `budgets` in bytes by GPU, none: all that is free; a CPU may stand in for some."""
+def this_hardware(
+    gpus: Sequence[GpuInfo], budgets: Mapping[int, int | None], stand_ins: Sequence[int], memory: int | None = None
+) -> Hardware:
+    """Return what the driver tells; `budgets` in bytes by GPU, none: all that is free; a CPU may stand in for some.
+
+    `memory` are bytes of the host; None: all that is free.
+    """
     cards = [_card(gpu, budgets.get(gpu.index)) for gpu in gpus if gpu.index not in stand_ins]
     cards += [Card(index, "CPU that stands in for a GPU", budgets.get(index) or 0, STAND_IN) for index in stand_ins]
-    ram, cores = host()
-    return Hardware(tuple(sorted(cards, key=lambda card: card.index)), ram, cores)
+    return Hardware(tuple(sorted(cards, key=lambda card: card.index)), memory or free_memory(), os.cpu_count() or 1)
 
 
 def _card(gpu: GpuInfo, budget: int | None) -> Card:
@@ -89,8 +95,26 @@ def _imagined_card(index: int, text: str) -> Card:
     return Card(index, name or "any GPU", budget, rate_of(name))
 
 
-def host() -> tuple[int, int]:
-    """Bytes of memory and cores of this machine."""
+def all_memory() -> int:
+    """Return the bytes of this host's memory."""
     import psutil
 
-    return int(psutil.virtual_memory().total), os.cpu_count() or 1
+    return int(psutil.virtual_memory().total)
+
+
+def free_memory() -> int:
+    """Return the bytes of this host's memory that can be had, as far as this process's control group may use them."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    return min(available, free_of_group(CONTROL_GROUP) or available)
+
+
+def free_of_group(folder: Path) -> int:
+    """Return the bytes that a control group's limit leaves, its page cache counted as free; 0 where there is none."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        cache = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):  # no such group, or "max"
+        return 0
+    return max(1, limit - used + int(cache[1] if cache else 0))

@@ -30,6 +30,7 @@ class Post:
     cut: tuple[int, ...] = ()  # of a denoiser that is split: blocks on each GPU; none: as its memory allows
     workspace: int = 0  # bytes to be left of the memory, beside weights; 0: whoever loads them knows
     given: bool = False  # its memory is as configured
+    locked: int | None = None  # bytes of its weights that it may page-lock in the host's memory; None: all
 
     @property
     def jobs(self) -> int:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from orchestrator.planning import host_memory
 from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.placement import FEW_CARDS, SEVERAL, Kind, Post, candidates, stage_gpus, stand_ins
 from orchestrator.planning.prediction import Prediction, Terms, predict
@@ -162,12 +163,8 @@ def _notes(
     config: StackConfig, profile: ModelProfile, hardware: Hardware, best: Prediction, compiled: bool
 ) -> tuple[str, ...]:
     notes: list[str] = []
-    weights = sum(stage.weights for stage in profile.stages)
-    if weights > hardware.ram and any(work.residency in ("streamed", "turns", "host") for work in best.work):
-        notes.append(
-            f"the model's {format_bytes(weights)} do not stay in {format_bytes(hardware.ram)} of memory: "
-            "what is streamed or swapped comes from the disk, which no figure here counts"
-        )
+    if from_disk := host_memory.told(profile, best.work, hardware.ram):
+        notes.append(from_disk)
     uncounted = [f"{stage} is to be quantized" for stage in STAGES if config.stage(stage).quantize]
     uncounted += ["a step cache"] if config.cache else []
     if best.work and profile.recipe.dtype == "float32" and any(not card.stands_in for card in hardware.cards):

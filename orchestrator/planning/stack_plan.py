@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.gpu_driver import GpuInfo
 from orchestrator.planning.calibration import Measurements
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
 from orchestrator.planning.hardware import this_hardware
+from orchestrator.planning.host_memory import locked_by_stage, locked_bytes
 from orchestrator.planning.model_profile import NoProfile, find_profile
 from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.planning.planner import Plan, check, choose
@@ -47,7 +48,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     dtype = stack_dtype(config, bool(gpus))
     check_devices(config, gpus)
     check_budgets(config, gpus)
-    hardware = this_hardware(gpus, config.gpus, stand_ins(config))
+    hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory)
     check(config, hardware)
     plan, unplanned = None, ""
     posts = first(config, gpus)
@@ -59,10 +60,15 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
         else:
             known = measurements.of(hardware, profile, config.speedups())
             plan = choose(config, profile, known, measurements.terms(config, profile))
-            posts = plan.posts
+            locked = locked_by_stage(profile, plan.prediction.work, hardware.ram)
+            posts = tuple(with_locks(post, plan.posts, locked) for post in plan.posts)
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
     return StackPlan(dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, spare)
+
+
+def with_locks(post: Post, posts: Sequence[Post], locked: dict[Stage, int] | None) -> Post:
+    return replace(post, locked=locked_bytes(locked, post.stage, sum(other.stage == post.stage for other in posts)))
 
 
 def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:

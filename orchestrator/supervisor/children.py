@@ -76,7 +76,7 @@ class Children:
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
             cut=post.cut, jobs=post.jobs, speedups=self._plan.speedups,
             checkpoint_seconds=config.checkpoint if post.stage == "denoise" and config.keep else None,
-            cpu_lock=str(self._folder.cpu_lock),
+            cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked,
         )  # fmt: skip
 
     def _child(

@@ -1,6 +1,7 @@
 """Today's models at their real shapes, with random weights: plain diffusers beside stacks in parts of a GPU.
 
     python -m scripts.bench.models /tmp/models --only z-image,klein-4b --cards 24,16,12
+    python -m scripts.bench.models /tmp/models --only flux --cards 16 --host-memory 32
 
 For each model, in one run: everything resident in one process, diffusers' `enable_model_cpu_offload`, then whole stacks
 held to each card's bytes: values that differ, single pictures with new prompts, a queue of them, most in use by the
@@ -8,6 +9,7 @@ driver, and what the plan says. Makes the models (7 to 58 GB of disk) and delete
 Prints one JSON line a row.
 """
 
+import contextlib
 import gc
 import json
 import shutil
@@ -20,9 +22,11 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 import torch
 from diffusers import DiffusionPipeline
 
+from scripts.bench.balloon import balloon
 from scripts.bench.gpu_stacks import GIB, StackBench, row, watched
 from scripts.bench.random_model import MODELS, RealModel
 
@@ -72,21 +76,31 @@ class ModelBench(StackBench):
     """Stacks of one model on one GPU."""
 
     def card(self, budget: int, prompt: str, count: int = QUEUE) -> None:
-        planned = self.plan(budget)
+        scale = ["--cfg-scale", str(self.recipe["cfg_scale"])] if "cfg_scale" in self.recipe else []
+        planned = self.plan(budget, *scale)
         foreign = self.used()
         with watched(self.used) as most, self.stack(budget) as client:
             differing = self.differing(client, prompt)
             self.one(client)
+            read = psutil.disk_io_counters()
             times, stages = zip(*[self.one(client) for _ in range(3)], strict=True)
             whole, steady = self.queue(client, count)
+            from_disk = (psutil.disk_io_counters().read_bytes - read.read_bytes) / (count + 3)
             differing += self.differing(client, prompt)  # after all that came and went
             row(
                 what=f"{budget / GIB:g} GiB", single_s=min(times), of_plain=min(times) / self.plain, times=times,
                 stages=stages[-1], queue_s=steady, queue_of_plain=steady / self.plain, with_filling_and_draining=whole,
                 planned_single_s=planned["latency_seconds"], planned_s=planned["picture_seconds"],
                 differing=differing, driver_GB=(most[0] - foreign) / 1e9, budget_GB=budget / 1e9,
-                ok=most[0] - foreign <= budget,
+                ok=most[0] - foreign <= budget, from_disk_GB_a_picture=from_disk / 1e9,
+                host_free_GB=psutil.virtual_memory().available / 1e9, oom_kills=oom_kills(),
             )  # fmt: skip
+
+
+def oom_kills() -> int:
+    """Return how many processes the system has killed for want of memory since it started."""
+    counts = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    return int(counts.get("oom_kill", 0))
 
 
 def stacks(
@@ -98,6 +112,7 @@ def stacks(
     cards: list[float],
     result: Path,
     logs: Path | None,
+    memory: float | None,
 ) -> None:
     saved = np.load(result)
     cuda = device.startswith("cuda")
@@ -108,7 +123,8 @@ def stacks(
     for gib in cards:
         start = time.perf_counter()
         try:
-            bench.card(int(gib * GIB), PROMPT)
+            with balloon(int(memory * GIB)) if memory else contextlib.nullcontext():
+                bench.card(int(gib * GIB), PROMPT)
         except Exception as error:  # the other cards' rows are wanted all the same
             row(what=f"{gib:g} GiB", failed=f"{type(error).__name__}: {str(error)[:500]}")
         row(what=f"all of {gib:g} GiB", s=time.perf_counter() - start)
@@ -132,6 +148,7 @@ def make(name: str, folder: Path, device: str, depth: int | None) -> None:
 @click.option("--steps", type=int, help="in place of the model's usual number")
 @click.option("--depth", type=int, help="layers at most, for a dry run")
 @click.option("--keep", is_flag=True, help="don't delete the models, and use those that are there")
+@click.option("--host-memory", type=float, help="GiB of the host's memory that are left to the stacks")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--plain", "result", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -143,6 +160,7 @@ def main(
     steps: int | None,
     depth: int | None,
     keep: bool,
+    host_memory: float | None,
     logs: Path | None,
     result: Path | None,
 ) -> None:
@@ -160,7 +178,9 @@ def main(
             found = Path(kept, "plain.npz")
             subprocess.run([sys.executable, *sys.argv, "--only", name, "--plain", str(found)], check=True)
             budgets = [float(gib) for gib in cards.split(",")]
-            stacks(place, model, device, pixels, steps or model.steps, budgets, found, logs and logs / name)
+            stacks(
+                place, model, device, pixels, steps or model.steps, budgets, found, logs and logs / name, host_memory
+            )
         if not keep:
             shutil.rmtree(place)
 

@@ -5,7 +5,7 @@ import torch
 from workers.stages.denoise import PipelineForwards
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark
 from workers.weights.forward_trace import Call, Results
-from workers.weights.host_weights import PageLocks
+from workers.weights.page_locks import PageLocks
 
 
 class Ordered(Mark):

@@ -53,7 +53,7 @@ from workers.replay.boundaries import install
 from workers.replay.placeholder import of_the_same_name
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import PipelineSplit
-from workers.weights.host_weights import PAGE_LOCKER
+from workers.weights.page_locks import PAGE_LOCKER
 from workers.weights.residency import Residency
 
 log = logging.getLogger(__name__)

@@ -34,6 +34,7 @@ from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 from workers.tensors import DTYPES
 from workers.weights.gpu_lease import AnyGpuLease, GpuLease
+from workers.weights.page_locks import PAGE_LOCKER
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ def prepare(spec: WorkerSpec) -> Prepared:
 
 def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
+    PAGE_LOCKER.restrict(spec.locked_bytes)
     ranks = ranks_of(spec)
     group = form(ranks, spec.name) if ranks > 1 else None
     device = resolve_device(spec.device)

@@ -1,12 +1,14 @@
 """Copies beside computation: a stream of its own on a GPU; on a CPU the same calls, each done when it returns."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
 
 from workers.tensors import flat_bytes
-from workers.weights.host_weights import PageLocks
+from workers.weights.direct_file import new_buffer
+from workers.weights.page_locks import PageLocks, Part
 
 Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (place, source)
 
@@ -74,24 +76,25 @@ class CudaCopyStream:
             for place, source in copies:
                 to, what = flat_bytes(place), flat_bytes(source)
                 for part in self._locks.parts(source):  # no copy may reach over two pieces of locked memory
-                    self._copy(to[part.start : part.end], what[part.start : part.end], part.locked)
+                    self._copy(to[part.start : part.end], what[part.start : part.end], part)
             return Mark(self._stream.record_event())
 
-    def _copy(self, place: torch.Tensor, source: torch.Tensor, locked: bool) -> None:
-        if locked:
+    def _copy(self, place: torch.Tensor, source: torch.Tensor, part: Part) -> None:
+        if part.locked:
             place.copy_(source, non_blocking=True)
             return
         if not self._buffers:
-            self._buffers = [
-                (torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
-            ]
+            self._buffers = [(new_buffer(BUFFER_BYTES, pinned=True), torch.cuda.Event()) for _ in range(2)]
         for start in range(0, source.nbytes, BUFFER_BYTES):
-            part = source[start : start + BUFFER_BYTES]
+            size = min(BUFFER_BYTES, source.nbytes - start)
             buffer, free = self._buffers[self._turn]
             self._turn = 1 - self._turn
             free.synchronize()
-            buffer[: part.nbytes].copy_(part)
-            place[start : start + part.nbytes].copy_(buffer[: part.nbytes], non_blocking=True)
+            if part.file:
+                ready = part.file.read(buffer, part.offset + start, size)
+            else:
+                ready = buffer[:size].copy_(source[start : start + size])
+            place[start : start + size].copy_(ready, non_blocking=True)
             free.record(self._stream)
 
     def wait(self, mark: Mark) -> None:
@@ -102,10 +105,45 @@ class CudaCopyStream:
         torch.cuda.synchronize(self.device)
 
 
+class Ordered(Mark):
+    """The end of a copy that a thread makes."""
+
+    __slots__ = ("copy",)
+
+    def __init__(self, copy: Future[Mark]) -> None:
+        super().__init__(None)
+        self.copy = copy
+
+
+class ThreadedCopyStream:
+    """The copies of another stream, made by a thread, one after the other: what is read from a disk holds up nobody."""
+
+    def __init__(self, stream: CopyStream) -> None:
+        self.device, self._stream = stream.device, stream
+        self._thread = ThreadPoolExecutor(1, "copies")
+
+    def mark(self) -> Mark:
+        return self._stream.mark()
+
+    def copy(self, copies: Copies, after: Mark) -> Mark:
+        return Ordered(self._thread.submit(self._stream.copy, list(copies), after))
+
+    def wait(self, mark: Mark) -> None:
+        """Wait for the thread here, and let the computation wait for the copy; raises what kept it from being made."""
+        assert isinstance(mark, Ordered)
+        self._stream.wait(mark.copy.result())
+
+    def synchronize(self) -> None:
+        self._thread.submit(self._stream.synchronize).result()
+
+
 CopyStreams = Callable[[torch.device, PageLocks | None], CopyStream]
 BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
 
 
 def copy_stream_for(device: torch.device, locks: PageLocks | None) -> CopyStream:
     """Return a device's copy stream; `locks` are those of the weights that a GPU's stream is to copy."""
-    return HostCopyStream(device) if locks is None else CudaCopyStream(device, locks)
+    if locks is None:
+        return HostCopyStream(device)
+    stream = CudaCopyStream(device, locks)
+    return ThreadedCopyStream(stream) if locks.limited else stream

@@ -19,9 +19,10 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import place_of
-from workers.weights.host_weights import PageLocks, host_weights, plain_parameters
+from workers.weights.host_weights import host_weights, plain_parameters
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.modulation import Modulation
+from workers.weights.page_locks import PageLocks
 from workers.weights.precompute import JobForwards, Precompute
 from workers.weights.resident_pieces import PIECE_BYTES, ResidentPieces
 from workers.weights.sharded import LocalPart

@@ -29,8 +29,9 @@ from workers.models.loading import load
 from workers.models.source import Source, read
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.copy_stream import Copies, HostCopyStream, Mark, copy_stream_for
-from workers.weights.host_weights import HostWeights, PageLocker, PageLocks, host_weights
+from workers.weights.copy_stream import Copies, HostCopyStream, Mark, ThreadedCopyStream, copy_stream_for
+from workers.weights.host_weights import HostWeights, host_weights
+from workers.weights.page_locks import PageLocker, PageLocks
 from workers.weights.residency import Residency, block_rows
 from workers.weights.streaming import Block, plan_stream, room
 
@@ -176,11 +177,15 @@ def test_nothing_is_read_before_it_arrives_or_after_its_place_is_reused(cfg: boo
     cpu = torch.device("cpu")
     wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
     total = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
-    for share in (0.9, 0.75, 0.6):
-        devices = Devices(cpu, {0: int(total.total_bytes * share)}, copy_stream=worst_copy_stream)
+    for share, copy_stream in ((0.9, worst_copy_stream), (0.75, by_a_thread), (0.6, worst_copy_stream)):
+        devices = Devices(cpu, {0: int(total.total_bytes * share)}, copy_stream=copy_stream)
         loaded = load(source, "denoise", devices, torch.float32)
         assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, cfg), wanted))
         assert loaded.residencies["transformer"].modulation is not None
+
+
+def by_a_thread(device: torch.device, locks: PageLocks | None) -> ThreadedCopyStream:
+    return ThreadedCopyStream(worst_copy_stream(device, locks))
 
 
 def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path) -> None:

@@ -1,0 +1,67 @@
+"""Host memory: how many bytes of its weights each worker may page-lock. What is not locked comes from the disk.
+
+Locked memory can't be taken back by the system, so weights that exceed it would end in the killing of processes.
+"""
+
+from collections.abc import Sequence
+
+from orchestrator.planning.throughput import PlannedWorker
+from protocol.model_profile import ModelProfile
+from protocol.stages import Stage
+from protocol.units import format_bytes
+
+RESERVE = 6_000_000_000  # bytes for the stack's own processes, which take some 1.2 GB each, and for everything else
+DISK = 3e9  # bytes a second from an NVMe disk
+
+
+def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> dict[Stage, int] | None:
+    """Return the bytes of each stage's weights to be locked, of a host's `memory`; None where all weights fit.
+
+    First what is copied most often: the VAE, what is streamed in every step, the text encoder, then the rest.
+    """
+    room = max(0, memory - RESERVE)
+    here = {done.post.stage: done for done in work if done.post.gpus}
+    weights = {stage: profile.stage(stage).weights for stage in here}
+    if sum(weights.values()) <= room:
+        return None
+    found: dict[Stage, int] = dict.fromkeys(here, 0)
+    for stage, wanted in (
+        ("vae", weights.get("vae", 0)),
+        ("denoise", int(here["denoise"].streamed) if "denoise" in here else 0),
+        ("text", copied(profile, here["text"]) if "text" in here else 0),
+        ("denoise", weights.get("denoise", 0)),
+    ):
+        if stage in found:
+            more = min(room, max(0, wanted - found[stage]))
+            found[stage], room = found[stage] + more, room - more
+    return found
+
+
+def copied(profile: ModelProfile, work: PlannedWorker) -> int:
+    """Return the bytes of its weights that a worker copies to its GPU for each task, or for each of its passes."""
+    if work.residency in ("in", "streamed"):
+        return int(work.streamed)
+    return profile.stage(work.post.stage).weights
+
+
+def locked_bytes(locked: dict[Stage, int] | None, stage: Stage, workers: int) -> int | None:
+    """Return the bytes that each of a stage's workers may lock; None for all of them."""
+    return None if locked is None or stage not in locked else locked[stage] // max(1, workers)
+
+
+def told(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> str:
+    """Return in words what comes from the disk, and about how long that takes; empty where all weights fit."""
+    locked = locked_by_stage(profile, work, memory)
+    if locked is None:
+        return ""
+    here = {done.post.stage: done for done in work if done.post.gpus}
+    parts, seconds = [], 0.0
+    for stage, name, times in (("text", "a new prompt", 1), ("denoise", "a step", profile.stage("denoise").passes)):
+        if stage in here and (missing := copied(profile, here[stage]) - locked[stage]) > 0:
+            parts.append(f"{format_bytes(missing)} for {name}")
+            seconds += missing * times / DISK
+    weights = sum(profile.stage(stage).weights for stage in here)
+    kept = f"of the model's {format_bytes(weights)} {format_bytes(sum(locked.values()))} stay in memory"
+    if not parts:
+        return f"{kept}, all that is needed once a job runs; the rest is read from the disk at each start"
+    return f"{kept}; from the disk come {' and '.join(parts)}, about {seconds:.1f} s a picture more with an NVMe disk"

@@ -1,0 +1,57 @@
+"""What stays in a host's memory of weights that exceed it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.planning.gpu_rates import rate_of
+from orchestrator.planning.hardware import Card, Hardware, free_memory, free_of_group
+from orchestrator.planning.host_memory import RESERVE, locked_by_stage, locked_bytes, told
+from orchestrator.planning.planner import choose
+from orchestrator.planning.prediction import Terms
+from orchestrator.settings import StackConfig
+from tests.chance import examples
+from tests.orchestrator.planning.test_planner import FLUX
+
+GB = 10**9
+CARD = Hardware((Card(0, "H200", 17 * GB, rate_of("H200")),), 64 * GB)
+WORK = choose(StackConfig(model="m"), FLUX, CARD, Terms()).prediction.work
+WEIGHTS = {stage.stage: stage.weights for stage in FLUX.stages}
+
+
+def test_all_is_locked_where_it_fits() -> None:
+    assert locked_by_stage(FLUX, WORK, sum(WEIGHTS.values()) + RESERVE) is None
+    assert told(FLUX, WORK, 64 * GB) == ""
+    assert locked_bytes(None, "denoise", 2) is None
+
+
+def test_what_is_copied_in_every_step_stays_before_what_a_new_prompt_takes() -> None:
+    (denoise,) = [work for work in WORK if work.post.stage == "denoise"]
+    locked = locked_by_stage(FLUX, WORK, RESERVE + int(denoise.streamed) + WEIGHTS["vae"] + GB)
+    assert locked == {"vae": WEIGHTS["vae"], "denoise": int(denoise.streamed), "text": GB}
+    assert f"{(WEIGHTS['text'] - GB) / 1e9:.1f} GB for a new prompt" in told(FLUX, WORK, RESERVE + sum(locked.values()))
+    assert locked_bytes(locked, "text", 2) == GB // 2
+    assert "read from the disk at each start" in told(FLUX, WORK, 32 * GB)
+
+
+@given(memory=st.integers(0, 60 * GB))
+@examples(100)
+def test_no_more_is_locked_than_there_is(memory: int) -> None:
+    locked = locked_by_stage(FLUX, WORK, memory)
+    if locked is None:
+        assert memory >= sum(WEIGHTS.values()) + RESERVE
+        return
+    assert sum(locked.values()) <= max(0, memory - RESERVE)
+    assert all(0 <= size <= WEIGHTS[stage] for stage, size in locked.items())
+
+
+@pytest.mark.parametrize(("limit", "left"), [("max", 0), ("1000", 1000 - 700 + 300), ("500", 100), ("100", 1)])
+def test_a_container_may_have_less_than_the_machine(limit: str, left: int, tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    assert free_of_group(tmp_path) == left
+    assert free_of_group(tmp_path / "none") == 0
+    assert free_memory() > 0

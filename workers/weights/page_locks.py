@@ -1,0 +1,200 @@
+"""Weights page-locked in the mappings of their files, so that they pass to a GPU at the speed of its link.
+
+Where memory holds all of them, all are locked, in the background. Where it doesn't, a part of a file is locked once it
+has been copied for the second time, as far as a limit allows: what is streamed in every step. The rest is read from the
+disk whenever it is copied, past the page cache.
+"""
+
+import bisect
+import contextlib
+import itertools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from workers.weights.direct_file import DirectFile
+from workers.weights.host_weights import HostWeights, file_mappings, mapping_of, shared
+
+log = logging.getLogger(__name__)
+
+REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
+PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
+LIMITED_PIECE_BYTES = 32 << 20  # where not all can be: what is streamed lies scattered
+
+
+def register(address: int, size: int, device: torch.device) -> int:
+    """Page-lock a part of a shared mapping in place, for a GPU or all; return the CUDA error, 0 for none."""
+    flags = REGISTER_READ_ONLY | (REGISTER_PORTABLE if torch.cuda.device_count() > 1 else 0)
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The part of a tensor's bytes that lies in one piece of a file, or in none."""
+
+    start: int
+    end: int
+    locked: bool
+    file: DirectFile | None = None  # to be read from, in place of memory
+    offset: int = 0  # in the file
+
+
+@dataclass(slots=True)
+class Piece:
+    """A piece of a file in memory, from one address to another: it is locked, or refused, as a whole."""
+
+    file: "LockedFile"
+    start: int
+    end: int
+    locked: Future[bool] | None = None  # None: nobody has asked for it yet
+    copied: int = 0  # bytes
+
+    def part(self, start: int, end: int, origin: int) -> Part:
+        """Return the part from one address to another of a tensor that begins at address `origin`."""
+        locked, file = self.file.ready(self, end - start)
+        return Part(start - origin, end - origin, locked, file, start - self.file.address)
+
+
+class LockedFile:
+    """A shared mapping that is being page-locked for this process's life, by one of its GPUs, in the background.
+
+    Pieces, so that the first can be on its way to the GPU while the last is still to be locked. What the driver
+    refuses, with a message in the log, passes through a buffer instead.
+    """
+
+    def __init__(self, path: str, address: int, size: int, device: torch.device, locker: "PageLocker") -> None:
+        self.address = address
+        self._path, self._device, self._locker, self._refused = path, device, locker, False
+        end, step = address + size, locker.piece_bytes
+        self.pieces = [Piece(self, start, min(end, start + step)) for start in range(address, end, step)]
+        self._direct: DirectFile | None = None
+        if locker.limit is None:
+            for piece in self.pieces:
+                self._ask(piece)
+
+    def ready(self, piece: Piece, size: int) -> tuple[bool, DirectFile | None]:
+        """Return whether a piece, of which bytes are to be copied, is locked, and the file to read from if it isn't.
+
+        Waits until its locking has had its turn, unless there is a limit.
+        """
+        if self._locker.limit is None:
+            assert piece.locked is not None
+            return piece.locked.result(), None
+        piece.copied += size
+        length = piece.end - piece.start
+        if piece.locked is None and piece.copied > length and self._locker.take(length):
+            self._ask(piece)
+        if piece.locked is not None and piece.locked.done() and piece.locked.result():
+            return True, None
+        if self._direct is None:
+            self._direct = DirectFile(self._path)
+        return False, self._direct
+
+    def _ask(self, piece: Piece) -> None:
+        piece.locked = self._locker.thread.submit(self._lock, piece.start, piece.end - piece.start)
+
+    def _lock(self, start: int, size: int) -> bool:
+        if self._refused:
+            return False
+        if self._locker.limit is not None:
+            read_ahead(self._path, start - self.address, size)
+        code = self._locker.register(start, size, self._device)
+        if code:
+            self._refused = True
+            log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", self._path, code)
+            with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
+                torch.zeros(1, device=self._device).add_(1)
+        return not code
+
+
+def read_ahead(path: str, offset: int, size: int) -> None:
+    """Let a part of a file be read into the page cache in one go: locking it would else read page by page."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+
+
+class PageLocker:
+    """Page-locks files for this process's life, each once, in one thread: the driver locks for one at a time."""
+
+    def __init__(
+        self,
+        register: Callable[[int, int, torch.device], int] = register,
+        piece_bytes: int = PIECE_BYTES,
+        limit: int | None = None,
+    ) -> None:
+        self.register, self.piece_bytes, self.limit = register, piece_bytes, limit
+        self.thread = ThreadPoolExecutor(1, "page-lock")
+        self._files: dict[int, LockedFile] = {}  # by address
+        self._lock = threading.Lock()
+        self._taken = 0  # bytes of the limit
+
+    def restrict(self, limit: int | None) -> None:
+        """Lock no more than so many bytes from now on; before any file."""
+        if limit is not None:
+            self.limit, self.piece_bytes = limit, LIMITED_PIECE_BYTES
+
+    def take(self, size: int) -> bool:
+        """Take bytes of the limit, if so many are left."""
+        with self._lock:
+            if self.limit is not None and self._taken + size > self.limit:
+                return False
+            self._taken += size
+            return True
+
+    def file(self, path: str, address: int, size: int, device: torch.device) -> LockedFile:
+        """Return a file's page-locked mapping, made once in a process, for all its GPUs."""
+        with self._lock:
+            if address not in self._files:
+                self._files[address] = LockedFile(path, address, size, device, self)
+            return self._files[address]
+
+    def lock_ahead(self, paths: Iterable[Path], device: torch.device) -> None:
+        """Begin to page-lock files that are about to be loaded as they are, in mappings that loading will recognise."""
+        if self.limit is not None:
+            return
+        found = {
+            (path, inode): file
+            for path in map(os.path.realpath, paths)
+            if (file := shared(path, inode := os.stat(path).st_ino)) is not None
+        }
+        mappings = file_mappings()
+        for (path, inode), file in sorted(found.items(), key=lambda item: item[1].data_ptr()):
+            mapping = mapping_of(file, mappings)  # some file systems tell other numbers there
+            if mapping and (mapping.path, mapping.inode) == (path, inode):
+                self.file(path, file.data_ptr(), file.nbytes, device)
+
+
+PAGE_LOCKER = PageLocker()  # the process's own
+
+
+class PageLocks:
+    """The weights of a module that are page-locked, or will be."""
+
+    def __init__(self, weights: HostWeights, device: torch.device, locker: PageLocker = PAGE_LOCKER) -> None:
+        """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
+        self.limited = locker.limit is not None
+        for name in weights.private:
+            weights.tensors[name] = weights.tensors[name].pin_memory()
+        self._pieces: list[Piece] = []
+        for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
+            self._pieces += locker.file(path, file.data_ptr(), file.nbytes, device).pieces
+
+    def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
+        """Yield a contiguous weight's bytes in parts that may be copied, each once its locking has had its turn."""
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
+        mapped = False
+        for piece in itertools.takewhile(lambda piece: piece.start < end, self._pieces[index:]):
+            if piece.end > start:
+                mapped = True
+                yield piece.part(max(piece.start, start), min(piece.end, end), start)
+        if not mapped:  # a private one
+            yield Part(0, tensor.nbytes, True)
