@@ -40,6 +40,7 @@ EVERYTHING = (  # that workers of any stage need; whatever else a model needs, i
     "workers.runtime.launch",
     "workers.runtime.worker",
 )
+QUANTIZER = "torchao"  # transformers imports it, and its import brings up CUDA; a worker that quantizes imports it
 STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
 MAX_REQUEST = 1 << 20
 
@@ -77,8 +78,12 @@ def serve(link: socket.socket, spare: bool = False) -> None:
 
 
 def import_everything() -> None:
-    for name in EVERYTHING:
-        importlib.import_module(name)
+    sys.modules[QUANTIZER] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        for name in EVERYTHING:
+            importlib.import_module(name)
+    finally:
+        del sys.modules[QUANTIZER]
     import torch
 
     if torch.cuda.is_initialized():

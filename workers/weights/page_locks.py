@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
-LIMITED_PIECE_BYTES = 32 << 20  # where not all can be: what is streamed lies scattered
+LIMITED_PIECE_BYTES = 4 << 20  # where not all can be: what is streamed lies scattered
 
 
 def register(address: int, size: int, device: torch.device) -> int:

@@ -208,8 +208,8 @@ class Residency:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too."""
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
-        if self.state == "in" and not self.compiled:
-            forwards = None  # nothing to be gained
+        if (self.state == "in" and not self.compiled) or self._quantized:
+            forwards = None  # nothing to be gained: what is quantized is never streamed
         precompute = self._precompute
         if forwards and not precompute.learned:
             if self.compiled:

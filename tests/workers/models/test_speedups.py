@@ -74,6 +74,16 @@ def loaded(folder: Path, speed: StageSpeedups):  # type: ignore[no-untyped-def]
     return load(read("x", folder, None), "denoise", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
 
 
+def test_quantized_weights_are_not_run_ahead_where_blocks_are_compiled(flux: Path) -> None:
+    """They never stream. A rehearsal found no weights of theirs on the host, and failed the first job."""
+    found = loaded(flux, StageSpeedups(quantize="int8"))
+    (residency,) = found.residencies.values()
+    residency.compiled = True
+    wanted = latents(flux, StageSpeedups(quantize="int8"))
+    assert all(map(torch.equal, jobs(DenoiseStage(found, CPU), flux, False), wanted))
+    assert residency.modulation is None
+
+
 def test_a_step_cache_saves_steps(flux: Path) -> None:
     runs = 0
 
