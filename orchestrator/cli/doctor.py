@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -13,12 +14,15 @@ import click
 
 from orchestrator.cli.options import json_option, state_folder, state_option
 from orchestrator.gpu_driver import list_gpus
+from orchestrator.planning.hardware import all_memory
+from orchestrator.planning.host_memory import RESERVE
 from orchestrator.short_process import EndedWithoutAnswer, answer_of
 from protocol.client.client import Client
 from protocol.errors import TriptychError
 from protocol.units import format_bytes
 
 PACKAGES = ("triptych", "torch", "diffusers", "transformers", "accelerate", "pyzmq", "safetensors")
+VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\b")  # in names of files that are there beside those that are loaded
 LOW_DISK = 5_000_000_000
 LEAST_FILES = 1024  # open at once, with some clients
 
@@ -28,6 +32,11 @@ class Finding:
     what: str
     text: str
     good: bool = True
+    warns: bool = False  # it works, but not as well as it might
+
+    @property
+    def mark(self) -> str:
+        return "!!" if not self.good else "--" if self.warns else "ok"
 
 
 @click.command()
@@ -43,7 +52,7 @@ def doctor(model: str, as_json: bool, state: Path | None) -> None:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "next": command}))
     else:
         for finding in findings:
-            print(f"{'ok' if finding.good else '!!'}  {finding.what}: {finding.text}")
+            print(f"{finding.mark}  {finding.what}: {finding.text}")
         print(f"\nNext: {command}")
     if not all(finding.good for finding in findings if finding.what != "stack"):
         sys.exit(1)
@@ -121,7 +130,21 @@ def examined(folder: str, text: str) -> list[Finding]:
         ]
     except EndedWithoutAnswer as error:
         problems = [f"looking at it ended in: {error}"]
-    return [Finding("model", problem, False) for problem in problems] or [Finding("model", f"{text}, and whole")]
+    found = [Finding("model", problem, False) for problem in problems] or [Finding("model", f"{text}, and whole")]
+    return [*found, *beside_memory(Path(folder).expanduser(), all_memory())]
+
+
+def beside_memory(folder: Path, memory: int) -> list[Finding]:
+    """Warn where a model's weights don't stay in the host's memory."""
+    files = [path for path in folder.glob("*/*.safetensors") if not VARIANT.search(path.name)]
+    weights = sum(path.stat().st_size for path in files)
+    if weights <= memory - RESERVE:
+        return []
+    text = (
+        f"{format_bytes(weights)} of weights don't all stay in {format_bytes(memory)}: a part is read from the disk "
+        f"again and again. How much, and what it costs: triptych plan --model {folder}"
+    )
+    return [Finding("weights", text, warns=True)]
 
 
 def running(folder: Path) -> Finding:
