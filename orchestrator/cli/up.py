@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,31 @@ from orchestrator.cli.options import state_folder, state_option
 from orchestrator.cli.plan_words import in_words
 from orchestrator.cli.stack_options import stack_config, stack_options
 from orchestrator.cli.strays import strays
+from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.supervisor import Supervisor
 from protocol.client.client import Client
 from protocol.client.endpoints import published
 from protocol.errors import NoStack, TriptychError
+from protocol.job import JobRequest
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
+FIRST_PROMPT, LEAST_PRIORITY = "a large red circle", -1000
 SLOW_SECONDS = 3.0  # without a word
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 8.0, 60.0  # of a wait for the hub
 
 
 @click.command()
 @stack_options
+@click.option(
+    "--warm-up/--no-warm-up", default=None,
+    help="Make a picture before any is asked for, so that compiling and learning are over. [default: with --compile]",
+)  # fmt: skip
 @click.option("--restore", is_flag=True, help="Begin with the last backup of the job database, in its place.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line once the stack is ready.")
 @state_option
-def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None:
+def up(state: Path | None, as_json: bool, restore: bool, warm_up: bool | None, **options: Any) -> None:
     """Start the orchestrator and the three stages' workers, and keep them running until Ctrl-C.
 
     With no options it runs the small demo model, which draws colored shapes and knows nothing else.
@@ -53,17 +61,61 @@ def up(state: Path | None, as_json: bool, restore: bool, **options: Any) -> None
     with waiting_is_told(config.model) as arrived:
         with told_if_slow(f"looking at {config.model}: what it takes of memory and time (once for each size) …"):
             supervisor = Supervisor(folder, config, say)
-        run_stack(supervisor, as_json, start, arrived)
+        run_stack(
+            supervisor, Announcer(supervisor, as_json, start, arrived, config.compile if warm_up is None else warm_up)
+        )
 
 
-def run_stack(supervisor: Supervisor, as_json: bool, start: float, arrived: Callable[[], None]) -> None:
-    """Say what a stack does and run it; `arrived` is called once its workers have loaded their model.
+@dataclass(frozen=True, slots=True)
+class Announcer:
+    """Says when a stack, begun at monotonic seconds `start`, is ready; `arrived` is called once models are loaded."""
 
-    It was begun at monotonic seconds `start`.
-    """
+    supervisor: Supervisor
+    as_json: bool
+    start: float
+    arrived: Callable[[], None]
+    warm_up: bool
+
+    def run(self) -> None:
+        """Say once when all workers have loaded their model, and made a first picture if they are to."""
+        folder = self.supervisor.folder.path
+        wanted = sum(post.jobs for post in self.supervisor.plan.posts)
+        wait_for_stack(folder)
+        with contextlib.suppress(TriptychError), Client(folder) as client:
+            while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
+                time.sleep(POLL_SECONDS)
+            self.arrived()
+            seconds = time.monotonic() - self.start
+            say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+            if told := strays(client):
+                say(told)
+            if self.warm_up:
+                make_first(client, self.supervisor.config)
+            if self.as_json:
+                seconds = time.monotonic() - self.start
+                said = {"state": str(folder), "clients": published(folder).clients, "seconds": seconds}
+                print(json.dumps(said), flush=True)
+
+
+def make_first(client: Client, config: StackConfig) -> None:
+    """Make a picture that nobody has asked for, after all that somebody has."""
+    request = JobRequest(
+        prompt=FIRST_PROMPT, priority=LEAST_PRIORITY, width=config.width, height=config.height, steps=config.steps,
+        cfg_scale=config.cfg_scale,
+    )  # fmt: skip
+    say("making a first picture, of the size that is planned for: it compiles, and learns what tasks take …")
+    start = time.monotonic()
+    try:
+        client.wait(client.submit(request).id)
+        say(f"made it in {time.monotonic() - start:.1f} s; the next ones take no longer than they must")
+    except TriptychError as error:  # it takes none without a picture, say
+        say(f"made none: {error}")
+
+
+def run_stack(supervisor: Supervisor, announcer: Announcer) -> None:
+    """Say what a stack does and run it."""
     folder, config, plan = supervisor.folder, supervisor.config, supervisor.plan
-    wanted = sum(post.jobs for post in plan.posts)
-    threading.Thread(target=announce_ready, args=(folder.path, wanted, as_json, start, arrived), daemon=True).start()
+    threading.Thread(target=announcer.run, daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
     if plan.plan:
         for line in in_words(plan.plan):
@@ -126,20 +178,3 @@ def wait_for_stack(folder: Path) -> None:
             published(folder)
             return
         time.sleep(POLL_SECONDS)
-
-
-def announce_ready(folder: Path, wanted: int, as_json: bool, start: float, arrived: Callable[[], None]) -> None:
-    """Say once when so many workers have loaded their model."""
-    wait_for_stack(folder)
-    with contextlib.suppress(TriptychError), Client(folder) as client:
-        while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
-            time.sleep(POLL_SECONDS)
-        arrived()
-        seconds = time.monotonic() - start
-        say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
-        if told := strays(client):
-            say(told)
-        if as_json:
-            print(
-                json.dumps({"state": str(folder), "clients": published(folder).clients, "seconds": seconds}), flush=True
-            )

@@ -25,7 +25,8 @@ def weights(workers: Workers, stage: str) -> int:
     return sum(component.total_bytes for component in worker.residency)
 
 
-def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [0.6, pytest.param(0.9, marks=pytest.mark.all)])
+def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path, tmp_path: Path, share: float) -> None:
     prompts = [f"a red circle {i}" for i in range(3)]
     wanted = [
         plain(deep, prompt=prompt, seed=i, width=32, height=32, num_inference_steps=3)
@@ -33,12 +34,11 @@ def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path,
     ]
     arguments = ("--model", str(deep), "--device", "cpu:0")
     budget = 1 << 30
-    for turn, share in enumerate((None, 0.9, 0.6)):
-        state = tmp_path / str(turn)
+    for whole in (True, False):
+        state = tmp_path / str(whole)
         with running_stack(state, *arguments, "--budget", f"0={budget}B") as stack:
             held = until(stack, lambda w: all(worker.residency for worker in w.workers))
-            if share is None:
-                total = weights(held, "denoise")
+            total = weights(held, "denoise")
             jobs = stack.client.submit_many(
                 [JobRequest(prompt=prompt, seed=i, **SIZE) for i, prompt in enumerate(prompts)]
             )
@@ -48,12 +48,12 @@ def test_pictures_are_equal_under_any_budget_and_no_budget_is_passed(deep: Path,
                     assert sum(leases) <= budget
                 assert torch.equal(stack.pictures(job.id), picture)
             workers = {worker.stage: worker for worker in stack.client.workers().workers}
-            assert workers["denoise"].residency[0].state in (("in",) if share is None else ("streamed", "out"))
+            assert workers["denoise"].residency[0].state in (("in",) if whole else ("streamed", "out"))
             shown = triptych("workers", folder=state).stdout
             assert "of GPU 0" in shown
         lent = "were lent" in (state / "logs" / "denoise-1.log").read_text()
-        assert lent == (share is not None)  # to text encoders and VAE, which else are all in
-        budget = int(total * (0.9 if turn == 0 else 0.6))
+        assert lent == (not whole)  # to text encoders and VAE, which else are all in
+        budget = int(total * share)
 
 
 def test_settings_that_cannot_work_are_refused_before_anything_starts(state: Path) -> None:

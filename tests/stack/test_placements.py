@@ -72,7 +72,7 @@ def test_replicas_share_the_work_with_the_bits_of_one_process(
 
 
 def test_a_replica_that_dies_disturbs_nobody_else(deep: Path, wanted: list[torch.Tensor], state: Path) -> None:
-    long = {"width": 32, "height": 32, "steps": 300}
+    long = {"width": 32, "height": 32, "steps": 150}
     with running_stack(state, *on_two(deep, 4_000_000), "--checkpoint", "0") as stack:
         make_all(stack)  # so that the prompts are known, and both denoisers begin at once
         jobs = [job.id for job in stack.client.submit_many([JobRequest(prompt=p, seed=1, **long) for p in PROMPTS[:2]])]

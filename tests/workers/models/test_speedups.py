@@ -169,7 +169,10 @@ def test_embeddings_of_quantized_encoders_are_kept_apart(flux: Path) -> None:
 
 def test_a_stack_names_its_speedups_in_every_job_and_refuses_wrong_ones(flux: Path, state: Path) -> None:
     arguments = ("--model", str(flux), "--device", "cpu", "--compile", "--cache", "first-block:0.001")
-    with running_stack(state, *arguments) as stack:
+    planned = ("--plan-width", "32", "--plan-height", "32", "--plan-steps", "2")
+    with running_stack(state, *arguments, *planned) as stack:
+        (first,) = stack.client.jobs()
+        assert (first.state, first.recipe.width, first.recipe.steps) == ("done", 32, 2)  # for nobody, to compile
         found = [stack.picture("a star", seed=1, width=32, height=32, steps=2) for _ in range(2)]
         assert found[0][1].equal(found[1][1])
         recipe = found[0][0].recipe
