@@ -13,6 +13,10 @@ class Cancelled(Exception):
     """Somebody no longer wants the task."""
 
 
+class WeightsLost(Exception):
+    """A copy of weights was not made, so nothing on the GPU can be relied on: the process has to start anew."""
+
+
 class StageError(Exception):
     """A stage can't do its task, and trying again would give the same."""
 

@@ -96,10 +96,14 @@ def _imagined_card(index: int, text: str) -> Card:
 
 
 def all_memory() -> int:
-    """Return the bytes of this host's memory."""
+    """Return the bytes of this host's memory, as far as this process's control group may use them."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    try:
+        return min(total, int((CONTROL_GROUP / "memory.max").read_text()))
+    except (OSError, ValueError):  # no such group, or "max"
+        return total
 
 
 def free_memory() -> int:
@@ -114,7 +118,7 @@ def free_of_group(folder: Path) -> int:
     """Return the bytes that a control group's limit leaves, its page cache counted as free; 0 where there is none."""
     try:
         limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = re.search(r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        cache = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
     except (OSError, ValueError):  # no such group, or "max"
         return 0
-    return max(1, limit - used + int(cache[1] if cache else 0))
+    return max(1, limit - used + sum(map(int, cache)))

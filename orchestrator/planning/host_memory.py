@@ -19,15 +19,16 @@ def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory
 
     First what is copied most often: the VAE, what is streamed in every step, the text encoder, then the rest.
     """
-    room = max(0, memory - RESERVE)
     here = {done.post.stage: done for done in work if done.post.gpus}
+    elsewhere = {done.post.stage for done in work} - here.keys()  # on the CPU, where they stay in memory
+    room = max(0, memory - RESERVE - sum(profile.stage(stage).weights for stage in elsewhere))
     weights = {stage: profile.stage(stage).weights for stage in here}
     if sum(weights.values()) <= room:
         return None
     found: dict[Stage, int] = dict.fromkeys(here, 0)
     for stage, wanted in (
         ("vae", weights.get("vae", 0)),
-        ("denoise", int(here["denoise"].streamed) if "denoise" in here else 0),
+        ("denoise", streamed(here["denoise"]) if "denoise" in here else 0),
         ("text", copied(profile, here["text"]) if "text" in here else 0),
         ("denoise", weights.get("denoise", 0)),
     ):
@@ -37,16 +38,31 @@ def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory
     return found
 
 
+def streamed(work: PlannedWorker) -> int:
+    """Return the bytes that a worker streams in each pass, to all of its GPUs."""
+    return int(work.streamed) * max(1, len(work.post.gpus))
+
+
 def copied(profile: ModelProfile, work: PlannedWorker) -> int:
-    """Return the bytes of its weights that a worker copies to its GPU for each task, or for each of its passes."""
+    """Return the bytes of its weights that a worker copies to its GPUs for each task, or for each of its passes."""
     if work.residency in ("in", "streamed"):
-        return int(work.streamed)
+        return streamed(work)
     return profile.stage(work.post.stage).weights
 
 
-def locked_bytes(locked: dict[Stage, int] | None, stage: Stage, workers: int) -> int | None:
-    """Return the bytes that each of a stage's workers may lock; None for all of them."""
-    return None if locked is None or stage not in locked else locked[stage] // max(1, workers)
+def locked_bytes(locked: dict[Stage, int] | None, stage: Stage, work: Sequence[PlannedWorker]) -> int | None:
+    """Return the bytes that each of a stage's workers may lock; None for all of them.
+
+    Workers that do the same lock the same pages of the same files; others share the stage's bytes.
+    """
+    if locked is None:
+        return None
+    kinds = {
+        (done.residency, done.streamed, tuple(share.weights for share in done.shares))
+        for done in work
+        if done.post.stage == stage
+    }
+    return locked.get(stage, 0) // max(1, len(kinds))
 
 
 def told(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> str:
@@ -58,6 +74,8 @@ def told(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> s
     parts, seconds = [], 0.0
     for stage, name, times in (("text", "a new prompt", 1), ("denoise", "a step", profile.stage("denoise").passes)):
         if stage in here and (missing := copied(profile, here[stage]) - locked[stage]) > 0:
+            if here[stage].residency == "turns":
+                name, times = "a turn", 1
             parts.append(f"{format_bytes(missing)} for {name}")
             seconds += missing * times / DISK
     weights = sum(profile.stage(stage).weights for stage in here)

@@ -50,7 +50,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     check_budgets(config, gpus)
     hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory)
     check(config, hardware)
-    plan, unplanned = None, ""
+    plan, unplanned, limited = None, "", False
     posts = first(config, gpus)
     if any(post.gpus for post in posts):
         try:
@@ -61,14 +61,13 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
             known = measurements.of(hardware, profile, config.speedups())
             plan = choose(config, profile, known, measurements.terms(config, profile))
             locked = locked_by_stage(profile, plan.prediction.work, hardware.ram)
-            posts = tuple(with_locks(post, plan.posts, locked) for post in plan.posts)
+            limited = locked is not None
+            work = plan.prediction.work
+            posts = tuple(replace(post, locked=locked_bytes(locked, post.stage, work)) for post in plan.posts)
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
+    spare = tuple(replace(post, locked=0 if limited else None) for post in spare)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
     return StackPlan(dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, spare)
-
-
-def with_locks(post: Post, posts: Sequence[Post], locked: dict[Stage, int] | None) -> Post:
-    return replace(post, locked=locked_bytes(locked, post.stage, sum(other.stage == post.stage for other in posts)))
 
 
 def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:

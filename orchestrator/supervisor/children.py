@@ -118,7 +118,8 @@ class Children:
 
     def _add(self, post: Post, number: int) -> None:
         name = f"{post.stage}-{number}"
-        child = self._child(name, "workers.runtime", self._worker_spec(post, name), forked=True)
+        forked = not self._config.stage(post.stage).quantize  # whose library can't be imported before a fork
+        child = self._child(name, "workers.runtime", self._worker_spec(post, name), forked=forked)
         self.workers[post.stage].append(child)
 
     def scale(self, stage: Stage, count: int) -> None:

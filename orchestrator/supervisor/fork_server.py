@@ -179,6 +179,13 @@ class ForkServer:
             link.close()
             self._twin = None
 
+    def end(self) -> None:
+        """End its process, of a stack that does not come to be."""
+        self.child.kill()
+        if self.child.process is not None:
+            self.child.process.wait()
+        self.close()
+
     def _hang_up(self) -> None:
         self.lost()
         for end in (self.link, self._far_end):

@@ -52,7 +52,9 @@ class Supervisor:
         try:
             self.plan = plan_stack(config, list_gpus(), measurements_in(folder))
         except BaseException:
-            forks.child.kill()
+            forks.end()
+            os.close(self._life)
+            os.close(self._lifeline)
             raise
         self._wake, self._bell = socket.socketpair()
         self._wake.setblocking(False)

@@ -86,7 +86,7 @@ def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:
         description = describe(source)
         try:
             return profile(description.needs)
-        except TriptychError:
+        except (TriptychError, OSError, MemoryError):  # which says nothing of the pipeline
             raise
         except Exception as error:  # pipelines have no word in common for what they don't go without
             why = told(error, description.needs)

@@ -23,7 +23,7 @@ from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
 from protocol.wire import MAX_FRAME_BYTES
-from workers.errors import Cancelled, StageError, cause_of, release_memory
+from workers.errors import Cancelled, StageError, WeightsLost, cause_of, release_memory
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
 from workers.stages.contract import Outcome, Report, Saved
@@ -234,7 +234,7 @@ class Executor:
             self._was_short |= done.short
             if done.short and not task.allow_tiling:
                 raise torch.OutOfMemoryError("a library had to do with less workspace, which may change bits")
-        except (RankLost, LoanLost):
+        except (RankLost, LoanLost, WeightsLost):
             raise
         except Cancelled:
             log.info("cancelled", extra=extra)

@@ -189,8 +189,9 @@ def prepare(spec: WorkerSpec) -> Prepared:
 
 def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
-    PAGE_LOCKER.restrict(spec.locked_bytes)
     ranks = ranks_of(spec)
+    if spec.locked_bytes is not None:
+        PAGE_LOCKER.restrict(spec.locked_bytes // max(1, ranks))  # each copies a part of its own
     group = form(ranks, spec.name) if ranks > 1 else None
     device = resolve_device(spec.device)
     warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(spec.dtype, device)])

@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 
+from workers.errors import WeightsLost
 from workers.tensors import flat_bytes
-from workers.weights.direct_file import new_buffer
+from workers.weights.direct_file import ALIGNMENT, new_buffer
 from workers.weights.page_locks import PageLocks, Part
 
 Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (place, source)
@@ -116,29 +117,48 @@ class Ordered(Mark):
 
 
 class ThreadedCopyStream:
-    """The copies of another stream, made by a thread, one after the other: what is read from a disk holds up nobody."""
+    """The copies of another stream, made by a thread, one after the other: what is read from a disk holds up nobody.
+
+    Once one could not be made, whatever is asked raises WeightsLost: others may have gone over its place since.
+    """
 
     def __init__(self, stream: CopyStream) -> None:
         self.device, self._stream = stream.device, stream
         self._thread = ThreadPoolExecutor(1, "copies")
+        self._failure: Exception | None = None
 
     def mark(self) -> Mark:
         return self._stream.mark()
 
     def copy(self, copies: Copies, after: Mark) -> Mark:
-        return Ordered(self._thread.submit(self._stream.copy, list(copies), after))
+        return Ordered(self._thread.submit(self._copy, list(copies), after))
+
+    def _copy(self, copies: Copies, after: Mark) -> Mark:
+        try:
+            return self._stream.copy(copies, after)
+        except Exception as error:
+            self._failure = error
+            raise
 
     def wait(self, mark: Mark) -> None:
-        """Wait for the thread here, and let the computation wait for the copy; raises what kept it from being made."""
+        """Wait for the thread here, and let the computation wait for the copy."""
         assert isinstance(mark, Ordered)
+        mark.copy.exception()
+        self._check()
         self._stream.wait(mark.copy.result())
 
     def synchronize(self) -> None:
         self._thread.submit(self._stream.synchronize).result()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise WeightsLost("weights could not be copied") from self._failure
 
 
 CopyStreams = Callable[[torch.device, PageLocks | None], CopyStream]
-BUFFER_BYTES = 32 << 20  # of page-locked memory, twice, where the weights themselves can't be page-locked
+# Of page-locked memory, twice, where weights can't be page-locked; its allocator rounds up to a power of two.
+BUFFER_BYTES = (32 << 20) - 3 * ALIGNMENT
 
 
 def copy_stream_for(device: torch.device, locks: PageLocks | None) -> CopyStream:

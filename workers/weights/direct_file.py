@@ -38,7 +38,8 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
-                self._go_through_cache()  # the first descriptor stays open for this process's life, as the file does
+                self._path = f"/proc/self/fd/{self._file}"  # the same file, whatever has its path by now
+                self._go_through_cache()
                 continue
             if not count:
                 raise OSError(errno.EIO, "it ends before its weights do", self._path)

@@ -1,8 +1,8 @@
 """Weights page-locked in the mappings of their files, so that they pass to a GPU at the speed of its link.
 
 Where memory holds all of them, all are locked, in the background. Where it doesn't, a part of a file is locked once it
-has been copied for the second time, as far as a limit allows: what is streamed in every step. The rest is read from the
-disk whenever it is copied, past the page cache.
+has been copied some times, as far as a limit allows: what is streamed in every step. The rest is read from the disk
+whenever it is copied, past the page cache.
 """
 
 import bisect
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
+COPIES_BEFORE = 3  # of a piece, from the disk: what stays on a GPU is copied twice until a job has been learned from
 LIMITED_PIECE_BYTES = 4 << 20  # where not all can be: what is streamed lies scattered
 
 
@@ -74,7 +75,9 @@ class LockedFile:
         self._path, self._device, self._locker, self._refused = path, device, locker, False
         end, step = address + size, locker.piece_bytes
         self.pieces = [Piece(self, start, min(end, start + step)) for start in range(address, end, step)]
-        self._direct: DirectFile | None = None
+        self._lock = threading.Lock()
+        # Opened now: later another file may have its path.
+        self._direct = DirectFile(path) if locker.limit is not None else None
         if locker.limit is None:
             for piece in self.pieces:
                 self._ask(piece)
@@ -87,20 +90,18 @@ class LockedFile:
         if self._locker.limit is None:
             assert piece.locked is not None
             return piece.locked.result(), None
-        piece.copied += size
         length = piece.end - piece.start
-        if piece.locked is None and piece.copied > length and self._locker.take(length):
-            self._ask(piece)
-        if piece.locked is not None and piece.locked.done() and piece.locked.result():
-            return True, None
-        if self._direct is None:
-            self._direct = DirectFile(self._path)
-        return False, self._direct
+        with self._lock:  # several parts of a model may lie in one file
+            piece.copied += size
+            if piece.locked is None and piece.copied > COPIES_BEFORE * length and self._locker.take(length):
+                self._ask(piece)
+        locked = piece.locked is not None and piece.locked.done() and piece.locked.result()
+        return locked, None if locked else self._direct
 
     def _ask(self, piece: Piece) -> None:
-        piece.locked = self._locker.thread.submit(self._lock, piece.start, piece.end - piece.start)
+        piece.locked = self._locker.thread.submit(self._page_lock, piece.start, piece.end - piece.start)
 
-    def _lock(self, start: int, size: int) -> bool:
+    def _page_lock(self, start: int, size: int) -> bool:
         if self._refused:
             return False
         if self._locker.limit is not None:
@@ -136,13 +137,12 @@ class PageLocker:
         self._lock = threading.Lock()
         self._taken = 0  # bytes of the limit
 
-    def restrict(self, limit: int | None) -> None:
+    def restrict(self, limit: int) -> None:
         """Lock no more than so many bytes from now on; before any file."""
-        if limit is not None:
-            self.limit, self.piece_bytes = limit, LIMITED_PIECE_BYTES
+        self.limit, self.piece_bytes = limit, LIMITED_PIECE_BYTES
 
     def take(self, size: int) -> bool:
-        """Take bytes of the limit, if so many are left."""
+        """Take bytes of the limit, if there is none or so many are left."""
         with self._lock:
             if self.limit is not None and self._taken + size > self.limit:
                 return False
@@ -182,7 +182,8 @@ class PageLocks:
         """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
         self.limited = locker.limit is not None
         for name in weights.private:
-            weights.tensors[name] = weights.tensors[name].pin_memory()
+            if locker.take(weights.tensors[name].nbytes):
+                weights.tensors[name] = weights.tensors[name].pin_memory()
         self._pieces: list[Piece] = []
         for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
             self._pieces += locker.file(path, file.data_ptr(), file.nbytes, device).pieces

@@ -1,5 +1,6 @@
 """What stays in a host's memory of weights that exceed it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ WEIGHTS = {stage.stage: stage.weights for stage in FLUX.stages}
 def test_all_is_locked_where_it_fits() -> None:
     assert locked_by_stage(FLUX, WORK, sum(WEIGHTS.values()) + RESERVE) is None
     assert told(FLUX, WORK, 64 * GB) == ""
-    assert locked_bytes(None, "denoise", 2) is None
+    assert locked_bytes(None, "denoise", WORK) is None
 
 
 def test_what_is_copied_in_every_step_stays_before_what_a_new_prompt_takes() -> None:
@@ -32,8 +33,20 @@ def test_what_is_copied_in_every_step_stays_before_what_a_new_prompt_takes() -> 
     locked = locked_by_stage(FLUX, WORK, RESERVE + int(denoise.streamed) + WEIGHTS["vae"] + GB)
     assert locked == {"vae": WEIGHTS["vae"], "denoise": int(denoise.streamed), "text": GB}
     assert f"{(WEIGHTS['text'] - GB) / 1e9:.1f} GB for a new prompt" in told(FLUX, WORK, RESERVE + sum(locked.values()))
-    assert locked_bytes(locked, "text", 2) == GB // 2
+    assert [locked_bytes(locked, "text", WORK), locked_bytes(locked, "text", [*WORK, *WORK])] == [GB, GB]
+    (text,) = [work for work in WORK if work.post.stage == "text"]
+    assert locked_bytes(locked, "text", [*WORK, replace(text, streamed=5.0)]) == GB // 2
     assert "read from the disk at each start" in told(FLUX, WORK, 32 * GB)
+
+
+def test_what_a_cpu_works_with_stays_in_memory() -> None:
+    (text,) = [work for work in WORK if work.post.stage == "text"]
+    on_cpu = [replace(work, post=replace(work.post, gpus=())) if work is text else work for work in WORK]
+    memory = RESERVE + sum(WEIGHTS.values())
+    assert locked_by_stage(FLUX, on_cpu, memory) is None
+    locked = locked_by_stage(FLUX, on_cpu, memory - GB)
+    assert locked is not None
+    assert sum(locked.values()) <= WEIGHTS["denoise"] + WEIGHTS["vae"] - GB
 
 
 @given(memory=st.integers(0, 60 * GB))
@@ -51,7 +64,7 @@ def test_no_more_is_locked_than_there_is(memory: int) -> None:
 def test_a_container_may_have_less_than_the_machine(limit: str, left: int, tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 200\nactive_file 100\n")
     assert free_of_group(tmp_path) == left
     assert free_of_group(tmp_path / "none") == 0
     assert free_memory() > 0

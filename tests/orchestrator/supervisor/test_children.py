@@ -13,6 +13,7 @@ from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.children import Children
 from orchestrator.supervisor.fork_server import new_fork_server
 from protocol.model_spec import ModelSpec
+from protocol.stages import STAGES
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
 
 POSTS = (
@@ -54,6 +55,15 @@ def test_a_worker_gets_its_place_as_data(children: Children) -> None:
             ("denoise:compile",),
         )
         assert one.endpoint == children.endpoint
+
+
+def test_a_stage_that_quantizes_starts_by_itself(state: Path) -> None:
+    """The fork server has imported everything as if torchao were not installed, and libraries remember that."""
+    folder = StackFolder(state / "q")
+    folder.create()
+    config = StackConfig(model="m", stages={"denoise": {"quantize": "fp8"}})
+    found = Children(folder, config, StackPlan("bfloat16", POSTS, {}, ()), 0, new_fork_server(folder, 0))
+    assert [child.forked for stage in STAGES for child in found.workers[stage]] == [True, False, True]
 
 
 def test_the_orchestrator_gets_the_settings_and_the_describer_the_stages(children: Children) -> None:
