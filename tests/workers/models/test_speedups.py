@@ -182,3 +182,12 @@ def test_a_stack_names_its_speedups_in_every_job_and_refuses_wrong_ones(flux: Pa
     wrong = triptych("up", "--cache", "warp", folder=state)
     assert wrong.returncode == 2
     assert "first-block" in wrong.stderr
+
+
+@pytest.mark.all
+def test_a_stack_quantizes_what_it_is_told_to(flux: Path, state: Path) -> None:
+    arguments = ("--model", str(flux), "--device", "cpu", "--quantize", "denoise=int8", "--quantize", "text=int8")
+    with running_stack(state, *arguments) as stack:
+        found = [stack.picture("a star", seed=1, width=32, height=32, steps=2) for _ in range(2)]
+        assert found[0][1].equal(found[1][1])
+        assert found[0][0].recipe.speedups == ("denoise:quantize=int8", "text:quantize=int8")
