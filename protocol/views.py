@@ -40,6 +40,7 @@ class WorkerView(Data):
     gpus: tuple[int, ...]  # whose memory the orchestrator leases to its process
     lease_bytes: tuple[int, ...]  # of each; told of the first of several workers in a process
     context_bytes: tuple[int, ...]  # of its CUDA contexts with their libraries
+    lends: bool  # a part of its lease, for a moment, which lease_bytes are without
     since: float
 
 

@@ -83,9 +83,10 @@ def row(worker: WorkerView, process: ProcessView | None) -> list[str]:
 
 
 def lease(worker: WorkerView) -> str:
-    """'holds 15.7 GB of GPU 0'."""
+    """'holds 12.3 GB of GPU 0, and lends some for a moment'."""
     sizes = zip(worker.lease_bytes, worker.gpus, strict=True)
-    return "holds " + ", ".join(f"{format_bytes(size)} of GPU {gpu}" for size, gpu in sizes)
+    held = ", ".join(f"{format_bytes(size)} of GPU {gpu}" for size, gpu in sizes)
+    return f"holds {held}{', and lends some for a moment' if worker.lends else ''}"
 
 
 def weights(component: ComponentView) -> str:

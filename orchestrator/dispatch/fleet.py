@@ -72,6 +72,7 @@ class Worker:
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
             gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
             gpus=self.hello.gpus, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,
+            lends=self.loan == "given",
         )  # fmt: skip
 
 

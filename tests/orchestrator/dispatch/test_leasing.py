@@ -97,6 +97,7 @@ def in_a_loan(running: Orchestrator) -> tuple[FakeWorker, Task, Lease, int, Fake
     assert taken.leases[0].bytes >= VAE.least + VAE.workspace
     views = {view.stage: view for view in running.client().workers().workers}
     assert views["denoise"].lease_bytes == (lease.bytes - loan.bytes,)
+    assert views["denoise"].lends
     return denoise, task, lease, loan.bytes, vae
 
 
