@@ -61,9 +61,8 @@ def up(state: Path | None, as_json: bool, restore: bool, warm_up: bool | None, *
     with waiting_is_told(config.model) as arrived:
         with told_if_slow(f"looking at {config.model}: what it takes of memory and time (once for each size) …"):
             supervisor = Supervisor(folder, config, say)
-        run_stack(
-            supervisor, Announcer(supervisor, as_json, start, arrived, config.compile if warm_up is None else warm_up)
-        )
+        warms_up = config.compile if warm_up is None else warm_up
+        run_stack(supervisor, Announcer(supervisor, as_json, start, arrived, warms_up))
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ class MetaRun:
             stage, *others = stages_of(name)
             if others or not (name in self.pipeline.components or name in source.added):
                 continue
-            if model := on_meta(source, name):
+            if (model := on_meta(source, name)) is not None:
                 model = torch.nn.Module.to(model, device=META, dtype=self.dtype).eval()  # some have a narrower `to`
                 self._models[stage].append((name, said_to_be_here(model)))
         self.pipeline.set_progress_bar_config(disable=True)
