@@ -36,6 +36,7 @@ from workers.weights.streaming import Block, least_bytes, room
 
 Decodes = list[tuple[str, Any]]  # that a denoising has prepared, see Run
 MOST_VISITS = 8
+MOST_CONDITIONS = 10_000  # of one run of a model
 MASKS = "attention_mask"  # name of an encoder's argument
 META, HERE = torch.device("meta"), torch.device("cpu")
 
@@ -53,10 +54,20 @@ class Seen:
 
 
 class Conditions(TorchDispatchMode):
-    """Let every condition on tensors that have but shapes be true: a model asks whether all of a mask is set, say."""
+    """Let every condition on tensors that have but shapes be true: a model asks whether all of a mask is set, say.
+
+    RuntimeError where it asks again and again: a loop that would never end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            self._asked += 1
+            if self._asked > MOST_CONDITIONS:
+                raise RuntimeError("a loop waits for what shapes don't tell")
             return True
         return func(*args, **(kwargs or {}))
 

@@ -24,7 +24,7 @@ from workers.models.devices import Devices
 from workers.models.loading import load, weight_bytes
 from workers.models.source import locate
 from workers.profile.measure import cached, profile_of
-from workers.profile.meta_run import MetaRun
+from workers.profile.meta_run import Conditions, MetaRun
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
@@ -118,6 +118,16 @@ def test_what_cannot_be_run_on_shapes_is_planned_for_by_its_weights(tmp_path: Pa
     unable = "LTX2TextConnectors"
     lacking = locate(ModelSpec(name=str(tiny.save(CASES["LTX2Pipeline"].make(), tmp_path / "ltx"))), None)
     assert unable in profile_of(lacking, "bfloat16", JobRequest(prompt="a", width=64, height=64, seed=1)).guessed
+
+
+def test_a_loop_that_waits_for_values_ends_on_shapes() -> None:
+    def count_down() -> None:
+        left = torch.zeros(3, device="meta")
+        while (left >= 0).all():
+            left = left - 1
+
+    with pytest.raises(RuntimeError, match="loop"), Conditions():
+        count_down()
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3", "chroma", "pixart"])
