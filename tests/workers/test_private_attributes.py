@@ -24,6 +24,8 @@ NAMES = (  # that can be looked up as they are; what stands in parentheses in th
     "torch._foreach_copy_",
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",
+    "torch.utils._python_dispatch.TorchDispatchMode",
+    "torch.ops.aten._local_scalar_dense",
     "torch.utils.flop_counter.FlopCounterMode.get_flop_counts",
     "torch.Tensor._version",
     "torch.Tensor.data",
