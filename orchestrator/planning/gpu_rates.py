@@ -1,6 +1,6 @@
 """Rates of kinds of GPUs, for plans that are made before anything was measured on them.
 
-H200: measured (docs/benchmarks). Others: the vendor's rate for dense products in bf16 with sums in float32, times the
+H200 and H100: measured (docs/benchmarks). Others: the vendor's rate for dense products in bf16 with sums in float32, times the
 share of it that a denoiser is expected to reach; what a stack has measured takes its place.
 """
 
@@ -52,10 +52,12 @@ def _vendor(tera: float, link: float, context: int = SMALL_CONTEXT, known: bool 
 
 NVLINK = 200e9  # bytes/s that collectives reach, cautiously
 H200 = GpuRate(187e12, 428e12, 122e12, 557e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
+# FLUX.1-dev takes 5.27 s on it and 4.95 s on an H200, everything resident (2026-11-26).
+H100 = GpuRate(176e12, 402e12, 115e12, 523e12, 55.5e9, LARGE_CONTEXT, peer=NVLINK)
 GEN3, GEN4, GEN5 = PCIE_BYTES[3], PCIE_BYTES[4], PCIE_BYTES[5]
 BY_NAME: Mapping[str, GpuRate] = {  # the longest name that is a part of the driver's wins
     "H200": H200,
-    "H100": H200,
+    "H100": H100,
     "A100": _vendor(312, GEN4, LARGE_CONTEXT, peer=NVLINK),
     "L40S": _vendor(181, GEN4),
     "L4": _vendor(60, GEN4),
