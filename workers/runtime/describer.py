@@ -163,22 +163,25 @@ def fits_together(source: Any, dtype: str, small: int) -> None:
     """
     from workers.profile.measure import NO_SIZE, profile_for
 
-    try:
-        profile_for(source, dtype, **NO_SIZE)
-    except TriptychError as error:
-        log.info("not run on shapes: %s", error)
-    except Exception as error:
-        if not SHAPES.search(str(error)):
-            log.info("not run on shapes: %s", error)
-            return
-        with contextlib.suppress(Exception):
-            profile_for(source, dtype, **NO_SIZE | {"width": small, "height": small})
-            log.info("too small for pictures of its pipeline's default size: %s", error)
-            return
-        raise ModelMissing(
-            f"{source.model!r} can't be run: its configurations don't go together: {str(error).splitlines()[0]}.",
-            "Download it again.",
-        ) from error
+    def why_not(**size: Any) -> str:
+        """Return why it can't be run on shapes; empty if it can."""
+        try:
+            return profile_for(source, dtype, **NO_SIZE | size).guessed
+        except Exception as error:
+            return str(error)
+
+    why = why_not()
+    if why:
+        log.info("not run on shapes: %s", why)
+    if not SHAPES.search(why):
+        return
+    if not why_not(width=small, height=small):
+        log.info("too small for pictures of its pipeline's default size")
+        return
+    raise ModelMissing(
+        f"{source.model!r} can't be run: its configurations don't go together: {why.splitlines()[0]}.",
+        "Download it again.",
+    )
 
 
 def serve(spec: DescriberSpec) -> None:
