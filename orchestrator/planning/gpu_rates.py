@@ -1,7 +1,7 @@
 """Rates of kinds of GPUs, for plans that are made before anything was measured on them.
 
-H200 and H100: measured (docs/benchmarks). Others: the vendor's rate for dense products in bf16 with sums in float32, times the
-share of it that a denoiser is expected to reach; what a stack has measured takes its place.
+H200 and H100: measured (docs/benchmarks). Others: the vendor's rate for dense products in bf16 with sums in float32,
+times the share of it that a denoiser is expected to reach; what a stack has measured takes its place.
 """
 
 from collections.abc import Mapping
