@@ -72,6 +72,7 @@ def denoiser(stack: RunningStack) -> WorkerView:
     return next(worker for worker in stack.client.workers().workers if worker.stage == "denoise")
 
 
+@pytest.mark.all  # as test_leases does, with other budgets
 def test_a_denoiser_streamed_through_little_memory_gives_equal_pictures(state: Path, tmp_path: Path) -> None:
     folder = tiny.save(tiny.flux(depth=4), tmp_path)
     size = sum(path.stat().st_size for path in (folder / "transformer").glob("*.safetensors"))
