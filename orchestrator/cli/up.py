@@ -62,7 +62,7 @@ def up(state: Path | None, as_json: bool, restore: bool, warm_up: bool | None, *
         with told_if_slow(f"looking at {config.model}: what it takes of memory and time (once for each size) …"):
             supervisor = Supervisor(folder, config, say)
         warms_up = config.compile if warm_up is None else warm_up
-        run_stack(supervisor, Announcer(supervisor, as_json, start, arrived, warms_up))
+        run_stack(Announcer(supervisor, as_json, start, arrived, warms_up))
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +111,9 @@ def make_first(client: Client, config: StackConfig) -> None:
         say(f"made none: {error}")
 
 
-def run_stack(supervisor: Supervisor, announcer: Announcer) -> None:
+def run_stack(announcer: Announcer) -> None:
     """Say what a stack does and run it."""
+    supervisor = announcer.supervisor
     folder, config, plan = supervisor.folder, supervisor.config, supervisor.plan
     threading.Thread(target=announcer.run, daemon=True).start()
     say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")

@@ -100,10 +100,7 @@ def all_memory() -> int:
     import psutil
 
     total = int(psutil.virtual_memory().total)
-    try:
-        return min(total, int((CONTROL_GROUP / "memory.max").read_text()))
-    except (OSError, ValueError):  # no such group, or "max"
-        return total
+    return min(total, limit_of_group(CONTROL_GROUP) or total)
 
 
 def free_memory() -> int:
@@ -114,11 +111,20 @@ def free_memory() -> int:
     return min(available, free_of_group(CONTROL_GROUP) or available)
 
 
-def free_of_group(folder: Path) -> int:
-    """Return the bytes that a control group's limit leaves, its page cache counted as free; 0 where there is none."""
+def limit_of_group(folder: Path) -> int:
+    """Return the bytes that a control group may use; 0 where there is none, or it may use all."""
     try:
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        cache = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+        return int((folder / "memory.max").read_text())
     except (OSError, ValueError):  # no such group, or "max"
         return 0
-    return max(1, limit - used + sum(map(int, cache)))
+
+
+def free_of_group(folder: Path) -> int:
+    """Return the bytes that a control group's limit leaves, its page cache counted as free; 0 where there is none."""
+    limit = limit_of_group(folder)
+    try:
+        used = int((folder / "memory.current").read_text())
+        cache = re.findall(r"^(?:in)?active_file (\d+)$", (folder / "memory.stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError):
+        return 0
+    return max(1, limit - used + sum(map(int, cache))) if limit else 0

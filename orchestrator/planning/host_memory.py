@@ -40,7 +40,7 @@ def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory
 
 def streamed(work: PlannedWorker) -> int:
     """Return the bytes that a worker streams in each pass, to all of its GPUs."""
-    return int(work.streamed) * max(1, len(work.post.gpus))
+    return int(work.streamed) * len(work.post.gpus)
 
 
 def copied(profile: ModelProfile, work: PlannedWorker) -> int:

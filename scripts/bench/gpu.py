@@ -32,7 +32,7 @@ from protocol.model_spec import ModelSpec
 from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from scripts.bench.gpu_placements import ROWS, on_several, reference_recipe
-from scripts.bench.gpu_stacks import GIB, StackBench, row, watched
+from scripts.bench.gpu_stacks import GIB, PROMPT, StackBench, row, watched
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
@@ -44,7 +44,6 @@ from workers.stages.vae import VaeStage
 from workers.tensors import from_wire
 from workers.weights.residency import Residency
 
-PROMPT = "a large red circle at the top left"
 MARGIN = 300_000_000  # bytes of the allocator's rounding
 
 

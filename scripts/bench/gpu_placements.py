@@ -20,9 +20,8 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from orchestrator.gpu_driver import used_bytes
 from protocol.client.client import Client
-from scripts.bench.gpu_stacks import StackBench, row, watched
+from scripts.bench.gpu_stacks import PROMPT, StackBench, row, watched
 
-PROMPT = "a large red circle at the top left"
 GUIDANCE = 3.5
 ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split")
 WARM = 3  # jobs for each denoiser before anything is timed

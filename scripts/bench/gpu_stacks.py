@@ -23,6 +23,7 @@ from protocol.job import JobRequest
 
 TRIPTYCH = [sys.executable, "-m", "orchestrator.cli"]
 GIB = 1 << 30
+PROMPT = "a large red circle at the top left"  # of the picture that is compared
 EDGE = 2  # jobs for each GPU at the beginning and the end of a queue, when not all are busy
 
 
@@ -122,7 +123,7 @@ class StackBench:
     def new_request(self, seed: int = 1) -> JobRequest:
         """Make a request with a prompt that was never seen."""
         self.prompts += 1
-        return JobRequest(prompt=f"a large red circle at the top left, number {self.prompts}", seed=seed, **self.recipe)
+        return JobRequest(prompt=f"{PROMPT}, number {self.prompts}", seed=seed, **self.recipe)
 
     def one(self, client: Client) -> tuple[float, dict[str, float]]:
         """Seconds of a picture with a new prompt, and of them those that each stage computed."""

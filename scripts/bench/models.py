@@ -27,10 +27,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 from scripts.bench.balloon import balloon
-from scripts.bench.gpu_stacks import GIB, StackBench, row, watched
+from scripts.bench.gpu_stacks import GIB, PROMPT, StackBench, row, watched
 from scripts.bench.random_model import MODELS, RealModel
 
-PROMPT = "a large red circle at the top left"
 QUEUE = 8
 
 

@@ -4,8 +4,6 @@ The bytes of weights, which decide what fits, are exact all the same; seconds an
 have run.
 """
 
-import math
-
 import torch
 
 from protocol.job import Recipe
@@ -14,7 +12,7 @@ from protocol.stages import Stage
 PIXELS_A_TOKEN = 256  # 16 x 16, as nearly all denoisers by now
 FRAMES_A_TOKEN = 4
 PROMPT_TOKENS = 512
-PIXELS_A_SAMPLE = 64  # of a VAE's latents
+WIDEST = 64  # times the tokens: a wider layer gives words, not states
 # A decode of FLUX's VAE on shapes, 1024 x 1024: 2.5 TFLOP, and 256 channels at full size as its largest result.
 DECODE_FLOP_A_PIXEL, DECODE_CHANNELS = 2.4e6, 256
 
@@ -35,11 +33,11 @@ def flop_of(module: torch.nn.Module, tokens: int) -> float:
 def largest_of(module: torch.nn.Module, tokens: int, itemsize: int) -> int:
     """Return about the bytes of the largest result of a module's linear layers."""
     widths = [layer.out_features for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-    return tokens * max((width for width in widths if width < tokens * PIXELS_A_SAMPLE), default=0) * itemsize
+    return tokens * max((width for width in widths if width < tokens * WIDEST), default=0) * itemsize
 
 
 def decoding(recipe: Recipe, itemsize: int) -> tuple[float, int]:
     """Return about the operations of a decode, and the bytes of its largest result."""
     pixels = recipe.width * recipe.height * recipe.num_images
-    at_once = math.ceil(pixels * DECODE_CHANNELS * itemsize * min(recipe.frames or 1, FRAMES_A_TOKEN))
+    at_once = pixels * DECODE_CHANNELS * itemsize * min(recipe.frames or 1, FRAMES_A_TOKEN)
     return DECODE_FLOP_A_PIXEL * pixels * (recipe.frames or 1), at_once

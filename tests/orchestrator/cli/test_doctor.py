@@ -1,4 +1,4 @@
-"""What `triptych doctor` finds before a stack is started."""
+"""The findings of `triptych doctor` before a stack is started."""
 
 from pathlib import Path
 

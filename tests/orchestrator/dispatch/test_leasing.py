@@ -101,6 +101,13 @@ def in_a_loan(running: Orchestrator) -> tuple[FakeWorker, Task, Lease, int, Fake
     return denoise, task, lease, loan.bytes, vae
 
 
+def tell_gone(running: Orchestrator, pid: int) -> None:
+    """Say as the supervisor that a process has ended; any peer may say hello as it."""
+    supervisor = running.worker("text")
+    supervisor.say(SupervisorHello(pid=1))
+    supervisor.say(Processes(processes=(), exited_pids=(pid,)))
+
+
 def test_a_vae_borrows_from_a_denoiser_in_the_middle_of_a_job(state: Path) -> None:
     with orchestrator(state, **one_gpu(13 * GB)) as running:
         denoise, task, lease, _, vae = in_a_loan(running)
@@ -124,9 +131,7 @@ def test_what_is_lent_comes_back_when_the_borrowers_process_is_gone(state: Path)
         vae.say(WorkerGoodbye())
         denoise.settle()
         assert not [e for e in denoise.seen if isinstance(e.message, Returned)]
-        supervisor = running.worker("text")  # any peer may say hello as the supervisor
-        supervisor.say(SupervisorHello(pid=1))
-        supervisor.say(Processes(processes=(), exited_pids=(1_000_003,)))
+        tell_gone(running, 1_000_003)
         assert denoise.hear(Returned).bytes == lease.bytes
         finish(denoise, task)
 
@@ -185,9 +190,7 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
         text.say(WorkerGoodbye())
         denoise.settle()
         assert not [e for e in denoise.seen if isinstance(e.message, SetLease)]
-        supervisor = running.worker("vae")  # any peer may say hello as the supervisor
-        supervisor.say(SupervisorHello(pid=1))
-        supervisor.say(Processes(processes=(), exited_pids=(1_000_004,)))
+        tell_gone(running, 1_000_004)
         lease = denoise.obey()
         assert lease.leases[0].bytes > 10 * GB
         assert denoise.take().job == job.id

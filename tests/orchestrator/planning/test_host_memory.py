@@ -1,4 +1,4 @@
-"""What stays in a host's memory of weights that exceed it."""
+"""The part of weights that stays in a host's memory where they exceed it."""
 
 from dataclasses import replace
 from pathlib import Path
