@@ -78,12 +78,11 @@ class DenoiseStage:
                 stack.enter_context(self.split.job(twin, forwards, shape_of(recipe)))
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
-                stack.enter_context(
-                    residency.job(self._forwards(self, residency.module, recipe, tensors, record, begins))
-                )
+                forwards = self._forwards(self, residency.module, recipe, tensors, record, begins)
+                stack.enter_context(residency.job(forwards, in_steps=True))
             else:
                 for residency in self.residencies:
-                    stack.enter_context(residency.job(None))
+                    stack.enter_context(residency.job(None, in_steps=True))
             yield
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ import torch
 
 from workers.weights.copy_stream import CopyStream, Mark
 from workers.weights.forward_trace import Call
+from workers.weights.lockstep import LANE
 from workers.weights.streaming import memory_of_its_own, room, view_of
 
 SLOTS = 3
@@ -44,6 +45,10 @@ class PrecomputedJob:
             yield
         finally:
             hook.remove()
+
+    def knows(self, count: int) -> bool:
+        """Return whether the vectors of so many forwards, from the present one on, were foreseen."""
+        return self.call + count <= len(self.vectors)
 
     def _next(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call += 1
@@ -176,6 +181,10 @@ class Modulation:
         """Compute, at a block's first run in a job, its layers' results for all forwards."""
         ahead = self._ahead
         if ahead is None:
+            return
+        if LANE.number is not None and self._layers[indices[0]] in ahead.tables:
+            for index in indices:  # each forward in lockstep finds what another one has left there
+                self._precomputed[index].show(ahead.tables[self._layers[index]][ahead.call + LANE.number])
             return
         for index in indices:
             name = self._layers[index]

@@ -20,8 +20,9 @@ from protocol.units import format_bytes
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import host_weights, plain_parameters
+from workers.weights.lockstep import Lockstep, in_lockstep
 from workers.weights.loose_tensors import LooseTensors
-from workers.weights.modulation import Modulation
+from workers.weights.modulation import Modulation, PrecomputedJob
 from workers.weights.page_locks import PageLocks
 from workers.weights.precompute import JobForwards, Precompute
 from workers.weights.resident_pieces import PIECE_BYTES, ResidentPieces
@@ -75,6 +76,7 @@ class Residency:
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
         self._precompute = Precompute([self], self.rows)
+        self._lockstep = Lockstep([module.get_submodule(row) for row in self.rows], device)
         self.compiled = False
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
@@ -204,8 +206,11 @@ class Residency:
         self.compiled = True
 
     @contextlib.contextmanager
-    def job(self, forwards: JobForwards | None) -> Iterator[None]:
-        """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too."""
+    def job(self, forwards: JobForwards | None, in_steps: bool = False) -> Iterator[None]:
+        """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too.
+
+        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights.
+        """
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
         if (self.state == "in" and not self.compiled) or self._quantized:
@@ -218,23 +223,25 @@ class Residency:
             elif precompute.trace:
                 precompute.learn(precompute.trace)
         self.start()
-        if forwards and self.modulation:
-            with self._run_ahead(forwards, self.modulation):
-                yield
-        elif forwards and forwards.whole and not precompute.learned:
-            with precompute.watch(self.module):
-                yield
-        else:
+        ahead = None
+        with contextlib.ExitStack() as stack:
+            if forwards and self.modulation:
+                ahead = stack.enter_context(self._run_ahead(forwards, self.modulation))
+            elif forwards and forwards.whole and not precompute.learned:
+                stack.enter_context(precompute.watch(self.module))
+            if in_steps and self._ring and not getattr(self.module, "is_cache_enabled", False):
+                may = ahead.knows if ahead else lambda count: True
+                stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
             yield
 
     @contextlib.contextmanager
-    def _run_ahead(self, forwards: JobForwards, modulation: Modulation) -> Iterator[None]:
+    def _run_ahead(self, forwards: JobForwards, modulation: Modulation) -> Iterator[PrecomputedJob]:
         modulation.start()
         with self._precompute.ahead(self.module, forwards) as job:
             modulation.put()
             hook = self.module.register_forward_pre_hook(lambda *_: modulation.turn(job))
             try:
-                yield
+                yield job
             finally:
                 hook.remove()
                 modulation.take_away()

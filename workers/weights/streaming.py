@@ -6,7 +6,8 @@ before is done, and the block waits for them. What a block reads is right in any
 aren't on their way fetches them itself.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -179,6 +180,8 @@ class Ring:
             self._spans.append((start, offset))
         self._rivals = [self._overlapping(index) for index in range(len(self._copies))]
         self._arrived: list[Mark | None] = [None] * len(self._copies)  # None: not in the ring, nor on its way
+        self._passes = 1  # forwards that read a block before the next one's weights may come
+        self._read = [0] * len(self._copies)  # forwards that have read it
         self._after: list[list[int]] = [[] for _ in self._copies]  # pieces that may come once a block is done
         for index in range(len(self._copies)):
             if self._copies[index] and (before := self._predecessor(index)) is not None:
@@ -232,7 +235,20 @@ class Ring:
         assert arrived is not None
         self.copy_stream.wait(arrived)
 
+    @contextlib.contextmanager
+    def for_passes(self, count: int) -> Iterator[None]:
+        """Let each block's weights stay until so many forwards have read them, which take turns at the blocks."""
+        self._passes = count
+        try:
+            yield
+        finally:
+            self._passes, self._read = 1, [0] * len(self._copies)
+
     def _done(self, index: int) -> None:
+        self._read[index] += 1
+        if self._read[index] < self._passes:
+            return
+        self._read[index] = 0
         if self._after[index]:
             done = self.copy_stream.mark()
             for other in self._after[index]:

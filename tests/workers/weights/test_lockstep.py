@@ -1,0 +1,213 @@
+"""The forwards of a step in lockstep: weights pass once for all, and results are those of one after the other."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.workers.weights.test_residency import jobs
+from tests.workers.worst_stream import worst_copy_stream
+from workers.models import devices
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.models.source import read
+from workers.stages.denoise import DenoiseStage
+from workers.weights.copy_stream import Copies, HostCopyStream, Mark
+from workers.weights.lockstep import Lockstep, in_lockstep
+from workers.weights.residency import Residency
+
+
+class Denoiser(torch.nn.Module):
+    """Some blocks, and something before and after them; notes what runs."""
+
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.after = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(blocks))
+        self.ran: list[tuple[int, float]] = []  # (block, the prompt's first value)
+
+    def forward(self, latents: torch.Tensor, prompt: torch.Tensor, scale: Any = None) -> tuple[torch.Tensor]:
+        if prompt.isnan().any():
+            raise ValueError("no prompt")
+        x = self.before(latents + prompt)
+        for number, block in enumerate(self.blocks):
+            self.ran.append((number, prompt.flatten()[0].item()))
+            x = torch.tanh(block(x))
+        return (self.after(x),)
+
+
+Guide = Callable[[Denoiser, torch.Tensor, int], torch.Tensor]
+PROMPTS = [torch.full((1, 8), 0.1 * n) for n in range(4)]
+
+
+def guided(count: int, prompts: Sequence[torch.Tensor] = PROMPTS) -> Guide:
+    """A step of so many forwards, which differ in their prompts."""
+
+    def step(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+        return sum((denoiser(latents, prompt)[0] for prompt in prompts[:count]), torch.zeros(1))
+
+    return step
+
+
+def in_place(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+    """A step that writes over what its second forward is to be given, between the two."""
+    prompt = torch.zeros(1, 8)
+    first = denoiser(latents, PROMPTS[1])[0].clone()
+    prompt += number
+    return first + denoiser(latents, prompt)[0]
+
+
+def other_latents(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return denoiser(latents, PROMPTS[0])[0] + denoiser(latents * 2, PROMPTS[1])[0]
+
+
+def guided_at_times(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return guided(1 if number == 3 else 2)(denoiser, latents, number)
+
+
+def turned_round(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+    return guided(2, PROMPTS[::-1] if number == 3 else PROMPTS)(denoiser, latents, number)
+
+
+def run(step: Guide, denoiser: Denoiser, steps: int = 5) -> list[torch.Tensor]:
+    latents = torch.linspace(-1, 1, 32).reshape(1, 4, 8)
+    seen = []
+    for number in range(steps):
+        latents = latents + 0.1 * step(denoiser, latents, number)
+        seen.append(latents.clone())
+    return seen
+
+
+GUIDES: dict[str, tuple[Guide, bool]] = {  # whether it runs in lockstep at all
+    "none": (guided(1), False),
+    "two": (guided(2), True),
+    "three": (guided(3), True),
+    "what is given is written over": (in_place, True),
+    "its second forward has other latents": (other_latents, False),
+    "a step has one forward": (guided_at_times, True),
+    "a step has its forwards the other way round": (turned_round, True),
+}
+
+
+@pytest.mark.parametrize("name", GUIDES)
+@torch.no_grad()
+def test_results_are_those_of_one_forward_after_the_other(name: str) -> None:
+    step, together = GUIDES[name]
+    wanted = run(step, Denoiser())
+    denoiser, passes = Denoiser(), Counted()
+    with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, passes, lambda count: True):
+        assert all(map(torch.equal, run(step, denoiser), wanted))
+    assert bool(passes.counts) == together
+
+
+class Counted:
+    """Counts the passes that are shared."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def for_passes(self, count: int) -> Any:
+        self.counts.append(count)
+        return torch.no_grad()
+
+
+@torch.no_grad()
+def test_forwards_take_turns_at_every_block() -> None:
+    denoiser = Denoiser()
+    with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, Counted(), lambda count: True):
+        run(guided(2), denoiser, 1)
+        one_by_one, denoiser.ran = denoiser.ran, []
+        assert [block for block, _ in one_by_one] == [0, 1, 2, 3] * 2
+        latents = torch.rand(1, 4, 8)
+        guided(2)(denoiser, latents, 1)
+    assert [block for block, _ in denoiser.ran] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(denoiser.ran) == sorted(one_by_one)
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@torch.no_grad()
+def test_an_error_is_told_where_it_is_called_and_leaves_the_next_job_as_it_was(wrong: int) -> None:
+    denoiser = Denoiser()
+    lockstep = Lockstep(list(denoiser.blocks), torch.device("cpu"))
+    wanted = run(guided(2), Denoiser())
+    prompts = [prompt.clone() for prompt in PROMPTS[:2]]
+
+    def step(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+        if number == 3:
+            prompts[wrong].fill_(float("nan"))
+        return guided(2, prompts)(denoiser, latents, number)
+
+    def in_turns() -> AbstractContextManager[None]:
+        return in_lockstep(lockstep, denoiser, Counted(), lambda count: True)
+
+    with in_turns(), pytest.raises(ValueError, match="no prompt"):
+        run(step, denoiser)
+    with in_turns():
+        assert all(map(torch.equal, run(guided(2), denoiser), wanted))
+
+
+@torch.no_grad()
+def test_an_argument_that_may_change_the_model_meanwhile_is_given_to_one_forward_alone() -> None:
+    denoiser, passes = Denoiser(), Counted()
+
+    def step(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+        return sum((denoiser(latents, prompt, scale={"scale": 0.5})[0] for prompt in PROMPTS[:2]), torch.zeros(1))
+
+    with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, passes, lambda count: True):
+        run(step, denoiser)
+    assert not passes.counts
+
+
+class Counting(HostCopyStream):
+    copied = 0
+
+    def copy(self, copies: Copies, after: Mark) -> Mark:
+        Counting.copied += sum(source.nbytes for _, source in copies)
+        return super().copy(copies, after)
+
+
+@pytest.mark.parametrize("worst", [False, True])
+@torch.no_grad()
+def test_streamed_weights_pass_once_a_step_and_are_there_for_each_forward(worst: bool) -> None:
+    wanted = run(guided(2), Denoiser(12), 8)
+    copied = []
+    for in_steps in (False, True):
+        denoiser = Denoiser(12)
+        stream = worst_copy_stream if worst else lambda device, locks: Counting(device)
+        residency = Residency("denoiser", denoiser, torch.device("cpu"), copy_stream=stream)
+        residency.swap_in(int(residency.total_bytes * 0.6))
+        Counting.copied = 0
+        with residency.job(None, in_steps=in_steps):
+            assert all(map(torch.equal, run(guided(2), denoiser, 8), wanted))
+        copied.append(Counting.copied)
+    if not worst:
+        assert residency.plan
+        streamed = sum(denoiser.get_parameter(name).nbytes for piece in residency.plan.pieces for name in piece)
+        assert copied[0] - copied[1] == 7 * streamed  # in all steps but the first
+
+
+@pytest.mark.parametrize("model", ["flux", "chroma"])
+def test_guided_jobs_have_equal_bits_where_modulation_runs_ahead_too(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(devices.WORKSPACE, "denoise", 0)
+    source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
+    cpu, made = torch.device("cpu"), list[int]()
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, True)
+    whole = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
+    budget = {0: int(whole.total_bytes * 0.75)}
+    loaded = load(source, "denoise", Devices(cpu, budget, copy_stream=worst_copy_stream), torch.float32)
+    together = Lockstep.run
+
+    def run(self: Lockstep, *args: Any) -> list[Any]:
+        made.append(1)
+        return together(self, *args)
+
+    monkeypatch.setattr(Lockstep, "run", run)
+    assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, True), wanted))
+    assert len(made) == 1 + 2 + 3  # the steps of three jobs but their first
