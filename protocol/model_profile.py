@@ -31,6 +31,7 @@ class StageProfile(Data):
     largest: Bytes  # of its intermediate results
     flop: Flop  # of one pass; through the denoiser a step has one, or two with true CFG
     passes: Annotated[int, Field(ge=1)]  # a job
+    together: Annotated[int, Field(ge=1)] = 1  # passes of a step that differ in their prompts alone
     blocks: tuple[BlockProfile, ...]  # of its largest component, in the order in which they run
     loose: Bytes  # of its buffer for what is run once a job
     after: Bytes  # of weights of its parts that come after the blocks

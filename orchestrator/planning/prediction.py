@@ -12,7 +12,7 @@ from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDI
 from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.pipeline_cut import Part, SplitGpu, best_cut, parts_of
 from orchestrator.planning.placement import IN_FLIGHT, Post, with_memory
-from orchestrator.planning.streaming_cost import job_seconds, load_of, pass_seconds, streaming
+from orchestrator.planning.streaming_cost import job_seconds, load_of, streaming
 from orchestrator.planning.throughput import GpuUse, PlannedWorker, Residency, latency, steady_state
 from protocol.errors import DoesNotFit
 from protocol.model_profile import ModelProfile, StageProfile
@@ -246,8 +246,10 @@ class Book:
             raise too_large(post, card, profile.least + workspace, memory)
         if post.kind == "context":
             compute = compute / parts + exchanged
-        seconds = pass_seconds(compute, found.a_pass, card.rate.link)
-        return self._share(post, card, min(profile.weights, memory - workspace), workspace), found.a_pass, seconds
+        together = 1 if post.kind == "context" else profile.together
+        _, seconds = job_seconds(compute, profile.passes, found, card.rate.link, together)
+        share = self._share(post, card, min(profile.weights, memory - workspace), workspace)
+        return share, found.a_pass, seconds / profile.passes
 
     def _split(self, post: Post, profile: StageProfile, cards: Sequence[Card]) -> PlannedWorker:
         spaces = [self.own_workspace(post, card) for card in cards]
@@ -289,7 +291,7 @@ class Book:
         if how is None:
             raise too_large(post, card, need.small, size)
         compute = profile.flop / card.flops(post.stage, self.terms.compiled)
-        a_pass, seconds = job_seconds(compute, profile.passes, how, card.rate.link)
+        a_pass, seconds = job_seconds(compute, profile.passes, how, card.rate.link, profile.together)
         residency: Residency = "turns" if not stays else "in" if how.nothing else "streamed"
         share = self._share(post, card, weights, need.workspace)
         swap = 0.0 if stays else weights / card.rate.link

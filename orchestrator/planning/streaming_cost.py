@@ -65,10 +65,15 @@ def streaming(load: Load, budget: int) -> Streaming | None:
     return Streaming(small or min((a_pass for _, a_pass in fitting), default=float(load.most)), load.once)
 
 
-def job_seconds(compute: float, passes: int, how: Streaming, link: float) -> tuple[float, float]:
-    """Seconds of one run of a model that computes for so long, and of all those that a job makes."""
-    a_pass = pass_seconds(compute, how.a_pass, link)
-    return a_pass, a_pass * passes + max(0.0, how.once / link - a_pass)
+def job_seconds(compute: float, passes: int, how: Streaming, link: float, together: int = 1) -> tuple[float, float]:
+    """Seconds of one run of a model that computes for so long, and of all those that a job makes.
+
+    In all steps but the first the weights pass once for so many runs `together`.
+    """
+    alone = pass_seconds(compute, how.a_pass, link)
+    shared = pass_seconds(compute * together, how.a_pass, link) / together
+    first = min(together, passes)
+    return shared, alone * first + shared * (passes - first) + max(0.0, how.once / link - alone)
 
 
 def pass_seconds(compute: float, streamed: float, link: float) -> float:

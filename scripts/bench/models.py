@@ -33,8 +33,10 @@ from scripts.bench.random_model import MODELS, RealModel
 QUEUE = 8
 
 
-def plainly(folder: Path, model: RealModel, device: str, size: tuple[int, int], steps: int, result: Path) -> None:
-    """Time the plain pipeline with everything resident and with its models on the GPU in turns; keep the picture."""
+def plainly(
+    folder: Path, model: RealModel, device: str, size: tuple[int, int], steps: int, offload: bool, result: Path
+) -> None:
+    """Time the plain pipeline with everything resident, and with its models on the GPU in turns; keep the picture."""
     cuda = device.startswith("cuda")
     start = time.perf_counter()
     pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16).to("cuda:0" if cuda else "cpu")
@@ -55,6 +57,8 @@ def plainly(folder: Path, model: RealModel, device: str, size: tuple[int, int], 
     seconds = min(seconds, again)
     row(what="plain: everything resident", s=seconds, driver_GB=peak(cuda))
     np.savez(result, picture=picture, seconds=seconds)
+    if not offload:
+        return
     pipeline.to("cpu")
     gc.collect()
     if cuda:
@@ -148,6 +152,7 @@ def make(name: str, folder: Path, device: str, depth: int | None) -> None:
 @click.option("--depth", type=int, help="layers at most, for a dry run")
 @click.option("--keep", is_flag=True, help="don't delete the models, and use those that are there")
 @click.option("--host-memory", type=float, help="GiB of the host's memory that are left to the stacks")
+@click.option("--offload/--no-offload", default=True, help="with diffusers' own offloading, too")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--plain", "result", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -160,6 +165,7 @@ def main(
     depth: int | None,
     keep: bool,
     host_memory: float | None,
+    offload: bool,
     logs: Path | None,
     result: Path | None,
 ) -> None:
@@ -168,7 +174,7 @@ def main(
         width, _, height = size.partition("x") if size else ("", "", "")
         pixels = (int(width), int(height or width)) if size else model.size
         if result:  # in a process of its own, so that its context leaves the GPU
-            plainly(place, model, device, pixels, steps or model.steps, result)
+            plainly(place, model, device, pixels, steps or model.steps, offload, result)
             return
         print(json.dumps({"model": name, "size": pixels, "steps": steps or model.steps}), flush=True)
         if not place.exists():

@@ -63,7 +63,8 @@ def task_seconds(profile: StageProfile, card: Card, weights: int, compiled: bool
     """Return the seconds of a task with so many bytes for weights."""
     how = streaming(load_of(profile), weights)
     assert how is not None
-    return job_seconds(profile.flop / card.flops(profile.stage, compiled), profile.passes, how, card.rate.link)[1]
+    compute = profile.flop / card.flops(profile.stage, compiled)
+    return job_seconds(compute, profile.passes, how, card.rate.link, profile.together)[1]
 
 
 @dataclass(slots=True)

@@ -28,7 +28,8 @@ from workers.replay.placeholder import of_the_same_name
 from workers.replay.values import DISTRIBUTIONS
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
 from workers.tensors import DTYPES
-from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, around_blocks, standing_in
+from workers.weights.forward_trace import LEAST_SHARE, MOST_ROWS, Call, around_blocks, standing_in
+from workers.weights.lockstep import FirstStep
 from workers.weights.loose_tensors import LooseTensors
 from workers.weights.modulation import SLOTS
 from workers.weights.residency import block_rows, streamable
@@ -51,6 +52,7 @@ class Seen:
     largest: int = 0  # bytes, of what goes into a layer or comes out of it
     by_module: dict[str, float] = field(default_factory=dict)  # FLOP of one run by name
     few_rows: set[str] = field(default_factory=set)  # linear layers that got but a few rows
+    steps: dict[str, FirstStep] = field(default_factory=dict)  # of each denoiser
 
 
 class Conditions(TorchDispatchMode):
@@ -121,7 +123,9 @@ def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., An
     flop, result = seen.known[key]
     seen.runs += 1
     seen.flop += flop
-    return tree_map(on_cpu, result)
+    if name in seen.steps:
+        seen.steps[name].see(Call(args, kwargs))
+    return tree_map(on_cpu if name not in seen.steps else ones, result)
 
 
 def likeness(value: Any) -> Any:
@@ -153,6 +157,7 @@ class MetaRun:
     def stages(self) -> tuple[StageProfile, ...]:
         """Return the stages' profiles: text, denoise, vae."""
         seen: dict[Stage, Seen] = {stage: Seen() for stage in STAGES}
+        seen["denoise"].steps = {name: FirstStep() for name, _ in self._models["denoise"]}
         visited, decodes = FIRST, self._visit(FIRST, seen[FIRST])
         for _ in range(MOST_VISITS):
             if isinstance(decodes, Stopped):
@@ -241,7 +246,8 @@ class MetaRun:
             blocks, loose = [block.model_copy(update={"once": 0}) for block in blocks], 0
         return StageProfile(
             stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
-            passes=passes, blocks=tuple(blocks), loose=loose,
+            passes=passes, together=max((step.together for step in seen.steps.values()), default=1),
+            blocks=tuple(blocks), loose=loose,
             heads=heads_of(dict(models)[main]),
             after=sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks)),
         )  # fmt: skip
@@ -311,6 +317,11 @@ def said_to_be_here(model: torch.nn.Module) -> torch.nn.Module:
 
 def on_meta_device(value: Any) -> Any:
     return value.to(META) if isinstance(value, torch.Tensor) else value
+
+
+def ones(value: Any) -> Any:
+    """Return ones on the CPU for a tensor that has but a shape: by them a loop's latents move from step to step."""
+    return torch.ones(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
 
 
 def on_cpu(value: Any) -> Any:

@@ -79,10 +79,10 @@ class DenoiseStage:
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
                 forwards = self._forwards(self, residency.module, recipe, tensors, record, begins)
-                stack.enter_context(residency.job(forwards, in_steps=True))
+                stack.enter_context(residency.job(forwards, in_steps=not is_rank()))
             else:
                 for residency in self.residencies:
-                    stack.enter_context(residency.job(None, in_steps=True))
+                    stack.enter_context(residency.job(None, in_steps=not is_rank()))
             yield
 
     @contextlib.contextmanager
@@ -122,6 +122,11 @@ class DenoiseStage:
         elif "callback" in parameters:
             arguments["callback"] = steps.ended(self.pipeline.scheduler)
         return arguments
+
+
+def is_rank() -> bool:
+    """Return whether this process computes together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_finite(pending: Sequence[tuple[str, Any]]) -> None:

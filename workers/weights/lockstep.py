@@ -151,41 +151,30 @@ class Foreseen:
         )
 
 
-class Steps:
-    """A job's forwards of a module: those of its first step are seen, those of the others made together."""
+class FirstStep:
+    """The forwards of a job's first step, by which those of the other steps are foreseen."""
 
-    def __init__(
-        self, lockstep: Lockstep, forward: Callable[..., Any], passes: Passes, may: Callable[[int], bool]
-    ) -> None:
-        """`may` tells whether so many forwards, from the present one on, can be made together."""
-        self._lockstep, self._forward, self._passes, self._may = lockstep, forward, passes, may
-        self._seen: list[Call] = []  # of the first step, as far as it has come
-        self._own: list[set[int | str]] = []  # of a step's forwards: the arguments in which it differs from the first
-        self._known = False  # how many forwards a step has, or that nothing can be gained
-        self._ahead: list[Foreseen] = []  # in the order in which they will be called
+    def __init__(self) -> None:
+        self._seen: list[Call] = []
+        self._own: list[set[int | str]] = []  # of each forward: the arguments in which it differs from the first
+        self._over = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = Call(args, dict(kwargs))
-        if self._ahead:
-            foreseen = self._ahead.pop(0)
-            if foreseen.result is not None and foreseen.is_of(call):
-                return foreseen.result
-            self._ahead, self._own = [], []  # it goes another way than its first step: one by one from now on
-        if not self._known:
-            self._watch(call)
-        if self._own and self._may(len(self._own)) and all(map(leaves_no_trace, values_of(call).values())):
-            others = [self._like(call, number) for number in range(1, len(self._own))]
-            kept = [Call(copy_of(other.args), copy_of(other.kwargs)) for other in others]
-            result, *results = self._lockstep.run(self._forward, [call, *others], self._passes)
-            self._ahead = [Foreseen(*each) for each in zip(others, kept, results, strict=True)]
-            return result
-        return self._forward(*args, **kwargs)
+    @property
+    def together(self) -> int:
+        """Return how many forwards a step has, if all but the first can be foreseen from the first; else 1."""
+        return max(1, len(self._own))
 
-    def _watch(self, call: Call) -> None:
+    def forget(self) -> None:
+        """Foresee nothing from now on."""
+        self._seen, self._own, self._over = [], [], True
+
+    def see(self, call: Call) -> None:
         """Add a call of the first step; or find, with the first one of the second step, how those of a step differ."""
+        if self._over:
+            return
         latents = latents_of(call)
         if latents is None or len(self._seen) > MOST:
-            self._known, self._seen = True, []
+            self.forget()
         elif not self._seen or same(latents, latents_of(self._seen[0])):
             self._seen.append(call)
         else:
@@ -194,13 +183,43 @@ class Steps:
             own = [differing(other, first) for other in others]
             if others and moving is not None and all(names is not None and not names & moving for names in own):
                 self._own = [set(), *(names or set() for names in own)]
-            self._known = True
+            self._over = True
 
-    def _like(self, call: Call, number: int) -> Call:
+    def like(self, call: Call, number: int) -> Call:
         """Return the arguments of a step's forward of that number, from those of its first."""
         seen, own = self._seen[number], self._own[number]
         args = tuple(seen.args[place] if place in own else value for place, value in enumerate(call.args))
         return Call(args, {name: seen.kwargs[name] if name in own else v for name, v in call.kwargs.items()})
+
+
+class Steps:
+    """A job's forwards of a module: those of its first step are seen, those of the others made together."""
+
+    def __init__(
+        self, lockstep: Lockstep, forward: Callable[..., Any], passes: Passes, may: Callable[[int], bool]
+    ) -> None:
+        """`may` tells whether so many forwards, from the present one on, can be made together."""
+        self._lockstep, self._forward, self._passes, self._may = lockstep, forward, passes, may
+        self._first_step = FirstStep()
+        self._ahead: list[Foreseen] = []  # in the order in which they will be called
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = Call(args, dict(kwargs))
+        if self._ahead:
+            foreseen = self._ahead.pop(0)
+            if foreseen.result is not None and foreseen.is_of(call):
+                return foreseen.result
+            self._ahead = []
+            self._first_step.forget()  # it goes another way: one by one from now on
+        self._first_step.see(call)
+        together = self._first_step.together
+        if together > 1 and self._may(together) and all(map(leaves_no_trace, values_of(call).values())):
+            others = [self._first_step.like(call, number) for number in range(1, together)]
+            kept = [Call(copy_of(other.args), copy_of(other.kwargs)) for other in others]
+            result, *results = self._lockstep.run(self._forward, [call, *others], self._passes)
+            self._ahead = [Foreseen(*each) for each in zip(others, kept, results, strict=True)]
+            return result
+        return self._forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
