@@ -1,5 +1,7 @@
 """Errors of a stage's task, and one line for each."""
 
+import traceback
+
 import torch
 
 
@@ -19,6 +21,12 @@ class WeightsLost(Exception):
 
 class StageError(Exception):
     """A stage can't do its task, and trying again would give the same."""
+
+
+def let_go(error: BaseException) -> None:
+    """Let go of what an error's traceback holds: tensors on GPUs, and a collection of garbage may be far away."""
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = error.__context__ = None
 
 
 def cause_of(error: BaseException) -> str:

@@ -15,7 +15,8 @@ from orchestrator.job import LiveJob
 from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
-from protocol.messages.worker import Task
+from protocol.job import Recipe
+from protocol.messages.worker import MOST_AHEAD, Task
 from protocol.pictures import as_given
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
@@ -93,10 +94,19 @@ class TaskDispatch:
         self._leasing.moved()
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe,
-            allow_tiling=not self._leasing.more(worker),
+            ahead=self._ahead(job), allow_tiling=not self._leasing.more(worker),
         )  # fmt: skip
         self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
         self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ())))
+
+    def _ahead(self, job: LiveJob) -> tuple[Recipe, ...]:
+        """Return the recipes of the next jobs that bring a prompt of their own and nothing else, for encoders."""
+        if job.stage != "text" or job.records or job.recipe.pictures:
+            return ()
+        ids = self._job_queue.queues.first(job.stage, job.model, 1 + MOST_AHEAD)
+        waiting = [other for id in ids if not (other := self._job_queue.jobs[id]).records and not other.recipe.pictures]
+        recipes = {other.text_key: other.recipe for other in waiting if other.text_key != job.text_key}
+        return tuple(recipes.values())[:MOST_AHEAD]
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
         """Return what the visit before has left; None where it is gone or damaged."""

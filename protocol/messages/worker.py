@@ -132,11 +132,15 @@ class WorkerGoodbye(Message):
     kind = "worker-goodbye"
 
 
+MOST_AHEAD = 7  # recipes beside a task
+
+
 class Task(TaskKey):
     """A stage of a job to be done; the tensors of the stage before it lie beside it."""
 
     kind = "task"
     recipe: Recipe
+    ahead: Annotated[tuple[Recipe, ...], Field(max_length=MOST_AHEAD)] = ()  # of tasks like it that come next, maybe
     allow_tiling: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
 
 

@@ -220,6 +220,8 @@ class Executor:
                 progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
                 self._emit((progress, saved.tensors if saved else []))
 
+        if isinstance(runner, TextStage):
+            runner.ahead = task.ahead
         if isinstance(runner, VaeStage):
             runner.may_tile = task.allow_tiling
             if gpu_leases:

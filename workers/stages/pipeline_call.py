@@ -1,7 +1,6 @@
 """A pipeline's own call, with a job's arguments, as far as a stage can make it."""
 
 import logging
-import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from protocol.pictures import (
 )
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from workers.errors import Cancelled, StageError
+from workers.errors import Cancelled, StageError, let_go
 from workers.models.call_settings import tuples_of
 from workers.models.description import call_parameters, guidance_arguments
 from workers.models.tasks import FRAMES, IMAGES, IMAGES_PER_PROMPT, MASKS, RATE, control_argument, first_of
@@ -115,12 +114,6 @@ def until_stop(pipeline: DiffusionPipeline, run: Run, arguments: dict[str, Any])
                 raise
             log.debug("after its decode: %s", error)
             return None
-
-
-def let_go(error: BaseException) -> None:
-    """Let go of what an error's traceback holds: tensors on GPUs, and a collection of garbage may be far away."""
-    traceback.clear_frames(error.__traceback__)
-    error.__traceback__ = error.__context__ = None
 
 
 def of_no_value(error: Exception) -> bool:

@@ -1,10 +1,17 @@
-"""The text stage: the pipeline's own call up to what another stage has to do; its encoders' results are recorded."""
+"""The text stage: the pipeline's own call up to what another stage has to do; its encoders' results are recorded.
+
+Where an encoder's weights are streamed, the prompts of jobs that come next are encoded along with a job's, block by
+block in turns, so that the weights pass once for all. What that gives is kept until those jobs come.
+"""
 
 import contextlib
+import functools
+from collections.abc import Sequence
 
 import torch
 
 from protocol.job import Recipe
+from protocol.messages.worker import MOST_AHEAD
 from protocol.tensors import Tensor
 from workers.errors import StageError
 from workers.models.loading import Loaded
@@ -13,24 +20,46 @@ from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import ended_of
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
+from workers.weights.lockstep import Lockstep
 
 
 class TextStage:
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
         self.loaded, self.device = loaded, device
         self.residencies = tuple(loaded.residencies.values())
+        self.ahead: Sequence[Recipe] = ()  # of jobs that come next, and bring nothing but a prompt
+        blocks = [block for residency in self.residencies for block in residency.row_modules]
+        self._lockstep = Lockstep(blocks, device, 1 + MOST_AHEAD)
+        self._loaded = [loaded]  # the same models in a pipeline for each prompt at once
+        self._made: dict[Recipe, Outcome] = {}  # ahead
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the record of the stages so far, with the results of this one's encoders."""
         report(0, 1)
-        record = CallRecord.unpack(tensors)
+        if not tensors and (made := self._made.pop(recipe, None)):
+            return made
         with contextlib.ExitStack() as stack:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
-            pipeline = self.loaded.pipeline_for(recipe)
-            # An encoder may be called once more in the middle; what was denoised before then is stood in for.
-            run = new_run("text", record, self.device, recipe, goes_on=bool(record.forwards))
-            stopped = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
+            rings = [residency.ring for residency in self.residencies if residency.ring]
+            ahead = self.ahead if rings and not tensors else ()
+            self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
+            works = [
+                functools.partial(self._encode, loaded, one, tensors)
+                for loaded, one in zip(self._loaded, (recipe, *ahead), strict=False)
+            ]
+            if not ahead:
+                return works[0]()
+            outcome, outcomes = self._lockstep.run(works, rings)
+            self._made = {one: made for one, made in zip(ahead, outcomes, strict=True) if made}
+            return outcome
+
+    def _encode(self, loaded: Loaded, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
+        record = CallRecord.unpack(tensors)
+        pipeline = loaded.pipeline_for(recipe)
+        # An encoder may be called once more in the middle; what was denoised before then is stood in for.
+        run = new_run("text", record, self.device, recipe, goes_on=bool(record.forwards))
+        stopped = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
         if not isinstance(stopped, Stopped):
             raise StageError(f"{type(pipeline).__name__} came to its end without a denoiser")
         left = [*record.pack(), *ended_of(tensors)] if record.calls else []

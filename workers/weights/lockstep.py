@@ -9,19 +9,26 @@ was foreseen. Each forward is computed alone, by the same calls, so its bits are
 import contextlib
 import contextvars
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from workers.errors import let_go
 from workers.weights.forward_trace import Call, main_input, same, standing_in
+
+log = logging.getLogger(__name__)
 
 MOST = 4  # forwards of a step
 KERNELS = 64  # bytes; by no multiple of more are kernels chosen: allocators start tensors at any
+
+
+Made = TypeVar("Made")
 
 
 class Lane(threading.local):
@@ -40,7 +47,7 @@ class Ended(Exception):
 class Passes(Protocol):
     """Blocks whose weights are streamed: see Ring."""
 
-    def for_passes(self, count: int) -> contextlib.AbstractContextManager[None]: ...
+    def shared(self, last: Callable[[], bool]) -> contextlib.AbstractContextManager[None]: ...
 
 
 class Turns:
@@ -50,6 +57,10 @@ class Turns:
         self.broken = False
         self._lanes = list(range(count))  # that are on their way
         self._go = [threading.Semaphore(0) for _ in self._lanes]
+
+    def at_last(self) -> bool:
+        """Return whether no other one is yet to come where this thread's has been."""
+        return LANE.number == max(self._lanes)
 
     def wait(self, lane: int) -> None:
         self._go[lane].acquire()
@@ -74,39 +85,41 @@ class Turns:
 
 
 class Lockstep:
-    """Forwards of a module, each by `forward`, that take turns at the `blocks`."""
+    """Works that take turns at some blocks, up to `most` at once."""
 
-    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device) -> None:
+    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device, most: int = MOST) -> None:
         self._blocks, self._device = blocks, device
-        self._threads = ThreadPoolExecutor(MOST - 1, "lockstep")
+        self._threads = ThreadPoolExecutor(most - 1, "lockstep")
         self._turns: Turns | None = None
 
-    def run(self, forward: Callable[..., Any], calls: Sequence[Call], passes: Passes) -> list[Any]:
-        """Return the results of all calls, the first made in this thread; None where another could not be made."""
-        self._turns = turns = Turns(len(calls))
+    def run(self, works: Sequence[Callable[[], Made]], passes: Sequence[Passes]) -> tuple[Made, list[Made | None]]:
+        """Return the results of the first one, done in this thread, and of the others; None where one has failed."""
+        self._turns = turns = Turns(len(works))
         hooks = [block.register_forward_pre_hook(self._at_block, prepend=True) for block in self._blocks]
         try:
-            with passes.for_passes(len(calls)):
-                others = [self._beside(turns, lane, forward, call) for lane, call in enumerate(calls) if lane]
+            with contextlib.ExitStack() as stack:
+                for one in passes:
+                    stack.enter_context(one.shared(turns.at_last))
+                others = [self._beside(turns, lane, work) for lane, work in enumerate(works) if lane]
                 try:
-                    first = self._lane(turns, 0, forward, calls[0])
+                    first = in_lane(0, works[0])
                 except BaseException:
                     turns.broken = True
                     raise
                 finally:
                     turns.leave(0)
-                    results = [other() for other in others]
-            return [first, *results]
+                    results = [other.result() for other in others]
+            return first, results
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _beside(self, turns: Turns, lane: int, forward: Callable[..., Any], call: Call) -> Callable[[], Any]:
+    def _beside(self, turns: Turns, lane: int, work: Callable[[], Made]) -> "Future[Made | None]":
         kind, grad, inference = self._device.type, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         stream = torch.cuda.current_stream(self._device) if kind == "cuda" else None
 
-        def run() -> Any:
+        def run() -> Made | None:
             try:
                 turns.wait(lane)
                 with contextlib.ExitStack() as stack:
@@ -115,24 +128,27 @@ class Lockstep:
                     stack.enter_context(autocast)
                     if stream is not None:
                         stack.enter_context(torch.cuda.stream(stream))
-                    return self._lane(turns, lane, forward, call)
-            except Exception:  # it is made once more when it is called, and tells then
+                    return in_lane(lane, work)
+            except Exception as error:  # it is done once more when it is asked for, and tells then
+                log.debug("a work beside another failed: %s", error)
+                let_go(error)
                 return None
             finally:
                 turns.leave(lane)
 
-        return self._threads.submit(contextvars.copy_context().run, run).result
-
-    def _lane(self, turns: Turns, lane: int, forward: Callable[..., Any], call: Call) -> Any:
-        LANE.number = lane
-        try:
-            return forward(*call.args, **call.kwargs)
-        finally:
-            LANE.number = None
+        return self._threads.submit(contextvars.copy_context().run, run)
 
     def _at_block(self, *_: object) -> None:
         if LANE.number is not None and self._turns is not None:
             self._turns.pass_on(LANE.number)
+
+
+def in_lane(lane: int, work: Callable[[], Made]) -> Made:
+    LANE.number = lane
+    try:
+        return work()
+    finally:
+        LANE.number = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +232,8 @@ class Steps:
         if together > 1 and self._may(together) and all(map(leaves_no_trace, values_of(call).values())):
             others = [self._first_step.like(call, number) for number in range(1, together)]
             kept = [Call(copy_of(other.args), copy_of(other.kwargs)) for other in others]
-            result, *results = self._lockstep.run(self._forward, [call, *others], self._passes)
+            forwards = [functools.partial(self._forward, *one.args, **one.kwargs) for one in (call, *others)]
+            result, results = self._lockstep.run(forwards, [self._passes])
             self._ahead = [Foreseen(*each) for each in zip(others, kept, results, strict=True)]
             return result
         return self._forward(*args, **kwargs)

@@ -76,10 +76,20 @@ class Residency:
         self._ring: Ring | None = None
         self.modulation: Modulation | None = None  # once a job has shown it
         self._precompute = Precompute([self], self.rows)
-        self._lockstep = Lockstep([module.get_submodule(row) for row in self.rows], device)
+        self._lockstep = Lockstep(self.row_modules, device)
         self.compiled = False
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
+
+    @property
+    def row_modules(self) -> list[torch.nn.Module]:
+        """The blocks that run one after the other."""
+        return [self.module.get_submodule(row) for row in self.rows]
+
+    @property
+    def ring(self) -> Ring | None:
+        """What streamed weights pass through now, if there are some."""
+        return self._ring
 
     def has(self, name: str) -> bool:
         """Return whether a parameter or a buffer is among its own."""
@@ -135,7 +145,7 @@ class Residency:
         if self.plan:
             self._ring = Ring(
                 self.plan,
-                [self.module.get_submodule(row) for row in self.rows],
+                self.row_modules,
                 self._parameters,
                 self._host,
                 self._copy_stream,

@@ -7,7 +7,7 @@ aren't on their way fetches them itself.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +154,10 @@ def lay_out(pieces: Sequence[tuple[str, ...]], slots: int, blocks: Sequence[Bloc
     return StreamPlan(tuple(pieces), tuple(offsets), ring, sum(sizes))
 
 
+def always() -> bool:
+    return True
+
+
 class Ring:
     """The streamed weights of a model on their way; the parameters' `data` are views of the ring while it lives."""
 
@@ -180,8 +184,9 @@ class Ring:
             self._spans.append((start, offset))
         self._rivals = [self._overlapping(index) for index in range(len(self._copies))]
         self._arrived: list[Mark | None] = [None] * len(self._copies)  # None: not in the ring, nor on its way
-        self._passes = 1  # forwards that read a block before the next one's weights may come
-        self._read = [0] * len(self._copies)  # forwards that have read it
+        self._last: Callable[[], bool] = (
+            always  # whether the forward that has read a block is the last one to read it in this pass
+        )
         self._after: list[list[int]] = [[] for _ in self._copies]  # pieces that may come once a block is done
         for index in range(len(self._copies)):
             if self._copies[index] and (before := self._predecessor(index)) is not None:
@@ -236,20 +241,19 @@ class Ring:
         self.copy_stream.wait(arrived)
 
     @contextlib.contextmanager
-    def for_passes(self, count: int) -> Iterator[None]:
-        """Let each block's weights stay until so many forwards have read them, which take turns at the blocks."""
-        self._passes = count
+    def shared(self, last: Callable[[], bool]) -> Iterator[None]:
+        """Let each block's weights stay until the last of several forwards, which take turns at blocks, has read them.
+
+        `last` tells whether that is the present one.
+        """
+        self._last = last
         try:
             yield
         finally:
-            self._passes, self._read = 1, [0] * len(self._copies)
+            self._last = always
 
     def _done(self, index: int) -> None:
-        self._read[index] += 1
-        if self._read[index] < self._passes:
-            return
-        self._read[index] = 0
-        if self._after[index]:
+        if self._after[index] and self._last():
             done = self.copy_stream.mark()
             for other in self._after[index]:
                 self._fetch(other, done)

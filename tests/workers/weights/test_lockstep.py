@@ -8,14 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from protocol.job import JobRequest
+from protocol.recipe import resolve
 from tests import tiny
 from tests.workers.weights.test_residency import jobs
 from tests.workers.worst_stream import worst_copy_stream
 from workers.models import devices
+from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import read
+from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark
 from workers.weights.lockstep import Lockstep, in_lockstep
 from workers.weights.residency import Residency
@@ -102,17 +107,17 @@ def test_results_are_those_of_one_forward_after_the_other(name: str) -> None:
     denoiser, passes = Denoiser(), Counted()
     with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, passes, lambda count: True):
         assert all(map(torch.equal, run(step, denoiser), wanted))
-    assert bool(passes.counts) == together
+    assert bool(passes.count) == together
 
 
 class Counted:
     """Counts the passes that are shared."""
 
     def __init__(self) -> None:
-        self.counts: list[int] = []
+        self.count = 0
 
-    def for_passes(self, count: int) -> Any:
-        self.counts.append(count)
+    def shared(self, last: Callable[[], bool]) -> Any:
+        self.count += 1
         return torch.no_grad()
 
 
@@ -160,7 +165,7 @@ def test_an_argument_that_may_change_the_model_meanwhile_is_given_to_one_forward
 
     with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, passes, lambda count: True):
         run(step, denoiser)
-    assert not passes.counts
+    assert not passes.count
 
 
 class Counting(HostCopyStream):
@@ -204,10 +209,66 @@ def test_guided_jobs_have_equal_bits_where_modulation_runs_ahead_too(
     loaded = load(source, "denoise", Devices(cpu, budget, copy_stream=worst_copy_stream), torch.float32)
     together = Lockstep.run
 
-    def run(self: Lockstep, *args: Any) -> list[Any]:
+    def run(self: Lockstep, *args: Any) -> tuple[Any, list[Any]]:
         made.append(1)
         return together(self, *args)
 
     monkeypatch.setattr(Lockstep, "run", run)
     assert all(map(torch.equal, jobs(DenoiseStage(loaded, cpu), tmp_path, True), wanted))
     assert len(made) == 1 + 2 + 3  # the steps of three jobs but their first
+
+
+@pytest.mark.parametrize("worst", [False, True])
+def test_prompts_that_come_next_are_encoded_along_and_the_weights_pass_once(worst: bool, tmp_path: Path) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    cpu, model = torch.device("cpu"), describe(source)
+    prompts = ["a red circle", "a blue square, much longer than all of the others", "a ring", "a star"]
+    recipes = [
+        resolve(JobRequest(prompt=p, steps=2, seed=n, width=32, height=32), model, "float32", None)
+        for n, p in enumerate(prompts)
+    ]
+    alone = TextStage(load(source, "text", Devices(cpu), torch.float32), cpu)
+    wanted = [alone.run(recipe, (), unheard) for recipe in recipes]
+    stream = worst_copy_stream if worst else lambda device, locks: Counting(device)
+    loaded = load(source, "text", Devices(cpu, {0: 1 << 40}, copy_stream=stream), torch.float32)
+    encoder = loaded.residencies["text_encoder_2"]
+    encoder.swap_in(encoder.least_bytes)
+    assert encoder.state == "streamed"
+    text = TextStage(loaded, cpu)
+    copied = []
+    for ahead in ((), (), recipes[1:]):
+        text.ahead, Counting.copied = ahead, 0
+        made = text.run(recipes[0], (), unheard)
+        copied.append(Counting.copied)
+        assert made == wanted[0]
+    text.ahead, Counting.copied = (), 0
+    for recipe, one in zip(recipes[1:3], wanted[1:3], strict=True):
+        assert text.run(recipe, (), unheard) == one
+    assert not Counting.copied
+    assert copied[1] == copied[2]
+    assert text.run(recipes[1], (), unheard) == wanted[1]  # asked for again, it is encoded again
+    assert worst or Counting.copied
+
+
+def test_a_prompt_that_fails_among_others_fails_where_it_is_asked_for(tmp_path: Path) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    cpu, model = torch.device("cpu"), describe(source)
+    good, bad, other = (
+        resolve(JobRequest(prompt=p, steps=2, seed=1, width=32, height=32), model, "float32", None)
+        for p in ("a", "b", "c")
+    )
+    loaded = load(source, "text", Devices(cpu, {0: 1 << 40}), torch.float32)
+    loaded.residencies["text_encoder_2"].swap_in(loaded.residencies["text_encoder_2"].least_bytes)
+    text = TextStage(loaded, cpu)
+    wanted = [text.run(recipe, (), unheard) for recipe in (good, other)]
+    bad = bad.model_copy(update={"max_sequence_length": 100_000})
+    text.ahead = (bad, other)
+    assert text.run(good, (), unheard) == wanted[0]
+    text.ahead = ()
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        text.run(bad, (), unheard)
+    assert text.run(other, (), unheard) == wanted[1]
+    text.ahead = (other,)
+    with pytest.raises(ValueError, match="max_sequence_length"):
+        text.run(bad, (), unheard)
+    assert text.run(other, (), unheard) == wanted[1]
