@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, TypeAdapter
 
 from protocol.data import Data
+from protocol.model import ModelDescription
 from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 
@@ -20,6 +21,7 @@ class WorkerSpec(Data):
     name: str  # how the stack calls it
     endpoint: str = ""  # the orchestrator's for workers; empty for a stage that runs alone
     model: ModelSpec = ModelSpec()
+    description: ModelDescription | None = None  # of the model, if it is known already
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"  # or float32, bfloat16, float16
     visible_gpus: tuple[Index, ...] | None = None  # all others are hidden from it; None: it sees all

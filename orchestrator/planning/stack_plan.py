@@ -15,6 +15,7 @@ from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candid
 from orchestrator.planning.planner import Plan, check, choose
 from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest
+from protocol.model import ModelDescription
 from protocol.speedups import canonical
 from protocol.stages import STAGES, Stage
 
@@ -31,6 +32,7 @@ class StackPlan:
     speedups: tuple[str, ...]  # all that may change a picture's bits
     plan: Plan | None = None
     unplanned: str = ""
+    description: ModelDescription | None = None  # of the model, where it was found
     spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
 
     def fixed(self) -> dict[Stage, int]:
@@ -50,7 +52,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     check_budgets(config, gpus)
     hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory)
     check(config, hardware)
-    plan, unplanned, limited = None, "", False
+    plan, unplanned, description, limited = None, "", None, False
     posts = first(config, gpus)
     if any(post.gpus for post in posts):
         try:
@@ -58,6 +60,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
         except NoProfile as error:
             unplanned = error.message
         else:
+            description = profile.model
             known = measurements.of(hardware, profile, config.speedups())
             plan = choose(config, profile, known, measurements.terms(config, profile))
             locked = locked_by_stage(profile, plan.prediction.work, hardware.ram)
@@ -67,7 +70,9 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     spare = tuple(post for post in first(peopled(config), gpus) if config.stage(post.stage).workers == 0)
     spare = tuple(replace(post, locked=0 if limited else None) for post in spare)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
-    return StackPlan(dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, spare)
+    return StackPlan(
+        dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, description, spare
+    )
 
 
 def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:

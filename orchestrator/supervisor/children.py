@@ -71,7 +71,7 @@ class Children:
         config = self._config
         return WorkerSpec(
             stage=post.stage, name=name, endpoint=self._endpoints.workers, model=config.model_spec(),
-            device=post.device, dtype=self._plan.dtype,
+            description=self._plan.description, device=post.device, dtype=self._plan.dtype,
             visible_gpus=post.gpus if post.gpus and post.device == "cuda" else None,
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
             cut=post.cut, jobs=post.jobs, speedups=self._plan.speedups,

@@ -60,10 +60,9 @@ def cached(key: list[Any], make: Callable[[], ModelProfile]) -> ModelProfile:
 
 def code() -> str:
     """Return a digest of the code that finds a profile, which may change between versions."""
-    here = Path(__file__)
-    steps = here.parents[1] / "weights" / "lockstep.py"
-    parts = (here, steps, *(here.with_name(name) for name in ("guess.py", "meta_run.py")))
-    return hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:16]
+    here = Path(__file__).parent
+    parts = (*here.glob("*.py"), *here.with_name("models").glob("*.py"), here.parent / "weights" / "lockstep.py")
+    return hashlib.sha256(b"".join(part.read_bytes() for part in sorted(parts))).hexdigest()[:16]
 
 
 def profile_of(source: Source, dtype: str, request: JobRequest) -> ModelProfile:

@@ -179,10 +179,12 @@ class Once(Generic[Made]):
 
 
 def prepare(spec: WorkerSpec) -> Prepared:
-    """Find and describe the model; ModelMissing or BadRequest if that can't be."""
+    """Find the model, and describe it unless that was done; ModelMissing or BadRequest if that can't be."""
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = locate(spec.model, spec.stage)
+    if (known := spec.description) and (known.model, known.revision) == (source.model, source.revision):
+        return Prepared(spec, source, known, device, dtype)
     with quiet():
         return Prepared(spec, source, describe(source), device, dtype)
 
