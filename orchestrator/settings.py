@@ -9,7 +9,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
 from protocol.model_spec import PARTS, ModelSpec
-from protocol.speedups import canonical
+from protocol.speedups import MOST_BATCH, canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
 
@@ -53,6 +53,7 @@ Budget = Annotated[Annotated[int, Field(gt=0)] | None, BeforeValidator(_budget)]
 Amounts = Annotated[tuple[Bytes, ...], BeforeValidator(_amounts)]
 Numbers = Annotated[tuple[int, ...], BeforeValidator(_numbers), Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
+Batch = Annotated[int, Field(ge=2, le=MOST_BATCH)]
 Device = Annotated[str, Field(pattern=r"^(auto|mps|cuda(:\d+)?|cpu(:\d+(,\d+)*)?)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["auto", "replicas", "split", "tensor", "context"]
@@ -235,6 +236,11 @@ class StackConfig(JobSettings):
         Field(description="diffusers' step cache: first-block[:0.05], taylorseer … Tier: approximate."),
         Flag("--cache", "KIND", "none"),
     ] = ""
+    batch: Annotated[
+        Batch | None,
+        Field(description="Waiting jobs of one size and number of steps are denoised together. Tier: numeric."),
+        Flag("--batch", "JOBS", "one by one"),
+    ] = None
     checkpoint: Annotated[
         SecondsOrOff,
         Field(description="Seconds between two checkpoints of a denoising job at least; 0: every step."),
@@ -267,6 +273,7 @@ class StackConfig(JobSettings):
         denoiser = {
             "compile": self.compile, "fuse-qkv": self.fuse_qkv,
             f"attention={self.attention}": self.attention, f"cache={self.cache}": self.cache,
+            f"batch={self.batch}": self.batch,
         }  # fmt: skip
         found = [f"denoise:{text}" for text, wanted in denoiser.items() if wanted]
         found += [f"{name}:quantize={kind}" for name in STAGES if (kind := self.stage(name).quantize)]

@@ -17,11 +17,13 @@ CACHES = ("first-block", "taylorseer", "pyramid-attention", "faster")
 QUANTIZATIONS = ("int8", "int8-dynamic", "fp8", "fp8-dynamic")
 PARALLEL = ("tensor", "context")  # with how many processes, as in tensor-2
 MOST_RANKS = 64
+MOST_BATCH = 16  # jobs at once
 TIERS: dict[str, Tier] = {
     "compile": "numeric",
     "attention": "numeric",
     "fuse-qkv": "numeric",
     "parallel": "numeric",
+    "batch": "numeric",
     "cache": "approximate",
     "quantize": "approximate",
 }
@@ -52,6 +54,8 @@ def parse_speedup(text: str) -> tuple[Stage, str, str]:
             kind, _, size = value.partition("-")
             if kind not in PARALLEL or not size.isdigit() or not 2 <= int(size) <= MOST_RANKS:
                 raise BadRequest(f"{value!r} can't be parallel.", "Write parallel=tensor-2 or parallel=context-2.")
+        case "batch" if not (value.isdigit() and 2 <= int(value) <= MOST_BATCH):
+            raise BadRequest(f"There are no batches of {value!r} jobs.", f"Give a number from 2 to {MOST_BATCH}.")
         case "attention" if not value:
             raise BadRequest("attention needs the name of a backend.", "Such as native, _native_cudnn, flash or sage.")
         case "compile" | "fuse-qkv" if value:
@@ -74,6 +78,11 @@ def canonical(speedups: Iterable[str]) -> tuple[str, ...]:
         if one == other:
             raise BadRequest(f"{one[1]} of {one[0]} is given twice.", "Give it once.")
     return tuple(found)
+
+
+def batch_of(speedups: Iterable[str]) -> int:
+    """Return how many jobs a denoiser may have at once."""
+    return next((int(value) for _, name, value in map(parse_speedup, speedups) if name == "batch"), 1)
 
 
 def tier_of(speedups: Iterable[str]) -> Tier:

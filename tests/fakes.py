@@ -68,6 +68,7 @@ class FakeWorker:
         part: int = 0,
         parts: int = 1,
         key: PeerKey | None = None,
+        speedups: tuple[str, ...] = (),
     ) -> None:
         self.stage = stage
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -85,6 +86,7 @@ class FakeWorker:
                 gpus=gpus,
                 part=part,
                 parts=parts,
+                speedups=speedups,
             )
         )
         self.hear(Welcome)

@@ -46,6 +46,7 @@ from protocol.messages.client import Stack
 from protocol.pictures import CONTROL, IMAGE, IP_IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.settings import as_given
+from protocol.speedups import batch_of
 from protocol.tensors import Tensor
 from protocol.views import WorkerView
 
@@ -323,6 +324,11 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
 def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[WorkerView]) -> None:
     """Raise BadRequest for what differs between a picture's making and this stack, and what would make it the same."""
     recipe, anyway = made.recipe, "Or take other bits: --anyway."
+    if batch_of(recipe.speedups) > 1:
+        raise BadRequest(
+            f"{str(path)!r} was made by a stack that denoises in batches: its last bits depend on the jobs beside it.",
+            f"A stack without --batch makes the same picture, but for rounding. {anyway}",
+        )
     if stack.speedups != recipe.speedups:
         raise BadRequest(
             f"{str(path)!r} was made with {', '.join(recipe.speedups) or 'no speedups'}; "

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
 
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.fleet import Fleet, Worker
@@ -15,16 +16,23 @@ from orchestrator.job import LiveJob
 from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
-from protocol.job import Recipe
-from protocol.messages.worker import MOST_AHEAD, Task
+from protocol.messages.worker import AHEAD, MOST_AHEAD, Task
 from protocol.pictures import as_given
+from protocol.speedups import batch_of
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
 
 log = logging.getLogger(__name__)
 
+MOST_WAITING = 64  # jobs that are looked through for what a worker may do along with another
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
 MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
+
+
+def kind_of(job: LiveJob) -> tuple[object, ...]:
+    """Return what jobs have in common that are denoised in a batch: all but prompts and seeds."""
+    recipe = job.recipe.model_copy(update={"prompt": "", "negative_prompt": None, "seed": 0})
+    return recipe, job.recipe.negative_prompt is None, [(record.stage, record.kept) for record in job.records]
 
 
 class TaskDispatch:
@@ -65,11 +73,12 @@ class TaskDispatch:
         if self._leasing.standing:
             self._end_standstill(self._leasing.standing)
             return  # which has changed what there is to decide
+        busy = {action.job for action in actions if isinstance(action, Assign)}
         for action in actions:
             worker = self._fleet.workers[bytes.fromhex(action.worker)]
             match action:
                 case Assign():
-                    self._hand_out(self._job_queue.jobs[action.job], worker)
+                    self._hand_out(self._job_queue.jobs[action.job], worker, busy)
                 case ChangeLease():
                     self._outbox.to_worker(worker.identity, self._leasing.lend(worker, action))
                 case TakeLoan():
@@ -77,7 +86,7 @@ class TaskDispatch:
                 case ReturnLoan():
                     self._outbox.to_worker(worker.identity, self._leasing.return_loan(worker, action))
 
-    def _hand_out(self, job: LiveJob, worker: Worker) -> None:
+    def _hand_out(self, job: LiveJob, worker: Worker, busy: Container[str]) -> None:
         tensors = self._inputs(job)
         if tensors is None:
             log.warning("an artifact of the visit before %s is gone; going back", job.stage, extra={"job": job.id})
@@ -92,21 +101,31 @@ class TaskDispatch:
             job = self._happened(job, transitions.CheckpointDropped())
         job = self._happened(job, transitions.HandedOut(worker.id))
         self._leasing.moved()
+        ahead = self._ahead(job, busy) if not (pictures or checkpoint) else []
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe,
-            ahead=self._ahead(job), allow_tiling=not self._leasing.more(worker),
+            ahead=tuple(other.recipe for other, _ in ahead), allow_tiling=not self._leasing.more(worker),
         )  # fmt: skip
+        theirs = [replace(t, name=f"{AHEAD}{n}:{t.name}") for n, (_, tensors) in enumerate(ahead) for t in tensors]
         self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
-        self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ())))
+        self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ()), *theirs))
 
-    def _ahead(self, job: LiveJob) -> tuple[Recipe, ...]:
-        """Return the recipes of the next jobs that bring a prompt of their own and nothing else, for encoders."""
-        if job.stage != "text" or job.records or job.recipe.pictures:
-            return ()
-        ids = self._job_queue.queues.first(job.stage, job.model, 1 + MOST_AHEAD)
-        waiting = [other for id in ids if not (other := self._job_queue.jobs[id]).records and not other.recipe.pictures]
-        recipes = {other.text_key: other.recipe for other in waiting if other.text_key != job.text_key}
-        return tuple(recipes.values())[:MOST_AHEAD]
+    def _ahead(self, job: LiveJob, busy: Container[str]) -> Sequence[tuple[LiveJob, tuple[Tensor, ...]]]:
+        """Return the next jobs, but for `busy` ones, that their worker may do along with this one, with their inputs.
+
+        Text encoders take prompts that were not seen, a denoiser jobs of the same kind, as many as it makes batches of.
+        """
+        waiting = (self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.model, MOST_WAITING))
+        fresh = [other for other in waiting if not (other.id in busy or other.recipe.pictures or other.saved)]
+        match job.stage:
+            case "text" if not job.records:
+                others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
+                return [(other, ()) for other in others.values()][:MOST_AHEAD]
+            case "denoise" if (batch := batch_of(job.recipe.speedups)) > 1:
+                alike = [other for other in fresh if kind_of(other) == kind_of(job)]
+                found = ((other, self._inputs(other)) for other in alike[: batch - 1])
+                return [(other, inputs) for other, inputs in found if inputs is not None]
+        return []
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
         """Return what the visit before has left; None where it is gone or damaged."""

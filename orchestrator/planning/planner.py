@@ -72,7 +72,7 @@ def check(config: StackConfig, hardware: Hardware) -> None:
     if config.placement in ("replicas", "tensor", "context") and config.stage("denoise").max_memory:
         given = f"--placement {config.placement} says itself how much of its GPUs the denoiser gets."
         raise BadRequest(given, "Leave out --max-memory of denoise, or give the GPUs a --budget.")
-    rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache}
+    rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache, "--batch": config.batch}
     for option in (option for option, given in rivals.items() if given and config.placement in SEVERAL):
         raise BadRequest(f"--placement {config.placement} does not go with {option}.", "Leave one of them out.")
 
@@ -109,7 +109,7 @@ def cards_of(config: StackConfig, hardware: Hardware) -> list[int]:
 
 def several(config: StackConfig) -> list[Kind]:
     """Return a denoiser's possible kinds on several GPUs; parallel ones change bits, as compiling does."""
-    if config.stage("denoise").quantize or config.cache:
+    if config.stage("denoise").quantize or config.cache or config.batch:
         return []
     return ["split", "tensor", "context"] if config.compile else ["split"]
 
@@ -167,6 +167,7 @@ def _notes(
         notes.append(from_disk)
     uncounted = [f"{stage} is to be quantized" for stage in STAGES if config.stage(stage).quantize]
     uncounted += ["a step cache"] if config.cache else []
+    uncounted += [f"batches of up to {config.batch} jobs"] if config.batch else []
     if best.work and profile.recipe.dtype == "float32" and any(not card.stands_in for card in hardware.cards):
         uncounted.append("what float32 costs in time")
     notes += [f"not counted in any figure: {what}" for what in uncounted]

@@ -132,7 +132,8 @@ class WorkerGoodbye(Message):
     kind = "worker-goodbye"
 
 
-MOST_AHEAD = 7  # recipes beside a task
+MOST_AHEAD = 15  # recipes beside a task
+AHEAD = "ahead:"  # begins the names of their tensors: ahead:NUMBER:NAME
 
 
 class Task(TaskKey):

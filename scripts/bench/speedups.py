@@ -1,7 +1,8 @@
 """What the faster tiers bring on one GPU that holds everything, and what they cost in likeness to the exact picture.
 
     python -m scripts.bench.speedups /tmp/flux --pictures /tmp/pictures
-    python -m scripts.bench.speedups ~/.cache/triptych/demo --size 256 --steps 20 --pictures /tmp/pictures
+    python -m scripts.bench.speedups workers/demo_model --size 256 --steps 20 --pictures /tmp/pictures
+    python -m scripts.bench.speedups /tmp/sdxl --size 512 --steps 20 --variants "exact;batches of 4" --waiting 16
 
 Each variant is a stack of its own: seconds until it is ready, of its first picture, of pictures with new prompts; its
 likeness to the exact picture as PSNR, and both pictures beside each other. Of the exact one also the seconds from
@@ -29,6 +30,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "cached": ("--cache", "first-block:0.1"),
     "compiled, cached": ("--compile", "--cache", "first-block:0.1"),
     "fp8, compiled, cached": (*FP8, "--compile", "--cache", "first-block:0.1"),
+    "batches of 4": ("--batch", "4"),
+    "batches of 8": ("--batch", "8"),
 }
 
 
@@ -43,7 +46,7 @@ class SpeedupBench(StackBench):
 
     exact: np.ndarray | None = None
 
-    def variant(self, name: str, budget: int, kills: int, pictures: Path | None) -> None:
+    def variant(self, name: str, budget: int, kills: int, waiting: int, pictures: Path | None) -> None:
         start = time.perf_counter()
         with self.stack(budget, *VARIANTS[name]) as client:
             ready = time.perf_counter() - start
@@ -52,8 +55,9 @@ class SpeedupBench(StackBench):
             times, stages = zip(*[self.one(client) for _ in range(5)], strict=True)
             made = self.made(client)
             exact = self.exact = made if self.exact is None else self.exact
+            in_queue = min(self.queue(client, waiting)[0] for _ in range(2)) if waiting else 0.0
             row(what=name, ready_s=ready, first_s=first, s=statistics.median(times), times=times, stages=stages[-1],
-                psnr=decibels(made, exact))  # fmt: skip
+                queue_s=in_queue, psnr=decibels(made, exact))  # fmt: skip
             if pictures:
                 pictures.mkdir(parents=True, exist_ok=True)
                 both = Image.fromarray(np.concatenate([exact, made], axis=1))
@@ -78,6 +82,7 @@ class SpeedupBench(StackBench):
 @click.option("--size", default=1024, show_default=True)
 @click.option("--steps", default=28, show_default=True)
 @click.option("--kills", default=3, show_default=True)
+@click.option("--waiting", default=0, show_default=True, help="jobs of a queue that is timed besides")
 @click.option("--pictures", type=click.Path(path_type=Path), help="folder for pictures beside the exact one")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 def main(
@@ -88,6 +93,7 @@ def main(
     size: int,
     steps: int,
     kills: int,
+    waiting: int,
     pictures: Path | None,
     logs: Path | None,
 ) -> None:
@@ -101,7 +107,7 @@ def main(
         bench = SpeedupBench(folder, (0,), device.startswith("cuda"), size, steps, 0.0, nothing, of_it)
         bench.exact = kept
         try:
-            bench.variant(name, int(budget * GIB), kills, pictures)
+            bench.variant(name, int(budget * GIB), kills, waiting, pictures)
         except Exception as error:  # the other variants' rows are wanted all the same
             row(what=name, failed=f"{type(error).__name__}: {str(error)[:500]}")
         kept = bench.exact

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from protocol.errors import TriptychError
 from protocol.job import Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import Borrow, Leased, Lent, Progress, Ready, Result, SetLease, Task, TaskFailed
+from protocol.messages.worker import AHEAD, Borrow, Leased, Lent, Progress, Ready, Result, SetLease, Task, TaskFailed
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
@@ -26,6 +26,7 @@ from protocol.wire import MAX_FRAME_BYTES
 from workers.errors import Cancelled, StageError, WeightsLost, cause_of, release_memory
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
+from workers.stages.batch import BatchedDenoiseStage
 from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
@@ -220,8 +221,11 @@ class Executor:
                 progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
                 self._emit((progress, saved.tensors if saved else []))
 
+        tensors, theirs = shared_out(task, tensors)
         if isinstance(runner, TextStage):
             runner.ahead = task.ahead
+        if isinstance(runner, BatchedDenoiseStage):
+            runner.ahead = list(zip(task.ahead, theirs, strict=True))
         if isinstance(runner, VaeStage):
             runner.may_tile = task.allow_tiling
             if gpu_leases:
@@ -262,6 +266,16 @@ class Executor:
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def shared_out(task: Task, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    """Return a task's own tensors, and those of each that may be done along with it."""
+    theirs: list[list[Tensor]] = [[] for _ in task.ahead]
+    for tensor in tensors:
+        number, _, name = tensor.name.removeprefix(AHEAD).partition(":")
+        if tensor.name.startswith(AHEAD) and number.isdecimal() and int(number) < len(theirs):
+            theirs[int(number)].append(replace(tensor, name=name))
+    return tuple(tensor for tensor in tensors if not tensor.name.startswith(AHEAD)), [tuple(one) for one in theirs]
 
 
 def convolves(runner: StageRunner) -> bool:

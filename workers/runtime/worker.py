@@ -18,6 +18,7 @@ from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
+from protocol.speedups import batch_of
 from protocol.worker_spec import WorkerSpec
 from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
@@ -29,6 +30,7 @@ from workers.runtime.executor import Executor, StageRunner
 from workers.runtime.ranks import Group, LeadStage, follow, form
 from workers.runtime.session import Session
 from workers.runtime.warmup import WarmUp
+from workers.stages.batch import BatchedDenoiseStage
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
@@ -158,7 +160,10 @@ class Prepared:
     def denoise_stage(self, loaded: Loaded, device: torch.device) -> DenoiseStage:
         """Make the stage; of several ranks the first one alone makes checkpoints."""
         follows = self.group is not None and self.group.rank > 0
-        return DenoiseStage(loaded, device, None if follows else self.spec.checkpoint_seconds)
+        seconds = None if follows else self.spec.checkpoint_seconds
+        if batch_of(self.spec.speedups) > 1 and not (self.group or loaded.split):
+            return BatchedDenoiseStage(loaded, device, seconds)
+        return DenoiseStage(loaded, device, seconds)
 
 
 Made = TypeVar("Made")

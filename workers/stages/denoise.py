@@ -42,17 +42,19 @@ class DenoiseStage:
 
         With a checkpoint among the tensors it goes on from there.
         """
+        with self.weights(recipe, tensors):
+            return self.denoise(recipe, tensors, report)
+
+    def denoise(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
+        """Do what `run` does, with the weights on the device."""
         last = newest(tensors)
         saved = read(last, self.device) if last else None
-        record = CallRecord.unpack(tensors)
-        record.forwards = []  # of an earlier visit; they are made, or stood in for, once more
+        record = record_of(tensors)
         run = new_run("denoise", record, self.device, recipe)
         if recipe.ip_scale is not None:
             self.loaded.pipeline_for(recipe).set_ip_adapter_scale(recipe.ip_scale)
         try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(self.weights(recipe, tensors, record, begins=saved is None))
-                steps = stack.enter_context(self.course(recipe, record, report, saved, in_loop=is_one(tensors)))
+            with self.course(recipe, record, report, saved, in_loop=is_one(tensors)) as steps:
                 steps.begin()
                 result = until_stop(self.loaded.pipeline_for(recipe), run, self.arguments(recipe, tensors, steps))
                 goes_on = bool(run.pending) and isinstance(result, Stopped)
@@ -69,8 +71,9 @@ class DenoiseStage:
         return Outcome(pictures_of(result, self.pipeline))  # it works on pixels
 
     @contextlib.contextmanager
-    def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...], record: CallRecord, begins: bool) -> Iterator[None]:
+    def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
         """Surround a job: the weights that it needs are on the device when they are needed."""
+        record, begins = record_of(tensors), newest(tensors) is None
         with contextlib.ExitStack() as stack:
             if self.split:
                 (twin,) = self.denoisers()
@@ -122,6 +125,13 @@ class DenoiseStage:
         elif "callback" in parameters:
             arguments["callback"] = steps.ended(self.pipeline.scheduler)
         return arguments
+
+
+def record_of(tensors: tuple[Tensor, ...]) -> CallRecord:
+    """Return the record of the stages so far; forwards of an earlier visit are made, or stood in for, once more."""
+    record = CallRecord.unpack(tensors)
+    record.forwards = []
+    return record
 
 
 def is_rank() -> bool:

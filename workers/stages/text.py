@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 
 from protocol.job import Recipe
-from protocol.messages.worker import MOST_AHEAD
 from protocol.tensors import Tensor
 from workers.errors import StageError
 from workers.models.loading import Loaded
@@ -22,6 +21,8 @@ from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
 from workers.weights.lockstep import Lockstep
 
+MOST_PROMPTS = 8  # at once
+
 
 class TextStage:
     def __init__(self, loaded: Loaded, device: torch.device) -> None:
@@ -29,7 +30,7 @@ class TextStage:
         self.residencies = tuple(loaded.residencies.values())
         self.ahead: Sequence[Recipe] = ()  # of jobs that come next, and bring nothing but a prompt
         blocks = [block for residency in self.residencies for block in residency.row_modules]
-        self._lockstep = Lockstep(blocks, device, 1 + MOST_AHEAD)
+        self._lockstep = Lockstep(blocks, device)
         self._loaded = [loaded]  # the same models in a pipeline for each prompt at once
         self._made: dict[Recipe, Outcome] = {}  # ahead
 
@@ -42,7 +43,7 @@ class TextStage:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]
-            ahead = self.ahead if rings and not tensors else ()
+            ahead = self.ahead[: MOST_PROMPTS - 1] if rings and not tensors else ()
             self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
             works = [
                 functools.partial(self._encode, loaded, one, tensors)

@@ -10,13 +10,13 @@ import contextlib
 import contextvars
 import functools
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves, tree_map
 
 from workers.errors import let_go
@@ -26,22 +26,12 @@ log = logging.getLogger(__name__)
 
 MOST = 4  # forwards of a step
 KERNELS = 64  # bytes; by no multiple of more are kernels chosen: allocators start tensors at any
-
-
 Made = TypeVar("Made")
-
-
-class Lane(threading.local):
-    """The place of the forward that a thread makes among those in lockstep; None where it is made alone."""
-
-    number: int | None = None
-
-
-LANE = Lane()
+LANE: ContextVar[int | None] = ContextVar("lane", default=None)  # the number of the work that is done, among several
 
 
 class Ended(Exception):
-    """Not an error: the forwards that this one accompanies have broken off."""
+    """Not an error: the works that this one accompanies have broken off."""
 
 
 class Passes(Protocol):
@@ -50,105 +40,88 @@ class Passes(Protocol):
     def shared(self, last: Callable[[], bool]) -> contextlib.AbstractContextManager[None]: ...
 
 
-class Turns:
-    """The turns of so many threads, one of which runs at a time: each goes on until it reaches a block or its end."""
+@dataclass(frozen=True, slots=True)
+class Modes:
+    """What torch keeps of one thread, which several works have in turns, each with its own."""
 
-    def __init__(self, count: int) -> None:
-        self.broken = False
-        self._lanes = list(range(count))  # that are on their way
-        self._go = [threading.Semaphore(0) for _ in self._lanes]
+    kind: str  # of device
+    grad: bool
+    autocast: bool
+    dtype: torch.dtype  # of autocast
 
-    def at_last(self) -> bool:
-        """Return whether no other one is yet to come where this thread's has been."""
-        return LANE.number == max(self._lanes)
+    @staticmethod
+    def now(kind: str) -> "Modes":
+        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        return Modes(kind, torch.is_grad_enabled(), autocast, dtype)
 
-    def wait(self, lane: int) -> None:
-        self._go[lane].acquire()
-        if self.broken:
-            raise Ended
-
-    def pass_on(self, lane: int) -> None:
-        """Let the next one go on, and wait until it is this one's turn again; Ended."""
-        following = self._after(lane)
-        if following != lane:
-            self._go[following].release()
-            self.wait(lane)
-
-    def leave(self, lane: int) -> None:
-        following = self._after(lane)
-        self._lanes.remove(lane)
-        if following != lane:
-            self._go[following].release()
-
-    def _after(self, lane: int) -> int:
-        return self._lanes[(self._lanes.index(lane) + 1) % len(self._lanes)]
+    def set(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        torch.set_autocast_enabled(self.kind, self.autocast)
+        torch.set_autocast_dtype(self.kind, self.dtype)
 
 
 class Lockstep:
-    """Works that take turns at some blocks, up to `most` at once."""
+    """Works that take turns at some blocks, each going on until it reaches one or its end, all in one thread.
 
-    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device, most: int = MOST) -> None:
-        self._blocks, self._device = blocks, device
-        self._threads = ThreadPoolExecutor(most - 1, "lockstep")
-        self._turns: Turns | None = None
+    Threads would each have a handle of cuBLAS, and 70 MB of GPU memory for it (an H100, 2026-11-26).
+    """
+
+    def __init__(self, blocks: Sequence[torch.nn.Module], device: torch.device) -> None:
+        self._blocks, self._kind = blocks, device.type
 
     def run(self, works: Sequence[Callable[[], Made]], passes: Sequence[Passes]) -> tuple[Made, list[Made | None]]:
-        """Return the results of the first one, done in this thread, and of the others; None where one has failed."""
-        self._turns = turns = Turns(len(works))
-        hooks = [block.register_forward_pre_hook(self._at_block, prepend=True) for block in self._blocks]
+        """Return the results of the first one, and of the others; None where another has failed."""
+        modes, lanes = Modes.now(self._kind), dict[int, Any]()
+        results = dict[int, Made | None]()
+        hooks = [block.register_forward_pre_hook(self.pass_on, prepend=True) for block in self._blocks]
+
+        def last() -> bool:
+            return LANE.get() == max(lanes)
+
         try:
             with contextlib.ExitStack() as stack:
                 for one in passes:
-                    stack.enter_context(one.shared(turns.at_last))
-                others = [self._beside(turns, lane, work) for lane, work in enumerate(works) if lane]
-                try:
-                    first = in_lane(0, works[0])
-                except BaseException:
-                    turns.broken = True
-                    raise
-                finally:
-                    turns.leave(0)
-                    results = [other.result() for other in others]
-            return first, results
+                    stack.enter_context(one.shared(last))
+                for number, work in enumerate(works):
+                    lanes[number] = lane = greenlet(functools.partial(in_lane, number, work, modes))
+                    lane.gr_context = contextvars.copy_context()
+                while lanes:
+                    for number, lane in list(lanes.items()):
+                        try:
+                            made = lane.switch()
+                        except Exception as error:  # it is done once more when it is asked for, and tells then
+                            if not number:
+                                raise
+                            log.debug("a work beside another failed: %s", error)
+                            let_go(error)
+                            made = None
+                        if lane.dead:
+                            results[number] = made
+                            del lanes[number]
+            first = results.pop(0)
+            assert first is not None
+            return first, [results[number] for number in sorted(results)]
         finally:
+            for lane in lanes.values():
+                if lane and not lane.dead:
+                    with contextlib.suppress(Exception):
+                        lane.throw(Ended)
             for hook in hooks:
                 hook.remove()
+            modes.set()
 
-    def _beside(self, turns: Turns, lane: int, work: Callable[[], Made]) -> "Future[Made | None]":
-        kind, grad, inference = self._device.type, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        stream = torch.cuda.current_stream(self._device) if kind == "cuda" else None
-
-        def run() -> Made | None:
-            try:
-                turns.wait(lane)
-                with contextlib.ExitStack() as stack:
-                    stack.enter_context(torch.inference_mode(inference))
-                    stack.enter_context(torch.set_grad_enabled(grad))
-                    stack.enter_context(autocast)
-                    if stream is not None:
-                        stack.enter_context(torch.cuda.stream(stream))
-                    return in_lane(lane, work)
-            except Exception as error:  # it is done once more when it is asked for, and tells then
-                log.debug("a work beside another failed: %s", error)
-                let_go(error)
-                return None
-            finally:
-                turns.leave(lane)
-
-        return self._threads.submit(contextvars.copy_context().run, run)
-
-    def _at_block(self, *_: object) -> None:
-        if LANE.number is not None and self._turns is not None:
-            self._turns.pass_on(LANE.number)
+    def pass_on(self, *_: object) -> None:
+        """Let the other works come to where this one is."""
+        if LANE.get() is not None and (others := getcurrent().parent) is not None:
+            modes = Modes.now(self._kind)
+            others.switch()
+            modes.set()
 
 
-def in_lane(lane: int, work: Callable[[], Made]) -> Made:
-    LANE.number = lane
-    try:
-        return work()
-    finally:
-        LANE.number = None
+def in_lane(number: int, work: Callable[[], Made], modes: Modes) -> Made:
+    LANE.set(number)
+    modes.set()
+    return work()
 
 
 @dataclass(frozen=True, slots=True)

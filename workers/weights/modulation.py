@@ -182,9 +182,9 @@ class Modulation:
         ahead = self._ahead
         if ahead is None:
             return
-        if LANE.number is not None and self._layers[indices[0]] in ahead.tables:
+        if (lane := LANE.get()) is not None and self._layers[indices[0]] in ahead.tables:
             for index in indices:  # each forward in lockstep finds what another one has left there
-                self._precomputed[index].show(ahead.tables[self._layers[index]][ahead.call + LANE.number])
+                self._precomputed[index].show(ahead.tables[self._layers[index]][ahead.call + lane])
             return
         for index in indices:
             name = self._layers[index]

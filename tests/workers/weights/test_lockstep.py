@@ -156,6 +156,35 @@ def test_an_error_is_told_where_it_is_called_and_leaves_the_next_job_as_it_was(w
         assert all(map(torch.equal, run(guided(2), denoiser), wanted))
 
 
+def test_each_work_keeps_its_own_modes_and_leaves_those_of_its_thread() -> None:
+    lockstep, seen = Lockstep([], torch.device("cpu")), list[tuple[str, bool, bool]]()
+
+    def note(name: str) -> None:
+        lockstep.pass_on()
+        seen.append((name, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    def without_gradients() -> int:
+        with torch.no_grad():
+            note("no_grad")
+        return 1
+
+    def in_autocast() -> int:
+        with torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                note("autocast")
+        return 2
+
+    def plainly() -> int:
+        for _ in range(3):
+            note("plain")
+        return 3
+
+    assert lockstep.run([without_gradients, in_autocast, plainly], []) == (1, [2, 3])
+    assert set(seen) == {("no_grad", False, False), ("autocast", True, True), ("plain", True, False)}
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 @torch.no_grad()
 def test_an_argument_that_may_change_the_model_meanwhile_is_given_to_one_forward_alone() -> None:
     denoiser, passes = Denoiser(), Counted()
@@ -196,9 +225,9 @@ def test_streamed_weights_pass_once_a_step_and_are_there_for_each_forward(worst:
         assert copied[0] - copied[1] == 7 * streamed  # in all steps but the first
 
 
-@pytest.mark.parametrize("model", ["flux", "chroma"])
+@pytest.mark.parametrize(("model", "compiled"), [("flux", False), ("flux", True), ("chroma", False)])
 def test_guided_jobs_have_equal_bits_where_modulation_runs_ahead_too(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(devices.WORKSPACE, "denoise", 0)
     source = read("x", tiny.save(getattr(tiny, model)(depth=4), tmp_path), None)
@@ -207,6 +236,8 @@ def test_guided_jobs_have_equal_bits_where_modulation_runs_ahead_too(
     whole = load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32).residencies["transformer"]
     budget = {0: int(whole.total_bytes * 0.75)}
     loaded = load(source, "denoise", Devices(cpu, budget, copy_stream=worst_copy_stream), torch.float32)
+    if compiled:
+        loaded.residencies["transformer"].compile("eager")
     together = Lockstep.run
 
     def run(self: Lockstep, *args: Any) -> tuple[Any, list[Any]]:
