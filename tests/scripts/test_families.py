@@ -1,11 +1,17 @@
 """The classes of the table of families, one by one."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from scripts.families import run
+from tests import stages
 from tests.families import CASES
+from workers.models.devices import Devices
+from workers.weights.lockstep import Lockstep, in_lockstep
+from workers.weights.residency import Residency
 
 
 @pytest.mark.all
@@ -34,6 +40,34 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", USED)
 def test_what_is_used_most_gives_the_bits_of_the_plain_pipeline_in_every_way(name: str, way: str) -> None:
     how, why = run(name, **WAYS[way])
+    assert how == "equal", why
+
+
+class NoRing:
+    """Stands for weights that are streamed, where there are none."""
+
+    def shared(self, last: Callable[[], bool]) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("name", USED)
+def test_a_guided_steps_forwards_in_lockstep_have_the_bits_of_the_plain_pipeline(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Residency.job
+
+    @contextlib.contextmanager
+    def job(self: Residency, forwards: Any, in_steps: bool = False) -> Iterator[None]:
+        with real(self, forwards), contextlib.ExitStack() as stack:
+            if in_steps:
+                together = in_lockstep(Lockstep(self.row_modules, self.device), self.module, NoRing(), lambda _: True)
+                stack.enter_context(together)
+            yield
+
+    monkeypatch.setattr(Residency, "job", job)
+    monkeypatch.setattr(stages, "Devices", lambda device: Devices(device, {0: 1 << 40}))
+    how, why = run(name, guided=True)
     assert how == "equal", why
 
 
