@@ -130,13 +130,20 @@ class Foreseen:
 
     call: Call
     kept: Call
+    versions: dict[int | str, int]  # of the arguments' tensors: torch counts what is written into them
     result: Any  # None where there is none
 
     def is_of(self, call: Call) -> bool:
-        """Return whether a call has the arguments that it was made with: the same values, laid out in the same way."""
+        """Return whether a call has the arguments that it was made with: the same values, laid out in the same way.
+
+        The very tensors, unwritten since, are not compared: to see values on a GPU is to wait for it.
+        """
         was, copies, now = values_of(self.call), values_of(self.kept), values_of(call)
+        untouched = {name for name, version in versions_of(self.call).items() if version == self.versions[name]}
         return now.keys() == was.keys() and all(
-            laid_out(value) == laid_out(was[name]) and same(value, copies[name]) for name, value in now.items()
+            (value is was[name] and name in untouched)
+            or (laid_out(value) == laid_out(was[name]) and same(value, copies[name]))
+            for name, value in now.items()
         )
 
 
@@ -205,9 +212,10 @@ class Steps:
         if together > 1 and self._may(together) and all(map(leaves_no_trace, values_of(call).values())):
             others = [self._first_step.like(call, number) for number in range(1, together)]
             kept = [Call(copy_of(other.args), copy_of(other.kwargs)) for other in others]
+            versions = [versions_of(other) for other in others]
             forwards = [functools.partial(self._forward, *one.args, **one.kwargs) for one in (call, *others)]
             result, results = self._lockstep.run(forwards, [self._passes])
-            self._ahead = [Foreseen(*each) for each in zip(others, kept, results, strict=True)]
+            self._ahead = [Foreseen(*each) for each in zip(others, kept, versions, results, strict=True)]
             return result
         return self._forward(*args, **kwargs)
 
@@ -241,6 +249,12 @@ def differing(one: Call, other: Call) -> set[int | str] | None:
     if mine.keys() != theirs.keys():
         return None
     return {name for name, value in mine.items() if not same(value, theirs[name])}
+
+
+def versions_of(call: Call) -> dict[int | str, int]:
+    """Return how often each tensor of a call was written into, of those whose writes torch counts."""
+    tensors = {name: value for name, value in values_of(call).items() if isinstance(value, torch.Tensor)}
+    return {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
 
 
 def laid_out(value: Any) -> Any:

@@ -67,6 +67,18 @@ def in_place(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Te
     return first + denoiser(latents, prompt)[0]
 
 
+def in_one_place(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
+    """A step like that, whose second forward is given the same tensor in every step."""
+    if not number:
+        KEPT.zero_()
+    first = denoiser(latents, PROMPTS[1])[0].clone()
+    KEPT.add_(1)
+    return first + denoiser(latents, KEPT)[0]
+
+
+KEPT = torch.zeros(1, 8)
+
+
 def other_latents(denoiser: Denoiser, latents: torch.Tensor, number: int) -> torch.Tensor:
     return denoiser(latents, PROMPTS[0])[0] + denoiser(latents * 2, PROMPTS[1])[0]
 
@@ -93,6 +105,7 @@ GUIDES: dict[str, tuple[Guide, bool]] = {  # whether it runs in lockstep at all
     "two": (guided(2), True),
     "three": (guided(3), True),
     "what is given is written over": (in_place, True),
+    "one tensor is written over again and again": (in_one_place, True),
     "its second forward has other latents": (other_latents, False),
     "a step has one forward": (guided_at_times, True),
     "a step has its forwards the other way round": (turned_round, True),
