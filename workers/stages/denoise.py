@@ -73,7 +73,7 @@ class DenoiseStage:
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
         """Surround a job: the weights that it needs are on the device when they are needed."""
-        record, begins = record_of(tensors), newest(tensors) is None
+        record, begins = record_of(tensors), not newest(tensors)
         with contextlib.ExitStack() as stack:
             if self.split:
                 (twin,) = self.denoisers()
