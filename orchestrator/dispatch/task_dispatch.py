@@ -1,5 +1,6 @@
 """Handing out: what the scheduler decides is sent to workers; what stands still is ended, with its reason."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -16,17 +17,27 @@ from orchestrator.job import LiveJob
 from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
+from protocol.job import Recipe
 from protocol.messages.worker import AHEAD, MOST_AHEAD, Task
 from protocol.pictures import as_given
 from protocol.speedups import batch_of
 from protocol.stages import TRAITS, Stage
 from protocol.tensors import Tensor
+from protocol.wire import MAX_TENSORS
 
 log = logging.getLogger(__name__)
 
 MOST_WAITING = 64  # jobs that are looked through for what a worker may do along with another
+MOST_BESIDE = MAX_TENSORS // 2  # tensors of other jobs beside a task
+MOST_TEXT = 20_000  # characters of one of those jobs: a message's header holds all their recipes
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
 MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
+
+
+def length_of(recipe: Recipe) -> int:
+    """Return the characters of what a person has written into a recipe."""
+    settings = sum(len(str(value)) for _, value in recipe.settings)
+    return len(recipe.prompt) + len(recipe.negative_prompt or "") + settings
 
 
 def kind_of(job: LiveJob) -> tuple[object, ...]:
@@ -116,15 +127,19 @@ class TaskDispatch:
         Text encoders take prompts that were not seen, a denoiser jobs of the same kind, as many as it makes batches of.
         """
         waiting = (self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.model, MOST_WAITING))
-        fresh = [other for other in waiting if not (other.id in busy or other.recipe.pictures or other.saved)]
+        fresh = [
+            other for other in waiting
+            if not (other.id in busy or other.recipe.pictures or other.saved) and length_of(other.recipe) <= MOST_TEXT
+        ]  # fmt: skip
         match job.stage:
             case "text" if not job.records:
                 others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
                 return [(other, ()) for other in others.values()][:MOST_AHEAD]
             case "denoise" if (batch := batch_of(job.recipe.speedups)) > 1:
                 alike = [other for other in fresh if kind_of(other) == kind_of(job)]
-                found = ((other, self._inputs(other)) for other in alike[: batch - 1])
-                return [(other, inputs) for other, inputs in found if inputs is not None]
+                found = [(o, inputs) for o in alike[: batch - 1] if (inputs := self._inputs(o)) is not None]
+                sums = itertools.accumulate(len(inputs) for _, inputs in found)
+                return [pair for pair, total in zip(found, sums, strict=True) if total <= MOST_BESIDE]
         return []
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:

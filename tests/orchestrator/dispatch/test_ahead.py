@@ -26,6 +26,14 @@ def test_a_text_worker_is_told_the_next_prompts_each_once(state: Path) -> None:
         assert (task.recipe.prompt, [recipe.prompt for recipe in task.ahead]) == ("b", ["c"])
 
 
+def test_a_prompt_as_long_as_a_book_is_told_when_its_turn_comes(state: Path) -> None:
+    with orchestrator(state) as stack:
+        stack.worker("vae").ready().settle()
+        submitted(stack, "a", "b" * 50_000, "c")
+        task = stack.worker("text").ready().take()
+        assert (task.recipe.prompt, [recipe.prompt for recipe in task.ahead]) == ("a", ["c"])
+
+
 def test_a_denoiser_that_makes_batches_gets_the_next_jobs_of_a_kind_with_their_embeddings(state: Path) -> None:
     with orchestrator(state) as stack:
         speedups = ("denoise:batch=3",)
