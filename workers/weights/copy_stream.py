@@ -1,6 +1,6 @@
 """Copies beside computation: a stream of its own on a GPU; on a CPU the same calls, each done when it returns."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -26,6 +26,9 @@ class Mark:
 class CopyStream(Protocol):
     device: torch.device
 
+    def expect(self, sources: Iterable[torch.Tensor]) -> None:
+        """Prepare for sources that will be copied again and again."""
+
     def mark(self) -> Mark:
         """Mark what has been queued for computation up to now."""
 
@@ -42,6 +45,9 @@ class CopyStream(Protocol):
 class HostCopyStream:
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def expect(self, sources: Iterable[torch.Tensor]) -> None:
+        pass
 
     def mark(self) -> Mark:
         return Mark(None)
@@ -66,6 +72,9 @@ class CudaCopyStream:
         self._stream = torch.cuda.Stream(device)
         self._buffers: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._turn = 0
+
+    def expect(self, sources: Iterable[torch.Tensor]) -> None:
+        self._locks.expect(sources)
 
     def mark(self) -> Mark:
         return Mark(torch.cuda.current_stream(self.device).record_event())
@@ -126,6 +135,9 @@ class ThreadedCopyStream:
         self.device, self._stream = stream.device, stream
         self._thread = ThreadPoolExecutor(1, "copies")
         self._failure: Exception | None = None
+
+    def expect(self, sources: Iterable[torch.Tensor]) -> None:
+        self._stream.expect(sources)
 
     def mark(self) -> Mark:
         return self._stream.mark()

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
 COPIES_BEFORE = 3  # of a piece, from the disk: what stays on a GPU is copied twice until a job has been learned from
+COPIES_OF_A_STREAM = 1  # the same of what is said to be copied again and again
 LIMITED_PIECE_BYTES = 4 << 20  # where not all can be: what is streamed lies scattered
 
 
@@ -56,6 +57,7 @@ class Piece:
     end: int
     locked: Future[bool] | None = None  # None: nobody has asked for it yet
     copied: int = 0  # bytes
+    copies_before: int = COPIES_BEFORE
 
     def part(self, start: int, end: int, origin: int) -> Part:
         """Return the part from one address to another of a tensor that begins at address `origin`."""
@@ -93,7 +95,7 @@ class LockedFile:
         length = piece.end - piece.start
         with self._lock:  # several parts of a model may lie in one file
             piece.copied += size
-            if piece.locked is None and piece.copied > COPIES_BEFORE * length and self._locker.take(length):
+            if piece.locked is None and piece.copied > piece.copies_before * length and self._locker.take(length):
                 self._ask(piece)
         locked = piece.locked is not None and piece.locked.done() and piece.locked.result()
         return locked, None if locked else self._direct
@@ -188,14 +190,25 @@ class PageLocks:
         for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
             self._pieces += locker.file(path, file.data_ptr(), file.nbytes, device).pieces
 
+    def expect(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Lock the pieces that weights lie in once they were copied, for they will be copied again and again."""
+        for tensor in tensors:
+            for piece in self._pieces_of(tensor):
+                piece.copies_before = COPIES_OF_A_STREAM
+
+    def _pieces_of(self, tensor: torch.Tensor) -> Iterator[Piece]:
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
+        for piece in itertools.takewhile(lambda piece: piece.start < end, self._pieces[index:]):
+            if piece.end > start:
+                yield piece
+
     def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
         """Yield a contiguous weight's bytes in parts that may be copied, each once its locking has had its turn."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        index = max(0, bisect.bisect_right(self._pieces, start, key=lambda piece: piece.start) - 1)
         mapped = False
-        for piece in itertools.takewhile(lambda piece: piece.start < end, self._pieces[index:]):
-            if piece.end > start:
-                mapped = True
-                yield piece.part(max(piece.start, start), min(piece.end, end), start)
+        for piece in self._pieces_of(tensor):
+            mapped = True
+            yield piece.part(max(piece.start, start), min(piece.end, end), start)
         if not mapped:  # a private one
             yield Part(0, tensor.nbytes, True)

@@ -174,6 +174,7 @@ class Ring:
     ) -> None:
         self.copy_stream = copy_stream
         self.memory = memory_of_its_own(plan.ring_bytes, copy_stream.device)
+        copy_stream.expect(host[name] for piece in plan.pieces for name in piece)
         self._copies: list[list[tuple[torch.Tensor, torch.Tensor]]] = []  # of each piece: (place in the ring, source)
         self._spans: list[tuple[int, int]] = []
         for piece, start in zip(plan.pieces, plan.offsets, strict=True):

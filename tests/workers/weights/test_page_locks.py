@@ -13,7 +13,7 @@ from workers.errors import WeightsLost
 from workers.weights.copy_stream import HostCopyStream, ThreadedCopyStream
 from workers.weights.direct_file import DirectFile, new_buffer
 from workers.weights.host_weights import HostWeights, host_weights
-from workers.weights.page_locks import COPIES_BEFORE, PageLocker, PageLocks
+from workers.weights.page_locks import COPIES_BEFORE, COPIES_OF_A_STREAM, PageLocker, PageLocks
 
 CPU = torch.device("cpu")
 PIECE = 64 << 10
@@ -74,6 +74,24 @@ def test_what_is_copied_again_is_locked_as_far_as_memory_allows(weights: HostWei
     assert len(locked) >= min(room, total // PIECE)
     assert (in_memory > 0) == (room > 0)
     assert (from_disk > 0) == (room < 100)
+
+
+def test_what_is_said_to_be_copied_again_and_again_is_locked_sooner(weights: HostWeights) -> None:
+    locked: list[int] = []
+
+    def register(address: int, size: int, device: torch.device) -> int:
+        locked.append(size)
+        return 0
+
+    locker = PageLocker(register, PIECE, limit=100 * PIECE)
+    locks = PageLocks(weights, CPU, locker)
+    first = list(weights.tensors.values())[:4]
+    locks.expect(first)
+    for _ in range(COPIES_OF_A_STREAM + 1):
+        read_all(locks, weights)
+    wait([locker.thread.submit(int)])
+    assert 0 < sum(locked) <= sum(tensor.nbytes for tensor in first) + 2 * PIECE
+    assert all(part.locked for tensor in first[1:3] for part in locks.parts(tensor))
 
 
 def test_a_file_is_read_at_any_place_and_its_end_is_an_error(tmp_path: Path) -> None:
