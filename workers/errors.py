@@ -11,6 +11,31 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def refusals() -> int:
+    """Return how often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else range(0)
+    return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in gpus)
+
+
+class Forgiven:
+    """Refusals of GPU memory in a try whose results were thrown away, for what was done anew with less at once."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, since: int) -> None:
+        """Add those that came since there were so many."""
+        self._count += refusals() - since
+
+    def pop(self) -> int:
+        """Return them, and forget them."""
+        count, self._count = self._count, 0
+        return count
+
+
+FORGIVEN = Forgiven()
+
+
 class Cancelled(Exception):
     """Somebody no longer wants the task."""
 

@@ -265,8 +265,9 @@ class Engine:
             if self.store.artifacts.parts("pictures", job.id) != list(range(1, result.parts + 1)):
                 self._fail(worker, result, f"{worker.hello.name} ended the job without all of its parts", retry=True)
                 return
-        self.leasing.learn(worker, job.recipe, result.workspace_bytes)
-        self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
+        if result.alone:
+            self.leasing.learn(worker, job.recipe, result.workspace_bytes)
+            self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
         self.deadlines.moved(worker, job.recipe, worker.step + 1)
         kept = self._keep(job, result, tensors)
         record = StageRecord(

@@ -30,6 +30,7 @@ class Worker:
     joined: float = field(default_factory=time.monotonic)
     idle_since: float = 0.0  # monotonic seconds
     task: TaskKey | None = None
+    along: tuple[str, ...] = ()  # jobs that it may be doing along with its task
     pace: tuple[Stage, ModelKey, int] | None = None  # what its task's steps are like
     step: int = 0  # of its task, as far as it was told
     moved: float = 0.0  # monotonic seconds, when it last came further
@@ -101,7 +102,7 @@ class Fleet:
         worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
 
     def ready(self, worker: Worker) -> None:
-        worker.state, worker.task, worker.idle_since = "idle", None, self.clock()
+        worker.state, worker.task, worker.along, worker.idle_since = "idle", None, (), self.clock()
         self._idle[worker.identity] = worker
 
     def swap(self, worker: Worker) -> None:
@@ -121,10 +122,16 @@ class Fleet:
     def return_loan(self, worker: Worker) -> None:
         worker.loan, worker.moved = "", self.clock()
 
-    def give(self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None) -> None:
+    def give(
+        self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None, along: tuple[str, ...] = ()
+    ) -> None:
         self._idle.pop(worker.identity, None)
-        worker.state, worker.task, worker.pace = "busy", task, pace
+        worker.state, worker.task, worker.pace, worker.along = "busy", task, pace, along
         worker.step, worker.moved = 0, self.clock()
+
+    def taken_along(self) -> set[str]:
+        """Return the jobs that workers may be doing along with their tasks; they wait for those."""
+        return {job for worker in self for job in worker.along}
 
     def remove(self, worker: Worker) -> None:
         self.workers.pop(worker.identity, None)

@@ -186,7 +186,9 @@ class Leasing:
         self, stage: Stage, model: ModelKey, count: int, holders: Iterable[LeasedWorker], jobs: Mapping[str, LiveJob]
     ) -> Sequence[WaitingTask]:
         roomiest = self._roomiest(stage, model, holders)
-        return [self._waiting(jobs[job_id], roomiest) for job_id in self._queues.first(stage, model, count)]
+        taken = self._fleet.taken_along()
+        first = [job_id for job_id in self._queues.first(stage, model, count + len(taken)) if job_id not in taken]
+        return [self._waiting(jobs[job_id], roomiest) for job_id in first[:count]]
 
     def _waiting(self, job: LiveJob, roomiest: LeasedWorker | None) -> WaitingTask:
         waited = time.monotonic() - self._queues.since(job.id)

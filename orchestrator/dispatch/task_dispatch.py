@@ -18,7 +18,7 @@ from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
 from protocol.job import Recipe
-from protocol.messages.worker import AHEAD, MOST_AHEAD, Task
+from protocol.messages.worker import AHEAD, MOST_AHEAD, MOST_PROMPTS, Task
 from protocol.pictures import as_given
 from protocol.speedups import batch_of
 from protocol.stages import TRAITS, Stage
@@ -38,6 +38,12 @@ def length_of(recipe: Recipe) -> int:
     """Return the characters of what a person has written into a recipe."""
     settings = sum(len(str(value)) for _, value in recipe.settings)
     return len(recipe.prompt) + len(recipe.negative_prompt or "") + settings
+
+
+def may_go_along(job: LiveJob) -> bool:
+    """Return whether a job may be done along with another: it begins with nothing but words, and has not failed."""
+    bare = not (job.recipe.pictures or job.saved or job.failures or job.shortages)
+    return bare and length_of(job.recipe) <= MOST_TEXT
 
 
 def kind_of(job: LiveJob) -> tuple[object, ...]:
@@ -97,7 +103,7 @@ class TaskDispatch:
                 case ReturnLoan():
                     self._outbox.to_worker(worker.identity, self._leasing.return_loan(worker, action))
 
-    def _hand_out(self, job: LiveJob, worker: Worker, busy: Container[str]) -> None:
+    def _hand_out(self, job: LiveJob, worker: Worker, busy: set[str]) -> None:
         tensors = self._inputs(job)
         if tensors is None:
             log.warning("an artifact of the visit before %s is gone; going back", job.stage, extra={"job": job.id})
@@ -118,26 +124,30 @@ class TaskDispatch:
             ahead=tuple(other.recipe for other, _ in ahead), allow_tiling=not self._leasing.more(worker),
         )  # fmt: skip
         theirs = [replace(t, name=f"{AHEAD}{n}:{t.name}") for n, (_, tensors) in enumerate(ahead) for t in tensors]
-        self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe))
+        along = tuple(other.id for other, _ in ahead)
+        self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe), along)
         self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ()), *theirs))
 
-    def _ahead(self, job: LiveJob, busy: Container[str]) -> Sequence[tuple[LiveJob, tuple[Tensor, ...]]]:
+    def _ahead(self, job: LiveJob, busy: set[str]) -> Sequence[tuple[LiveJob, tuple[Tensor, ...]]]:
         """Return the next jobs, but for `busy` ones, that their worker may do along with this one, with their inputs.
 
         Text encoders take prompts that were not seen, a denoiser jobs of the same kind, as many as it makes batches of.
         """
+        if job.failures or job.shortages:  # of which its company may have been the cause
+            return []
+        taken = self._fleet.taken_along() | busy
         waiting = (self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.model, MOST_WAITING))
-        fresh = [
-            other for other in waiting
-            if not (other.id in busy or other.recipe.pictures or other.saved) and length_of(other.recipe) <= MOST_TEXT
-        ]  # fmt: skip
+        fresh = [other for other in waiting if other.id not in taken and may_go_along(other)]
         match job.stage:
             case "text" if not job.records:
                 others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
-                return [(other, ()) for other in others.values()][:MOST_AHEAD]
+                return [(other, ()) for other in others.values()][:MOST_PROMPTS]
             case "denoise" if (batch := batch_of(job.recipe.speedups)) > 1:
-                alike = [other for other in fresh if kind_of(other) == kind_of(job)]
-                found = [(o, inputs) for o in alike[: batch - 1] if (inputs := self._inputs(o)) is not None]
+                kind = kind_of(job)
+                alike = [other for other in fresh if kind_of(other) == kind]
+                found = [
+                    (o, inputs) for o in alike[: min(batch - 1, MOST_AHEAD)] if (inputs := self._inputs(o)) is not None
+                ]
                 sums = itertools.accumulate(len(inputs) for _, inputs in found)
                 return [pair for pair, total in zip(found, sums, strict=True) if total <= MOST_BESIDE]
         return []

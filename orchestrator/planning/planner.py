@@ -75,6 +75,8 @@ def check(config: StackConfig, hardware: Hardware) -> None:
     rivals = {"--quantize": config.stage("denoise").quantize, "--cache": config.cache, "--batch": config.batch}
     for option in (option for option, given in rivals.items() if given and config.placement in SEVERAL):
         raise BadRequest(f"--placement {config.placement} does not go with {option}.", "Leave one of them out.")
+    if config.batch and config.cache:
+        raise BadRequest("--batch does not go with --cache, which remembers one job's steps.", "Leave one of them out.")
 
 
 def look(

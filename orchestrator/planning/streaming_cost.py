@@ -10,6 +10,7 @@ from protocol.model_profile import StageProfile
 RING_SLOTS = (8, 4, 3, 2, 1)  # pieces that are on their way or in use at once
 LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
 SLOTS_OF_A_SMALL_RING = 3
+MOST_FOR_SLOTS = 1.1  # times what must be streamed at least, for a ring of so many
 # How well copies and computing hide each other: worst where they take equally long. Fitted to FLUX.1-dev on an H100 and
 # an H200 in 16, 12 and 8 GiB, where copying takes from 0.3 to 1.4 of the time of computing (2026-11-26).
 SHARPNESS = 5.0
@@ -57,12 +58,14 @@ def streaming(load: Load, budget: int) -> Streaming | None:
     total = load.weights - load.once + load.loose
     if total <= budget:
         return Streaming(0.0, load.once)
-    for slots in (slots for slots in RING_SLOTS if slots < load.blocks):
-        a_pass = (total - budget) / (1 - slots / load.blocks)
-        ring = a_pass * slots / load.blocks
-        if a_pass <= load.most and (slots <= SLOTS_OF_A_SMALL_RING or ring <= LARGEST_RING * total):
+    passes = {slots: (total - budget) / (1 - slots / load.blocks) for slots in RING_SLOTS if slots < load.blocks}
+    fitting = {slots: a_pass for slots, a_pass in passes.items() if a_pass <= load.most}
+    least = min(fitting.values(), default=float(load.most))
+    for slots, a_pass in fitting.items():
+        small = a_pass * slots / load.blocks <= LARGEST_RING * total
+        if small or (slots == SLOTS_OF_A_SMALL_RING and a_pass <= MOST_FOR_SLOTS * least):
             return Streaming(a_pass, load.once)
-    return Streaming(float(load.most), load.once)
+    return Streaming(least, load.once)
 
 
 def job_seconds(compute: float, passes: int, how: Streaming, link: float, together: int = 1) -> tuple[float, float]:

@@ -115,6 +115,7 @@ class Result(TaskKey):
     visits_left: Count | None = None  # to the end of the job, `next` included; None: as usual
     peak_bytes: Count = 0
     workspace_bytes: Count = 0  # of a GPU's memory beside the weights, at most
+    alone: bool = True  # nothing was done along with it, nor it along with another: these figures are its own
     warnings: Annotated[tuple[Line, ...], Field(max_length=16)] = ()
 
 
@@ -133,6 +134,7 @@ class WorkerGoodbye(Message):
 
 
 MOST_AHEAD = 15  # recipes beside a task
+MOST_PROMPTS = 7  # of them, beside one of the text stage
 AHEAD = "ahead:"  # begins the names of their tensors: ahead:NUMBER:NAME
 
 

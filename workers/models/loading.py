@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError
 
 from protocol.errors import BadRequest, ModelMissing
@@ -96,8 +96,9 @@ class Loaded:
     def another(self) -> "Loaded":
         """The same models in a pipeline with a scheduler and hooks of its own, for one of several jobs at once."""
         parts = dict(self.pipeline.components)
-        parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
         for name, part in parts.items():
+            if isinstance(part, SchedulerMixin):
+                parts[name] = type(part).from_config(part.config)
             if isinstance(part, torch.nn.Module) and stages_of(name) == ("denoise",):
                 parts[name] = twin_of(part)
                 if self.split:

@@ -40,14 +40,13 @@ class StageSpeedups:
     fuse_qkv: bool = False
     quantize: str = ""
     parallel: str = ""  # tensor-2 …
-    batch: int = 1  # jobs at once
 
     @staticmethod
     def of(stage: Stage, speedups: tuple[str, ...]) -> "StageSpeedups":
         named = {name: value for where, name, value in map(parse_speedup, speedups) if where == stage}
         return StageSpeedups(
             "compile" in named, named.get("attention", ""), named.get("cache", ""), "fuse-qkv" in named,
-            named.get("quantize", ""), named.get("parallel", ""), int(named.get("batch", 1)),
+            named.get("quantize", ""), named.get("parallel", ""),
         )  # fmt: skip
 
     def together(self, device: torch.device) -> Parallel | None:

@@ -102,7 +102,7 @@ def encoding_on_shapes(seen: Seen, name: str, vae: Any) -> Iterator[None]:
 
 
 def watched(seen: Seen, name: str, model: torch.nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run a model on shapes, and note what it does; its result is zeros on the CPU.
+    """Run a model on shapes, and note what it does; its result is zeros on the CPU, a denoiser's ones.
 
     Masks are left out: some models look whether they can be ignored, which shapes don't tell.
     """

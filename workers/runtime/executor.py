@@ -23,7 +23,7 @@ from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
 from protocol.wire import MAX_FRAME_BYTES
-from workers.errors import Cancelled, StageError, WeightsLost, cause_of, release_memory
+from workers.errors import FORGIVEN, Cancelled, StageError, WeightsLost, cause_of, refusals, release_memory
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
 from workers.stages.batch import BatchedDenoiseStage
@@ -70,13 +70,14 @@ def run_measured(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...
         for gpu in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(gpu)
     refused = refusals() if cuda else 0
+    FORGIVEN.pop()
     start = time.perf_counter()
     outcome = runner.run(recipe, tensors, report)
     seconds = time.perf_counter() - start
     gpus = range(torch.cuda.device_count()) if cuda else range(0)
     peaks = {gpu: torch.cuda.max_memory_allocated(gpu) for gpu in gpus}
     parts = runner.split if isinstance(runner, DenoiseStage) else None
-    short = cuda and parts is None and refusals() > refused
+    short = cuda and parts is None and refusals() > refused + FORGIVEN.pop()
     workspace = workspace_of(runner, peaks) // (parts.company if parts else 1)
     return Measured(outcome, seconds, sum(peaks.values()), workspace, short)
 
@@ -88,11 +89,6 @@ def workspace_of(runner: StageRunner, peaks: Mapping[int, int]) -> int:
         if residency.device.index in weights:
             weights[residency.device.index] += residency.device_bytes
     return max((peak - weights[gpu] for gpu, peak in peaks.items()), default=0)
-
-
-def refusals() -> int:
-    """Return how often GPU memory was asked for and not there; cuDNN asks, and takes another algorithm instead."""
-    return sum(torch.cuda.memory_stats(gpu).get("num_ooms", 0) for gpu in range(torch.cuda.device_count()))
 
 
 Run = Callable[[StageRunner, Recipe, tuple[Tensor, ...], Report], Measured]
@@ -259,7 +255,7 @@ class Executor:
             result = Result(
                 **key, seconds=done.seconds, next=done.outcome.next, parts=done.outcome.parts,
                 wants=done.outcome.wants,
-                calls=done.outcome.calls,
+                calls=done.outcome.calls, alone=done.outcome.alone,
                 peak_bytes=done.peak_bytes,
                 workspace_bytes=done.workspace_bytes,
                 warnings=(*done.outcome.warnings, *((IN_SHORT,) if self._was_short else ())),

@@ -2,13 +2,16 @@
 
 Each job runs the pipeline's own call in turns with the others, up to its denoiser's next forward; once all are there,
 their arguments are put together along the batch, and each gets its part of the result. What can't be put together is
-run one after the other.
+run one after the other; so is everything of a pipeline whose first batch gave other results than its jobs alone, as
+where a denoiser treats the places in a batch in different ways.
 """
 
 import contextlib
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,14 +19,17 @@ from diffusers.utils import BaseOutput
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
-from workers.errors import release_memory
+from workers.errors import FORGIVEN, let_go, refusals, release_memory
 from workers.models.loading import Loaded
+from workers.replay.boundaries import tensors_of
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.denoise import DenoiseStage
 from workers.weights.forward_trace import Call, same, standing_in
-from workers.weights.lockstep import LANE, Lockstep
+from workers.weights.lockstep import LANE, Lockstep, is_plain
 
 log = logging.getLogger(__name__)
+
+MOST_ROUNDING = 0.02  # of a result's norm; bf16 rounds to 0.4 %, many times one after the other
 
 
 class BatchedDenoiseStage(DenoiseStage):
@@ -34,41 +40,60 @@ class BatchedDenoiseStage(DenoiseStage):
         self.ahead: Sequence[tuple[Recipe, tuple[Tensor, ...]]] = ()
         self._lockstep = Lockstep([], device)
         self._others: list[DenoiseStage] = []  # the same model in a pipeline for each job at once
-        self._made: dict[Recipe, Outcome] = {}  # ahead
+        self._made: dict[tuple[Recipe, bytes], Outcome] = {}  # ahead, by what it was made of
+        self._sound: dict[type, bool] = {}  # whether batches of a pipeline give what its jobs give alone
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return what DenoiseStage does; what is made for the jobs that were taken along is kept until they come."""
-        if made := self._made.pop(recipe, None):
+        ahead, self.ahead = self.ahead, ()
+        if made := self._made.pop((recipe, digest_of(tensors)), None):
             return made
-        if not self.ahead or any(getattr(one, "is_cache_enabled", False) for one in self.denoisers()):
+        cls = type(self.loaded.pipeline_for(recipe))
+        streamed = any(residency.ring for residency in self.residencies)
+        if not ahead or streamed or not self._sound.get(cls, True):
             return super().run(recipe, tensors, report)
-        count = 1 + len(self.ahead)
+        count = 1 + len(ahead)
         self._others += [DenoiseStage(self.loaded.another(), self.device) for _ in range(count - len(self._others))]
         first, *others = self._others[:count]
         first.checkpoint_seconds = self.checkpoint_seconds
         works = [functools.partial(first.denoise, recipe, tensors, report)]
-        for stage, (other, its) in zip(others, self.ahead, strict=True):
+        for stage, (other, its) in zip(others, ahead, strict=True):
             works.append(functools.partial(stage.denoise, other, its, unheard))
         with contextlib.ExitStack() as stack:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             for name, denoiser in self.loaded.components.items():
                 if denoiser in self.denoisers():
-                    batches = Batches(self._lockstep, denoiser.forward)
+                    batches = Batches(self._lockstep, denoiser.forward, cls in self._sound)
+                    stack.callback(self._note, cls, batches)
                     for stage in self._others[:count]:
                         stack.enter_context(standing_in(stage.loaded.components[name], batches))
             outcome, outcomes = self._lockstep.run(works, [])
-        recipes = [other for other, _ in self.ahead]
-        self._made = {other: made for other, made in zip(recipes, outcomes, strict=True) if made}
-        return outcome
+        made_ahead = zip(ahead, outcomes, strict=True)
+        self._made = {(one, digest_of(its)): replace(o, alone=False) for (one, its), o in made_ahead if o}
+        return replace(outcome, alone=False)
+
+    def _note(self, cls: type, batches: "Batches") -> None:
+        self._sound[cls] = self._sound.get(cls, True) and batches.sound
+
+
+def digest_of(tensors: Sequence[Tensor]) -> bytes:
+    """Return a digest of all that a task's tensors hold."""
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        found.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+        found.update(tensor.data)
+    return found.digest()
 
 
 class Batches:
     """The forward of a denoiser for several jobs: each call waits until the others have come to theirs, or ended."""
 
-    def __init__(self, lockstep: Lockstep, forward: Callable[..., Any]) -> None:
+    def __init__(self, lockstep: Lockstep, forward: Callable[..., Any], tried: bool) -> None:
+        """`tried`: batches were seen to give what jobs give alone, so that it need not be looked at again."""
         functools.update_wrapper(self, forward)  # for pipelines that look at its parameters
-        self._lockstep, self._forward = lockstep, forward
+        self._lockstep, self._forward, self._tried = lockstep, forward, tried
+        self.sound = True  # batches may be made
         self._calls: dict[int, Call] = {}  # by lane
         self._results: dict[int, Any] = {}
 
@@ -85,18 +110,47 @@ class Batches:
     def _run(self, lane: int) -> None:
         lanes = sorted(self._calls)
         calls = [self._calls[one] for one in lanes]
-        together = put_together(calls) if len(calls) > 1 else None
-        if together:
-            try:
-                result = self._forward(*together.args, **together.kwargs)
-                self._results |= {one: share_of(result, n, len(lanes)) for n, one in enumerate(lanes)}
-                self._calls.clear()
-                return
-            except torch.OutOfMemoryError as error:
-                log.warning("no memory for %d jobs at once: %s", len(lanes), error)
-            release_memory()
+        together = put_together(calls) if len(calls) > 1 and self.sound else None
+        if together and (results := self._batch(together, calls)):
+            self._results |= dict(zip(lanes, results, strict=True))
+            self._calls.clear()
+            return
         call = self._calls.pop(lane)
         self._results[lane] = self._forward(*call.args, **call.kwargs)
+
+    def _batch(self, together: Call, calls: Sequence[Call]) -> list[Any] | None:
+        """Return the results of all calls in one; None where that can't be, and from then on none is tried."""
+        refused = refusals()
+        try:
+            result = self._forward(*together.args, **together.kwargs)
+            shares = [share_of(result, number, len(calls)) for number in range(len(calls))]
+            if self._tried:
+                return shares
+            alone = [self._forward(*call.args, **call.kwargs) for call in calls]
+        except torch.OutOfMemoryError as error:
+            log.warning("no memory for %d jobs at once, so they are denoised one by one: %s", len(calls), error)
+            let_go(error)
+        except Exception as error:  # whatever a denoiser makes of a batch
+            log.warning("jobs are denoised one by one, for a batch fails: %s: %s", type(error).__name__, error)
+            let_go(error)
+        else:
+            if all(map(near, shares, alone)):
+                self._tried = True
+                return alone
+            log.warning("jobs are denoised one by one, for in a batch they come out otherwise than alone")
+        release_memory()
+        FORGIVEN.add(refused)
+        self.sound = False
+        return None
+
+
+def near(one: Any, other: Any) -> bool:
+    """Return whether two results are the same but for rounding."""
+    pairs = zip(tensors_of(one), tensors_of(other), strict=False)
+    return all(
+        a.shape == b.shape and bool((a.float() - b.float()).norm() <= MOST_ROUNDING * b.float().norm())
+        for a, b in pairs
+    )
 
 
 class Unlike(Exception):
@@ -130,6 +184,8 @@ def joined(values: Sequence[Any], samples: int) -> Any:
     """Return several jobs' values of an argument as a batch's; Unlike. What is no batch must be equal."""
     first = values[0]
     if any(type(one) is not type(first) for one in values):
+        raise Unlike
+    if not is_plain(first) and not isinstance(first, dict):
         raise Unlike
     match first:
         case torch.Tensor() if first.ndim and first.shape[0] == samples:

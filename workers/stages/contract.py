@@ -35,6 +35,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     wants: str = ""  # the call that the next stage is to make, such as `vae.encode`
     calls: int = 0  # whose results it holds
+    alone: bool = True  # it was made for itself, so that its time and memory tell what such a task takes
 
     @property
     def parts(self) -> int:

@@ -6,7 +6,9 @@ block in turns, so that the weights pass once for all. What that gives is kept u
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -21,7 +23,7 @@ from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
 from workers.weights.lockstep import Lockstep
 
-MOST_PROMPTS = 8  # at once
+MOST_RUNS = 4  # of an encoder for a job: one that generates runs for each token, and keeps what it has read
 
 
 class TextStage:
@@ -29,31 +31,51 @@ class TextStage:
         self.loaded, self.device = loaded, device
         self.residencies = tuple(loaded.residencies.values())
         self.ahead: Sequence[Recipe] = ()  # of jobs that come next, and bring nothing but a prompt
-        blocks = [block for residency in self.residencies for block in residency.row_modules]
-        self._lockstep = Lockstep(blocks, device)
+        self._blocks = [block for residency in self.residencies for block in residency.row_modules]
+        self._lockstep = Lockstep(self._blocks, device)
         self._loaded = [loaded]  # the same models in a pipeline for each prompt at once
         self._made: dict[Recipe, Outcome] = {}  # ahead
+        self._goes_along: bool | None = None  # prompts can be encoded together; None: no job has shown it yet
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the record of the stages so far, with the results of this one's encoders."""
         report(0, 1)
+        ahead, self.ahead = self.ahead, ()
         if not tensors and (made := self._made.pop(recipe, None)):
             return made
         with contextlib.ExitStack() as stack:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]
-            ahead = self.ahead[: MOST_PROMPTS - 1] if rings and not tensors else ()
+            if not rings or tensors or not self._goes_along:
+                with self._watched():
+                    return self._encode(self.loaded, recipe, tensors)
             self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
             works = [
                 functools.partial(self._encode, loaded, one, tensors)
                 for loaded, one in zip(self._loaded, (recipe, *ahead), strict=False)
             ]
-            if not ahead:
+            found = self._lockstep.try_to_run(works, rings) if ahead else None
+            if found is None:
                 return works[0]()
-            outcome, outcomes = self._lockstep.run(works, rings)
-            self._made = {one: made for one, made in zip(ahead, outcomes, strict=True) if made}
-            return outcome
+            outcome, others = found
+            made_ahead = zip(ahead, others, strict=True)
+            self._made = {one: replace(other, alone=False) for one, other in made_ahead if other}
+            return replace(outcome, alone=False)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """See whether prompts can go together: their encoders run a few times each, and draw no random numbers."""
+        runs: Counter[torch.nn.Module] = Counter()
+        hooks = [block.register_forward_pre_hook(lambda block, _: runs.update([block])) for block in self._blocks]
+        before = random_states(self.device)
+        try:
+            yield
+            same = all(map(torch.equal, before, random_states(self.device)))
+            self._goes_along = self._goes_along is not False and same and max(runs.values(), default=0) <= MOST_RUNS
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _encode(self, loaded: Loaded, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
         record = CallRecord.unpack(tensors)
@@ -65,3 +87,8 @@ class TextStage:
             raise StageError(f"{type(pipeline).__name__} came to its end without a denoiser")
         left = [*record.pack(), *ended_of(tensors)] if record.calls else []
         return Outcome(left, stopped.owner, wants=stopped.label, calls=len(record.calls))
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Return the states of torch's own generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]

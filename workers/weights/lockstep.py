@@ -1,5 +1,6 @@
-"""The forwards of one denoising step, made block by block in turns: streamed weights pass once for all of them.
+"""Several works in one thread that take turns at a model's blocks, so that streamed weights pass once for all of them.
 
+Prompts of several jobs are such works (see TextStage), and above all the forwards of one denoising step.
 With true classifier-free guidance a step has two forwards or more, which differ in their prompts alone. What the second
 one will be given is foreseen at the first one, from the steps before; it is made along with it, and its result is given
 once it is called with that. Where it is called with anything else it is made anew, so that results never depend on what
@@ -19,7 +20,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch.utils._pytree import tree_leaves, tree_map
 
-from workers.errors import let_go
+from workers.errors import FORGIVEN, let_go, refusals, release_memory
 from workers.weights.forward_trace import Call, main_input, same, standing_in
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,10 @@ class Lockstep:
         self._blocks, self._kind = blocks, device.type
 
     def run(self, works: Sequence[Callable[[], Made]], passes: Sequence[Passes]) -> tuple[Made, list[Made | None]]:
-        """Return the results of the first one, and of the others; None where another has failed."""
+        """Return the results of the first one, and of the others; None where another has failed.
+
+        Raises: what the first one raises, and torch.OutOfMemoryError of any.
+        """
         modes, lanes = Modes.now(self._kind), dict[int, Any]()
         results = dict[int, Made | None]()
         hooks = [block.register_forward_pre_hook(self.pass_on, prepend=True) for block in self._blocks]
@@ -90,7 +94,7 @@ class Lockstep:
                         try:
                             made = lane.switch()
                         except Exception as error:  # it is done once more when it is asked for, and tells then
-                            if not number:
+                            if not number or isinstance(error, torch.OutOfMemoryError):
                                 raise
                             log.debug("a work beside another failed: %s", error)
                             let_go(error)
@@ -109,6 +113,20 @@ class Lockstep:
             for hook in hooks:
                 hook.remove()
             modes.set()
+
+    def try_to_run(
+        self, works: Sequence[Callable[[], Made]], passes: Sequence[Passes]
+    ) -> tuple[Made, list[Made | None]] | None:
+        """Return what `run` does; None where there is no memory for all at once, with none of it left in use."""
+        refused = refusals()
+        try:
+            return self.run(works, passes)
+        except torch.OutOfMemoryError as error:
+            log.info("no memory for %d at once, so they are done one by one: %s", len(works), error)
+            let_go(error)
+        release_memory()
+        FORGIVEN.add(refused)
+        return None
 
     def pass_on(self, *_: object) -> None:
         """Let the other works come to where this one is."""
@@ -209,12 +227,16 @@ class Steps:
             self._first_step.forget()  # it goes another way: one by one from now on
         self._first_step.see(call)
         together = self._first_step.together
-        if together > 1 and self._may(together) and all(map(leaves_no_trace, values_of(call).values())):
+        if together > 1 and self._may(together) and all(map(is_plain, values_of(call).values())):
             others = [self._first_step.like(call, number) for number in range(1, together)]
             kept = [Call(copy_of(other.args), copy_of(other.kwargs)) for other in others]
             versions = [versions_of(other) for other in others]
             forwards = [functools.partial(self._forward, *one.args, **one.kwargs) for one in (call, *others)]
-            result, results = self._lockstep.run(forwards, [self._passes])
+            made = self._lockstep.try_to_run(forwards, [self._passes])
+            if made is None:
+                self._first_step.forget()
+                return self._forward(*args, **kwargs)
+            result, results = made
             self._ahead = [Foreseen(*each) for each in zip(others, kept, versions, results, strict=True)]
             return result
         return self._forward(*args, **kwargs)
@@ -266,6 +288,15 @@ def copy_of(value: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
-def leaves_no_trace(value: Any) -> bool:
-    """Return whether an argument changes nothing of the model, as `attention_kwargs={"scale": …}` does meanwhile."""
-    return not isinstance(value, dict) or all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+def is_plain(value: Any) -> bool:
+    """Return whether an argument is made of tensors and plain values, and changes nothing of the model.
+
+    Whatever else may have a state; `attention_kwargs={"scale": …}` changes a model's LoRA layers meanwhile.
+    """
+    leaves = tree_leaves(value)
+    if isinstance(value, dict):
+        return all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    return all(leaf is None or isinstance(leaf, PLAIN) for leaf in leaves)
+
+
+PLAIN = (torch.Tensor, bool, int, float, str, torch.dtype, torch.device)

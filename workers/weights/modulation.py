@@ -182,7 +182,8 @@ class Modulation:
         ahead = self._ahead
         if ahead is None:
             return
-        if (lane := LANE.get()) is not None and self._layers[indices[0]] in ahead.tables:
+        lane = LANE.get()
+        if lane is not None and self._layers[indices[0]] in ahead.tables:
             for index in indices:  # each forward in lockstep finds what another one has left there
                 self._precomputed[index].show(ahead.tables[self._layers[index]][ahead.call + lane])
             return
@@ -197,7 +198,7 @@ class Modulation:
             linear = self._linear[index]
             vectors = ahead.vectors_on(self._copy_stream.device)
             ahead.tables[name] = [type(linear).forward(linear, vector) for vector in vectors]
-            self._precomputed[index].show(ahead.tables[name][ahead.call])
+            self._precomputed[index].show(ahead.tables[name][ahead.call + (lane or 0)])
             if self._passing and index + SLOTS < len(self._layers):
                 self._fetch(index + SLOTS)
 

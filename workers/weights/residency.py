@@ -289,7 +289,11 @@ def block_rows(module: torch.nn.Module) -> list[str]:
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
             lists.append(name)
-            rows += [f"{name}.{i}" for i, item in enumerate(part) if any(True for _ in item.parameters())]
+            rows += [
+                f"{name}.{i}"
+                for i, item in enumerate(part)
+                if item is not None and any(True for _ in item.parameters())
+            ]
     return rows
 
 

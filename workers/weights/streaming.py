@@ -19,6 +19,7 @@ ALIGNMENT = 256  # bytes
 SEGMENT = 2 << 20  # bytes; kRoundLarge of torch's CUDACachingAllocator
 LARGEST_RING = 1 / 24  # of a model's bytes, where there is a choice
 SLOTS_OF_A_SMALL_RING = 3  # with two, copies and computing wait for each other: 3 % of FLUX.1-dev's time on an H100
+MOST_FOR_SLOTS = 1.1  # times what must be streamed at least, for a ring of so many
 LEAST_SHARE = 0.01  # of a block's largest weight: smaller ones stay
 
 
@@ -86,11 +87,13 @@ def plan_stream(blocks: Sequence[Block], total: int, budget: int) -> StreamPlan 
     time: blocks take about the same time, and whole blocks in a row would leave the link idle in between.
     """
     # More slots hide more of a link's unevenness, but their bytes must be streamed instead of staying.
-    for slots in (8, 4, 3, 2, 1):
-        plan = plan_with(blocks, total, budget, slots)
-        if plan and (slots <= SLOTS_OF_A_SMALL_RING or plan.ring_bytes <= LARGEST_RING * total):
+    fitting = {slots: plan for slots in (8, 4, 3, 2, 1) if (plan := plan_with(blocks, total, budget, slots))}
+    least = min(fitting.values(), key=lambda plan: plan.streamed_bytes, default=None)
+    for slots, plan in fitting.items():
+        cheap = least and plan.streamed_bytes <= MOST_FOR_SLOTS * least.streamed_bytes
+        if plan.ring_bytes <= LARGEST_RING * total or (slots == SLOTS_OF_A_SMALL_RING and cheap):
             return plan
-    return None
+    return least
 
 
 def least_bytes(blocks: Sequence[Block], total: int) -> int:

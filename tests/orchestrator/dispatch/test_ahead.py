@@ -67,3 +67,41 @@ def test_without_batches_a_denoiser_gets_one_job_at_a_time(state: Path) -> None:
             text.finish(text.take())
             text.ready()
         assert stack.worker("denoise").ready().take().ahead == ()
+
+
+def test_a_job_that_has_failed_has_no_company_and_is_none(state: Path) -> None:
+    with orchestrator(state) as stack:
+        stack.worker("vae").ready().settle()
+        submitted(stack, "a", "b", "c")
+        text = stack.worker("text").ready()
+        task = text.take()
+        assert [recipe.prompt for recipe in task.ahead] == ["b", "c"]
+        text.fail(task)
+        told = {}
+        for _ in range(3):
+            task = text.take()
+            told[task.recipe.prompt] = [recipe.prompt for recipe in task.ahead]
+            text.finish(task)
+            text.ready()
+        assert told["a"] == []
+        assert "a" not in told["b"] + told["c"]
+
+
+def test_what_one_denoiser_does_along_with_its_task_is_given_to_no_other(state: Path) -> None:
+    with orchestrator(state) as stack:
+        speedups = ("denoise:batch=3",)
+        text = stack.worker("text", speedups=speedups).ready()
+        text.settle()
+        submitted(stack, "a", "b", "c", "d")
+        for _ in range(4):
+            text.finish(text.take())
+            text.ready()
+        text.settle()
+        one = stack.worker("denoise", speedups=speedups).ready()
+        first = one.take()
+        assert [recipe.prompt for recipe in (first.recipe, *first.ahead)] == ["a", "b", "c"]
+        other = stack.worker("denoise", speedups=speedups).ready()
+        assert other.take().recipe.prompt == "d"
+        one.finish(first)
+        one.ready()
+        assert one.take().recipe.prompt == "b"

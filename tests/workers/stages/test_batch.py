@@ -12,6 +12,7 @@ from protocol.recipe import resolve
 from protocol.tensors import Tensor
 from tests import tiny
 from tests.records import latents_of
+from workers.models import devices
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
@@ -72,11 +73,18 @@ def test_jobs_in_a_batch_are_equal_but_for_rounding(
     told: list[int] = []
     stage.ahead = tasks[1:]
     made = [stage.run(*tasks[0], lambda step, steps, saved=None: told.append(step))]
-    assert batches == [3 * samples] * (len(forwards) // 3)
+    steps = len(forwards) // 3
+    assert batches == [3 * samples, *[samples] * 3, *[3 * samples] * (steps - 1)]  # the first is compared
     assert told == [0, 1, 2, 3]
     stage.ahead = ()
     made += [stage.run(*task, unheard) for task in tasks[1:]]
-    assert len(batches) == len(forwards) // 3
+    assert len(batches) == steps + 3
+    stage.ahead = tasks[1:]
+    stage.run(*tasks[0], unheard)
+    assert batches[-steps:] == [3 * samples] * steps
+    stage.ahead = ()
+    for task in tasks[1:]:
+        stage.run(*task, unheard)
     for one, other in zip(made, wanted, strict=True):
         torch.testing.assert_close(latents_of(one.tensors), other, rtol=1e-3, atol=1e-3)
     assert torch.equal(latents_of(stage.run(*tasks[1], unheard).tensors), wanted[1])  # alone, and as ever
@@ -111,6 +119,49 @@ def test_without_memory_for_a_batch_its_jobs_are_run_one_by_one(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(denoiser, "forward", forward)
+    stage.ahead = tasks[1:]
+    made = [stage.run(*task, unheard) for task in tasks]
+    assert all(torch.equal(latents_of(one.tensors), other) for one, other in zip(made, wanted, strict=True))
+
+
+@pytest.mark.parametrize("how", ["other results", "an error"])
+def test_a_pipeline_whose_batches_are_not_its_jobs_is_run_one_by_one(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    tasks = tasks_of(source, ["a red circle", "a star"])
+    alone = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    wanted = [latents_of(alone.run(*task, unheard).tensors) for task in tasks]
+    stage = BatchedDenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    (denoiser,) = stage.denoisers()
+    real, batches = denoiser.forward, list[int]()
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        batches.append(kwargs["hidden_states"].shape[0])
+        if batches[-1] > 1 and how == "an error":
+            raise RuntimeError("places matter")
+        result = real(*args, **kwargs)
+        return tuple(part * batches[-1] for part in result)
+
+    monkeypatch.setattr(denoiser, "forward", forward)
+    for _ in range(2):
+        stage.ahead = tasks[1:]
+        made = [stage.run(*task, unheard) for task in tasks]
+        assert all(torch.equal(latents_of(one.tensors), other) for one, other in zip(made, wanted, strict=True))
+    assert batches.count(2) == 1
+
+
+def test_a_batch_is_made_only_where_nothing_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(devices.WORKSPACE, "denoise", 0)
+    source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
+    tasks = tasks_of(source, ["a red circle", "a star"])
+    alone = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    wanted = [latents_of(alone.run(*task, unheard).tensors) for task in tasks]
+    whole = load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"]
+    budget = int(whole.total_bytes * 0.75)
+    stage = BatchedDenoiseStage(load(source, "denoise", Devices(CPU, {0: budget}), torch.float32), CPU)
+    for task in tasks:
+        stage.run(*task, unheard)  # by which modulation is learned
     stage.ahead = tasks[1:]
     made = [stage.run(*task, unheard) for task in tasks]
     assert all(torch.equal(latents_of(one.tensors), other) for one, other in zip(made, wanted, strict=True))

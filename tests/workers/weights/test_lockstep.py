@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark
-from workers.weights.lockstep import Lockstep, in_lockstep
+from workers.weights.lockstep import LANE, Lockstep, in_lockstep
 from workers.weights.residency import Residency
 
 
@@ -169,6 +170,23 @@ def test_an_error_is_told_where_it_is_called_and_leaves_the_next_job_as_it_was(w
         assert all(map(torch.equal, run(guided(2), denoiser), wanted))
 
 
+@pytest.mark.parametrize("lane", [0, 1])
+@torch.no_grad()
+def test_without_memory_for_forwards_together_they_are_made_one_by_one(lane: int) -> None:
+    wanted, denoiser, passes = run(guided(2), Denoiser()), Denoiser(), Counted()
+    real = denoiser.blocks[2].forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        if LANE.get() == lane:
+            raise torch.OutOfMemoryError("two do not fit")
+        return real(x)
+
+    denoiser.blocks[2].forward = forward
+    with in_lockstep(Lockstep(list(denoiser.blocks), torch.device("cpu")), denoiser, passes, lambda count: True):
+        assert all(map(torch.equal, run(guided(2), denoiser), wanted))
+    assert passes.count == 1
+
+
 def test_each_work_keeps_its_own_modes_and_leaves_those_of_its_thread() -> None:
     lockstep, seen = Lockstep([], torch.device("cpu")), list[tuple[str, bool, bool]]()
 
@@ -284,10 +302,11 @@ def test_prompts_that_come_next_are_encoded_along_and_the_weights_pass_once(wors
         text.ahead, Counting.copied = ahead, 0
         made = text.run(recipes[0], (), unheard)
         copied.append(Counting.copied)
-        assert made == wanted[0]
+        assert replace(made, alone=True) == wanted[0]
+        assert made.alone == (not ahead)
     text.ahead, Counting.copied = (), 0
     for recipe, one in zip(recipes[1:3], wanted[1:3], strict=True):
-        assert text.run(recipe, (), unheard) == one
+        assert text.run(recipe, (), unheard) == replace(one, alone=False)
     assert not Counting.copied
     assert copied[1] == copied[2]
     assert text.run(recipes[1], (), unheard) == wanted[1]  # asked for again, it is encoded again
@@ -307,12 +326,41 @@ def test_a_prompt_that_fails_among_others_fails_where_it_is_asked_for(tmp_path: 
     wanted = [text.run(recipe, (), unheard) for recipe in (good, other)]
     bad = bad.model_copy(update={"max_sequence_length": 100_000})
     text.ahead = (bad, other)
-    assert text.run(good, (), unheard) == wanted[0]
+    assert text.run(good, (), unheard).tensors == wanted[0].tensors
     text.ahead = ()
     with pytest.raises(ValueError, match="max_sequence_length"):
         text.run(bad, (), unheard)
-    assert text.run(other, (), unheard) == wanted[1]
+    assert text.run(other, (), unheard).tensors == wanted[1].tensors
     text.ahead = (other,)
     with pytest.raises(ValueError, match="max_sequence_length"):
         text.run(bad, (), unheard)
     assert text.run(other, (), unheard) == wanted[1]
+
+
+def test_an_encoder_that_draws_or_generates_encodes_one_prompt_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    cpu, model = torch.device("cpu"), describe(source)
+    made = list[int]()
+    together = Lockstep.run
+
+    def run(self: Lockstep, works: Any, passes: Any) -> tuple[Any, list[Any]]:
+        made.append(len(works))
+        return together(self, works, passes)
+
+    monkeypatch.setattr(Lockstep, "run", run)
+    recipes = [
+        resolve(JobRequest(prompt=p, steps=2, seed=1, width=32, height=32), model, "float32", None) for p in "abc"
+    ]
+    for draws in (False, True):
+        loaded = load(source, "text", Devices(cpu, {0: 1 << 40}), torch.float32)
+        encoder = loaded.residencies["text_encoder_2"]
+        encoder.swap_in(encoder.least_bytes)
+        if draws:
+            encoder.module.register_forward_pre_hook(lambda *_: torch.rand(1) and None)
+        text = TextStage(loaded, cpu)
+        for recipe in recipes[:2]:
+            text.ahead = recipes[2:]
+            text.run(recipe, (), unheard)
+        assert made == [2]
