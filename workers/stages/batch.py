@@ -1,9 +1,9 @@
 """Several denoising jobs at once, with a batch for each forward: faster for small pictures, and equal but for rounding.
 
 Each job runs the pipeline's own call in turns with the others, up to its denoiser's next forward; once all are there,
-their arguments are put together along the batch, and each gets its part of the result. What can't be put together is
-run one after the other; so is everything of a pipeline whose first batch gave other results than its jobs alone, as
-where a denoiser treats the places in a batch in different ways.
+their arguments are put together along the batch, and each gets its part of the result. Where they can't be put
+together, the first job is begun anew, alone; so is every job of a pipeline whose first batch gave other results than
+its jobs alone, as where a denoiser treats the places in a batch in different ways.
 """
 
 import contextlib
@@ -29,7 +29,8 @@ from workers.weights.lockstep import LANE, Lockstep, is_plain
 
 log = logging.getLogger(__name__)
 
-MOST_ROUNDING = 0.02  # of a result's norm; bf16 rounds to 0.4 %, many times one after the other
+# Of a result's norm, in other types than bf16 and in bf16, which rounds to 0.4 %, many times one after the other.
+MOST_ROUNDING = (0.002, 0.01)
 
 
 class BatchedDenoiseStage(DenoiseStage):
@@ -68,7 +69,12 @@ class BatchedDenoiseStage(DenoiseStage):
                     stack.callback(self._note, cls, batches)
                     for stage in self._others[:count]:
                         stack.enter_context(standing_in(stage.loaded.components[name], batches))
-            outcome, outcomes = self._lockstep.run(works, [])
+            try:
+                outcome, outcomes = self._lockstep.run(works, [])
+            except Apart:
+                outcome, outcomes = None, []
+        if outcome is None:
+            return super().run(recipe, tensors, report)
         made_ahead = zip(ahead, outcomes, strict=True)
         self._made = {(one, digest_of(its)): replace(o, alone=False) for (one, its), o in made_ahead if o}
         return replace(outcome, alone=False)
@@ -84,6 +90,10 @@ def digest_of(tensors: Sequence[Tensor]) -> bytes:
         found.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         found.update(tensor.data)
     return found.digest()
+
+
+class Apart(Exception):
+    """Not an error: jobs that were to be a batch don't go together."""
 
 
 class Batches:
@@ -110,16 +120,16 @@ class Batches:
     def _run(self, lane: int) -> None:
         lanes = sorted(self._calls)
         calls = [self._calls[one] for one in lanes]
-        together = put_together(calls) if len(calls) > 1 and self.sound else None
-        if together and (results := self._batch(together, calls)):
-            self._results |= dict(zip(lanes, results, strict=True))
-            self._calls.clear()
-            return
-        call = self._calls.pop(lane)
-        self._results[lane] = self._forward(*call.args, **call.kwargs)
+        if len(calls) == 1:
+            self._results[lane] = self._forward(*calls[0].args, **calls[0].kwargs)
+        elif (together := put_together(calls)) is not None:
+            self._results |= dict(zip(lanes, self._batch(together, calls), strict=True))
+        else:
+            raise Apart
+        self._calls.clear()
 
-    def _batch(self, together: Call, calls: Sequence[Call]) -> list[Any] | None:
-        """Return the results of all calls in one; None where that can't be, and from then on none is tried."""
+    def _batch(self, together: Call, calls: Sequence[Call]) -> list[Any]:
+        """Return the results of all calls in one; Apart where that can't be, and none is to be tried any more."""
         refused = refusals()
         try:
             result = self._forward(*together.args, **together.kwargs)
@@ -141,16 +151,15 @@ class Batches:
         release_memory()
         FORGIVEN.add(refused)
         self.sound = False
-        return None
+        raise Apart
 
 
 def near(one: Any, other: Any) -> bool:
     """Return whether two results are the same but for rounding."""
-    pairs = zip(tensors_of(one), tensors_of(other), strict=False)
-    return all(
-        a.shape == b.shape and bool((a.float() - b.float()).norm() <= MOST_ROUNDING * b.float().norm())
-        for a, b in pairs
-    )
+    pairs = list(zip(tensors_of(one), tensors_of(other), strict=True))
+    most = MOST_ROUNDING[all(a.dtype == torch.bfloat16 for a, _ in pairs)]
+    norms = [((a.float() - b.float()).norm(), b.float().norm()) for a, b in pairs if a.shape == b.shape]
+    return len(norms) == len(pairs) and all(bool(away <= most * size) for away, size in norms)
 
 
 class Unlike(Exception):
