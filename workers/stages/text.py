@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from protocol.job import Recipe
+from protocol.settings import Settings
 from protocol.tensors import Tensor
 from workers.errors import StageError
 from workers.models.loading import Loaded
@@ -35,7 +36,7 @@ class TextStage:
         self._lockstep = Lockstep(self._blocks, device)
         self._loaded = [loaded]  # the same models in a pipeline for each prompt at once
         self._made: dict[Recipe, Outcome] = {}  # ahead
-        self._goes_along: bool | None = None  # prompts can be encoded together; None: no job has shown it yet
+        self._go_along: dict[Settings, bool] = {}  # whether prompts can be encoded together, as a job has shown it
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the record of the stages so far, with the results of this one's encoders."""
@@ -47,9 +48,10 @@ class TextStage:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]
-            if not rings or tensors or not self._goes_along:
-                with self._watched():
+            if not rings or tensors or not self._go_along.get(recipe.settings):
+                with self._watched(recipe.settings):
                     return self._encode(self.loaded, recipe, tensors)
+            ahead = [one for one in ahead if one.settings == recipe.settings]
             self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
             works = [
                 functools.partial(self._encode, loaded, one, tensors)
@@ -64,7 +66,7 @@ class TextStage:
             return replace(outcome, alone=False)
 
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[None]:
+    def _watched(self, settings: Settings) -> Iterator[None]:
         """See whether prompts can go together: their encoders run a few times each, and draw no random numbers."""
         runs: Counter[torch.nn.Module] = Counter()
         hooks = [block.register_forward_pre_hook(lambda block, _: runs.update([block])) for block in self._blocks]
@@ -72,7 +74,8 @@ class TextStage:
         try:
             yield
             same = all(map(torch.equal, before, random_states(self.device)))
-            self._goes_along = self._goes_along is not False and same and max(runs.values(), default=0) <= MOST_RUNS
+            few = max(runs.values(), default=0) <= MOST_RUNS
+            self._go_along[settings] = self._go_along.get(settings, True) and same and few
         finally:
             for hook in hooks:
                 hook.remove()
