@@ -133,24 +133,21 @@ class TaskDispatch:
 
         Text encoders take prompts that were not seen, a denoiser jobs of the same kind, as many as it makes batches of.
         """
-        if job.failures or job.shortages:  # of which its company may have been the cause
+        batch = batch_of(job.recipe.speedups) if job.stage == "denoise" else 1
+        first_visit = job.stage == "text" and not job.records
+        if not (first_visit or batch > 1) or job.failures or job.shortages:  # its company may have been their cause
             return []
         taken = self._fleet.taken_along() | busy
         waiting = (self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.model, MOST_WAITING))
         fresh = [other for other in waiting if other.id not in taken and may_go_along(other)]
-        match job.stage:
-            case "text" if not job.records:
-                others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
-                return [(other, ()) for other in others.values()][:MOST_PROMPTS]
-            case "denoise" if (batch := batch_of(job.recipe.speedups)) > 1:
-                kind = kind_of(job)
-                alike = [other for other in fresh if kind_of(other) == kind]
-                found = [
-                    (o, inputs) for o in alike[: min(batch - 1, MOST_AHEAD)] if (inputs := self._inputs(o)) is not None
-                ]
-                sums = itertools.accumulate(len(inputs) for _, inputs in found)
-                return [pair for pair, total in zip(found, sums, strict=True) if total <= MOST_BESIDE]
-        return []
+        if first_visit:
+            others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
+            return [(other, ()) for other in others.values()][:MOST_PROMPTS]
+        kind = kind_of(job)
+        alike = [other for other in fresh if kind_of(other) == kind][: min(batch - 1, MOST_AHEAD)]
+        found = [(other, inputs) for other in alike if (inputs := self._inputs(other)) is not None]
+        sums = itertools.accumulate(len(inputs) for _, inputs in found)
+        return [pair for pair, total in zip(found, sums, strict=True) if total <= MOST_BESIDE]
 
     def _inputs(self, job: LiveJob) -> tuple[Tensor, ...] | None:
         """Return what the visit before has left; None where it is gone or damaged."""

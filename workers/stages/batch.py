@@ -47,7 +47,7 @@ class BatchedDenoiseStage(DenoiseStage):
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return what DenoiseStage does; what is made for the jobs that were taken along is kept until they come."""
         ahead, self.ahead = self.ahead, ()
-        if made := self._made.pop((recipe, digest_of(tensors)), None):
+        if self._made and (made := self._made.pop((recipe, digest_of(tensors)), None)):
             return made
         cls = type(self.loaded.pipeline_for(recipe))
         streamed = any(residency.ring for residency in self.residencies)
@@ -214,14 +214,16 @@ def joined(values: Sequence[Any], samples: int) -> Any:
     return first
 
 
+def length_of(batch: torch.Tensor | list[Any]) -> int:
+    """Return the samples of a batch; 0 for a tensor that is a single number."""
+    return 0 if isinstance(batch, torch.Tensor) and not batch.ndim else len(batch)
+
+
 def share_of(result: Any, number: int, count: int) -> Any:
     """Return one job's part of a batch's result, of which there are so many."""
     match result:
-        case torch.Tensor() if result.ndim and not result.shape[0] % count:
-            size = result.shape[0] // count
-            return result[number * size : (number + 1) * size]
-        case list() if result and not len(result) % count:
-            size = len(result) // count
+        case torch.Tensor() | list() if length_of(result) and not length_of(result) % count:
+            size = length_of(result) // count
             return result[number * size : (number + 1) * size]
         case tuple():
             return tuple(share_of(part, number, count) for part in result)

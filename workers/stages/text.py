@@ -48,9 +48,11 @@ class TextStage:
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]
-            if not rings or tensors or not self._go_along.get(recipe.settings):
+            if recipe.settings not in self._go_along:
                 with self._watched(recipe.settings):
                     return self._encode(self.loaded, recipe, tensors)
+            if not rings or tensors or not self._go_along[recipe.settings]:
+                return self._encode(self.loaded, recipe, tensors)
             ahead = [one for one in ahead if one.settings == recipe.settings]
             self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
             works = [
@@ -75,7 +77,7 @@ class TextStage:
             yield
             same = all(map(torch.equal, before, random_states(self.device)))
             few = max(runs.values(), default=0) <= MOST_RUNS
-            self._go_along[settings] = self._go_along.get(settings, True) and same and few
+            self._go_along[settings] = same and few
         finally:
             for hook in hooks:
                 hook.remove()

@@ -191,9 +191,8 @@ class Ring:
             self._spans.append((start, offset))
         self._rivals = [self._overlapping(index) for index in range(len(self._copies))]
         self._arrived: list[Mark | None] = [None] * len(self._copies)  # None: not in the ring, nor on its way
-        self._last: Callable[[], bool] = (
-            always  # whether the forward that has read a block is the last one to read it in this pass
-        )
+        # Whether the forward that has read a block is the last one to read it in this pass.
+        self._last: Callable[[], bool] = always
         self._after: list[list[int]] = [[] for _ in self._copies]  # pieces that may come once a block is done
         for index in range(len(self._copies)):
             if self._copies[index] and (before := self._predecessor(index)) is not None:

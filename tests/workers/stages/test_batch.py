@@ -37,6 +37,15 @@ def tasks_of(source: Source, prompts: Sequence[str], **more: Any) -> list[Task]:
     return found
 
 
+def two_jobs(folder: Path) -> tuple[list[Task], list[torch.Tensor], BatchedDenoiseStage]:
+    """Return two tasks, the latents that each gives alone, and a stage that has done none of them."""
+    source = read("x", tiny.save(tiny.flux(), folder), None)
+    tasks = tasks_of(source, ["a red circle", "a star"])
+    alone = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    wanted = [latents_of(alone.run(*task, unheard).tensors) for task in tasks]
+    return tasks, wanted, BatchedDenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+
+
 def counted(stage: DenoiseStage, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the batches of the forwards that a stage's denoiser will make."""
     (denoiser,) = stage.denoisers()
@@ -105,11 +114,7 @@ def test_jobs_that_do_not_go_together_are_run_one_by_one(tmp_path: Path, monkeyp
 def test_without_memory_for_a_batch_its_jobs_are_run_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
-    tasks = tasks_of(source, ["a red circle", "a star"])
-    alone = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
-    wanted = [latents_of(alone.run(*task, unheard).tensors) for task in tasks]
-    stage = BatchedDenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    tasks, wanted, stage = two_jobs(tmp_path)
     (denoiser,) = stage.denoisers()
     real = denoiser.forward
 
@@ -128,11 +133,7 @@ def test_without_memory_for_a_batch_its_jobs_are_run_one_by_one(
 def test_a_pipeline_whose_batches_are_not_its_jobs_is_run_one_by_one(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
-    tasks = tasks_of(source, ["a red circle", "a star"])
-    alone = DenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
-    wanted = [latents_of(alone.run(*task, unheard).tensors) for task in tasks]
-    stage = BatchedDenoiseStage(load(source, "denoise", Devices(CPU), torch.float32), CPU)
+    tasks, wanted, stage = two_jobs(tmp_path)
     (denoiser,) = stage.denoisers()
     real, batches = denoiser.forward, list[int]()
 
