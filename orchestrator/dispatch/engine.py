@@ -19,6 +19,7 @@ from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
+from orchestrator.dispatch.picture_check import fault_of_all, fault_of_last_part, fault_of_part
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.step_deadlines import StepDeadlines
@@ -29,6 +30,7 @@ from orchestrator.job import LiveJob
 from orchestrator.memory.ledger import Account, Ledger
 from orchestrator.principal import Principal
 from orchestrator.settings import OrchestratorSettings
+from orchestrator.storage.artifacts import part_name
 from orchestrator.storage.job_store import Store
 from protocol.errors import Conflict
 from protocol.gpu_memory import GpuId
@@ -36,7 +38,7 @@ from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
 from protocol.messages.worker import CancelTask, Committed, Leased, Lent, Part, Progress, Ready, Result, TaskFailed
-from protocol.pictures import PICTURES, SOUND, SOUND_RATE
+from protocol.pictures import PICTURES
 from protocol.route import WHOLE
 from protocol.stages import FIRST, USUAL_NEXT, Stage
 from protocol.tensors import CHECKPOINT, Tensor
@@ -155,7 +157,7 @@ class Engine:
             self.dismiss_worker(worker)
         else:
             self.lose_worker(worker, "died")
-        self.leasing.buried(worker.hello.host, worker.hello.pid)
+        self.leasing.buried(worker.process)
 
     def dismiss_worker(self, worker: Worker) -> None:
         """Take out a worker that leaves in good order; its task waits again."""
@@ -188,7 +190,7 @@ class Engine:
         log.error("%s", reason)
         stage, model = worker.hello.stage, worker.model
         alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, model)]
-        if all((w.hello.host, w.hello.pid) == (worker.hello.host, worker.hello.pid) for w in alike):
+        if all(w.process == worker.process for w in alike):
             for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
                 self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)
 
@@ -247,8 +249,12 @@ class Engine:
     def part(self, worker: Worker, part: Part, tensors: tuple[Tensor, ...]) -> None:
         """Keep a part of a job's pictures; it is there with the result that comes after it."""
         job = self._current(worker, part)
-        if job is not None and [tensor.name for tensor in tensors] == [PICTURES]:
-            self.store.artifacts.put_part("pictures", job.id, part.number, tensors)
+        if job is None:
+            return
+        if fault := fault_of_part(job.recipe, part.number, tensors):
+            self._fail(worker, part, f"{worker.hello.name} sent {fault}", retry=True)
+            return
+        self.store.artifacts.put_part("pictures", job.id, part.number, tensors)
 
     def result(self, worker: Worker, result: Result, tensors: tuple[Tensor, ...]) -> None:
         """Commit a visit's outcome, once."""
@@ -258,13 +264,9 @@ class Engine:
         if job is None:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
-        if result.next is None:
-            if [tensor.name for tensor in tensors if tensor.name not in (SOUND, SOUND_RATE)] != [PICTURES]:
-                self._fail(worker, result, f"{worker.hello.name} ended the job without its pictures", retry=False)
-                return
-            if self.store.artifacts.parts("pictures", job.id) != list(range(1, result.parts + 1)):
-                self._fail(worker, result, f"{worker.hello.name} ended the job without all of its parts", retry=True)
-                return
+        if result.next is None and (fault := self._fault_of_end(job, result, tensors)):
+            self._fail(worker, result, f"{worker.hello.name} ended the job with {fault}", retry=True)
+            return
         if result.alone:
             self.leasing.learn(worker, job.recipe, result.workspace_bytes)
             self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
@@ -280,6 +282,18 @@ class Engine:
             self._make_room_for_pictures(job.id)
         elif kept == "text":
             self._share_embeddings(job)
+
+    def _fault_of_end(self, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> str:
+        """Return what is wrong with the pictures that end a job; empty if nothing is."""
+        artifacts = self.store.artifacts
+        parts = artifacts.parts("pictures", job.id)
+        if parts != list(range(1, result.parts + 1)):
+            return f"{len(parts)} of its {result.parts} parts"
+        if fault := fault_of_last_part(tensors):
+            return fault
+        pictures = next(tensor for tensor in tensors if tensor.name == PICTURES)
+        others = [artifacts.specs("pictures", part_name(job.id, number))[0][2] for number in parts]
+        return fault_of_all(job.recipe, [pictures.shape, *others])
 
     def _keep(self, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> Kept:
         """Keep what a visit leaves, before anybody hears of it; return where."""

@@ -3,9 +3,10 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from orchestrator.job import ModelKey
+from orchestrator.principal import LOCAL_USER, Principal, to_column
 from orchestrator.scheduling.snapshot import IdleWorker
 from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
@@ -18,6 +19,14 @@ PROVEN_SECONDS = 2.0
 LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for long
 
 
+class ProcessId(NamedTuple):
+    """A worker's process. What a key's holder says of hosts and processes concerns no process but that key's own."""
+
+    key: str  # that its word came with; empty: this machine's user
+    host: str
+    pid: int
+
+
 @dataclass(slots=True)
 class Worker:
     """One incarnation of a worker process; `id` is its socket's identity in hex."""
@@ -26,6 +35,7 @@ class Worker:
     hello: WorkerHello
     since: float  # seconds since the epoch
     heard: float  # monotonic seconds
+    principal: Principal = LOCAL_USER  # on whose behalf it works
     state: Literal["loading", "idle", "busy", "swapping"] = "loading"
     joined: float = field(default_factory=time.monotonic)
     idle_since: float = 0.0  # monotonic seconds
@@ -56,9 +66,14 @@ class Worker:
         return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
 
     @property
+    def process(self) -> ProcessId:
+        return ProcessId(to_column(self.principal), self.hello.host, self.hello.pid)
+
+    @property
     def gpus(self) -> tuple[GpuId, ...]:
-        """The GPUs whose memory is leased to its process, if they are this stack's."""
-        return tuple(GpuId(self.hello.host, number) for number in self.hello.gpus)
+        """The GPUs whose memory is leased to its process, if they are this stack's; a key's holder has none."""
+        host = f"{self.process.key}@{self.hello.host}" if self.process.key else self.hello.host
+        return tuple(GpuId(host, number) for number in self.hello.gpus)
 
     @property
     def model(self) -> ModelKey:
@@ -86,8 +101,8 @@ class Fleet:
     def __iter__(self) -> Iterator[Worker]:
         return iter(self.workers.values())
 
-    def hello(self, identity: bytes, hello: WorkerHello) -> Worker:
-        worker = Worker(identity, hello, time.time(), self.clock())
+    def hello(self, identity: bytes, hello: WorkerHello, principal: Principal = LOCAL_USER) -> Worker:
+        worker = Worker(identity, hello, time.time(), self.clock(), principal)
         self.workers[identity] = worker
         return worker
 
@@ -150,13 +165,13 @@ class Fleet:
         """Return the one of its process's workers that has their lease."""
         if not worker.hello.part:
             return worker
-        return next((w for w in self.of_process(worker.hello.host, worker.hello.pid) if not w.hello.part), None)
+        return next((w for w in self.of_process(worker.process) if not w.hello.part), None)
 
     def resting_since(self, worker: Worker) -> float | None:
         """Monotonic seconds since all workers of its process are idle; None if one isn't."""
         if worker.hello.parts == 1:
             return worker.idle_since if worker.state == "idle" else None
-        all_of_it = self.of_process(worker.hello.host, worker.hello.pid)
+        all_of_it = self.of_process(worker.process)
         resting = all(w.state == "idle" for w in all_of_it)
         return max(w.idle_since for w in all_of_it) if resting else None
 
@@ -165,5 +180,5 @@ class Fleet:
         limits = {"loading": LOADING_SECONDS}
         return [worker for worker in self if now - worker.heard > limits.get(worker.state, SILENCE_SECONDS)]
 
-    def of_process(self, host: str, pid: int) -> list[Worker]:
-        return [worker for worker in self if (worker.hello.host, worker.hello.pid) == (host, pid)]
+    def of_process(self, process: ProcessId) -> list[Worker]:
+        return [worker for worker in self if worker.process == process]

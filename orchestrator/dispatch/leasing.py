@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from orchestrator.dispatch.fleet import Fleet, Worker
+from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.memory_accounts import MemoryAccounts
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.standstill import Busy, Standstill
@@ -30,7 +30,7 @@ from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
 from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
-from protocol.messages.worker import Borrow, Leased, Lent, Ready, Returned, SetLease, WorkerHello
+from protocol.messages.worker import Borrow, Leased, Lent, Ready, Returned, SetLease
 from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
@@ -95,10 +95,10 @@ class Leasing:
 
     def left(self, worker: Worker) -> None:
         """Count what a worker that has left holds, until its process is known to have ended."""
-        self.ledger.orphan(worker.id, ghost(worker.hello))
+        self.ledger.orphan(worker.id, ghost(worker.process))
 
-    def buried(self, host: str, pid: int) -> None:
-        self.ledger.leave(f"{host}/{pid}")
+    def buried(self, process: ProcessId) -> None:
+        self.ledger.leave(ghost(process))
 
     # -- what next ------------------------------------------------------------------------------
 
@@ -327,6 +327,6 @@ def takes_more(action: Action) -> bool:
     return isinstance(action, ReturnLoan) or (isinstance(action, ChangeLease) and action.bytes > 0)
 
 
-def ghost(hello: WorkerHello) -> str:
+def ghost(process: ProcessId) -> str:
     """Return the name under which a process that has left the stack, but may not have ended, holds memory."""
-    return f"{hello.host}/{hello.pid}"
+    return "/".join(map(str, process))

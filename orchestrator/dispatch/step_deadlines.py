@@ -10,6 +10,7 @@ from protocol.stages import Stage
 
 FACTOR = 20.0  # of the longest that was ever seen
 LEAST_SECONDS = 60.0
+MOST_STEPS, LEAST_STEPS = 4, 16  # that are believed: schedulers of higher orders make several of one
 LENT_SECONDS = 60.0  # that what a worker has lent may be in nobody's hands and not be free
 Key = tuple[Stage, ModelKey, int]  # pixels of all pictures of a job
 
@@ -25,9 +26,9 @@ class StepDeadlines:
         return stage, ModelKey.of_recipe(recipe), recipe.width * recipe.height * recipe.num_images
 
     def moved(self, worker: Worker, recipe: Recipe, step: int) -> None:
-        """Note that a worker has come to a step of its task."""
+        """Note that a worker has come to a step of its task, unless it tells of more steps than any task has."""
         now = self._clock()
-        if worker.task and step > worker.step:
+        if worker.task and worker.step < step <= MOST_STEPS * max(recipe.steps, LEAST_STEPS):
             key = self.key(worker.task.stage, recipe)
             took = (now - worker.moved) / (step - worker.step)
             self._longest[key] = max(took, self._longest.get(key, 0.0))

@@ -190,7 +190,8 @@ class TaskDispatch:
 
         Once each for the same reason `why`; return whether there was any.
         """
-        fresh = [worker.hello.name for worker in workers if (worker.hello.name, why) not in self._restarted]
+        names = [worker.hello.name for worker in workers if not worker.process.key]
+        fresh = [name for name in names if (name, why) not in self._restarted]
         for name in fresh:
             self._restarted.add((name, why))
             log.warning("%s keeps GPU memory that it should have given back; it is started anew", name)

@@ -79,7 +79,8 @@ class SupervisorLink:
                 self._under_way = process.pid
                 self._tell(RestartProcess(name=name))
                 return
-            back = any(w.hello.name == name and w.hello.pid != old and w.state != "loading" for w in self._fleet)
+            namesakes = [w for w in self._fleet if w.hello.name == name and not w.process.key]
+            back = any(w.hello.pid != old and w.state != "loading" for w in namesakes)
             if not back:
                 return
             self._rolling.popleft()

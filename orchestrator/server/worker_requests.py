@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
-from orchestrator.dispatch.fleet import Worker
+from orchestrator.dispatch.fleet import ProcessId, Worker
 from orchestrator.principal import LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
 from orchestrator.server.supervisor_link import SupervisorLink
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
 HOST = socket.gethostname()
+HERE = ("", HOST)  # the beginning of a ProcessId of this host's user
 FROM_LOCAL = FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER
 
 
@@ -46,7 +47,7 @@ class WorkerRequests:
         """Do what a message wants; whatever it is, the others go on."""
         try:
             envelope = wire.decode(frames, FROM_LOCAL if isinstance(peer, LocalUser) else FROM_WORKER)
-            self._take(identity, envelope)
+            self._take(identity, peer, envelope)
         except StateUnusable:
             raise
         except TriptychError as error:
@@ -59,10 +60,10 @@ class WorkerRequests:
     def _answer(self, identity: bytes, message: Message) -> None:
         self._engine.outbox.to_worker(identity, message)
 
-    def _take(self, identity: bytes, envelope: wire.Envelope) -> None:
+    def _take(self, identity: bytes, peer: Principal, envelope: wire.Envelope) -> None:
         match envelope.message:
             case WorkerHello() as worker_hello:
-                self._welcome(identity, worker_hello)
+                self._welcome(identity, peer, worker_hello)
             case SupervisorHello():
                 self._supervisor.hello(identity)
                 self._answer(identity, Beat(proven=self._proven()))
@@ -112,25 +113,26 @@ class WorkerRequests:
             case WorkerGoodbye():
                 engine.dismiss_worker(worker)
 
-    def _welcome(self, identity: bytes, hello: WorkerHello) -> None:
+    def _welcome(self, identity: bytes, peer: Principal, hello: WorkerHello) -> None:
+        """Take in a worker. What a key's holder says of itself displaces nobody but that key's own workers."""
         engine = self._engine
         if identity in engine.fleet.workers:
             self._answer(identity, Error(code="conflict", message="This worker has said hello already."))
             return
-        if not engine.settings.describer:
+        if not engine.settings.describer and isinstance(peer, LocalUser):
             engine.catalogue.learn(hello)
-        for old in engine.fleet.of_process(hello.host, hello.pid):
-            if old.hello.part == hello.part:
+        worker = engine.fleet.hello(identity, hello, peer)
+        for old in engine.fleet.of_process(worker.process):
+            if old is not worker and old.hello.part == hello.part:
                 engine.dismiss_worker(old)  # which has lost its link, and names its task next
-        engine.leasing.buried(hello.host, hello.pid)  # the same process again, which tells what it holds
-        engine.fleet.hello(identity, hello)
+        engine.leasing.buried(worker.process)  # the same process again, which tells what it holds
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
         self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
         self._clients.unpark()
 
     def _proven(self) -> tuple[int, ...]:
         """Processes of this host that work."""
-        pids = [worker.hello.pid for worker in self._engine.fleet if worker.hello.host == HOST and worker.proven]
+        pids = [worker.hello.pid for worker in self._engine.fleet if worker.process[:2] == HERE and worker.proven]
         return (*pids, self._describer.pid) if self._describer.pid else tuple(pids)
 
     # -- those that are gone --------------------------------------------------------------------
@@ -138,9 +140,10 @@ class WorkerRequests:
     def _bury(self, pids: Sequence[int], stopped: Sequence[int]) -> None:
         """Take out the workers of processes that the supervisor saw end: their tasks need not wait for silence."""
         for pid in pids:
-            for worker in self._engine.fleet.of_process(HOST, pid):
+            process = ProcessId(*HERE, pid)
+            for worker in self._engine.fleet.of_process(process):
                 self._engine.bury(worker, blameless=pid in stopped)
-            self._engine.leasing.buried(HOST, pid)
+            self._engine.leasing.buried(process)
             self._describer.gone(pid)
 
     def unreachable(self, identity: bytes) -> None:
@@ -169,5 +172,5 @@ class WorkerRequests:
     def _give_up(self, worker: Worker, reason: str) -> None:
         log.warning("%s %s", worker.hello.name, reason)
         self._engine.lose_worker(worker, reason)
-        if worker.hello.host == HOST:
+        if worker.process[:2] == HERE:
             self._supervisor.kill(worker.hello.pid, reason)

@@ -15,10 +15,10 @@ from protocol.tensors import Tensor
 from tests.fakes import OUTPUTS, Orchestrator, orchestrator
 
 
-def encoded(running: Orchestrator, client: Client, count: int = 1) -> list[str]:
+def encoded(running: Orchestrator, client: Client, count: int = 1, **options: int) -> list[str]:
     """Jobs that wait to be denoised."""
     text = running.worker("text").ready()
-    jobs = client.submit_many([JobRequest(prompt=f"cat {i}") for i in range(count)])
+    jobs = client.submit_many([JobRequest(prompt=f"cat {i}", **options) for i in range(count)])
     for _ in range(count):
         text.finish(text.take())
         text.hear(Committed)
@@ -284,7 +284,7 @@ def test_a_number_that_was_cancelled_before_a_crash_may_come_again(state: Path) 
 def test_pictures_in_parts_count_once_all_are_there_whoever_dies_meanwhile(state: Path) -> None:
     part = Tensor("pictures", "uint8", (2, 2, 2, 3), bytes(range(100, 124)))
     with orchestrator(state) as running:
-        (job,) = encoded(running, client := running.client())
+        (job,) = encoded(running, client := running.client(), num_images=5)
         denoise = running.worker("denoise").ready()
         denoise.finish(denoise.take())
         vae = running.worker("vae", pid=7).ready()
@@ -295,7 +295,7 @@ def test_pictures_in_parts_count_once_all_are_there_whoever_dies_meanwhile(state
         vae.ready()
         again = vae.take()
         key["attempt"] = again.attempt
-        assert "without all of its parts" in client.job(job).reasons[-1]
+        assert "with 1 of its 2 parts" in client.job(job).reasons[-1]
         vae.say(Part(**key, number=1), part)
         vae.settle()
         running.restart()  # what was said so far may be there, or not: it is said again
