@@ -14,10 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.principal import KeyHolder, Principal
 from protocol.curve_keys import ROLES, KeyPair, Role, checked_name, checked_public, read_private, write_private
 from protocol.errors import BadRequest, Conflict, NotFound, StateUnusable
 
 log = logging.getLogger(__name__)
+
+LEAST_WEIGHT = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,7 @@ class Entry:
     role: Role
     public: str
     added: float  # seconds since the epoch
+    weight: float = 1.0  # of a client: how much of the workers' time it has beside others
 
 
 class KeyFolder:
@@ -60,18 +64,20 @@ class KeyFolder:
             for entry in found:
                 if checked_name(entry.name) and checked_public(entry.public) and entry.role not in ROLES:
                     raise ValueError(entry.role)
+                checked_weight(entry.weight)
         except (ValueError, TypeError, AttributeError, BadRequest) as error:
             raise StateUnusable(f"The list of keys {str(self._allowed)!r} can't be read: {error}.") from error
         return found
 
-    def add(self, name: str, role: Role, public: str) -> None:
-        """Let a key in; Conflict if the name or the key is there already."""
+    def add(self, name: str, role: Role, public: str, weight: float = 1.0) -> None:
+        """Let a key in; BadRequest, or Conflict if the name or the key is there already."""
         checked_name(name)
+        checked_weight(weight)
         with self._changing() as entries:
             for entry in entries:
                 if name == entry.name or public == entry.public:
                     raise Conflict(f"There is a key {entry.name!r} already.", f"triptych keys revoke {entry.name}")
-            entries.append(Entry(name, role, checked_public(public), time.time()))
+            entries.append(Entry(name, role, checked_public(public), time.time(), weight))
 
     def revoke(self, name: str) -> None:
         """Let a key in no longer; NotFound."""
@@ -108,6 +114,13 @@ class KeyFolder:
         return status.st_mtime_ns, status.st_ino
 
 
+def checked_weight(weight: float) -> float:
+    """Return a client's weight; BadRequest where it can't be one."""
+    if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
+        raise BadRequest(f"{weight:g} is no weight.", f"Give a number from {LEAST_WEIGHT:g} to {1 / LEAST_WEIGHT:g}.")
+    return weight
+
+
 class AllowedKeys:
     """The list as the orchestrator knows it."""
 
@@ -115,6 +128,7 @@ class AllowedKeys:
         self._folder = folder
         self._stamp: Any = None
         self._by_public: dict[str, Entry] = {}
+        self._weights: dict[str, float] = {}  # by the names of keys
         self.look_again()
 
     def look_again(self) -> bool:
@@ -127,7 +141,12 @@ class AllowedKeys:
         except StateUnusable as error:
             log.error("nobody from outside is let in: %s", error)
             self._by_public = {}
+        self._weights = {entry.name: entry.weight for entry in self._by_public.values()}
         return True
+
+    def weight(self, owner: Principal) -> float:
+        """Return an owner's weight: 1 for this machine's user, and for keys that are gone."""
+        return self._weights.get(owner.name, 1.0) if isinstance(owner, KeyHolder) else 1.0
 
     def entry(self, public: str, role: Role) -> Entry | None:
         """Return the entry of a key, if it is let in with that role."""

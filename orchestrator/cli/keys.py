@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from orchestrator.access import KeyFolder
+from orchestrator.access import KeyFolder, checked_weight
 from orchestrator.cli.jobs import age
 from orchestrator.cli.options import json_option, state_folder, state_option
 from orchestrator.cli.table import print_table
@@ -18,6 +18,9 @@ from protocol.curve_keys import ROLES, KeyPair, PeerKey, Role, checked_name, che
 from protocol.errors import BadRequest
 
 role_option = click.option("--role", type=click.Choice(ROLES), default="client", show_default=True)
+weight_option = click.option(
+    "--weight", type=float, default=1.0, show_default=True, help="A client's part of the workers' time beside others'."
+)
 
 
 @click.group()
@@ -49,12 +52,20 @@ def key_folder(state: Path | None) -> KeyFolder:
     "--server", metavar="KEY", help="The stack's public key: make a pair here that is let in there with 'add'."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The key's file. [default: NAME.key]")
+@weight_option
 @state_option
 def new(
-    name: str, role: Role, endpoint: str | None, server: str | None, output: Path | None, state: Path | None
+    name: str,
+    role: Role,
+    endpoint: str | None,
+    server: str | None,
+    output: Path | None,
+    weight: float,
+    state: Path | None,
 ) -> None:
     """Make a key NAME, let it in, and write the file that its holder needs. Carry it as you would a password."""
     checked_name(name)
+    checked_weight(weight)
     output = output or Path(f"{name}.key")
     if output.exists():
         raise BadRequest(f"{str(output)!r} exists already.", "Choose another file with -o, or remove it.")
@@ -64,13 +75,14 @@ def new(
             raise BadRequest("With --server there is no stack here to ask.", "Give its --endpoint tcp://HOST:PORT.")
         save(output, PeerKey(name, role, endpoint, checked_public(server), pair.public, pair.secret))
         print(pair.public)
-        print(f"On the stack's host: triptych keys add {name} '{pair.public}' --role {role}", file=sys.stderr)
+        more = f" --weight {weight:g}" if weight != 1 else ""
+        print(f"On the stack's host: triptych keys add {name} '{pair.public}' --role {role}{more}", file=sys.stderr)
         return
     folder = key_folder(state)
     first = not folder.exists
     endpoint = endpoint or running_endpoint(state_folder(state), role)
     key = PeerKey(name, role, endpoint, folder.server().public, pair.public, pair.secret)
-    folder.add(name, role, pair.public)
+    folder.add(name, role, pair.public, weight)
     save(output, key)
     use = f"triptych submit … --state {output}" if role == "client" else f"triptych worker STAGE --state {output}"
     print(f"{output} lets a {role} in at {endpoint}. Carry it there safely; use it as: {use}", file=sys.stderr)
@@ -96,11 +108,12 @@ def running_endpoint(folder: Path, role: Role) -> str:
 @click.argument("name")
 @click.argument("public")
 @role_option
+@weight_option
 @state_option
-def add(name: str, public: str, role: Role, state: Path | None) -> None:
+def add(name: str, public: str, role: Role, weight: float, state: Path | None) -> None:
     """Let a key NAME in that was made elsewhere, by its PUBLIC part."""
     folder = key_folder(state)
-    folder.add(name, role, public)
+    folder.add(name, role, public, weight)
     print(f"{name} may come in as a {role}; the stack's public key is {folder.server().public}", file=sys.stderr)
 
 
@@ -113,12 +126,14 @@ def list_keys(as_json: bool, state: Path | None) -> None:
     entries = folder.entries()
     if as_json:
         rows: list[dict[str, Any]] = [
-            {"name": e.name, "role": e.role, "public": e.public, "added": e.added} for e in entries
+            {"name": e.name, "role": e.role, "public": e.public, "added": e.added, "weight": e.weight} for e in entries
         ]
         print(json.dumps(rows))
         return
     print_table(
-        ("name", "role", "added", "public key"), [[e.name, e.role, age(e.added), e.public] for e in entries], wide=0
+        ("name", "role", "weight", "added", "public key"),
+        [[e.name, e.role, f"{e.weight:g}", age(e.added), e.public] for e in entries],
+        wide=0,
     )
     if folder.exists:
         print(f"The stack's public key is {folder.server().public}", file=sys.stderr)

@@ -9,7 +9,7 @@ Longer than other files, so that all that may happen to a job stands side by sid
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from orchestrator.dispatch import transitions
@@ -29,6 +29,7 @@ from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob
 from orchestrator.memory.ledger import Account, Ledger
 from orchestrator.principal import Principal
+from orchestrator.scheduling.fair_shares import FairShares
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.storage.artifacts import part_name
 from orchestrator.storage.job_store import Store
@@ -58,12 +59,14 @@ class Engine:
         accounts: Mapping[GpuId, Account],
         disk: Path,
         delays: RetryDelays | None = None,
+        weight_of: Callable[[Principal], float] = lambda owner: 1.0,
     ) -> None:
+        """`weight_of` an owner of jobs says how much of the workers' time it has beside others."""
         self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.subscriptions, self.catalogue = Fleet(), Subscriptions(), Catalogue(store)
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
-        self.job_queue = JobQueue(store, quotas, delays or RetryDelays())
+        self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of))
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
         self.admission = Admission(store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer)
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)

@@ -6,17 +6,23 @@ from collections.abc import Container
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.stage_queues import StageQueues
+from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob
+from orchestrator.principal import Principal
+from orchestrator.scheduling.fair_shares import FairShares
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
 from protocol.job import JobState
 
 
 class JobQueue:
-    def __init__(self, store: Store, quotas: Quotas, delays: RetryDelays) -> None:
+    def __init__(
+        self, store: Store, quotas: Quotas, delays: RetryDelays, shares: FairShares[Principal] | None = None
+    ) -> None:
         self._store, self._quotas = store, quotas
+        self._shares, self._seconds = shares or FairShares[Principal](), TaskSeconds()
         self.jobs: dict[str, LiveJob] = {}
-        self.queues = StageQueues()
+        self.queues = StageQueues(self._shares, self._seconds)
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}
@@ -49,6 +55,7 @@ class JobQueue:
         """Add a job that begins, or is there again: it waits at its stage."""
         self.jobs[job.id] = job
         self._quotas.add(job)
+        self._shares.add(job.owner)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
         self._inputs.update(job.recipe.pictures)
         self.queues.add(job)
@@ -58,6 +65,7 @@ class JobQueue:
         if before.state != after.state:
             self.count(before.state, -1)
             self.count(after.state, +1)
+        self._charge(before, after)
         if before.ended:
             if not after.ended:
                 self.add(after)
@@ -73,8 +81,16 @@ class JobQueue:
         if after.waits and not stays and not self._delays.add(after.id, after.failures):
             self.queues.add(after)
 
+    def _charge(self, before: LiveJob, after: LiveJob) -> None:
+        """Charge a job's owner for a task that begins or is over."""
+        if before.worker is None and after.worker is not None:
+            self._shares.charge(after.owner, self._seconds.begin(after))
+        elif before.worker is not None and after.worker is None:
+            self._shares.charge(before.owner, self._seconds.end(before))
+
     def _remove(self, job: LiveJob) -> None:
         del self.jobs[job.id]
+        self._shares.remove(job.owner)
         self._quotas.add(job, -1)
         for digest in job.recipe.pictures:
             self._inputs[digest] -= 1

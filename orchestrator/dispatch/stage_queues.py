@@ -1,32 +1,46 @@
 """Waiting jobs by stage and model, always in the order in which they are to be served."""
 
 import bisect
+import itertools
 import time
 from collections import Counter
 
+from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob, ModelKey
+from orchestrator.principal import Principal
+from orchestrator.scheduling.fair_shares import FairShares
 from protocol.stages import Stage
+
+Entry = tuple[tuple[int, int, int], str, float]  # a job's order, its id, and the seconds that its task may take
 
 
 class StageQueues:
-    """Sorted lists; adding and removing cost a search and a move of memory, which is cheap up to 100,000 jobs."""
+    """Sorted lists by owner; adding and removing cost a search and a move of memory, cheap up to 100,000 jobs.
 
-    def __init__(self) -> None:
-        self._lists: dict[tuple[Stage, ModelKey], list[tuple[tuple[int, int, int], str]]] = {}
+    Owners are served by their `shares` of all workers' time, of which `seconds` says what a task may take.
+    """
+
+    def __init__(self, shares: FairShares[Principal] | None = None, seconds: TaskSeconds | None = None) -> None:
+        self._shares, self._seconds = shares or FairShares[Principal](), seconds or TaskSeconds()
+        self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
         self.depth: Counter[tuple[Stage, int]] = Counter()  # by stage and distance to the end
 
     def add(self, job: LiveJob) -> None:
-        bisect.insort(self._lists.setdefault((job.stage, job.model), []), (job.order, job.id))
+        own = self._lists.setdefault((job.stage, job.model), {}).setdefault(job.owner, [])
+        bisect.insort(own, (job.order, job.id, self._seconds.expected(job)))
         self.depth[job.stage, job.distance] += 1
         self._since[job.id] = time.monotonic()
 
     def remove(self, job: LiveJob) -> None:
         """Take a job out of its stage's queue; nothing happens if it isn't there."""
-        entries = self._lists.get((job.stage, job.model), [])
-        at = bisect.bisect_left(entries, (job.order, job.id))
+        owners = self._lists.get((job.stage, job.model), {})
+        entries = owners.get(job.owner, [])
+        at = bisect.bisect_left(entries, (job.order, job.id, 0.0))
         if at < len(entries) and entries[at][1] == job.id:
             del entries[at]
+            if not entries:
+                del owners[job.owner]
             self.depth[job.stage, job.distance] -= 1
             del self._since[job.id]
 
@@ -36,11 +50,18 @@ class StageQueues:
 
     def at(self, stage: Stage, model: ModelKey) -> int:
         """Return how many jobs wait at a stage for a model."""
-        return len(self._lists.get((stage, model), ()))
+        return sum(map(len, self._lists.get((stage, model), {}).values()))
 
     def ahead_of(self, job: LiveJob) -> int:
-        """Return how many jobs are served before this one at its stage."""
-        return bisect.bisect_left(self._lists.get((job.stage, job.model), []), (job.order, job.id))
+        """Return about how many jobs are served before this one at its stage: of other owners, as many as its own."""
+        owners = self._lists.get((job.stage, job.model), {})
+        own = bisect.bisect_left(owners.get(job.owner, []), (job.order, job.id, 0.0))
+        return own + sum(min(len(entries), own) for owner, entries in owners.items() if owner != job.owner)
 
     def first(self, stage: Stage, model: ModelKey, count: int) -> list[str]:
-        return [job for _, job in self._lists.get((stage, model), [])[:count]]
+        owners = self._lists.get((stage, model), {})
+        if len(owners) == 1:
+            (entries,) = owners.values()
+            return [job for _, job, _ in entries[:count]]
+        tasks = {owner: ((job, seconds) for _, job, seconds in entries) for owner, entries in owners.items()}
+        return list(itertools.islice(self._shares.merged(tasks), count))

@@ -47,14 +47,15 @@ class Server:
         self.folder = folder
         self.outbox = Outbox()
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
-        self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts)
+        keys = KeyFolder(folder.keys)
+        own_key = keys.server() if keys.exists else None
+        allowed = AllowedKeys(keys)
+        self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._clients = ClientRequests(self.engine, describer, self._supervisor)
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients)
-        keys = KeyFolder(folder.keys)
-        own_key = keys.server() if keys.exists else None
-        self._sockets = Sockets(endpoints, settings.remote(), own_key, AllowedKeys(keys))
+        self._sockets = Sockets(endpoints, settings.remote(), own_key, allowed)
         remote: dict[str, str] = {**dict(self._sockets.remote)}
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets.local, remote)
         self._stopping = False

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchestrator.dispatch.engine import Engine
-from orchestrator.dispatch.fleet import Worker
+from orchestrator.dispatch.fleet import ProcessId, Worker
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.standstill import TICK_SECONDS, Standstill, quiet_ticks
@@ -95,7 +95,7 @@ class World:
     orders: int = 0
     restarts: int = 0
     questions: int = 0
-    dead: list[int] = field(default_factory=list)  # processes that are known to have ended in the next round
+    dead: list[ProcessId] = field(default_factory=list)  # processes that are known to have ended in the next round
     _identities: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def __post_init__(self) -> None:
@@ -133,7 +133,7 @@ class World:
     def round(self) -> None:
         self.now += TICK_SECONDS
         while self.dead:
-            self.engine.leasing.buried("h", self.dead.pop())
+            self.engine.leasing.buried(self.dead.pop())
         for each in self.sims:
             self.lend(each)
         self.engine.assign()
@@ -163,7 +163,7 @@ class World:
     def start_anew(self, sim: Sim) -> None:
         assert sim.worker
         self.engine.dismiss_worker(sim.worker)
-        self.engine.leasing.buried("h", sim.worker.hello.pid)
+        self.engine.leasing.buried(sim.worker.process)
         self.join(sim)
 
     def lend(self, sim: Sim) -> None:
@@ -200,7 +200,7 @@ class World:
         if sim.dies_at_work:
             sim.dies_at_work -= 1
             self.engine.lose_worker(sim.worker, "died")
-            self.dead.append(sim.worker.hello.pid)
+            self.dead.append(sim.worker.process)
             self.join(sim)
             return
         key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
