@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from orchestrator.principal import LOCAL_USER, Principal
+from orchestrator.principal import LOCAL_USER, KeyHolder, LocalUser, Principal
 from protocol.job import ENDED, Job, JobState, Recipe, StageRecord
 from protocol.messages.worker import WorkerHello
 from protocol.route import Template
@@ -92,9 +92,19 @@ class LiveJob(NamedTuple):
         """Place in any queue: by priority, then nearest to the end first, then by age."""
         return -self.priority, self.distance, self.number
 
-    def view(self) -> Job:
+    @property
+    def own_id(self) -> str:
+        """Its id as its owner has given it, see `job_id_of`."""
+        given = json.loads(self.request).get("id") if isinstance(self.owner, KeyHolder) else None
+        return given or self.id
+
+    def id_for(self, principal: Principal) -> str:
+        """Return its id as a principal that may see it knows it."""
+        return self.id if isinstance(principal, LocalUser) else self.own_id
+
+    def view(self, principal: Principal = LOCAL_USER) -> Job:
         return Job(
-            id=self.id, number=self.number, state=self.state, priority=self.priority, recipe=self.recipe,
+            id=self.id_for(principal), number=self.number, state=self.state, priority=self.priority, recipe=self.recipe,
             attempt=self.attempt, step=self.step, cached=self.cached, records=self.records, reasons=self.reasons,
             created=self.created, finished=self.finished, pictures=self.pictures,
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """Principals, on whose behalf something is asked: this machine's own user, or the holder of a key."""
 
+import hashlib
 from dataclasses import dataclass
 
 
@@ -17,6 +18,18 @@ class KeyHolder:
 
 Principal = LocalUser | KeyHolder
 LOCAL_USER = LocalUser()
+
+
+def kept_name(owner: Principal, name: str) -> str:
+    """Return the name under which something is kept for an owner: by naming it, nobody learns that another has it."""
+    return f"{name}@{owner.name}" if isinstance(owner, KeyHolder) else name
+
+
+def job_id_of(owner: Principal, given: str) -> str:
+    """Return a job's id in this stack, from the one that its owner has given: others may give the same."""
+    if isinstance(owner, LocalUser):
+        return given
+    return f"k{hashlib.sha256(f'{owner.name}/{given}'.encode()).hexdigest()[:24]}"
 
 
 def to_column(principal: Principal) -> str:

@@ -137,6 +137,11 @@ class JobSettings(Settings):
         Field(description="Bytes on disk for the embeddings of prompts, for when they come again."),
         Flag("--embedding-cache", "SIZE", "1GB"),
     ] = 1_000_000_000
+    share_cache: Annotated[
+        bool,
+        Field(description="Keys share embeddings: a prompt is encoded once, and who asks can tell that it was."),
+        Flag("--share-cache"),
+    ] = False
     keep: Annotated[
         bool,
         Field(description="Keep jobs and pictures on disk; without, nothing outlives the orchestrator."),
@@ -308,4 +313,13 @@ class OrchestratorSpec(Settings):
     state: Path
     clients: str  # endpoint
     workers: str  # endpoint
+    doors: dict[Role, str] = Field(default_factory=dict)  # endpoints where the doors for others come to
     settings: OrchestratorSettings
+
+
+class DoorSpec(Settings):
+    """All that a door's process is started with."""
+
+    state: Path
+    role: Role
+    inside: str  # endpoint of the orchestrator's for it

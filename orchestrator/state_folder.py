@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from protocol.client.endpoints import CPU_LOCK, PUBLISHED, Endpoints
+from protocol.curve_keys import Role
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
 OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
@@ -104,7 +105,7 @@ class StackFolder:
     def socket_folder(self) -> Path:
         """A 0700 folder whose paths are short enough for ipc sockets."""
         inside = self.path.resolve() / "sockets"
-        if len(str(inside)) + len("/clients") <= LONGEST_IPC_PATH:
+        if len(str(inside)) + len("/door-client") <= LONGEST_IPC_PATH:
             folder = inside
         else:
             name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
@@ -124,6 +125,10 @@ class StackFolder:
     def local_endpoints(self) -> Endpoints:
         folder = self.socket_folder()
         return Endpoints(f"ipc://{folder / 'clients'}", f"ipc://{folder / 'workers'}")
+
+    def door_endpoint(self, role: Role) -> str:
+        """Return the endpoint where the door for a role comes to the orchestrator."""
+        return f"ipc://{self.socket_folder() / f'door-{role}'}"
 
     def publish(self, endpoints: Endpoints, remote: Mapping[str, str]) -> None:
         """Let clients and workers find the running orchestrator; `remote` are its TCP endpoints by role."""

@@ -24,3 +24,8 @@ class TokenBucket:
             return False
         self._left -= count
         return True
+
+    def spend(self, count: float) -> None:
+        """Take so many whether they are there or not: what is missing must come before there are any again."""
+        self.left()
+        self._left -= count

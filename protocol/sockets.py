@@ -119,16 +119,6 @@ def receive(socket: zmq.Socket[bytes]) -> list[Buffer]:
     return [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
 
 
-def receive_from(socket: zmq.Socket[bytes]) -> tuple[str, list[Buffer]]:
-    """Receive as `receive` does, with the user that ZAP has named; empty without CURVE."""
-    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-    try:
-        user = str(frames[-1].get("User-Id"))
-    except zmq.ZMQError:
-        user = ""
-    return user, [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
-
-
 def send(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> None:
     """Send without waiting. zmq.Again: the peer's queue is full; zmq.ZMQError EHOSTUNREACH: it is gone."""
     last = len(frames) - 1

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import zmq
 
-from orchestrator.settings import OrchestratorSettings, OrchestratorSpec
+from orchestrator.settings import DoorSpec, OrchestratorSettings, OrchestratorSpec
 from protocol import wire
 from protocol.client.client import Client
 from protocol.client.endpoints import PUBLISHED, Endpoints, published
-from protocol.curve_keys import PeerKey
+from protocol.curve_keys import PeerKey, Role
 from protocol.gpu_memory import WeightNeed
 from protocol.messages.common import Error, Heartbeat, Message, Welcome
 from protocol.messages.worker import TO_WORKER, Leased, Progress, Ready, Result, SetLease, Task, TaskFailed, WorkerHello
@@ -157,7 +157,9 @@ class Orchestrator:
         self._environment = {**os.environ, **(environment or {})}
         self._scratch = tempfile.TemporaryDirectory(prefix="tt-")
         self._log = Path(self._scratch.name) / "orchestrator.log"
+        self._door_log = Path(self._scratch.name) / "doors.log"
         self._opened: list[FakeWorker | Client] = []
+        self.doors: dict[Role, subprocess.Popen[bytes]] = {}
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
 
@@ -165,9 +167,11 @@ class Orchestrator:
         settings = OrchestratorSettings.model_validate(
             {"queue_limit": 50, "embedding_cache": 1_000_000, "keep_pictures": 1_000_000, **self._settings}
         )
+        doors = {role: f"ipc://{self.folder}/d{role[0]}" for role, _ in settings.remote()}
         spec = OrchestratorSpec(
-            state=self.folder, clients=self.endpoints.clients, workers=self.endpoints.workers, settings=settings
-        )
+            state=self.folder, clients=self.endpoints.clients, workers=self.endpoints.workers, doors=doors,
+            settings=settings,
+        )  # fmt: skip
         command = [sys.executable, "-m", "orchestrator.server", spec.model_dump_json()]
         (self.folder / "stack.json").unlink(missing_ok=True)
         with self._log.open("wb") as log:
@@ -176,7 +180,18 @@ class Orchestrator:
             assert self.process.poll() is None, self.log()
             time.sleep(0.01)
         assert published(self.folder) == self.endpoints
-        self.remote: dict[str, str] = json.loads((self.folder / PUBLISHED).read_text())["remote"]
+        for role, inside in doors.items():
+            if role not in self.doors:
+                self.open_door(role, inside)
+        while (remote := json.loads((self.folder / PUBLISHED).read_text())["remote"]).keys() != doors.keys():
+            time.sleep(0.01)
+        self.remote: dict[str, str] = remote
+
+    def open_door(self, role: Role, inside: str) -> None:
+        door = DoorSpec(state=self.folder, role=role, inside=inside)
+        command = [sys.executable, "-m", "orchestrator.doors", door.model_dump_json()]
+        with self._door_log.open("ab") as log:
+            self.doors[role] = subprocess.Popen(command, stderr=log, env=self._environment)
 
     def kill(self) -> None:
         self.process.kill()
@@ -185,6 +200,10 @@ class Orchestrator:
     def log(self) -> str:
         """What the process has said since it started."""
         return self._log.read_text()
+
+    def door_log(self) -> str:
+        """What the doors have said."""
+        return self._door_log.read_text() if self._door_log.exists() else ""
 
     def worker(self, stage: Stage, **arguments: object) -> FakeWorker:
         self._opened.append(worker := FakeWorker(self.endpoints.workers, stage, **arguments))
@@ -206,8 +225,10 @@ class Orchestrator:
     def stop(self) -> str:
         for opened in self._opened:
             opened.close()
-        self.process.send_signal(signal.SIGTERM)
-        self.process.wait(timeout=20)
+        for process in (self.process, *self.doors.values()):
+            process.send_signal(signal.SIGTERM)
+        for process in (self.process, *self.doors.values()):
+            process.wait(timeout=20)
         said = self.log()
         self._scratch.cleanup()
         return said

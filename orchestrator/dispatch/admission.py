@@ -10,7 +10,7 @@ from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.quotas import KEPT_INPUTS, Quotas
 from orchestrator.job import LiveJob
-from orchestrator.principal import Principal
+from orchestrator.principal import Principal, job_id_of, kept_name
 from orchestrator.storage.job_store import Store
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
@@ -51,8 +51,13 @@ class Admission:
         leasing: Leasing,
         catalogue: Catalogue,
         looks: bool = False,
+        share_cache: bool = False,
     ) -> None:
-        """With `looks`, no job is admitted before a describer has looked at its template."""
+        """With `looks`, no job is admitted before a describer has looked at its template.
+
+        With `share_cache` all owners share the embeddings of prompts; else those of a key's holder are its own.
+        """
+        self._share_cache = share_cache
         self._store, self._job_queue, self._quotas = store, job_queue, quotas
         self._leasing, self._catalogue, self._looks = leasing, catalogue, looks
 
@@ -66,7 +71,7 @@ class Admission:
         named, fresh, settled = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner)
         self._quotas.spend(len(fresh), owner)
-        self._keep_pictures({digest for recipe, _ in settled for digest in recipe.pictures}, pictures)
+        self._keep_pictures({digest for recipe, _ in settled for digest in recipe.pictures}, pictures, owner)
         new = [self._create(request, *found, owner) for request, found in zip(fresh, settled, strict=True)]
         made = iter(new)
         return [known or next(made) for known in named], new
@@ -76,26 +81,26 @@ class Admission:
         _, fresh, _ = self._settle(requests, owner, pictures)
         self._quotas.check(fresh, owner, earlier)
 
-    def _keep_pictures(self, wanted: set[str], pictures: Pictures) -> None:
-        artifacts = self._store.artifacts
-        for digest in wanted:
-            if artifacts.has("input", digest):
-                artifacts.touch("input", digest)
+    def _keep_pictures(self, wanted: set[str], pictures: Pictures, owner: Principal) -> None:
+        artifacts, names = self._store.artifacts, {kept_name(owner, digest): digest for digest in wanted}
+        for name, digest in names.items():
+            if artifacts.has("input", name):
+                artifacts.touch("input", name)
             else:
-                artifacts.put("input", digest, (pictures[digest],))
-        artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), wanted))
+                artifacts.put("input", name, (pictures[digest],))
+        artifacts.shrink("input", KEPT_INPUTS, spare=Either(self._job_queue.inputs(), names))
 
-    def _shapes(self, request: JobRequest, pictures: Pictures) -> tuple[Shape, ...]:
+    def _shapes(self, request: JobRequest, pictures: Pictures, owner: Principal) -> tuple[Shape, ...]:
         """Return the shapes of a request's pictures; BadRequest where one isn't here, or is of another kind."""
-        shapes = tuple(self._shape(digest, pictures) for digest in request.pictures)
+        shapes = tuple(self._shape(digest, pictures, owner) for digest in request.pictures)
         if not all(map(is_of_its_kind, request.named_pictures, shapes)):
             raise BadRequest("Pictures have three channels, masks have one, and videos frames.", "Give them as such.")
         return shapes
 
-    def _shape(self, digest: str, pictures: Pictures) -> Shape:
+    def _shape(self, digest: str, pictures: Pictures, owner: Principal) -> Shape:
         if digest in pictures:
             return pictures[digest].shape
-        if kept := self._store.artifacts.specs("input", digest):
+        if kept := self._store.artifacts.specs("input", kept_name(owner, digest)):
             return kept[0][2]
         raise BadRequest("A picture that the job begins from did not come with it.", "Send it along.")
 
@@ -115,7 +120,7 @@ class Admission:
             if named[item] is not None:
                 continue
             try:
-                shapes = self._shapes(request, pictures)
+                shapes = self._shapes(request, pictures, owner)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
                     *extent_of(dict(zip(request.named_pictures, shapes, strict=True))),
@@ -136,19 +141,20 @@ class Admission:
         return named, fresh, settled
 
     def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
-        job = self._job_queue.find(request.id) if request.id else None
+        job = self._job_queue.find(job_id_of(owner, request.id)) if request.id else None
         if job and (job.request != request.model_dump_json() or job.owner != owner):
-            raise Conflict(f"The job id {job.id!r} is taken by a different job.", "Choose another, or give none.")
+            raise Conflict(f"The job id {request.id!r} is taken by a different job.", "Choose another, or give none.")
         return job
 
     def _create(self, request: JobRequest, recipe: Recipe, template: Template | None, owner: Principal) -> LiveJob:
         known = self._catalogue.default().routes.get(template)
+        text_key = known.text_key(recipe) if known else whole_key(recipe)
         job = LiveJob(
-            id=request.id or secrets.token_hex(6),
+            id=job_id_of(owner, request.id) if request.id else secrets.token_hex(6),
             number=self._store.next_number(),
             priority=request.priority,
             recipe=recipe,
-            text_key=known.text_key(recipe) if known else whole_key(recipe),
+            text_key=text_key if self._share_cache else kept_name(owner, text_key),
             template=template,
             stage=known.route.first if known else FIRST,
             request=request.model_dump_json(),

@@ -68,7 +68,9 @@ class Engine:
         quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
         self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of))
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
-        self.admission = Admission(store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer)
+        self.admission = Admission(
+            store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
+        )
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
@@ -91,19 +93,19 @@ class Engine:
         elif changes.keep == "note":
             self.store.note(after)
         if changes.announce:
-            for client in self.subscriptions.of(after.id):
-                self.outbox.to_client(client, self.event(after))
+            for client, known_as in self.subscriptions.of(after.id).items():
+                self.outbox.to_client(client, self.event(after, known_as))
         if after.ended and not job.ended:
             self.leasing.moved()
             self.subscriptions.forget_job(after.id)
             log.info("%s", after.state, extra={"job": after.id})
         return after
 
-    def event(self, job: LiveJob) -> JobEvent:
-        """A job as it stands, for those who watch it."""
+    def event(self, job: LiveJob, known_as: str) -> JobEvent:
+        """A job as it stands, for those who watch it, and know it by some id."""
         running = job.worker is not None
         return JobEvent(
-            job=job.id,
+            job=known_as,
             state=job.state,
             running=running,
             step=job.step,
@@ -371,7 +373,7 @@ class Engine:
     def retry(self, job: LiveJob) -> LiveJob:
         """Queue a failed or cancelled job again, from its last visit on; Conflict for any other."""
         if job.state not in ("failed", "cancelled"):
-            raise Conflict(f"Job {job.id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
+            raise Conflict(f"Job {job.own_id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
         return self._skip_text_if_known(self.happened(job, transitions.Retried()))
 
     def make_again(self, job: LiveJob) -> None:

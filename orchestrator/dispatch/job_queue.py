@@ -8,7 +8,7 @@ from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob
-from orchestrator.principal import Principal
+from orchestrator.principal import Principal, kept_name
 from orchestrator.scheduling.fair_shares import FairShares
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
@@ -26,7 +26,7 @@ class JobQueue:
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}
-        self._inputs: Counter[str] = Counter()  # jobs that begin from a picture, by its digest
+        self._inputs: Counter[str] = Counter()  # jobs that begin from a picture, by its name
 
     def find(self, job_id: str) -> LiveJob | None:
         """A job, ended ones too."""
@@ -43,7 +43,7 @@ class JobQueue:
         return self._by_text.keys()
 
     def inputs(self) -> Container[str]:
-        """Digests of the pictures that some job begins from."""
+        """Names of the pictures that some job begins from, as they are kept."""
         return self._inputs.keys()
 
     def of_text(self, key: str) -> list[LiveJob]:
@@ -57,7 +57,7 @@ class JobQueue:
         self._quotas.add(job)
         self._shares.add(job.owner)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
-        self._inputs.update(job.recipe.pictures)
+        self._inputs.update(_inputs_of(job))
         self.queues.add(job)
 
     def replace(self, before: LiveJob, after: LiveJob) -> None:
@@ -92,10 +92,10 @@ class JobQueue:
         del self.jobs[job.id]
         self._shares.remove(job.owner)
         self._quotas.add(job, -1)
-        for digest in job.recipe.pictures:
-            self._inputs[digest] -= 1
-            if not self._inputs[digest]:
-                del self._inputs[digest]
+        for name in _inputs_of(job):
+            self._inputs[name] -= 1
+            if not self._inputs[name]:
+                del self._inputs[name]
         same_text = self._by_text[job.text_key]
         same_text.discard(job.id)
         if not same_text:
@@ -114,6 +114,10 @@ class JobQueue:
     def next_due(self) -> float | None:
         """Monotonic seconds when the next delay is over; None if there is none."""
         return self._delays.next()
+
+
+def _inputs_of(job: LiveJob) -> list[str]:
+    return [kept_name(job.owner, digest) for digest in job.recipe.pictures]
 
 
 def _place(job: LiveJob) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob
+from orchestrator.principal import kept_name
 from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
@@ -162,7 +163,7 @@ class TaskDispatch:
         """Return the pictures that a job begins from, named for its worker; None where one is gone."""
         found: dict[str, Tensor] = {}
         for digest in job.recipe.pictures:
-            kept = self._store.artifacts.get("input", digest)
+            kept = self._store.artifacts.get("input", kept_name(job.owner, digest))
             if kept is None:
                 return None
             found[digest] = kept[0]

@@ -11,7 +11,7 @@ from orchestrator.dispatch.admission import NotLookedAt
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
-from orchestrator.principal import LocalUser, Principal
+from orchestrator.principal import LocalUser, Principal, job_id_of
 from orchestrator.server.housekeeping import MOST_FORGOTTEN
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.version import VERSION
@@ -47,6 +47,7 @@ from protocol.views import WorkerView
 log = logging.getLogger(__name__)
 
 MAX_PARKED = 1000  # submissions that may wait for the describer
+MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
 ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
@@ -120,6 +121,11 @@ class ClientRequests:
             with self._told(peer, submit):
                 self._submit(peer, submit, tensors)
 
+    def forget(self, client: bytes) -> None:
+        """Let go of the submissions of a client that is gone."""
+        for key in [key for key in self._parked if key[0].identity == client]:
+            del self._parked[key]
+
     def _reply(self, client: bytes, message: Message) -> None:
         self.engine.outbox.to_client(client, message)
 
@@ -130,25 +136,27 @@ class ClientRequests:
         match question:
             case Watch(jobs=ids):
                 jobs = [self._own(peer, job_id) for job_id in ids]
-                self._watch(client, [job.id for job in jobs if not job.ended])
-                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
+                self._watch(peer, [job for job in jobs if not job.ended])
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in jobs)))
                 for job in jobs:
-                    self._reply(client, engine.event(job))
+                    self._reply(client, engine.event(job, job.id_for(peer.principal)))
             case GetJobs(jobs=ids, states=states, limit=limit, before=before):
                 newest = engine.store.newest(states, limit, None if peer.local else peer.principal, before)
                 found = (self._own(peer, i) for i in ids) if ids else newest
                 live = (engine.job_queue.jobs.get(job.id, job) for job in found)
-                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in live)))
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in live)))
             case FetchPictures(job=job_id, part=part):
-                self._pictures(client, number, self._own(peer, job_id), part)
+                self._pictures(peer, number, self._own(peer, job_id), part)
             case Cancel(jobs=ids):
-                for job in [self._own(peer, job_id) for job_id in ids]:
+                jobs = [self._own(peer, job_id) for job_id in ids]
+                for job in jobs:
                     if not job.ended:
                         engine.cancel(job)
-                self._reply(client, Jobs(request=number, jobs=tuple(engine.job_queue.known(i).view() for i in ids)))
+                now = (engine.job_queue.known(job.id) for job in jobs)
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in now)))
             case Retry(jobs=ids):
                 jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
-                self._reply(client, Jobs(request=number, jobs=tuple(job.view() for job in jobs)))
+                self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in jobs)))
             case GetWorkers():
                 views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
                 drained, processes = tuple(sorted(engine.drained)), self._supervisor.processes if peer.local else ()
@@ -179,7 +187,8 @@ class ClientRequests:
 
     def _own(self, peer: Peer, job_id: str) -> LiveJob:
         """A job that the peer may see; to others it is as if there were none."""
-        job = self.engine.job_queue.find(job_id)
+        job_queue = self.engine.job_queue
+        job = job_queue.find(job_id_of(peer.principal, job_id)) or job_queue.find(job_id)
         if job is None or not peer.may_see(job):
             raise NotFound(f"There is no job {job_id!r}.", "'triptych jobs' lists those that there are.")
         return job
@@ -187,7 +196,9 @@ class ClientRequests:
     def _seen_by(self, peer: Peer, view: WorkerView) -> WorkerView:
         """Return a worker's view, without its job where that is another principal's."""
         job = self.engine.job_queue.jobs.get(view.job) if view.job else None
-        return view if peer.local or (job and peer.may_see(job)) else view.model_copy(update={"job": None})
+        if peer.local:
+            return view
+        return view.model_copy(update={"job": job.own_id if job and peer.may_see(job) else None})
 
     def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
         if not self._describer.ready_for(submit.jobs):
@@ -211,25 +222,28 @@ class ClientRequests:
             self._reply(client, Done(request=submit.request))
             return
         jobs = self.engine.accept(submit.jobs, peer.principal, pictures)
-        self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view() for job in jobs)))
+        self._reply(client, Jobs(request=submit.request, jobs=tuple(job.view(peer.principal) for job in jobs)))
         if submit.watch:
-            self._watch(client, [job.id for job in jobs if not job.ended])
+            self._watch(peer, [job for job in jobs if not job.ended])
             for job in jobs:
-                self._reply(client, self.engine.event(job))
+                self._reply(client, self.engine.event(job, job.id_for(peer.principal)))
 
-    def _watch(self, client: bytes, ids: list[str]) -> None:
-        for job_id in ids:
-            self.engine.subscriptions.add(client, job_id)
+    def _watch(self, peer: Peer, jobs: list[LiveJob]) -> None:
+        subscriptions = self.engine.subscriptions
+        if not peer.local and len(jobs) + subscriptions.count(peer.identity) > MOST_WATCHED:
+            raise QueueFull(f"A connection may watch at most {MOST_WATCHED} jobs.", "Wait for some of them to end.")
+        for job in jobs:
+            subscriptions.add(peer.identity, job.id, job.id_for(peer.principal))
 
-    def _pictures(self, client: bytes, number: int, job: LiveJob, part: int) -> None:
-        job_id, artifacts = job.id, self.engine.store.artifacts
-        parts = len(artifacts.parts("pictures", job_id)) + 1
+    def _pictures(self, peer: Peer, number: int, job: LiveJob, part: int) -> None:
+        job_id, artifacts = job.id_for(peer.principal), self.engine.store.artifacts
+        parts = len(artifacts.parts("pictures", job.id)) + 1
         if job.pictures and part >= parts:
             raise NotFound(f"The pictures of job {job_id} have {parts} parts; there is no part {part}.")
-        tensors = artifacts.get_part("pictures", job_id, part) if job.pictures else None
+        tensors = artifacts.get_part("pictures", job.id, part) if job.pictures else None
         if tensors is not None:
-            answer = Pictures(request=number, job=job.view(), parts=parts)
-            self.engine.outbox.to_client(client, answer, tensors)
+            answer = Pictures(request=number, job=job.view(peer.principal), parts=parts)
+            self.engine.outbox.to_client(peer.identity, answer, tensors)
         elif job.pictures:
             self.engine.make_again(job)
             raise Conflict(

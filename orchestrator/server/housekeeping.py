@@ -2,14 +2,15 @@
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import astuple
 from pathlib import Path
 
 from orchestrator.dispatch.engine import Engine
 from orchestrator.removal import Ground
+from orchestrator.server.sockets import Sockets
 from orchestrator.state_folder import StackFolder
-from protocol.client.endpoints import PUBLISHED, Endpoints
+from protocol.client.endpoints import PUBLISHED
+from protocol.curve_keys import Role
 from protocol.errors import StateUnusable
 
 log = logging.getLogger(__name__)
@@ -21,23 +22,27 @@ MOST_FORGOTTEN = 1000  # jobs at a time, so that nobody waits for long
 
 
 class Housekeeping:
-    """`local` and `remote` are the endpoints where the orchestrator listens."""
+    """`sockets` tell where the orchestrator and its doors listen."""
 
-    def __init__(self, folder: StackFolder, engine: Engine, local: Endpoints, remote: Mapping[str, str]) -> None:
-        self._folder, self._engine, self._local, self._remote = folder, engine, local, remote
+    def __init__(self, folder: StackFolder, engine: Engine, sockets: Sockets) -> None:
+        self._folder, self._engine, self._sockets = folder, engine, sockets
+        self._published: dict[Role, str] = {}
         keep = engine.settings.keep
-        sockets = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(local)]
-        self._ground = Ground([*([folder.database] if keep else []), *sockets])
+        paths = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(sockets.local)]
+        self._ground = Ground([*([folder.database] if keep else []), *paths])
         self._looked = self._kept_house = self._backed_up = 0.0  # monotonic seconds
         self._epoch = time.time() - time.monotonic()  # a clock that is set anew must not make jobs old
 
     def publish(self) -> None:
         """Let clients and workers find the orchestrator."""
-        self._folder.publish(self._local, dict(self._remote))
+        self._published = self._sockets.remote
+        self._folder.publish(self._sockets.local, {str(role): endpoint for role, endpoint in self._published.items()})
 
     def see_to_it(self) -> None:
         """Do what is due; StateUnusable where the orchestrator must begin anew."""
         now = time.monotonic()
+        if self._sockets.remote != self._published:
+            self.publish()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
             self._look()

@@ -20,8 +20,11 @@ from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
+from orchestrator.principal import LocalUser, to_column
+from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.housekeeping import Housekeeping
+from orchestrator.server.inbox import Inbox, Received
 from orchestrator.server.sockets import Sockets
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.server.worker_requests import HEARTBEAT_SECONDS, WorkerRequests
@@ -30,10 +33,14 @@ from orchestrator.state_folder import StackFolder
 from orchestrator.storage.job_store import Store
 from protocol import wire
 from protocol.client.endpoints import Endpoints
+from protocol.curve_keys import Role
 from protocol.errors import StateUnusable
 from protocol.gpu_memory import GpuId
 
 log = logging.getLogger(__name__)
+
+TURN_SECONDS = 0.02  # for clients and keys' holders, before this machine's workers are heard again
+PROBE_SECONDS, PROBE_ROUNDS = 1.0, 5  # in so many looks, one a second, each client that watches is heard of
 
 
 class Server:
@@ -43,21 +50,24 @@ class Server:
         endpoints: Endpoints,
         settings: OrchestratorSettings,
         accounts: Mapping[GpuId, Account],
+        doors: Mapping[Role, str],
     ) -> None:
+        """`doors` are the private endpoints where doors for others come to, by role."""
         self.folder = folder
         self.outbox = Outbox()
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         keys = KeyFolder(folder.keys)
-        own_key = keys.server() if keys.exists else None
         allowed = AllowedKeys(keys)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._clients = ClientRequests(self.engine, describer, self._supervisor)
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients)
-        self._sockets = Sockets(endpoints, settings.remote(), own_key, allowed)
-        remote: dict[str, str] = {**dict(self._sockets.remote)}
-        self._housekeeping = Housekeeping(folder, self.engine, self._sockets.local, remote)
+        self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if keys.exists else None)
+        self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
+        self._inbox = Inbox(self._sockets.takes_answers)
+        self._probed = 0.0  # monotonic seconds
+        self._pulse = Pulse.inherited()
         self._stopping = False
 
     def stop(self, signal_number: int, frame: FrameType | None) -> None:
@@ -65,32 +75,82 @@ class Server:
 
     def run(self) -> None:
         self._housekeeping.publish()
-        for endpoint in (*astuple(self._sockets.local), *(endpoint for _, endpoint in self._sockets.remote)):
+        for endpoint in astuple(self._sockets.local):
             log.info("listening at %s", endpoint)
         try:
             while not self._stopping:
                 self._sockets.wait(self._pause())
+                self._pulse.beat()
                 self._shut_out()
-                self._sockets.take(self._clients.handle, self._workers.handle)
-                self._workers.notice_silence()
+                if self._take():
+                    self._workers.notice_silence()
                 self._supervisor.replace(self.engine.dispatch.to_restart)
                 self._supervisor.roll()
+                self._probe()
                 self._settle()
+                self._sockets.counted.tell()
                 self._housekeeping.see_to_it()
         finally:
             self._close()
 
     def _pause(self) -> int:
         """Milliseconds until there is something to do without a message."""
-        due = self.engine.dispatch.next_due()
+        due, waiting = self.engine.dispatch.next_due(), self._inbox.next_due()
         left = HEARTBEAT_SECONDS if due is None else min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic()))
-        return math.ceil(left * 1000)
+        return math.ceil((left if waiting is None else min(left, waiting)) * 1000)
+
+    def _take(self) -> bool:
+        """Handle what this machine's workers and supervisor say, then for a moment what all others do, in turns.
+
+        Return whether all was read that workers have sent: only then can one be called silent.
+        """
+        for received in self._sockets.received("worker", takes=lambda principal: True):
+            if isinstance(received.principal, LocalUser):
+                self._workers.handle(received.peer, received.principal, received.frames)
+            else:
+                self._let_wait(received)
+        heard_all = self._sockets.heard_all
+        for received in self._sockets.received("client", takes=lambda principal: not self._inbox.full(principal)):
+            self._let_wait(received)
+        self._inbox.serve(self._handle, TURN_SECONDS)
+        return heard_all
+
+    def _let_wait(self, received: Received) -> None:
+        if not self._inbox.put(received):
+            name = to_column(received.principal)
+            self._sockets.counted.warn(f"{name} sends more than it is answered in its turn, which is let go")
+
+    def _handle(self, received: Received) -> None:
+        handler = self._workers if received.role == "worker" else self._clients
+        handler.handle(received.peer, received.principal, received.frames)
 
     def _shut_out(self) -> None:
         """Shut out peers whose keys were revoked: they get nothing more, and their word counts for nothing."""
         for peer in self._sockets.shut_out():
-            self.engine.subscriptions.forget_client(peer)
+            self._forget_client(peer)
             self._workers.shut_out(peer)
+        for peer in self._sockets.gone():
+            self._forget_client(peer)
+            self._workers.unreachable(peer)
+        if "worker" in self._sockets.lost_doors():
+            self._workers.begin_anew()
+
+    def _forget_client(self, peer: bytes) -> None:
+        """Let go of all that is kept for a client that is gone, or doesn't read; it asks again if it cares."""
+        self.engine.subscriptions.forget_client(peer)
+        self._clients.forget(peer)
+        self._inbox.forget(peer)
+
+    def _probe(self) -> None:
+        """Tell some of those who watch jobs how one stands, to find out who is gone without a word."""
+        now = time.monotonic()
+        if now - self._probed < PROBE_SECONDS:
+            return
+        self._probed = now
+        for client, job_id in self.engine.subscriptions.probe(PROBE_ROUNDS):
+            job, known_as = self.engine.job_queue.jobs.get(job_id), self.engine.subscriptions.of(job_id).get(client)
+            if job and known_as:
+                self.outbox.to_client(client, self.engine.event(job, known_as))
 
     def _settle(self) -> None:
         """Commit, then send. Tasks alone go first: they promise nothing, and their workers need not wait for a disk."""
@@ -109,8 +169,8 @@ class Server:
                 raise
             if letter.to_worker:
                 self._workers.unreachable(letter.identity)
-            else:  # a client that is gone or doesn't read asks again if it cares
-                self.engine.subscriptions.forget_client(letter.identity)
+            else:
+                self._forget_client(letter.identity)
 
     def _close(self) -> None:
         self.folder.withdraw()

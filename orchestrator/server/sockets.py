@@ -1,139 +1,247 @@
-"""The orchestrator's sockets: private ones for this machine's user, and CURVE over TCP for keys that are let in.
+"""The orchestrator's sockets, all private to this machine's user: its own peers come to them, and doors for others.
 
-A peer is known here by a byte for the socket that it came through and its socket's identity.
+A peer is known here by a byte for the socket that it came through and its socket's identity; behind a door it keeps
+both when that door is started anew.
 """
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import zmq
-from zmq.utils import z85
 
 from orchestrator.access import AllowedKeys
-from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
-from orchestrator.token_bucket import TokenBucket
+from orchestrator.counted_log import CountedLog
+from orchestrator.doors import frames as frames_of
+from orchestrator.doors.frames import BEAT, COUNTED_BYTES, MESSAGE, OPEN, send_tracked, size_of, unpacked
+from orchestrator.principal import LOCAL_USER, KeyHolder, Principal, to_column
+from orchestrator.server.inbox import Received
+from orchestrator.server.unread import Unread
 from protocol.client.endpoints import Endpoints
-from protocol.curve_keys import KeyPair, Role
+from protocol.curve_keys import Role
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
-from protocol.sockets import receive_from, router, send
+from protocol.sockets import COPY_BELOW, receive, router, send
 from protocol.tensors import Buffer
 
 log = logging.getLogger(__name__)
 
-ZAP = "inproc://zeromq.zap.01"
 BATCH = 256  # messages of one socket between two commits
-REMEMBERED = 10_000  # peers from outside
-MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
+MOST_CONNECTIONS = 64  # of one client's key
 LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
-Handler = Callable[[bytes, Principal, list[Buffer]], None]  # (peer, on whose behalf, frames)
+ROLES: tuple[Role, ...] = ("client", "worker")
 
 
 @dataclass(slots=True)
-class BoundSocket:
+class DoorSocket:
+    """Where a role's door connects, and what is known of that door."""
+
     socket: "zmq.Socket[bytes]"
-    role: Role
-    guarded: bool  # by CURVE and the list of keys
+    wanted: str  # TCP endpoint to listen at; the port that the first door found, once there was one
+    identity: bytes = b""
+    listens: bool = False
 
 
 class Sockets:
+    """`remote` are TCP endpoints at which doors are to listen, `doors` the private ones where those come to.
+
+    Without a list of keys whoever comes through a door is this machine's user: it listens on the loopback address only.
+    """
+
     def __init__(
-        self, local: Endpoints, remote: Sequence[tuple[Role, str]], key: KeyPair | None, gate: AllowedKeys
+        self,
+        local: Endpoints,
+        remote: Sequence[tuple[Role, str]],
+        doors: Mapping[Role, str],
+        allowed: AllowedKeys | None,
     ) -> None:
-        """`remote` are TCP endpoints; with a `key` they want CURVE, without it they must be on the loopback address."""
-        self._gate = gate
+        self._allowed = allowed
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.setsockopt(zmq.LINGER, 0)
-        self._zap.bind(ZAP)
-        self._bound = [
-            BoundSocket(router(self._context, local.clients, largest=LARGEST_QUESTION), "client", guarded=False),
-            BoundSocket(router(self._context, local.workers), "worker", guarded=False),
-        ]
-        for role, endpoint in remote:
-            largest = LARGEST_QUESTION if role == "client" else None
-            bound = router(self._context, endpoint, secret=key.secret if key else None, domain=role, largest=largest)
-            self._bound.append(BoundSocket(bound, role, guarded=key is not None))
-        names = [bound.socket.getsockopt_string(zmq.LAST_ENDPOINT) for bound in self._bound]
+        self._local: dict[Role, zmq.Socket[bytes]] = {
+            "client": router(self._context, local.clients, largest=LARGEST_QUESTION),
+            "worker": router(self._context, local.workers),
+        }
+        self._doors: dict[Role, DoorSocket] = {
+            role: DoorSocket(router(self._context, doors[role], largest=LARGEST_QUESTION), endpoint)
+            for role, endpoint in remote
+        }
+        names = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in self._local.values()]
         self.local = Endpoints(names[0], names[1])
-        self.remote = [(bound.role, name) for bound, name in zip(self._bound[2:], names[2:], strict=True)]
-        self._keys: OrderedDict[bytes, str] = OrderedDict()  # by peer, the public key that it came with
-        self._buckets: dict[str, TokenBucket] = {}  # by public key
+        self.counted = CountedLog(log)
+        self.unread = Unread()
+        self.heard_all = True  # nothing was left to be read of a role's messages, as of the last look
+        self._keys: dict[bytes, str] = {}  # public keys, by the peers that came with them
+        self._peers: dict[str, OrderedDict[bytes, None]] = {}  # clients by public key, the one heard last comes last
+        self._gone: list[bytes] = []
+        self._lost_doors: list[Role] = []
         self._poller = zmq.Poller()
-        for socket in (self._zap, *(bound.socket for bound in self._bound)):
+        for socket in (*self._local.values(), *(door.socket for door in self._doors.values())):
             self._poller.register(socket, zmq.POLLIN)
+
+    @property
+    def remote(self) -> dict[Role, str]:
+        """TCP endpoints by role at which doors listen."""
+        return {role: door.wanted for role, door in self._doors.items() if door.listens}
 
     def wait(self, milliseconds: int) -> None:
         self._poller.poll(milliseconds)
 
-    def take(self, from_client: Handler, from_worker: Handler) -> None:
-        """Hand on what has come, workers' words first."""
-        self._admit()
-        for role, handle in (("worker", from_worker), ("client", from_client)):
-            for number, bound in enumerate(self._bound):
-                if bound.role == role:
-                    self._drain(number, bound, handle)
+    def received(self, role: Role, takes: Callable[[Principal], bool]) -> Iterator[Received]:
+        """Yield what has come from a role's peers, of each socket so much that others come to their turn.
 
-    def _drain(self, number: int, bound: BoundSocket, handle: Handler) -> None:
+        What this machine's user sends stays where it is while nobody `takes` it.
+        """
+        self.heard_all = True
+        yield from self._hear(role, takes)
+        if door := self._doors.get(role):
+            yield from self._hear_door(role, door)
+
+    def _hear(self, role: Role, takes: Callable[[Principal], bool]) -> Iterator[Received]:
+        prefix = bytes([ROLES.index(role)])
         for _ in range(BATCH):
+            if not takes(LOCAL_USER):
+                break
             try:
-                user, (identity, *frames) = receive_from(bound.socket)
+                identity, *frames = receive(self._local[role])
             except zmq.Again:
                 return
-            peer = bytes([number]) + bytes(identity)
-            if not bound.guarded:
-                handle(peer, LOCAL_USER, frames)
-            elif (name := self._name(peer, user, bound.role)) is not None:
-                handle(peer, KeyHolder(name), frames)
+            yield Received(prefix + bytes(identity), role, LOCAL_USER, frames)
+        self.heard_all = False
 
-    def _name(self, peer: bytes, public: str, role: Role) -> str | None:
-        """Return the name of a message's key; None if it is not let in, or not so often."""
-        entry = self._gate.entry(public, role)
-        if entry is None:
-            return None
-        if role == "client" and not self._buckets.setdefault(public, TokenBucket(MESSAGES_A_SECOND, BURST)).take():
+    def _hear_door(self, role: Role, door: DoorSocket) -> Iterator[Received]:
+        prefix = bytes([len(ROLES) + ROLES.index(role)])
+        for _ in range(BATCH):
+            try:
+                identity, kind, peer, *frames = receive(door.socket)
+            except zmq.Again:
+                return
+            match bytes(kind):
+                case frames_of.HELLO:
+                    self._greet(role, door, bytes(identity), bytes(peer).decode())
+                case _ if bytes(identity) != door.identity:
+                    pass  # of a door that is no more
+                case frames_of.MESSAGE:
+                    public = bytes(frames[0]).decode()
+                    if (principal := self._principal(prefix + bytes(peer), public, role)) is not None:
+                        yield Received(prefix + bytes(peer), role, principal, frames[1:])
+                case frames_of.READ:
+                    whom = self._known(prefix + bytes(peer), role)
+                    if whom is not None:
+                        self.unread.read(whom, prefix + bytes(peer), unpacked(frames[0]))
+                case frames_of.GONE:
+                    self._forget(prefix + bytes(peer), role)
+        self.heard_all = False
+
+    # -- doors ----------------------------------------------------------------------------------
+
+    def _greet(self, role: Role, door: DoorSocket, identity: bytes, endpoint: str) -> None:
+        """Answer a door's hello: where it is to listen, as long as it doesn't; else that it was heard."""
+        if door.identity not in (b"", identity):
+            log.warning("the door for %ss has come anew", role)
+            self._lost_doors.append(role)
+            for peer in [peer for peer in self._keys if ROLES[peer[0] - len(ROLES)] == role]:
+                if (principal := self._known(peer, role)) is not None:
+                    self.unread.forget(principal, peer)
+        door.identity = identity
+        if endpoint:
+            door.wanted, door.listens = endpoint, True
+            self._tell(door, BEAT)
+        else:
+            self._tell(door, OPEN, door.wanted.encode())
+
+    def _tell(self, door: DoorSocket, *frames: Buffer) -> None:
+        """Send to a door. Where there is none now nothing is sent: the next one lets all its peers begin anew."""
+        try:
+            send(door.socket, [door.identity, *frames])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+
+    def lost_doors(self) -> list[Role]:
+        """Roles whose door has come anew since the last call: what was on its way is lost."""
+        lost, self._lost_doors = self._lost_doors, []
+        return lost
+
+    # -- whose a message is ---------------------------------------------------------------------
+
+    def _known(self, peer: bytes, role: Role) -> Principal | None:
+        """Return on whose behalf a peer behind a door has come; None if that is not let in, or not any more."""
+        if self._allowed is None:
+            return LOCAL_USER
+        entry = self._allowed.entry(self._keys.get(peer, ""), role)
+        return KeyHolder(entry.name) if entry else None
+
+    def _principal(self, peer: bytes, public: str, role: Role) -> Principal | None:
+        """Return on whose behalf a message has come, and remember its peer; None if its key is not let in."""
+        if self._allowed is None:
+            return LOCAL_USER
+        if (entry := self._allowed.entry(public, role)) is None:
             return None
         self._keys[peer] = public
-        self._keys.move_to_end(peer)
-        if len(self._keys) > REMEMBERED:
-            self._keys.popitem(last=False)
-        return entry.name
+        if role == "client":
+            self._cap(public, peer, entry.name)
+        return KeyHolder(entry.name)
 
-    def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
-        """Send as sockets.send does; to a peer whose key was revoked nothing goes."""
-        bound = self._bound[peer[0]]
-        if bound.guarded and self._gate.entry(self._keys.get(peer, ""), bound.role) is None:
-            raise zmq.ZMQError(zmq.EHOSTUNREACH)
-        send(bound.socket, [peer[1:], *frames])
+    def _cap(self, public: str, peer: bytes, name: str) -> None:
+        """Forget the connection of a key that was silent for longest, where it has more than it may."""
+        peers = self._peers.setdefault(public, OrderedDict())
+        peers[peer] = None
+        peers.move_to_end(peer)
+        if len(peers) > MOST_CONNECTIONS:
+            self._forget(next(iter(peers)), "client")
+            self.counted.warn(f"{name} has more than {MOST_CONNECTIONS} connections; the oldest are forgotten")
+
+    def _forget(self, peer: bytes, role: Role) -> None:
+        """Forget a peer behind a door, and have others forget it."""
+        if (principal := self._known(peer, role)) is not None:
+            self.unread.forget(principal, peer)
+        self._peers.get(self._keys.pop(peer, ""), OrderedDict()).pop(peer, None)
+        self._gone.append(peer)
+
+    def gone(self) -> list[bytes]:
+        """The peers that were forgotten since the last call."""
+        gone, self._gone = self._gone, []
+        return gone
 
     def shut_out(self) -> list[bytes]:
         """The peers whose keys have been revoked since the last call."""
-        if not self._gate.look_again():
+        if self._allowed is None or not self._allowed.look_again():
             return []
-        gone = [peer for peer, key in self._keys.items() if self._gate.entry(key, self._bound[peer[0]].role) is None]
-        for peer in gone:
-            self._buckets.pop(self._keys.pop(peer), None)
+        gone = [peer for peer in self._keys if self._known(peer, ROLES[peer[0] - len(ROLES)]) is None]
+        for key in {self._keys.pop(peer) for peer in gone}:
+            self._peers.pop(key, None)
         return gone
 
-    def _admit(self) -> None:
-        """Answer libzmq's questions about peers that want to come in (ZAP, RFC 27): by key and role alone."""
-        while True:
-            try:
-                version, number, domain, address, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
-            entry = self._gate.entry(public, domain.decode(errors="replace"))  # type: ignore[arg-type]
-            if entry is None:
-                log.warning(
-                    "a %s at %s was not let in", domain.decode(errors="replace"), address.decode(errors="replace")
-                )
-            code, text = (b"200", b"OK") if entry else (b"400", b"not on the list of keys")
-            self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
+    # -- what is sent ---------------------------------------------------------------------------
+
+    def send(self, peer: bytes, frames: Sequence[Buffer]) -> None:
+        """Send without waiting. ZMQError EHOSTUNREACH: the peer is gone, or its key was revoked; EAGAIN: it is full.
+
+        What a door can't send it tells of later.
+        """
+        role, size = ROLES[peer[0] % len(ROLES)], size_of(frames)
+        if peer[0] < len(ROLES):
+            socket = self._local[role]
+            if role == "worker" or size < COPY_BELOW:
+                send(socket, [peer[1:], *frames])
+            else:
+                self.unread.add(LOCAL_USER, peer, size, send_tracked(socket, [peer[1:], *frames]))
+            return
+        principal = self._known(peer, role)
+        if principal is None:
+            raise zmq.ZMQError(zmq.EHOSTUNREACH)
+        self._tell(self._doors[role], MESSAGE, peer[1:], *frames)
+        if role == "client" and size >= COUNTED_BYTES:
+            self.unread.add(principal, peer, size)
+
+    def takes_answers(self, principal: Principal, peer: bytes) -> bool:
+        """Return whether a peer reads what it asks for; one that doesn't gets no more of it."""
+        if self.unread.takes_answers(principal, peer):
+            return True
+        self.counted.warn(f"a client of {to_column(principal) or 'this machine'} doesn't read its answers")
+        return False
 
     def close(self) -> None:
-        for bound in self._bound:
-            bound.socket.close()
-        self._zap.close()
+        for socket in (*self._local.values(), *(door.socket for door in self._doors.values())):
+            socket.close()
         self._context.term()

@@ -154,6 +154,12 @@ class WorkerRequests:
         elif self._supervisor.is_here(identity):
             self._supervisor.gone()
 
+    def begin_anew(self) -> None:
+        """Let workers of other hosts say anew what they are and have: what they said last may be lost."""
+        for worker in [worker for worker in self._engine.fleet if worker.process.key]:
+            self._engine.dismiss_worker(worker)
+        self._engine.dispatch.hold()
+
     def shut_out(self, identity: bytes) -> None:
         """Take out a worker whose key was revoked."""
         if worker := self._engine.fleet.workers.get(identity):

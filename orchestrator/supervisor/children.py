@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterator
 
 from orchestrator.planning.placement import Post
 from orchestrator.planning.stack_plan import StackPlan
-from orchestrator.settings import JobSettings, OrchestratorSettings, OrchestratorSpec, StackConfig
+from orchestrator.pulse import PULSE, PulseWatch
+from orchestrator.settings import DoorSpec, JobSettings, OrchestratorSettings, OrchestratorSpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
 from orchestrator.supervisor.fork_server import ForkServer
+from protocol.curve_keys import Role
 from protocol.stages import STAGES, Stage
 from protocol.views import ProcessView
 from protocol.worker_spec import DescriberSpec, WorkerSpec
@@ -25,6 +27,10 @@ class Children:
         self._folder, self._config, self._plan, self._lifeline, self.forks = folder, config, plan, lifeline, forks
         self._endpoints = folder.local_endpoints()
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
+        self.pulse = PulseWatch()
+        self.orchestrator.descriptors = (self.pulse.descriptor,)
+        self.orchestrator.environment[PULSE] = str(self.pulse.descriptor)
+        self.doors = [self._door(role) for role, _ in config.remote()]
         self.describer = self._child("describer", "workers.runtime", self._describer_spec(), forked=True)
         self.describer.essential = True
         self.workers: dict[Stage, list[Child]] = {stage: [] for stage in STAGES}
@@ -33,7 +39,7 @@ class Children:
         self.leaving: list[tuple[Child, float]] = []  # scaled away or restarted, and when to kill
 
     def __iter__(self) -> Iterator[Child]:
-        yield from (self.orchestrator, self.forks.child, self.describer)
+        yield from (self.orchestrator, self.forks.child, *self.doors, self.describer)
         for stage in STAGES:
             yield from self.workers[stage]
 
@@ -58,7 +64,16 @@ class Children:
             **given, fixed=plan.fixed(), keep_alive=keep_alive, gpus=plan.accounts, describer=True
         )
         clients, workers = self._endpoints.clients, self._endpoints.workers
-        return OrchestratorSpec(state=self._folder.path, clients=clients, workers=workers, settings=settings)
+        doors = {role: self._folder.door_endpoint(role) for role, _ in config.remote()}
+        return OrchestratorSpec(
+            state=self._folder.path, clients=clients, workers=workers, doors=doors, settings=settings
+        )
+
+    def _door(self, role: Role) -> Child:
+        spec = DoorSpec(state=self._folder.path, role=role, inside=self._folder.door_endpoint(role))
+        door = self._child(f"door-{role}", "orchestrator.doors", spec)
+        door.essential = True
+        return door
 
     def _describer_spec(self) -> DescriberSpec:
         stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in self._plan.posts))
@@ -80,7 +95,11 @@ class Children:
         )  # fmt: skip
 
     def _child(
-        self, name: str, module: str, spec: OrchestratorSpec | DescriberSpec | WorkerSpec, forked: bool = False
+        self,
+        name: str,
+        module: str,
+        spec: OrchestratorSpec | DoorSpec | DescriberSpec | WorkerSpec,
+        forked: bool = False,
     ) -> Child:
         stage = spec.stage if isinstance(spec, WorkerSpec) else None
         log = self._folder.log(name)

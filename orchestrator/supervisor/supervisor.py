@@ -145,12 +145,14 @@ class Supervisor:
         if now - self._looked > DEAF_SECONDS / 2 and self._answered:
             self._answered = now  # it was this process that stood still
         self._looked = now
+        self._children.pulse.still_for()
         for child in self._children:
             since = child.notice_stop()
             if since is not None and now - since >= STOPPED_SECONDS:
                 child.put_down("it was stopped by a signal, and stood still")
                 self._link.stopped(child.process.pid if child.process else 0)
-        if self._answered and now - self._answered > DEAF_SECONDS and orchestrator.state == "running":
+        deaf = self._answered and now - self._answered > DEAF_SECONDS and orchestrator.state == "running"
+        if deaf and self._children.pulse.still_for() > DEAF_SECONDS:  # else it is busy, and comes to us in time
             orchestrator.put_down(f"it gave no answer for {DEAF_SECONDS:g} s")
 
     def _reap(self) -> None:
@@ -183,11 +185,12 @@ class Supervisor:
         The describer is heard first: it says what is wrong with a model better than a worker that fails to load it.
         """
         orchestrator, describer = self._children.orchestrator, self._children.describer
-        groups = [[orchestrator], [describer]]
+        doors = self._children.doors
+        groups = [[orchestrator], *([door] for door in doors), [describer]]
         if describer.ever_proven:
             groups += self._children.workers.values()
         for group in groups:
-            needed = group[0] in (orchestrator, describer) if group else False
+            needed = group[0] in (orchestrator, *doors, describer) if group else False
             hopeless = [child for child in group if not child.wanted and (needed or not child.ever_proven)]
             if hopeless and len(hopeless) == len(group):
                 raise why(hopeless[0])
@@ -221,7 +224,10 @@ class Supervisor:
         children, deadline = self._children, time.monotonic() + GRACE_SECONDS
         workers = [child for stage in STAGES for child in children.workers[stage]]
         leaving = [child for child, _ in children.leaving]
-        for group in ([*workers, *leaving, children.describer], [children.orchestrator, children.forks.child]):
+        for group in (
+            [*workers, *leaving, children.describer],
+            [children.orchestrator, *children.doors, children.forks.child],
+        ):
             for child in group:
                 child.terminate()
             for child in group:
@@ -233,6 +239,7 @@ class Supervisor:
                 if child.process is not None:
                     child.process.wait()
         children.forks.close()
+        children.pulse.close()
         self._link.close()
         self.folder.withdraw()
         os.close(self._life)

@@ -11,7 +11,7 @@ from protocol.stages import Stage
 
 MAX_JOBS = 1024  # in one Submit, and ids in one question
 MAX_PARTS = 4096  # of a job's pictures
-MOST_LISTED = 1000  # jobs in one answer that weren't asked for by id
+MOST_LISTED = 100  # jobs in one answer that weren't asked for by id
 Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, le=2**53)]

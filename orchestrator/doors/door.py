@@ -1,0 +1,268 @@
+"""A door: the process between TCP and the orchestrator, for peers of one role. It knows keys and bytes, no messages.
+
+Whoever comes over TCP is met here: authenticated, counted, and held to limits, in a process of its own with memory and
+files of its own. libzmq hands over whole messages only, however large; what breaks this process by that ends its own
+connections, which come again, and nobody else's. The orchestrator is on the other side of a private socket.
+"""
+
+import logging
+import resource
+import secrets
+import time
+from collections import OrderedDict, deque
+from types import FrameType
+
+import zmq
+from zmq.utils import z85
+from zmq.utils.monitor import recv_monitor_message
+
+from orchestrator.access import AllowedKeys, KeyFolder
+from orchestrator.counted_log import CountedLog
+from orchestrator.doors import frames as frames_of
+from orchestrator.doors.frames import (
+    COUNTED_BYTES,
+    GONE,
+    HELLO,
+    HELLO_SECONDS,
+    MESSAGE,
+    READ,
+    packed,
+    receive_with_user,
+    send_tracked,
+    size_of,
+)
+from orchestrator.settings import DoorSpec
+from orchestrator.state_folder import StackFolder
+from orchestrator.token_bucket import TokenBucket
+from protocol.curve_keys import Role
+from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
+from protocol.sockets import dealer, router, send
+from protocol.tensors import Buffer
+from protocol.wire import MAX_FRAME_BYTES, MAX_TENSORS
+
+log = logging.getLogger(__name__)
+
+ZAP = "inproc://zeromq.zap.01"
+BATCH = 256  # messages of one side before the other is heard again
+MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
+MOST_CONNECTIONS = 512  # at once, those that are not yet authenticated too
+OWN_FILES = 64  # that a door has open besides
+MEMORY_BYTES = 1 << 30  # of this process; a message that takes more ends it
+LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
+LARGEST_MESSAGE = LARGEST_QUESTION + (16 << 20)  # bytes
+DEAF_SECONDS = 10.0  # that the orchestrator may leave a door without an answer before it is connected to anew
+REMEMBERED = 10_000  # peers' keys
+OPENED = zmq.EVENT_ACCEPTED
+CLOSED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+
+
+def largest_frame(role: Role) -> int:
+    return LARGEST_QUESTION if role == "client" else MAX_FRAME_BYTES
+
+
+class Door:
+    """`connections`: how many there may be at once."""
+
+    def __init__(self, spec: DoorSpec, connections: int = MOST_CONNECTIONS) -> None:
+        self._most = connections
+        self._role, self._inside_endpoint = spec.role, spec.inside
+        self._keys = KeyFolder(StackFolder(spec.state).keys)
+        self._allowed = AllowedKeys(self._keys)
+        self._secret = self._keys.server().secret if self._keys.exists else None
+        self._endpoint = ""  # where it listens, once it does
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.setsockopt(zmq.LINGER, 0)
+        self._zap.bind(ZAP)
+        self._inside = self._connect()
+        self._outside: zmq.Socket[bytes] | None = None
+        self._monitor: zmq.Socket[bytes] | None = None
+        self._poller = zmq.Poller()
+        for socket in (self._zap, self._inside):
+            self._poller.register(socket, zmq.POLLIN)
+        self._connections: set[int] = set()  # file descriptors
+        self._listening = False
+        self._buckets: dict[str, TokenBucket] = {}  # by public key
+        self._peers: OrderedDict[bytes, str] = OrderedDict()  # public keys by peer, those heard last come last
+        self._unread: deque[tuple[bytes, int, list[zmq.MessageTracker]]] = deque()
+        self._said_hello = 0.0
+        self._heard = time.monotonic()
+        self._counted = CountedLog(log)
+        self._stopping = False
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        self._stopping = True
+
+    def run(self) -> None:
+        """Pass on what comes, until told to stop. BadRequest where nothing can listen at the endpoint."""
+        while not self._stopping:
+            self._poller.poll(20 if self._unread else int(HELLO_SECONDS * 500))
+            self._admit()
+            self._hello()
+            self._hear_orchestrator()
+            self._hear_peers()
+            self._tell_what_was_read()
+            self._count_connections()
+            self._counted.tell()
+        if self._outside is not None:
+            self._outside.disable_monitor()
+        self._context.destroy(linger=100)
+
+    # -- the orchestrator -----------------------------------------------------------------------
+
+    def _connect(self) -> "zmq.Socket[bytes]":
+        return dealer(self._context, self._inside_endpoint, b"D" + secrets.token_bytes(15))
+
+    def _hello(self) -> None:
+        """Say where this door is, now and then: it is its sign of life, and another orchestrator must hear it anew."""
+        now = time.monotonic()
+        if now - self._heard > DEAF_SECONDS:
+            self._heard = now
+            self._poller.unregister(self._inside)
+            self._inside.close(linger=0)
+            self._inside = self._connect()
+            self._poller.register(self._inside, zmq.POLLIN)
+        if now - self._said_hello >= HELLO_SECONDS:
+            self._said_hello = now
+            self._say(HELLO, self._endpoint.encode())
+
+    def _say(self, *frames: Buffer) -> bool:
+        """Tell the orchestrator; return False where it is not there, or has too much to do to hear it."""
+        try:
+            send(self._inside, frames)
+        except zmq.Again:
+            return False
+        return True
+
+    def _hear_orchestrator(self) -> None:
+        for _ in range(BATCH):
+            try:
+                _, (kind, *frames) = receive_with_user(self._inside)
+            except zmq.Again:
+                return
+            self._heard = time.monotonic()
+            match bytes(kind):
+                case frames_of.OPEN if not self._endpoint:
+                    self._open(bytes(frames[0]).decode())
+                case frames_of.MESSAGE:
+                    self._pass_out(bytes(frames[0]), frames[1:])
+
+    def _tell_what_was_read(self) -> None:
+        for _ in range(len(self._unread)):
+            peer, size, trackers = self._unread.popleft()
+            if not all(tracker.done for tracker in trackers) or not self._say(READ, peer, packed(size)):
+                self._unread.append((peer, size, trackers))
+
+    # -- peers ----------------------------------------------------------------------------------
+
+    def _open(self, endpoint: str) -> None:
+        """Listen; at the same port as before, if this is not the first door."""
+        self._outside = router(
+            self._context, endpoint, secret=self._secret, domain=self._role, largest=largest_frame(self._role)
+        )
+        self._endpoint = self._outside.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._monitor = self._outside.get_monitor_socket(OPENED | CLOSED)
+        self._poller.register(self._outside, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        self._listening, self._said_hello = True, 0.0
+        log.info("listening at %s", self._endpoint)
+
+    def _hear_peers(self) -> None:
+        if self._outside is None:
+            return
+        for _ in range(BATCH):
+            if not self._inside.poll(0, zmq.POLLOUT):
+                return  # the orchestrator has enough to do; the rest stays with those who sent it
+            try:
+                user, (identity, *frames) = receive_with_user(self._outside)
+            except zmq.Again:
+                return
+            if self._may_pass(bytes(identity), user, frames):
+                self._say(MESSAGE, identity, user.encode(), *frames)
+
+    def _may_pass(self, peer: bytes, public: str, frames: list[Buffer]) -> bool:
+        """Return whether a message is passed on: its key is let in, and it keeps to what a key may send."""
+        self._allowed.look_again()
+        entry = self._allowed.entry(public, self._role)
+        name = entry.name if entry else ""
+        if self._secret is not None and entry is None:
+            return False
+        if self._role == "client" and not self._bucket(public).take():
+            self._counted.warn(f"{name} sends more than {MESSAGES_A_SECOND:g} messages a second; the rest is let go")
+            return False
+        if len(frames) > MAX_TENSORS + 2 or size_of(frames) > LARGEST_MESSAGE:
+            self._counted.warn(f"{name} has sent a message of more than a message may hold; it is let go")
+            return False
+        self._peers[peer] = public
+        self._peers.move_to_end(peer)
+        if len(self._peers) > REMEMBERED:
+            self._say(GONE, self._peers.popitem(last=False)[0])
+        return True
+
+    def _bucket(self, public: str) -> TokenBucket:
+        return self._buckets.setdefault(public, TokenBucket(MESSAGES_A_SECOND, BURST))
+
+    def _pass_out(self, peer: bytes, frames: list[Buffer]) -> None:
+        """Send what the orchestrator says to a peer; where it can't be sent, the orchestrator hears that it is gone."""
+        public = self._peers.get(peer, "")
+        let_in = self._secret is None or self._allowed.entry(public, self._role) is not None
+        if self._outside is None or not let_in:
+            self._say(GONE, peer)
+            return
+        size = size_of(frames)
+        try:
+            if size < COUNTED_BYTES:
+                send(self._outside, [peer, *frames])
+            else:
+                self._unread.append((peer, size, send_tracked(self._outside, [peer, *frames])))
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            self._peers.pop(peer, None)
+            self._say(GONE, peer)
+
+    def _admit(self) -> None:
+        """Answer libzmq's questions about peers that want to come in (ZAP, RFC 27): by key and role alone."""
+        while True:
+            try:
+                version, number, _, address, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._allowed.look_again()
+            public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+            entry = self._allowed.entry(public, self._role)
+            if entry is None:
+                self._counted.warn(f"a {self._role} was not let in", f"at {address.decode(errors='replace')}")
+            code, text = (b"200", b"OK") if entry else (b"400", b"not on the list of keys")
+            self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
+
+    def _count_connections(self) -> None:
+        """Listen no more while there are as many connections as there may be: the file limit is never met."""
+        while self._monitor is not None:
+            try:
+                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            if event["event"] & OPENED:
+                self._connections.add(event["value"])
+            else:
+                self._connections.discard(event["value"])
+        if self._outside is None:
+            return
+        if self._listening and len(self._connections) >= self._most:
+            self._outside.unbind(self._endpoint)
+            self._listening = False
+            self._counted.warn(f"{self._most} connections are open; no more are taken until some close")
+        elif not self._listening and len(self._connections) < self._most * 3 // 4:
+            self._outside.bind(self._endpoint)
+            self._listening = True
+
+
+def limit_resources() -> int:
+    """Take no more memory than a door needs, and as many files as it may; return how many connections those allow."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or hard > MEMORY_BYTES:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    return max(1, min(MOST_CONNECTIONS, (files - OWN_FILES) // 2))

@@ -1,0 +1,46 @@
+"""Frames between a door and the orchestrator: what peers say and hear, and what the two have to say to each other.
+
+From a door: MESSAGE, peer, public key, frames …; READ, peer, bytes; GONE, peer; HELLO, endpoint.
+To a door: MESSAGE, peer, frames …; OPEN, endpoint; BEAT. A peer is known by its socket's identity.
+"""
+
+import struct
+from collections.abc import Sequence
+
+import zmq
+
+from protocol.sockets import COPY_BELOW
+from protocol.tensors import Buffer
+
+MESSAGE, READ, GONE, HELLO, OPEN, BEAT = b"m", b"r", b"g", b"h", b"o", b"b"
+COUNTED_BYTES = 1024  # of an answer, from which on its sender hears when it has been read
+HELLO_SECONDS = 0.5
+
+
+def size_of(frames: Sequence[Buffer]) -> int:
+    return sum(map(len, frames))
+
+
+def packed(size: int) -> bytes:
+    return struct.pack("<Q", size)
+
+
+def unpacked(data: Buffer) -> int:
+    return int(struct.unpack("<Q", data)[0])
+
+
+def receive_with_user(socket: zmq.Socket[bytes]) -> tuple[str, list[Buffer]]:
+    """Receive a message without waiting, with the user that ZAP has named; empty without CURVE. zmq.Again if none."""
+    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+    try:
+        user = str(frames[-1].get("User-Id"))
+    except zmq.ZMQError:
+        user = ""
+    return user, [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
+
+
+def send_tracked(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> list[zmq.MessageTracker]:
+    """Send as sockets.send does; return trackers that are done when libzmq holds none of the frames any more."""
+    socket.copy_threshold = 0
+    flags = [int(zmq.NOBLOCK | zmq.SNDMORE)] * (len(frames) - 1) + [int(zmq.NOBLOCK)]
+    return [socket.send(frame, flags=flag, copy=False, track=True) for frame, flag in zip(frames, flags, strict=True)]

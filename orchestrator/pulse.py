@@ -1,0 +1,44 @@
+"""A counter in memory that a process moves at each turn of its loop, so that its parent can tell busy from stuck."""
+
+import os
+import struct
+import tempfile
+import time
+
+PULSE = "TRIPTYCH_PULSE"  # environment variable with the number of the file descriptor that a child gets
+
+
+class Pulse:
+    """The child's side."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor, self._count = descriptor, 0
+
+    @staticmethod
+    def inherited() -> "Pulse":
+        """Return the pulse that the parent gave; one that nobody looks at where it gave none."""
+        number = os.environ.get(PULSE)
+        return Pulse(int(number) if number else None)
+
+    def beat(self) -> None:
+        if self._descriptor is not None:
+            self._count += 1
+            os.pwrite(self._descriptor, struct.pack("<Q", self._count), 0)
+
+
+class PulseWatch:
+    """The parent's side: a file without a name, which the child gets as `descriptor`."""
+
+    def __init__(self) -> None:
+        self.descriptor, path = tempfile.mkstemp(prefix="triptych-")
+        os.unlink(path)
+        self._last, self._moved = b"", time.monotonic()
+
+    def still_for(self) -> float:
+        """Seconds since the child's loop has made a turn, as far as was looked."""
+        if (now := os.pread(self.descriptor, 8, 0)) != self._last:
+            self._last, self._moved = now, time.monotonic()
+        return time.monotonic() - self._moved
+
+    def close(self) -> None:
+        os.close(self.descriptor)

@@ -1,0 +1,149 @@
+"""Messages that wait to be handled, by principal and connection: each principal in turn, within what it may cost.
+
+This machine's workers and supervisor are not kept waiting here. A key's holder gets a part of one core's time; what
+comes beyond what may wait is let go, and its sender asks again. A connection that doesn't read its answers gets no more
+of them; its other questions wait, and are let go after a while.
+"""
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from orchestrator.principal import KeyHolder, Principal
+from orchestrator.token_bucket import TokenBucket
+from protocol.curve_keys import Role
+from protocol.tensors import Buffer
+
+CPU_SHARE, CPU_BURST = 0.25, 0.5  # of one core for one key, in seconds a second; and at once
+MOST_WAITING = 1000  # messages of one principal
+WAITING_BYTES = 64 << 20  # of them, beside one that may have any size
+UNREAD_SECONDS = 30.0  # that a message waits for its sender to read earlier answers
+LOOK_SECONDS = 0.02  # between two looks whether it has
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message as it came."""
+
+    peer: bytes
+    role: Role
+    principal: Principal
+    frames: list[Buffer]
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.frames))
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A principal's messages by connection, and the time of a core that it may cost; None: as much as it takes."""
+
+    cpu: TokenBucket | None
+    peers: OrderedDict[bytes, deque[Received]] = field(default_factory=OrderedDict)
+    messages: int = 0
+    size: int = 0  # bytes of them
+
+    @property
+    def full(self) -> bool:
+        return self.messages >= MOST_WAITING or self.size >= WAITING_BYTES
+
+    def put(self, received: Received) -> None:
+        self.peers.setdefault(received.peer, deque()).append(received)
+        self._count(received, 1)
+
+    def take(self, may_answer: Callable[[Principal, bytes], bool]) -> Received | None:
+        """Take the next message of a connection that reads its answers, each in turn; None if there is none."""
+        for peer in list(self.peers):
+            own = self.peers[peer]
+            while own and time.monotonic() - own[0].at > UNREAD_SECONDS and not may_answer(own[0].principal, peer):
+                self._count(own.popleft(), -1)
+            if not own:
+                del self.peers[peer]
+            elif may_answer(own[0].principal, peer):
+                received = own.popleft()
+                self._count(received, -1)
+                self.peers.move_to_end(peer)
+                if not own:
+                    del self.peers[peer]
+                return received
+        return None
+
+    def forget(self, peer: bytes) -> None:
+        for received in self.peers.pop(peer, ()):
+            self._count(received, -1)
+
+    def _count(self, received: Received, by: int) -> None:
+        self.messages += by
+        self.size += by * received.size
+
+
+class Inbox:
+    """`may_answer` tells whether a principal's connection has read enough of its earlier answers."""
+
+    def __init__(self, may_answer: Callable[[Principal, bytes], bool]) -> None:
+        self._may_answer = may_answer
+        self._waiting: dict[Principal, Waiting] = {}
+        self._cpu: dict[Principal, TokenBucket] = {}
+        self._turns: deque[Principal] = deque()  # principals with messages, the one whose turn is next first
+        self._blocked = False  # whoever has messages may have none answered now
+
+    def full(self, principal: Principal) -> bool:
+        """Return whether no more of a principal's messages may wait."""
+        waiting = self._waiting.get(principal)
+        return waiting is not None and waiting.full
+
+    def put(self, received: Received) -> bool:
+        """Let a message wait for its turn; return False where too many do already, and it is let go."""
+        principal = received.principal
+        waiting = self._waiting.get(principal)
+        if waiting is None:
+            waiting = self._waiting[principal] = Waiting(self._bucket(principal))
+            self._turns.append(principal)
+        if waiting.full:
+            return False
+        waiting.put(received)
+        return True
+
+    def serve(self, handle: Callable[[Received], None], seconds: float) -> None:
+        """Handle messages for about so many seconds, one of each principal in turn."""
+        until = time.monotonic() + seconds
+        blocked: list[Principal] = []
+        while self._turns and (begun := time.monotonic()) < until:
+            principal = self._turns.popleft()
+            waiting = self._waiting[principal]
+            affordable = waiting.cpu is None or waiting.cpu.left() > 0
+            received = waiting.take(self._may_answer) if affordable else None
+            if not waiting.messages and received is None:
+                del self._waiting[principal]
+                continue
+            if received is None:
+                blocked.append(principal)
+                continue
+            handle(received)
+            if waiting.cpu is not None:
+                waiting.cpu.spend(time.monotonic() - begun)
+            if waiting.messages:
+                self._turns.append(principal)
+            else:
+                del self._waiting[principal]
+        self._blocked = bool(blocked) and not self._turns
+        self._turns.extend(blocked)
+
+    def next_due(self) -> float | None:
+        """Seconds until there may be something to do; None where nothing waits."""
+        if not self._turns:
+            return None
+        return LOOK_SECONDS if self._blocked else 0.0
+
+    def forget(self, peer: bytes) -> None:
+        """Let go of the messages of a connection that is gone."""
+        for waiting in self._waiting.values():
+            waiting.forget(peer)
+
+    def _bucket(self, principal: Principal) -> TokenBucket | None:
+        if not isinstance(principal, KeyHolder):
+            return None
+        return self._cpu.setdefault(principal, TokenBucket(CPU_SHARE, CPU_BURST))
