@@ -21,7 +21,7 @@ class CountedLog:
                 self._counts[what] += 1
             return
         self._counts[what] = 0
-        self._log.warning("%s%s", what, f" ({detail})" if detail else "")
+        self._log.warning(f"{what} ({detail})" if detail else what)  # whole, since logs tell lines apart by their form
 
     def tell(self) -> None:
         """Say how often each line would have been said, once a minute."""
@@ -31,4 +31,4 @@ class CountedLog:
         counts, self._counts = self._counts, {}
         for what, count in counts.items():
             if count:
-                self._log.warning("%s: %d times more within %.0f s", what, count, SAY_SECONDS)
+                self._log.warning(f"{what}: {count} times more within {SAY_SECONDS:.0f} s")

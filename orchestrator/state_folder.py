@@ -105,7 +105,7 @@ class StackFolder:
     def socket_folder(self) -> Path:
         """A 0700 folder whose paths are short enough for ipc sockets."""
         inside = self.path.resolve() / "sockets"
-        if len(str(inside)) + len("/door-client") <= LONGEST_IPC_PATH:
+        if len(str(inside)) + len("/door-client-in") <= LONGEST_IPC_PATH:
             folder = inside
         else:
             name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]

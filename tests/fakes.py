@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +70,7 @@ class FakeWorker:
         key: PeerKey | None = None,
         speedups: tuple[str, ...] = (),
     ) -> None:
-        self.stage = stage
+        self.stage, self.key, self.pid = stage, key, pid or next(PIDS)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.socket = dealer(self._context, key.endpoint if key else endpoint, new_identity(), key)
         self.seen: list[wire.Envelope] = []
@@ -78,7 +78,7 @@ class FakeWorker:
             WorkerHello(
                 name=name or f"fake-{stage}",
                 stage=stage,
-                pid=pid or next(PIDS),
+                pid=self.pid,
                 host=socket.gethostname(),
                 device="none",
                 dtype="float32",
@@ -104,6 +104,12 @@ class FakeWorker:
             if isinstance(envelope.message, kind):
                 return envelope.message
 
+    def hear_any(self) -> Message:
+        """The next message."""
+        assert self.socket.poll(PATIENCE_MS)
+        self.seen.append(wire.decode(receive(self.socket), TO_WORKER))
+        return self.seen[-1].message
+
     def ready(self, *needs: WeightNeed, **fields: Any) -> "FakeWorker":
         self.say(Ready(needs=needs, **fields))
         return self
@@ -116,6 +122,17 @@ class FakeWorker:
 
     def take(self) -> Task:
         return self.hear(Task)
+
+    def take_in_time(self) -> Task:
+        """Give signs of life until a task comes, however long that takes."""
+        while True:
+            self.say_beat()
+            assert self.socket.poll(PATIENCE_MS)
+            while self.socket.poll(100):
+                envelope = wire.decode(receive(self.socket), TO_WORKER)
+                self.seen.append(envelope)
+                if isinstance(envelope.message, Task):
+                    return envelope.message
 
     def inputs(self) -> dict[str, bytes]:
         """What lay beside the last message that was heard."""
@@ -137,11 +154,15 @@ class FakeWorker:
         )
         self.say(result, OUTPUTS[task.stage])
 
+    def say_beat(self) -> None:
+        """Give a sign of life."""
+        self.say(Heartbeat(rss_bytes=1, gpu_bytes=0))
+
     def settle(self) -> None:
         """Return once everything said so far has been handled."""
         from protocol.messages.common import Beat
 
-        self.say(Heartbeat(rss_bytes=1, gpu_bytes=0))
+        self.say_beat()
         self.hear(Beat)
 
     def close(self) -> None:
@@ -180,16 +201,17 @@ class Orchestrator:
             assert self.process.poll() is None, self.log()
             time.sleep(0.01)
         assert published(self.folder) == self.endpoints
-        for role, inside in doors.items():
+        for role in doors:
             if role not in self.doors:
-                self.open_door(role, inside)
+                self.open_door(role)
         while (remote := json.loads((self.folder / PUBLISHED).read_text())["remote"]).keys() != doors.keys():
             time.sleep(0.01)
         self.remote: dict[str, str] = remote
 
-    def open_door(self, role: Role, inside: str) -> None:
-        door = DoorSpec(state=self.folder, role=role, inside=inside)
-        command = [sys.executable, "-m", "orchestrator.doors", door.model_dump_json()]
+    def open_door(self, role: Role, by: Sequence[str] = ()) -> None:
+        """Start a role's door, by a command before it where one is given."""
+        door = DoorSpec(state=self.folder, role=role, inside=f"ipc://{self.folder}/d{role[0]}")
+        command = [*by, sys.executable, "-m", "orchestrator.doors", door.model_dump_json()]
         with self._door_log.open("ab") as log:
             self.doors[role] = subprocess.Popen(command, stderr=log, env=self._environment)
 

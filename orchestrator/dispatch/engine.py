@@ -150,10 +150,17 @@ class Engine:
     def lose_worker(self, worker: Worker, reason: str) -> None:
         """Take out a worker that is gone without a word; its task is tried again.
 
-        What it holds of a GPU counts until its process is known to be gone.
+        What it holds of a GPU counts until its process is known to be gone. A key's worker is not the job's fault where
+        this machine has workers for it.
         """
         self._take_out(worker)
-        if worker.task:
+        if not worker.task:
+            return
+        self.fleet.trust.failed(worker.principal)
+        place = (worker.hello.stage, worker.model)
+        if worker.process.key and any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet):
+            self._hand_back(worker)
+        else:
             self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
     def bury(self, worker: Worker, blameless: bool) -> None:
@@ -167,6 +174,10 @@ class Engine:
     def dismiss_worker(self, worker: Worker) -> None:
         """Take out a worker that leaves in good order; its task waits again."""
         self._take_out(worker)
+        self._hand_back(worker)
+
+    def _hand_back(self, worker: Worker) -> None:
+        """Let a worker's task wait again; nobody is to blame."""
         if worker.task and (job := self._current(worker, worker.task)):
             self.happened(job, transitions.HandedBack())
 
@@ -257,6 +268,7 @@ class Engine:
         if job is None:
             return
         if fault := fault_of_part(job.recipe, part.number, tensors):
+            self.fleet.trust.failed(worker.principal)
             self._fail(worker, part, f"{worker.hello.name} sent {fault}", retry=True)
             return
         self.store.artifacts.put_part("pictures", job.id, part.number, tensors)
@@ -270,8 +282,10 @@ class Engine:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
         if result.next is None and (fault := self._fault_of_end(job, result, tensors)):
+            self.fleet.trust.failed(worker.principal)
             self._fail(worker, result, f"{worker.hello.name} ended the job with {fault}", retry=True)
             return
+        self.fleet.trust.worked(worker.principal)
         if result.alone:
             self.leasing.learn(worker, job.recipe, result.workspace_bytes)
             self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)

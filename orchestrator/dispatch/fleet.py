@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from orchestrator.dispatch.key_trust import KeyTrust
 from orchestrator.job import ModelKey
 from orchestrator.principal import LOCAL_USER, Principal, to_column
 from orchestrator.scheduling.snapshot import IdleWorker
@@ -96,6 +97,7 @@ class Worker:
 class Fleet:
     clock: Callable[[], float] = time.monotonic
     workers: dict[bytes, Worker] = field(default_factory=dict)
+    trust: KeyTrust = field(default_factory=KeyTrust)
     _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
 
     def __iter__(self) -> Iterator[Worker]:
@@ -153,11 +155,12 @@ class Fleet:
         self._idle.pop(worker.identity, None)
 
     def idle(self) -> list[IdleWorker]:
-        """Return the idle workers, without those whose process's lease is being changed, or lent of."""
+        """Return the idle workers whose key doesn't rest, and whose process's lease is not being changed or lent of."""
         found: list[IdleWorker] = []
         for worker in self._idle.values():
             first = self.first(worker)
-            if first and first.state in ("idle", "busy") and not first.loan:
+            able = first and first.state in ("idle", "busy") and not first.loan
+            if first and able and not self.trust.rests(worker.principal):
                 found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
         return found
 

@@ -78,8 +78,7 @@ class TaskDispatch:
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
         times = [self._hold_until] if time.monotonic() < self._hold_until else []
-        if (due := self._job_queue.next_due()) is not None:
-            times.append(due)
+        times += [due for due in (self._job_queue.next_due(), self._fleet.trust.next_due()) if due is not None]
         return min(times, default=None)
 
     def assign(self, drained: Container[Stage]) -> None:

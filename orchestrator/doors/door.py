@@ -14,7 +14,6 @@ from types import FrameType
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import recv_monitor_message
 
 from orchestrator.access import AllowedKeys, KeyFolder
 from orchestrator.counted_log import CountedLog
@@ -31,12 +30,13 @@ from orchestrator.doors.frames import (
     send_tracked,
     size_of,
 )
+from orchestrator.doors.front import Front
 from orchestrator.settings import DoorSpec
 from orchestrator.state_folder import StackFolder
 from orchestrator.token_bucket import TokenBucket
 from protocol.curve_keys import Role
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
-from protocol.sockets import dealer, router, send
+from protocol.sockets import check_endpoint, dealer, router, send
 from protocol.tensors import Buffer
 from protocol.wire import MAX_FRAME_BYTES, MAX_TENSORS
 
@@ -52,8 +52,6 @@ LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of
 LARGEST_MESSAGE = LARGEST_QUESTION + (16 << 20)  # bytes
 DEAF_SECONDS = 10.0  # that the orchestrator may leave a door without an answer before it is connected to anew
 REMEMBERED = 10_000  # peers' keys
-OPENED = zmq.EVENT_ACCEPTED
-CLOSED = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
 
 
 def largest_frame(role: Role) -> int:
@@ -64,7 +62,7 @@ class Door:
     """`connections`: how many there may be at once."""
 
     def __init__(self, spec: DoorSpec, connections: int = MOST_CONNECTIONS) -> None:
-        self._most = connections
+        self._connections = connections
         self._role, self._inside_endpoint = spec.role, spec.inside
         self._keys = KeyFolder(StackFolder(spec.state).keys)
         self._allowed = AllowedKeys(self._keys)
@@ -76,12 +74,10 @@ class Door:
         self._zap.bind(ZAP)
         self._inside = self._connect()
         self._outside: zmq.Socket[bytes] | None = None
-        self._monitor: zmq.Socket[bytes] | None = None
+        self._front = Front(connections, self._secret is not None, self._turned_away, self._full)
         self._poller = zmq.Poller()
         for socket in (self._zap, self._inside):
             self._poller.register(socket, zmq.POLLIN)
-        self._connections: set[int] = set()  # file descriptors
-        self._listening = False
         self._buckets: dict[str, TokenBucket] = {}  # by public key
         self._peers: OrderedDict[bytes, str] = OrderedDict()  # public keys by peer, those heard last come last
         self._unread: deque[tuple[bytes, int, list[zmq.MessageTracker]]] = deque()
@@ -102,10 +98,8 @@ class Door:
             self._hear_orchestrator()
             self._hear_peers()
             self._tell_what_was_read()
-            self._count_connections()
             self._counted.tell()
-        if self._outside is not None:
-            self._outside.disable_monitor()
+        self._front.close()
         self._context.destroy(linger=100)
 
     # -- the orchestrator -----------------------------------------------------------------------
@@ -156,15 +150,14 @@ class Door:
     # -- peers ----------------------------------------------------------------------------------
 
     def _open(self, endpoint: str) -> None:
-        """Listen; at the same port as before, if this is not the first door."""
+        """Listen; at the same port as before, if this is not the first door. BadRequest."""
+        check_endpoint(endpoint, secured=self._secret is not None)
+        inner = self._inside_endpoint.removeprefix("ipc://") + "-in"
         self._outside = router(
-            self._context, endpoint, secret=self._secret, domain=self._role, largest=largest_frame(self._role)
+            self._context, f"ipc://{inner}", secret=self._secret, domain=self._role, largest=largest_frame(self._role)
         )
-        self._endpoint = self._outside.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._monitor = self._outside.get_monitor_socket(OPENED | CLOSED)
         self._poller.register(self._outside, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        self._listening, self._said_hello = True, 0.0
+        self._endpoint, self._said_hello = self._front.listen(endpoint, inner), 0.0
         log.info("listening at %s", self._endpoint)
 
     def _hear_peers(self) -> None:
@@ -221,41 +214,24 @@ class Door:
             self._peers.pop(peer, None)
             self._say(GONE, peer)
 
+    def _turned_away(self, address: str) -> None:
+        self._counted.warn(f"a {self._role} was not let in", f"at {address}")
+
+    def _full(self) -> None:
+        self._counted.warn(f"{self._connections} connections are open; new ones take the places of unproven ones")
+
     def _admit(self) -> None:
         """Answer libzmq's questions about peers that want to come in (ZAP, RFC 27): by key and role alone."""
         while True:
             try:
-                version, number, _, address, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
+                version, number, _, _, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
             self._allowed.look_again()
             public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
             entry = self._allowed.entry(public, self._role)
-            if entry is None:
-                self._counted.warn(f"a {self._role} was not let in", f"at {address.decode(errors='replace')}")
             code, text = (b"200", b"OK") if entry else (b"400", b"not on the list of keys")
             self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
-
-    def _count_connections(self) -> None:
-        """Listen no more while there are as many connections as there may be: the file limit is never met."""
-        while self._monitor is not None:
-            try:
-                event = recv_monitor_message(self._monitor, zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            if event["event"] & OPENED:
-                self._connections.add(event["value"])
-            else:
-                self._connections.discard(event["value"])
-        if self._outside is None:
-            return
-        if self._listening and len(self._connections) >= self._most:
-            self._outside.unbind(self._endpoint)
-            self._listening = False
-            self._counted.warn(f"{self._most} connections are open; no more are taken until some close")
-        elif not self._listening and len(self._connections) < self._most * 3 // 4:
-            self._outside.bind(self._endpoint)
-            self._listening = True
 
 
 def limit_resources() -> int:
@@ -265,4 +241,4 @@ def limit_resources() -> int:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    return max(1, min(MOST_CONNECTIONS, (files - OWN_FILES) // 2))
+    return max(1, min(MOST_CONNECTIONS, (files - OWN_FILES) // 3))

@@ -98,7 +98,7 @@ def orchestrator() -> Callable[[bytes], None]:
                 server._close()
             folder = StackFolder(Path(room.name) / str(turn))
             folder.create()
-            server = Server(folder, folder.local_endpoints(), OrchestratorSettings(keep=False, queue_limit=64), {})
+            server = Server(folder, folder.local_endpoints(), OrchestratorSettings(keep=False, queue_limit=64), {}, {})
         turn += 1
         for who, frames in parts_of(data):
             peer = bytes([1 if who < PEERS else 0]) + b"T%015d" % (turn * 8 + who)

@@ -314,7 +314,7 @@ def test_pictures_in_parts_count_once_all_are_there_whoever_dies_meanwhile(state
 
 def test_parts_of_a_job_that_was_cancelled_go_with_it(state: Path) -> None:
     with orchestrator(state) as running:
-        (job,) = encoded(running, client := running.client())
+        (job,) = encoded(running, client := running.client(), num_images=2)
         denoise = running.worker("denoise").ready()
         denoise.finish(denoise.take())
         vae = running.worker("vae").ready()

@@ -103,12 +103,24 @@ def test_a_step_is_overdue_by_what_steps_of_its_kind_took() -> None:
     assert FACTOR * 0.001 < LEAST_SECONDS
 
 
+def test_each_client_that_watches_is_probed_in_a_few_rounds_with_a_job_of_its_own() -> None:
+    subscriptions = Subscriptions()
+    for number in range(7):
+        subscriptions.add(b"%d" % number, f"job{number}", known_as=f"mine{number}")
+    found = [subscriptions.probe(3) for _ in range(3)]
+    assert sorted(pair for part in found for pair in part) == [(b"%d" % n, f"job{n}") for n in range(7)]
+    assert max(map(len, found)) <= 3
+    subscriptions.forget_client(b"3")
+    assert b"3" not in {client for _ in range(3) for client, _ in subscriptions.probe(3)}
+    assert subscriptions.of("job2") == {b"2": "mine2"}
+
+
 def test_subscriptions_forget_a_job_and_a_client() -> None:
     subscriptions = Subscriptions()
     for client, job in ((b"1", "a"), (b"1", "b"), (b"2", "a")):
         subscriptions.add(client, job)
     subscriptions.forget_client(b"1")
-    assert (subscriptions.of("a"), subscriptions.of("b")) == ({b"2"}, set())
+    assert (subscriptions.of("a"), subscriptions.of("b")) == ({b"2": "a"}, {})
     subscriptions.forget_job("a")
     assert not subscriptions.of("a")
     assert not subscriptions._jobs

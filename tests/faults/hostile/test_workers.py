@@ -1,0 +1,165 @@
+"""Workers with keys that lie about themselves, or about what they have done: their word counts for their own things."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from protocol import wire
+from protocol.gpu_memory import Lease, WeightNeed
+from protocol.job import JobRequest
+from protocol.messages.common import Message
+from protocol.messages.supervisor import KillProcess, SupervisorHello
+from protocol.messages.worker import Committed, Part, Progress, Result
+from protocol.sockets import receive
+from protocol.tensors import Tensor
+from tests.fakes import MODEL, OUTPUTS, Orchestrator, raw_dealer
+from tests.faults.hostile.peers import guarded, hostile, key_of
+
+
+def encoded(running: Orchestrator, count: int = 1, **options: int) -> list[str]:
+    """Jobs that wait to be denoised."""
+    jobs = running.client().submit_many([JobRequest(prompt=f"cat {n}", **options) for n in range(count)])
+    text = running.worker("text").ready()
+    for _ in jobs:
+        text.finish(text.take())
+        text.hear(Committed)
+        text.ready()
+    return [job.id for job in jobs]
+
+
+def test_a_worker_that_poses_as_another_process_ends_and_displaces_nobody(state: Path) -> None:
+    with guarded(state) as running:
+        context, supervisor = raw_dealer(running.endpoints.workers)
+        supervisor.send_multipart(wire.encode(SupervisorHello(pid=1)))
+        honest = running.worker("denoise", pid=77).ready()
+        client = running.client()
+        for pid in (running.process.pid, 77, os.getpid()):
+            liar = running.worker("denoise", pid=pid, key=key_of(running, f"liar{pid}", "worker")).ready()
+            liar.close()  # it falls silent
+            running._opened.remove(liar)
+        while sum(worker.stage == "denoise" for worker in client.workers().workers) > 1:
+            honest.settle()
+        (job,) = encoded(running)
+        honest.finish(honest.take())  # it is still there
+        honest.hear(Committed)
+        assert client.job(job).reasons == ()
+        said: list[Message] = []
+        while supervisor.poll(0):
+            said.append(wire.decode(receive(supervisor)).message)
+        assert not [message for message in said if isinstance(message, KillProcess)]
+        supervisor.close(linger=0)
+        context.term()
+
+
+def test_what_a_key_says_of_a_model_changes_nothing(state: Path) -> None:
+    with guarded(state) as running:
+        small = MODEL.model_copy(update={"max_pixels": 1})
+        running.worker("denoise", model=small, key=key_of(running, "liar", "worker")).ready()
+        assert running.client().submit("a cat").state == "queued"
+
+
+def test_what_a_key_says_of_gpus_books_nothing_of_this_machines(state: Path) -> None:
+    gpus = {0: {"budget": 10**9, "driver": False}}
+    with guarded(state, gpus=gpus) as running:
+        need = WeightNeed(weights=10**8, least=10**8, workspace=10**7)
+        liar = running.worker("vae", gpus=(0,), key=key_of(running, "liar", "worker"))
+        liar.ready(
+            need, context_bytes=(1 << 40,), kept_bytes=(1 << 40,), leases=(Lease(bytes=1 << 40, weight_bytes=1),)
+        )
+        honest = running.worker("text", gpus=(0,)).ready(need, context_bytes=(1000,))
+        running.client().submit("a cat")
+        lease = honest.obey()
+        assert lease.leases[0].bytes >= need.weights
+        assert honest.take().stage == "text"
+
+
+PICTURE = (2, 2, 3)
+WRONG = {
+    "shape": Tensor("pictures", "uint8", (1, 2, 6), bytes(12)),
+    "channels": Tensor("pictures", "uint8", (1, 2, 2, 4), bytes(16)),
+    "dtype": Tensor("pictures", "float32", (1, *PICTURE), bytes(48)),
+    "number": Tensor("pictures", "uint8", (3, *PICTURE), bytes(36)),
+    "none": Tensor("pictures", "uint8", (0, *PICTURE), b""),
+    "name": Tensor("picture", "uint8", (1, *PICTURE), bytes(12)),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_pictures_that_are_none_fail_their_attempt_with_the_reason(state: Path, wrong: str) -> None:
+    with guarded(state) as running:
+        client, (job,) = running.client(), encoded(running)
+        denoise = running.worker("denoise").ready()
+        denoise.finish(denoise.take())
+        vae = running.worker("vae").ready()
+        task = vae.take()
+        vae.say(Result(job=task.job, stage="vae", attempt=task.attempt, seconds=0.1), WRONG[wrong])
+        vae.hear(Committed)
+        vae.ready()
+        again = vae.take()
+        assert "ended the job with" in client.job(job).reasons[-1]
+        vae.finish(again)
+        assert client.wait(job, 20).state == "done"
+
+
+def test_parts_beyond_what_a_job_has_are_refused_and_not_kept(state: Path) -> None:
+    with guarded(state) as running:
+        client, (job,) = running.client(), encoded(running)
+        denoise = running.worker("denoise").ready()
+        denoise.finish(denoise.take())
+        vae = running.worker("vae").ready()
+        task = vae.take()
+        vae.say(Part(job=job, stage="vae", attempt=task.attempt, number=9), OUTPUTS["vae"])
+        vae.settle()
+        assert "part 9" in client.job(job).reasons[-1]
+        vae.ready()
+        vae.finish(vae.take())
+        assert client.wait(job, 20).state == "done"
+
+
+def test_a_worker_that_vanishes_with_every_task_costs_no_job(state: Path) -> None:
+    """A key's worker takes a task and is gone, again and again; this machine's own does them all."""
+    with guarded(state) as running:
+        client = running.client()
+        jobs = encoded(running, 6)
+        with hostile(running, "vanish", role="worker", model=True):
+            while not any(worker.stage == "denoise" for worker in client.workers().workers):
+                pass
+            honest = running.worker("denoise", pid=5).ready()
+            for _ in jobs:
+                honest.finish(honest.take_in_time())
+                honest.hear(Committed)
+                honest.ready()
+        vae = running.worker("vae").ready()
+        for _ in jobs:
+            vae.finish(vae.take())
+            vae.hear(Committed)
+            vae.ready()
+        assert {client.wait(job, 30).state for job in jobs} == {"done"}
+        assert all(client.job(job).reasons == () for job in jobs)
+
+
+def test_a_key_whose_worker_was_gone_with_a_task_rests_and_then_gets_one_again(state: Path) -> None:
+    with guarded(state) as running:
+        (job,), key = encoded(running), key_of(running, "box", "worker")
+        first = running.worker("denoise", key=key, pid=7).ready()
+        first.take()
+        first.close()
+        running._opened.remove(first)
+        second = running.worker("denoise", key=key, pid=8).ready()
+        second.finish(second.take_in_time())
+        second.hear(Committed)
+        assert running.client().job(job).records[-1].stage == "denoise"
+
+
+def test_steps_beyond_any_jobs_count_for_no_progress(state: Path) -> None:
+    with guarded(state, step_timeout=1.5) as running:
+        (job,) = encoded(running, steps=4)
+        liar = running.worker("denoise", key=key_of(running, "liar", "worker")).ready()
+        task = liar.take()
+        step = 0
+        while not liar.socket.poll(20):
+            step += 1
+            liar.say(Progress(job=task.job, stage=task.stage, attempt=task.attempt, step=step, steps=1))
+        # Nothing was to come but beats: it was given up, and its messages are refused.
+        assert "came no further" in running.client().job(job).reasons[-1]
