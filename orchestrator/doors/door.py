@@ -23,6 +23,7 @@ from orchestrator.doors.frames import (
     GONE,
     HELLO,
     HELLO_SECONDS,
+    LARGEST_QUESTION,
     MESSAGE,
     READ,
     packed,
@@ -35,7 +36,6 @@ from orchestrator.settings import DoorSpec
 from orchestrator.state_folder import StackFolder
 from orchestrator.token_bucket import TokenBucket
 from protocol.curve_keys import Role
-from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
 from protocol.sockets import check_endpoint, dealer, router, send
 from protocol.tensors import Buffer
 from protocol.wire import MAX_FRAME_BYTES, MAX_TENSORS
@@ -48,7 +48,6 @@ MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
 MOST_CONNECTIONS = 512  # at once, those that are not yet authenticated too
 OWN_FILES = 64  # that a door has open besides
 MEMORY_BYTES = 1 << 30  # of this process; a message that takes more ends it
-LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
 LARGEST_MESSAGE = LARGEST_QUESTION + (16 << 20)  # bytes
 DEAF_SECONDS = 10.0  # that the orchestrator may leave a door without an answer before it is connected to anew
 REMEMBERED = 10_000  # peers' keys

@@ -14,13 +14,21 @@ import zmq
 from orchestrator.access import AllowedKeys
 from orchestrator.counted_log import CountedLog
 from orchestrator.doors import frames as frames_of
-from orchestrator.doors.frames import BEAT, COUNTED_BYTES, MESSAGE, OPEN, send_tracked, size_of, unpacked
+from orchestrator.doors.frames import (
+    BEAT,
+    COUNTED_BYTES,
+    LARGEST_QUESTION,
+    MESSAGE,
+    OPEN,
+    send_tracked,
+    size_of,
+    unpacked,
+)
 from orchestrator.principal import LOCAL_USER, KeyHolder, Principal, to_column
 from orchestrator.server.inbox import Received
 from orchestrator.server.unread import Unread
 from protocol.client.endpoints import Endpoints
 from protocol.curve_keys import Role
-from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
 from protocol.sockets import COPY_BELOW, receive, router, send
 from protocol.tensors import Buffer
 
@@ -28,7 +36,6 @@ log = logging.getLogger(__name__)
 
 BATCH = 256  # messages of one socket between two commits
 MOST_CONNECTIONS = 64  # of one client's key
-LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
 ROLES: tuple[Role, ...] = ("client", "worker")
 
 

@@ -21,7 +21,7 @@ from protocol import wire
 from protocol.curve_keys import KeyPair, PeerKey, load
 from protocol.job import JobRequest
 from protocol.messages.client import FetchPictures, GetJobs, Submit, Watch
-from protocol.messages.common import Heartbeat
+from protocol.messages.common import Heartbeat, Message
 from protocol.messages.worker import Progress, Ready, Task, WorkerHello
 from protocol.model import ModelDescription
 from protocol.sockets import new_identity, receive
@@ -58,6 +58,10 @@ class Peer:
     def hear(self, milliseconds: int = POLL_MS) -> wire.Envelope | None:
         return wire.decode(receive(self.socket)) if self.socket.poll(milliseconds) else None
 
+    def answer(self) -> Message | None:
+        heard = self.hear()
+        return heard.message if heard else None
+
     def close(self) -> None:
         self.socket.close(linger=0)
         self._context.term()
@@ -76,15 +80,15 @@ def ask(key: PeerKey) -> Deeds:
 
 def unread(key: PeerKey) -> Deeds:
     """Ask for pictures over four connections, and read none."""
-    asker = Peer(key)
-    asker.ask(GetJobs, limit=1, states=("done",))
-    found = asker.hear()
-    jobs = [job.id for job in getattr(found.message, "jobs", ())] if found else []
+    asker, job = Peer(key), f"u{secrets.token_hex(6)}"
+    asker.ask(Submit, jobs=(JobRequest(prompt="a red circle", width=256, height=256, num_images=8, id=job),))
+    while not any(found.state == "done" for found in getattr(asker.answer(), "jobs", ())):
+        time.sleep(0.1)
+        asker.ask(GetJobs, jobs=(job,))
     peers = [Peer(key, reads=False) for _ in range(4)]
     while True:
         for peer in peers:
-            for job in jobs:
-                peer.ask(FetchPictures, job=job)
+            peer.ask(FetchPictures, job=job)
         time.sleep(0.001)
         yield len(peers)
 

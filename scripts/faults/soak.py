@@ -5,13 +5,17 @@
 
 Every job that was accepted must end with the picture that an undisturbed stack gave, to the last bit. Faults: SIGKILL
 and SIGSTOP of each process, the supervisor included, one or two at a time, and bytes changed in what lies on disk. The
-recovery time of a fault is that until another process stands, ready, in the place of the one that was hit.
+recovery time of a fault is that until another process stands, ready, in the place of the one that was hit. With --peers
+two hostile clients and a hostile worker (hostile.py) do what they should not meanwhile, each with a key of its own.
 """
 
+import contextlib
 import hashlib
 import json
 import random
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,13 +27,18 @@ from typing import Any
 
 import click
 import numpy as np
+import psutil
 from PIL import Image
 
+from orchestrator.access import KeyFolder
+from orchestrator.state_folder import StackFolder
 from protocol.client.client import Client
 from protocol.client.input_pictures import picture_of
+from protocol.curve_keys import KeyPair, PeerKey, Role, save
 from protocol.errors import TriptychError
 from protocol.job import ENDED, JobRequest
-from protocol.stages import Stage
+from protocol.model import ModelDescription
+from protocol.stages import STAGES, Stage
 from scripts.faults.saboteur import Saboteur, Stack, leftovers, patiently
 
 WORKERS: dict[Stage, int] = {"text": 1, "denoise": 2, "vae": 1}
@@ -195,6 +204,81 @@ class Trouble:
         self._saboteur.close()
 
 
+class HostilePeers:
+    """Hostile peers in processes of their own, begun again when they end; and what the orchestrator holds meanwhile."""
+
+    DEEDS: tuple[tuple[str, str, Role], ...] = (
+        ("mallory", "ask", "client"),
+        ("mallet", "unread", "client"),
+        ("trudy", "vanish", "worker"),
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._state = folder, folder / "state"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="peers")
+        self.most_megabytes = 0.0
+        self.answers: list[float] = []  # seconds that this machine's user waited for one
+        self.begun: Counter[str] = Counter()
+
+    def let_in(self) -> list[str]:
+        """Make their keys; return the options by which the stack listens for them."""
+        StackFolder(self._state).create()
+        keys, options = KeyFolder(self._state / "keys"), []
+        for role, flag in (("client", "--listen"), ("worker", "--listen-workers")):
+            endpoint = f"tcp://127.0.0.1:{free_port()}"
+            options += [flag, endpoint]
+            for name, _, of in self.DEEDS:
+                if of == role:
+                    pair = KeyPair.new()
+                    keys.add(name, of, pair.public)
+                    key = PeerKey(name, of, endpoint, keys.server().public, pair.public, pair.secret)
+                    save(self._folder / f"{name}.key", key)
+        return options
+
+    def start(self, model: ModelDescription) -> None:
+        (self._folder / "model.json").write_text(model.model_dump_json())
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            for name, deed, role in self.DEEDS:
+                if name not in self._processes or self._processes[name].poll() is not None:
+                    self._processes[name] = self._begin(name, deed, role)
+                    self.begun[deed] += 1
+            with contextlib.suppress(TriptychError, psutil.Error), Client(self._state, timeout=30) as client:
+                begun = time.monotonic()
+                pid = client.stack().pid
+                self.answers.append(time.monotonic() - begun)
+                rss = psutil.Process(pid).memory_info().rss
+                self.most_megabytes = max(self.most_megabytes, rss / (1 << 20))
+
+    def _begin(self, name: str, deed: str, role: Role) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "scripts.faults.hostile", deed, str(self._folder / f"{name}.key")]
+        command += ["--model", str(self._folder / "model.json")] if role == "worker" else []
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "peers began": dict(self.begun),
+            "orchestrator at most, MB": round(self.most_megabytes),
+            "an answer p50/p99/max, s": [round(percentile(self.answers, share), 3) for share in (0.5, 0.99, 1.0)],
+        }
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
 def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share)) if values else 0.0
 
@@ -219,19 +303,21 @@ PLACES = {  # options of `triptych up`
     show_default=True,
     help="leases: of a GPU that can't hold all three stages, which a CPU plays; others: a placement on two",
 )
+@click.option("--peers", is_flag=True, help="Hostile clients and workers beside it.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def main(minutes: float, seed: int, pause: float, place: str, as_json: bool) -> None:
+def main(minutes: float, seed: int, pause: float, place: str, peers: bool, as_json: bool) -> None:
     """Random load, random faults, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        report = soak(Path(folder), minutes * 60, seed, pause, place)
+        report = soak(Path(folder), minutes * 60, seed, pause, place, peers)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)
 
 
-def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> dict[str, Any]:
+def soak(folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
-    stack = Stack(folder, PLACES[place])
+    hostile = HostilePeers(folder) if peers else None
+    stack = Stack(folder, [*PLACES[place], *(hostile.let_in() if hostile else [])])
     stack.wait_ready()
     pool = recipes(rng, 24)
     with Client(stack.state, timeout=60) as client:
@@ -239,9 +325,12 @@ def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> d
         for request in pool:
             (job,) = client.submit_many([request], pictures=PICTURES)
             wanted[key_of(request)] = digest_of(client, client.wait(job.id, 120).id)
+        model = client.stack().model
     print(f"{len(pool)} undisturbed pictures; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
     load, trouble = Load(stack, wanted, pool, seed + 1, account), Trouble(stack, rng, account)
     start = time.monotonic()
+    if hostile and model:
+        hostile.start(model)
     load.start()
     while time.monotonic() - start < seconds:
         time.sleep(rng.expovariate(1 / pause))
@@ -249,8 +338,12 @@ def soak(folder: Path, seconds: float, seed: int, pause: float, place: str) -> d
     load.stopping.set()
     if not load.finished.wait(300):
         account.problems.append("not all accepted jobs ended within five minutes")
+    if hostile:
+        hostile.stop()
+        with Client(stack.state, timeout=60) as client:
+            client.cancel(*(job.id for job in client.jobs(("queued", *STAGES), limit=10_000) if job.id[:1] == "k"))
     trouble.settle()
-    return reckon(stack, account, time.monotonic() - start)
+    return reckon(stack, account, time.monotonic() - start) | (hostile.report() if hostile else {})
 
 
 def reckon(stack: Stack, account: Account, seconds: float) -> dict[str, Any]:

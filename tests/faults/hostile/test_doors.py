@@ -10,15 +10,18 @@ from pathlib import Path
 import pytest
 
 from orchestrator.doors.door import MOST_CONNECTIONS, OWN_FILES
+from protocol.client.client import Client
+from protocol.curve_keys import Role
 from protocol.job import JobRequest
-from protocol.messages.worker import Committed
-from tests.fakes import Orchestrator, orchestrator
+from protocol.messages.common import Error
+from protocol.messages.worker import Committed, Task
+from tests.fakes import FakeWorker, Orchestrator, orchestrator
 from tests.faults.hostile.peers import client_of, guarded, hostile, key_of, megabytes
 
 FEW_LINES = 20
 
 
-def kept_open(running: Orchestrator, role: str = "client") -> "contextlib.AbstractContextManager[None]":
+def kept_open(running: Orchestrator, role: Role = "client") -> "contextlib.AbstractContextManager[None]":
     """Start a role's door anew whenever it ends, as the supervisor does."""
 
     @contextlib.contextmanager
@@ -44,7 +47,7 @@ def kept_open(running: Orchestrator, role: str = "client") -> "contextlib.Abstra
 
 
 @pytest.mark.parametrize("role", ["client", "worker"])
-def test_a_door_that_is_killed_costs_nobody_anything(state: Path, role: str) -> None:
+def test_a_door_that_is_killed_costs_nobody_anything(state: Path, role: Role) -> None:
     """A client that waits and a worker that works behind doors; the door of one is killed, again and again."""
     with guarded(state) as running:
         alice = client_of(running, "alice")
@@ -68,10 +71,8 @@ def test_a_door_that_is_killed_costs_nobody_anything(state: Path, role: str) -> 
         assert all(job.reasons == () for job in local.jobs())
 
 
-def returned(running, worker, task):  # type: ignore[no-untyped-def]
+def returned(running: Orchestrator, worker: FakeWorker, task: Task) -> FakeWorker:
     """A worker whose link was cut says hello anew when it is told that it is unknown, and goes on with its task."""
-    from protocol.messages.common import Error
-
     while True:
         worker.say_beat()
         if worker.socket.poll(500) and isinstance(worker.hear_any(), Error):
@@ -130,8 +131,6 @@ def test_a_message_larger_than_a_doors_memory_ends_at_most_that_door(state: Path
 def test_without_keys_a_door_listens_on_the_loopback_address_alone(state: Path) -> None:
     with orchestrator(state, listen="tcp://127.0.0.1:0") as running:
         assert running.remote["client"].startswith("tcp://127.0.0.1:")
-        from protocol.client.client import Client
-
         running.worker("text")
         with Client(endpoint=running.remote["client"]) as client:
             assert client.submit("a cat").state == "queued"
