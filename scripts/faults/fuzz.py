@@ -2,10 +2,11 @@
 """Coverage-guided fuzzing of all that takes bytes from outside: the decoder, and the orchestrator behind it.
 
     python -m scripts.faults.fuzz decoder -max_total_time=60
-    python -m scripts.faults.fuzz orchestrator -max_total_time=60
+    python -m scripts.faults.fuzz orchestrator -max_total_time=60 [FOLDER]
 
 An input is a conversation: messages from workers and clients, before and after they have said hello. What it finds is
-whatever raises anything but a ProtocolError, or ends the orchestrator. Options are libFuzzer's. Needs atheris.
+whatever raises anything but a ProtocolError, or ends the orchestrator. Options are libFuzzer's; what it learns is kept in
+the folder. Every other peer holds a key, the others are this machine's user. Needs atheris.
 """
 
 import logging
@@ -15,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from orchestrator.principal import LOCAL_USER
+from orchestrator.principal import LOCAL_USER, KeyHolder
 from orchestrator.server.loop import Server
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
@@ -102,10 +103,11 @@ def orchestrator() -> Callable[[bytes], None]:
         turn += 1
         for who, frames in parts_of(data):
             peer = bytes([1 if who < PEERS else 0]) + b"T%015d" % (turn * 8 + who)
+            principal = KeyHolder(f"key{who}") if who % 2 else LOCAL_USER
             if who < PEERS:
-                server._workers.handle(peer, LOCAL_USER, [*frames])
+                server._workers.handle(peer, principal, [*frames])
             else:
-                server._clients.handle(peer, LOCAL_USER, [*frames])
+                server._clients.handle(peer, principal, [*frames])
             server._settle()
 
     return one_input
