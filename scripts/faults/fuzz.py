@@ -5,8 +5,8 @@
     python -m scripts.faults.fuzz orchestrator -max_total_time=60 [FOLDER]
 
 An input is a conversation: messages from workers and clients, before and after they have said hello. What it finds is
-whatever raises anything but a ProtocolError, or ends the orchestrator. Options are libFuzzer's; what it learns is kept in
-the folder. Every other peer holds a key, the others are this machine's user. Needs atheris.
+whatever raises anything but a ProtocolError, or ends the orchestrator. Every other peer holds a key, the others are
+this machine's user. Options are libFuzzer's; what it learns is kept in FOLDER. Needs atheris.
 """
 
 import logging
