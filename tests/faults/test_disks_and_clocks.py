@@ -24,10 +24,10 @@ time.time = lambda: real() + (-3e8, 0.0, 1e9, 7e4)[next(turn) % 4]
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A folder on a disk of four megabytes."""
+    """A folder on a disk of 16 megabytes: four times what SQLite lets its log grow to."""
     with tempfile.TemporaryDirectory(prefix="tt-") as folder:
         made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, check=False
+            ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, check=False
         )
         if made.returncode:
             pytest.skip("only root may mount a small disk")
