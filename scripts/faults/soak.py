@@ -9,13 +9,10 @@ recovery time of a fault is that until another process stands, ready, in the pla
 two hostile clients and a hostile worker (hostile.py) do what they should not meanwhile, each with a key of its own.
 """
 
-import contextlib
 import hashlib
 import json
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -27,18 +24,14 @@ from typing import Any
 
 import click
 import numpy as np
-import psutil
 from PIL import Image
 
-from orchestrator.access import KeyFolder
-from orchestrator.state_folder import StackFolder
 from protocol.client.client import Client
 from protocol.client.input_pictures import picture_of
-from protocol.curve_keys import KeyPair, PeerKey, Role, save
 from protocol.errors import TriptychError
 from protocol.job import ENDED, JobRequest
-from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
+from scripts.faults.hostile_peers import HostilePeers
 from scripts.faults.saboteur import Saboteur, Stack, leftovers, patiently
 
 WORKERS: dict[Stage, int] = {"text": 1, "denoise": 2, "vae": 1}
@@ -202,81 +195,6 @@ class Trouble:
     def settle(self) -> None:
         self._saboteur.patiently(lambda: self._saboteur.whole(self._saboteur.workers()))
         self._saboteur.close()
-
-
-class HostilePeers:
-    """Hostile peers in processes of their own, begun again when they end; and what the orchestrator holds meanwhile."""
-
-    DEEDS: tuple[tuple[str, str, Role], ...] = (
-        ("mallory", "ask", "client"),
-        ("mallet", "unread", "client"),
-        ("trudy", "vanish", "worker"),
-    )
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._state = folder, folder / "state"
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True, name="peers")
-        self.most_megabytes = 0.0
-        self.answers: list[float] = []  # seconds that this machine's user waited for one
-        self.begun: Counter[str] = Counter()
-
-    def let_in(self) -> list[str]:
-        """Make their keys; return the options by which the stack listens for them."""
-        StackFolder(self._state).create()
-        keys, options = KeyFolder(self._state / "keys"), []
-        for role, flag in (("client", "--listen"), ("worker", "--listen-workers")):
-            endpoint = f"tcp://127.0.0.1:{free_port()}"
-            options += [flag, endpoint]
-            for name, _, of in self.DEEDS:
-                if of == role:
-                    pair = KeyPair.new()
-                    keys.add(name, of, pair.public)
-                    key = PeerKey(name, of, endpoint, keys.server().public, pair.public, pair.secret)
-                    save(self._folder / f"{name}.key", key)
-        return options
-
-    def start(self, model: ModelDescription) -> None:
-        (self._folder / "model.json").write_text(model.model_dump_json())
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.2):
-            for name, deed, role in self.DEEDS:
-                if name not in self._processes or self._processes[name].poll() is not None:
-                    self._processes[name] = self._begin(name, deed, role)
-                    self.begun[deed] += 1
-            with contextlib.suppress(TriptychError, psutil.Error), Client(self._state, timeout=30) as client:
-                begun = time.monotonic()
-                pid = client.stack().pid
-                self.answers.append(time.monotonic() - begun)
-                rss = psutil.Process(pid).memory_info().rss
-                self.most_megabytes = max(self.most_megabytes, rss / (1 << 20))
-
-    def _begin(self, name: str, deed: str, role: Role) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", "scripts.faults.hostile", deed, str(self._folder / f"{name}.key")]
-        command += ["--model", str(self._folder / "model.json")] if role == "worker" else []
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def stop(self) -> None:
-        self._over.set()
-        self._thread.join()
-        for process in self._processes.values():
-            process.kill()
-            process.wait()
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "peers began": dict(self.begun),
-            "orchestrator at most, MB": round(self.most_megabytes),
-            "an answer p50/p99/max, s": [round(percentile(self.answers, share), 3) for share in (0.5, 0.99, 1.0)],
-        }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def percentile(values: list[float], share: float) -> float:
