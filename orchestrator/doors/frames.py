@@ -1,6 +1,6 @@
 """Frames between a door and the orchestrator: what peers say and hear, and what the two have to say to each other.
 
-From a door: MESSAGE, peer, public key, frames …; READ, peer, bytes; GONE, peer; HELLO, endpoint.
+From a door: MESSAGE, peer, public key, frames …; READ, peer, bytes; GONE, peer; HELLO, endpoint, process number.
 To a door: MESSAGE, peer, frames …; OPEN, endpoint; BEAT. A peer is known by its socket's identity.
 """
 

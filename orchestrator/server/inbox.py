@@ -18,6 +18,7 @@ from protocol.tensors import Buffer
 CPU_SHARE, CPU_BURST = 0.25, 0.5  # of one core for one key, in seconds a second; and at once
 MOST_WAITING = 1000  # messages of one principal
 WAITING_BYTES = 64 << 20  # of them, beside one that may have any size
+MOST_UNANSWERED = 64  # messages of a connection that doesn't read its answers
 UNREAD_SECONDS = 30.0  # that a message waits for its sender to read earlier answers
 LOOK_SECONDS = 0.02  # between two looks whether it has
 
@@ -49,6 +50,10 @@ class Waiting:
     @property
     def full(self) -> bool:
         return self.messages >= MOST_WAITING or self.size >= WAITING_BYTES
+
+    def of(self, peer: bytes) -> int:
+        """Return how many messages of a connection wait."""
+        return len(self.peers.get(peer, ()))
 
     def put(self, received: Received) -> None:
         self.peers.setdefault(received.peer, deque()).append(received)
@@ -102,7 +107,9 @@ class Inbox:
         if waiting is None:
             waiting = self._waiting[principal] = Waiting(self._bucket(principal))
             self._turns.append(principal)
-        if waiting.full:
+        if waiting.full or (
+            waiting.of(received.peer) >= MOST_UNANSWERED and not self._may_answer(principal, received.peer)
+        ):
             return False
         waiting.put(received)
         return True

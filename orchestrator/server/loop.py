@@ -62,8 +62,9 @@ class Server:
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._clients = ClientRequests(self.engine, describer, self._supervisor)
-        self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if keys.exists else None)
+        door_pids = self._sockets.door_pids
+        self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
         self._probed = 0.0  # monotonic seconds

@@ -4,6 +4,7 @@ A peer is known here by a byte for the socket that it came through and its socke
 both when that door is started anew.
 """
 
+import contextlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,7 +47,12 @@ class DoorSocket:
     socket: "zmq.Socket[bytes]"
     wanted: str  # TCP endpoint to listen at; the port that the first door found, once there was one
     identity: bytes = b""
+    pid: int = 0
     listens: bool = False
+
+
+def behind_a_door(peer: bytes) -> bool:
+    return peer[0] >= len(ROLES)
 
 
 class Sockets:
@@ -124,7 +130,7 @@ class Sockets:
                 return
             match bytes(kind):
                 case frames_of.HELLO:
-                    self._greet(role, door, bytes(identity), bytes(peer).decode())
+                    self._greet(role, door, bytes(identity), bytes(peer).decode(), unpacked(frames[0]))
                 case _ if bytes(identity) != door.identity:
                     pass  # of a door that is no more
                 case frames_of.MESSAGE:
@@ -141,20 +147,17 @@ class Sockets:
 
     # -- doors ----------------------------------------------------------------------------------
 
-    def _greet(self, role: Role, door: DoorSocket, identity: bytes, endpoint: str) -> None:
+    def _greet(self, role: Role, door: DoorSocket, identity: bytes, endpoint: str, pid: int) -> None:
         """Answer a door's hello: where it is to listen, as long as it doesn't; else that it was heard."""
         if door.identity not in (b"", identity):
             log.warning("the door for %ss has come anew", role)
             self._lost_doors.append(role)
-            for peer in [peer for peer in self._keys if ROLES[peer[0] - len(ROLES)] == role]:
-                if (principal := self._known(peer, role)) is not None:
-                    self.unread.forget(principal, peer)
-        door.identity = identity
+            self.unread.forget_behind(bytes([len(ROLES) + ROLES.index(role)]))
+        door.identity, door.pid = identity, pid
         if endpoint:
             door.wanted, door.listens = endpoint, True
-            self._tell(door, BEAT)
-        else:
-            self._tell(door, OPEN, door.wanted.encode())
+        with contextlib.suppress(zmq.Again):  # it has much to do, and is heard again soon
+            self._tell(door, BEAT) if endpoint else self._tell(door, OPEN, door.wanted.encode())
 
     def _tell(self, door: DoorSocket, *frames: Buffer) -> None:
         """Send to a door. Where there is none now nothing is sent: the next one lets all its peers begin anew."""
@@ -163,6 +166,10 @@ class Sockets:
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
+
+    def door_pids(self) -> tuple[int, ...]:
+        """Process numbers of doors that listen."""
+        return tuple(door.pid for door in self._doors.values() if door.listens)
 
     def lost_doors(self) -> list[Role]:
         """Roles whose door has come anew since the last call: what was on its way is lost."""
@@ -227,7 +234,7 @@ class Sockets:
         What a door can't send it tells of later.
         """
         role, size = ROLES[peer[0] % len(ROLES)], size_of(frames)
-        if peer[0] < len(ROLES):
+        if not behind_a_door(peer):
             socket = self._local[role]
             if role == "worker" or size < COPY_BELOW:
                 send(socket, [peer[1:], *frames])

@@ -41,6 +41,12 @@ class Unread:
         if not sizes:
             self._sizes.pop(principal, None)
 
+    def forget_behind(self, prefix: bytes) -> None:
+        """Forget all peers that begin so: their door has come anew."""
+        for principal, sizes in list(self._sizes.items()):
+            for peer in [peer for peer in sizes if peer.startswith(prefix)]:
+                self.forget(principal, peer)
+
     def takes_answers(self, principal: Principal, peer: bytes) -> bool:
         """Return whether a peer has read enough of what it asked for to get more."""
         for _ in range(len(self._tracked)):

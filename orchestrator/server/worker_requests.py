@@ -2,13 +2,14 @@
 
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import ProcessId, Worker
 from orchestrator.principal import LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
+from orchestrator.server.sockets import behind_a_door
 from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
@@ -39,8 +40,14 @@ FROM_LOCAL = FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER
 
 class WorkerRequests:
     def __init__(
-        self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink, clients: ClientRequests
+        self,
+        engine: Engine,
+        describer: DescriberLink,
+        supervisor: SupervisorLink,
+        clients: ClientRequests,
+        door_pids: Callable[[], Sequence[int]],
     ) -> None:
+        self._door_pids = door_pids
         self._engine, self._describer, self._supervisor, self._clients = engine, describer, supervisor, clients
 
     def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
@@ -133,7 +140,8 @@ class WorkerRequests:
     def _proven(self) -> tuple[int, ...]:
         """Processes of this host that work."""
         pids = [worker.hello.pid for worker in self._engine.fleet if worker.process[:2] == HERE and worker.proven]
-        return (*pids, self._describer.pid) if self._describer.pid else tuple(pids)
+        describers = [self._describer.pid] if self._describer.pid else []
+        return (*pids, *describers, *self._door_pids())
 
     # -- those that are gone --------------------------------------------------------------------
 
@@ -155,8 +163,8 @@ class WorkerRequests:
             self._supervisor.gone()
 
     def begin_anew(self) -> None:
-        """Let workers of other hosts say anew what they are and have: what they said last may be lost."""
-        for worker in [worker for worker in self._engine.fleet if worker.process.key]:
+        """Let workers behind a door say anew what they are and have: what they said last may be lost."""
+        for worker in [worker for worker in self._engine.fleet if behind_a_door(worker.identity)]:
             self._engine.dismiss_worker(worker)
         self._engine.dispatch.hold()
 
