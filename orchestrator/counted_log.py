@@ -1,6 +1,7 @@
 """Log lines that peers can cause at will: the first is said at once, the others are counted and said once a minute."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -9,18 +10,23 @@ MOST_KINDS = 256  # of lines that are counted apart
 
 
 class CountedLog:
+    """For any thread."""
+
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log, self._clock = log, clock
         self._counts: dict[str, int] = {}  # by what is said, since it was said last
         self._said = clock()
+        self._lock = threading.Lock()
 
     def warn(self, what: str, detail: str = "") -> None:
         """Say a line, unless it was said within the last minute; `detail` is of the one that is said."""
-        if what in self._counts or len(self._counts) >= MOST_KINDS:
+        with self._lock:
             if what in self._counts:
                 self._counts[what] += 1
-            return
-        self._counts[what] = 0
+                return
+            if len(self._counts) >= MOST_KINDS:
+                return
+            self._counts[what] = 0
         self._log.warning(f"{what} ({detail})" if detail else what)  # whole, since logs tell lines apart by their form
 
     def tell(self) -> None:
@@ -28,7 +34,8 @@ class CountedLog:
         if self._clock() - self._said < SAY_SECONDS:
             return
         self._said = self._clock()
-        counts, self._counts = self._counts, {}
+        with self._lock:
+            counts, self._counts = self._counts, {}
         for what, count in counts.items():
             if count:
                 self._log.warning(f"{what}: {count} times more within {SAY_SECONDS:.0f} s")

@@ -1,7 +1,9 @@
-"""A counter in memory that a process moves at each turn of its loop, so that its parent can tell busy from stuck."""
+"""A counter that a process moves at each turn of its loop, so that its parent can tell busy from stuck."""
 
+import contextlib
 import os
 import struct
+import sys
 import tempfile
 import time
 
@@ -23,15 +25,19 @@ class Pulse:
     def beat(self) -> None:
         if self._descriptor is not None:
             self._count += 1
-            os.pwrite(self._descriptor, struct.pack("<Q", self._count), 0)
+            with contextlib.suppress(OSError):  # where it lies on a disk, that may be full
+                os.pwrite(self._descriptor, struct.pack("<Q", self._count), 0)
 
 
 class PulseWatch:
     """The parent's side: a file without a name, which the child gets as `descriptor`."""
 
     def __init__(self) -> None:
-        self.descriptor, path = tempfile.mkstemp(prefix="triptych-")
-        os.unlink(path)
+        if sys.platform == "linux":
+            self.descriptor = os.memfd_create("triptych-pulse")
+        else:
+            self.descriptor, path = tempfile.mkstemp(prefix="triptych-")
+            os.unlink(path)
         self._last, self._moved = b"", time.monotonic()
 
     def still_for(self) -> float:

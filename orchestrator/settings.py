@@ -314,6 +314,7 @@ class OrchestratorSpec(Settings):
     clients: str  # endpoint
     workers: str  # endpoint
     doors: dict[Role, str] = Field(default_factory=dict)  # endpoints where the doors for others come to
+    guarded: bool = False  # those want keys
     settings: OrchestratorSettings
 
 
@@ -323,3 +324,4 @@ class DoorSpec(Settings):
     state: Path
     role: Role
     inside: str  # endpoint of the orchestrator's for it
+    guarded: bool = False  # it wants keys

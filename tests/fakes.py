@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import zmq
 
+from orchestrator.access import KeyFolder
 from orchestrator.settings import DoorSpec, OrchestratorSettings, OrchestratorSpec
 from protocol import wire
 from protocol.client.client import Client
@@ -181,6 +182,7 @@ class Orchestrator:
         self._door_log = Path(self._scratch.name) / "doors.log"
         self._opened: list[FakeWorker | Client] = []
         self.doors: dict[Role, subprocess.Popen[bytes]] = {}
+        self._guarded = KeyFolder(folder / "keys").exists
         self.endpoints = Endpoints(f"ipc://{folder}/c", f"ipc://{folder}/w")
         self.start()
 
@@ -191,7 +193,7 @@ class Orchestrator:
         doors = {role: f"ipc://{self.folder}/d{role[0]}" for role, _ in settings.remote()}
         spec = OrchestratorSpec(
             state=self.folder, clients=self.endpoints.clients, workers=self.endpoints.workers, doors=doors,
-            settings=settings,
+            guarded=self._guarded, settings=settings,
         )  # fmt: skip
         command = [sys.executable, "-m", "orchestrator.server", spec.model_dump_json()]
         (self.folder / "stack.json").unlink(missing_ok=True)
@@ -210,7 +212,8 @@ class Orchestrator:
 
     def open_door(self, role: Role, by: Sequence[str] = ()) -> None:
         """Start a role's door, by a command before it where one is given."""
-        door = DoorSpec(state=self.folder, role=role, inside=f"ipc://{self.folder}/d{role[0]}")
+        inside = f"ipc://{self.folder}/d{role[0]}"
+        door = DoorSpec(state=self.folder, role=role, inside=inside, guarded=self._guarded)
         command = [*by, sys.executable, "-m", "orchestrator.doors", door.model_dump_json()]
         with self._door_log.open("ab") as log:
             self.doors[role] = subprocess.Popen(command, stderr=log, env=self._environment)

@@ -10,7 +10,7 @@ from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.quotas import KEPT_INPUTS, Quotas
 from orchestrator.job import LiveJob
-from orchestrator.principal import Principal, job_id_of, kept_name
+from orchestrator.principal import KeyHolder, Principal, job_id_of, kept_name
 from orchestrator.storage.job_store import Store
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.job import JobRequest, Recipe
@@ -142,6 +142,11 @@ class Admission:
 
     def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
         job = self._job_queue.find(job_id_of(owner, request.id)) if request.id else None
+        if (
+            request.id and job is None and isinstance(owner, KeyHolder)
+        ):  # an earlier release took ids as they were given
+            earlier = self._job_queue.find(request.id)
+            job = earlier if earlier and earlier.owner == owner else None
         if job and (job.request != request.model_dump_json() or job.owner != owner):
             raise Conflict(f"The job id {request.id!r} is taken by a different job.", "Choose another, or give none.")
         return job

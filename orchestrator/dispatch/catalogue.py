@@ -64,13 +64,13 @@ class Routes:
         """Take in what the describer has found."""
         self._put(template, KnownRoute(route, route.following))
 
-    def seen(self, template: Template | None, following: Stage, calls: int) -> bool:
-        """Take in what a first visit of the text stage has shown; return whether it is as the route says."""
+    def seen(self, template: Template | None, following: Stage, calls: int, learns: bool = True) -> bool:
+        """Take in what a first visit of the text stage has shown, if it `learns`; return whether the route says so."""
         known = self._known.get(template) if template else None
         if template is None or known is None:
             return False
         fits = calls == known.route.calls
-        if (following, fits) != (known.following, known.fits):
+        if learns and (following, fits) != (known.following, known.fits):
             self._put(template, KnownRoute(known.route, following, fits))
         return fits
 

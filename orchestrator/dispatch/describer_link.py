@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.outbox import Outbox
+from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
 from protocol.messages.common import Message
@@ -15,7 +16,9 @@ from protocol.route import Route, Template
 
 log = logging.getLogger(__name__)
 
-MOST_WAITING = 1000  # submissions at once
+MOST_WAITING = 1000  # questions at once
+MOST_OF_A_KEY = 100  # of them, of one key's
+MOST_ASKED = 2  # of them that the describer has; the others wait here, and those of each principal come in turns
 MOST_ENDED = 2  # times that texts may end the describer before they are refused
 SILENCE_SECONDS = 20.0  # many long prompts take it a while
 
@@ -25,6 +28,7 @@ class Question:
     """Texts that are being counted, or a template that is being looked at, and how often that ended a describer."""
 
     of: tuple[str, ...] | Template
+    principal: Principal = LOCAL_USER  # who asked first
     asked: bool = False
     ended: int = 0  # describers that were at it when they ended
 
@@ -46,6 +50,8 @@ class DescriberLink:
     _heard: float = 0.0  # monotonic seconds
     _last_pid: int = 0  # of the describer that was here last
     _number: int = 0
+    _turn: int = 0
+    _turns: dict[Principal, int] = field(default_factory=dict)  # of each principal's last question
     _open: dict[int, Question] = field(default_factory=dict)  # by its number
     _failed: dict[tuple[str, ...], str] = field(default_factory=dict)  # texts that can't be counted, and why
 
@@ -58,14 +64,14 @@ class DescriberLink:
         if new and (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
             oldest.ended += 1
         for number, question in list(self._open.items()):
-            if question.ended < MOST_ENDED:
-                self._ask(number, question)
-            else:
+            question.asked = False
+            if question.ended >= MOST_ENDED:
                 del self._open[number]
                 if isinstance(question.of, Template):
                     self.catalogue.default().routes.learn(question.of, Route())
                 else:
                     self._failed[question.of] = "counting its tokens ended the process that does so"
+        self._ask_next()
 
     def is_here(self, identity: bytes) -> bool:
         """Return whether a message is the present describer's; it is a sign of life."""
@@ -87,7 +93,7 @@ class DescriberLink:
             return pid
         return 0
 
-    def ready_for(self, requests: Sequence[JobRequest]) -> bool:
+    def ready_for(self, requests: Sequence[JobRequest], principal: Principal = LOCAL_USER) -> bool:
         """Return whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
         if self.catalogue.known is None:
             return False
@@ -95,35 +101,48 @@ class DescriberLink:
             return True
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
-        self._ask_once(texts)
+        self._ask_once(texts, principal)
         return False
 
-    def look_at(self, templates: Sequence[Template]) -> None:
+    def look_at(self, templates: Sequence[Template], principal: Principal = LOCAL_USER) -> None:
         """Have it found out what jobs of these begin with."""
         for template in templates:
-            if len(self._open) < MOST_WAITING:
-                self._ask_once(template)
+            if not self._too_many(principal):
+                self._ask_once(template, principal)
             else:  # a sweep of more than there is time for
                 self.catalogue.default().routes.learn(template, Route())
 
-    def _ask_once(self, of: tuple[str, ...] | Template) -> None:
+    def _too_many(self, principal: Principal) -> bool:
+        own = sum(question.principal == principal for question in self._open.values())
+        return len(self._open) >= MOST_WAITING or (isinstance(principal, KeyHolder) and own >= MOST_OF_A_KEY)
+
+    def _ask_once(self, of: tuple[str, ...] | Template, principal: Principal) -> None:
         if any(question.of == of for question in self._open.values()):
             return
-        if len(self._open) >= MOST_WAITING:
+        if self._too_many(principal):
             raise QueueFull("Too many submissions wait for the model to be asked about them.", "Try again later.")
         self._number += 1
-        question = Question(of)
+        question = Question(of, principal)
         question.message(self._number)  # which must be possible
         self._open[self._number] = question
-        if self._identity:
-            self._ask(self._number, question)
+        self._ask_next()
 
-    def _ask(self, number: int, question: Question) -> None:
-        question.asked = True
-        self.outbox.to_worker(self._identity, question.message(number))
+    def _ask_next(self) -> None:
+        """Ask what comes next, of the principal whose last question was asked longest ago."""
+        asked = sum(question.asked for question in self._open.values())
+        while self._identity and asked < MOST_ASKED:
+            waiting = [(number, question) for number, question in self._open.items() if not question.asked]
+            if not waiting:
+                return
+            number, question = min(waiting, key=lambda one: self._turns.get(one[1].principal, 0))
+            self._turn += 1
+            self._turns[question.principal] = self._turn
+            question.asked, asked = True, asked + 1
+            self.outbox.to_worker(self._identity, question.message(number))
 
     def counted(self, counts: TokenCounts) -> None:
         question = self._open.pop(counts.request, None)
+        self._ask_next()
         if question is None or isinstance(question.of, Template):
             return
         if counts.reason or len(counts.counts) != len(question.of):
@@ -133,5 +152,6 @@ class DescriberLink:
 
     def looked(self, looked: Looked) -> None:
         question = self._open.pop(looked.request, None)
+        self._ask_next()
         if question is not None and isinstance(question.of, Template):
             self.catalogue.default().routes.learn(question.of, looked.route)

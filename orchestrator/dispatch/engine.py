@@ -120,7 +120,10 @@ class Engine:
     def ready(self, worker: Worker, ready: Ready) -> None:
         """Take a worker as free, unless it names its task; a task that it drops without a word has failed."""
         if worker.task and ready.current_task is None:
-            self._fail(worker, worker.task, f"{worker.hello.name} dropped it", retry=True)
+            self._not_done(worker, worker.task, f"{worker.hello.name} dropped it", retry=True)
+        if worker.owes and ready.current_task is None:
+            self.fleet.trust.failed(worker.principal)
+        worker.owes = False
         worker.device_map = ready.device_map or worker.device_map
         worker.residency = ready.residency or worker.residency
         worker.context_bytes = ready.context_bytes or worker.context_bytes
@@ -131,6 +134,7 @@ class Engine:
             if not self.dispatch.start_anew(keeping, f"room for {worker.hello.name}"):
                 self._give_up(worker, reason)
         if ready.current_task is None:
+            self.job_queue.seconds.end(worker.id)
             self.fleet.ready(worker)
         else:
             self._claimed(worker, *ready.current_task)
@@ -150,18 +154,11 @@ class Engine:
     def lose_worker(self, worker: Worker, reason: str) -> None:
         """Take out a worker that is gone without a word; its task is tried again.
 
-        What it holds of a GPU counts until its process is known to be gone. A key's worker is not the job's fault where
-        this machine has workers for it.
+        What it holds of a GPU counts until its process is known to be gone.
         """
         self._take_out(worker)
-        if not worker.task:
-            return
-        self.fleet.trust.failed(worker.principal)
-        place = (worker.hello.stage, worker.model)
-        if worker.process.key and any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet):
-            self._hand_back(worker)
-        else:
-            self._fail(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
+        if worker.task:
+            self._not_done(worker, worker.task, f"{worker.hello.name} {reason}", retry=True)
 
     def bury(self, worker: Worker, blameless: bool) -> None:
         """Take out a worker whose process has ended; `blameless` if its task can't have been the cause."""
@@ -171,17 +168,34 @@ class Engine:
             self.lose_worker(worker, "died")
         self.leasing.buried(worker.process)
 
+    def _not_done(self, worker: Worker, task: TaskKey, reason: str, retry: bool) -> None:
+        """Note that a worker has not done its task. A key's worker costs the job no try where this machine has others.
+
+        Nor does its word end a job: another one may do it.
+        """
+        if worker.process.key:
+            retry = True
+            self.fleet.trust.failed(worker.principal)
+            place = (worker.hello.stage, worker.model)
+            if any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet):
+                log.warning("%s: handed to another", reason, extra={"job": task.job})
+                self._hand_back(worker, task)
+                return
+        self._fail(worker, task, reason, retry)
+
     def dismiss_worker(self, worker: Worker) -> None:
         """Take out a worker that leaves in good order; its task waits again."""
         self._take_out(worker)
-        self._hand_back(worker)
+        if worker.task:
+            self._hand_back(worker, worker.task)
 
-    def _hand_back(self, worker: Worker) -> None:
+    def _hand_back(self, worker: Worker, task: TaskKey) -> None:
         """Let a worker's task wait again; nobody is to blame."""
-        if worker.task and (job := self._current(worker, worker.task)):
+        if job := self._current(worker, task):
             self.happened(job, transitions.HandedBack())
 
     def _take_out(self, worker: Worker) -> None:
+        self.job_queue.seconds.end(worker.id)
         self.fleet.remove(worker)
         self.leasing.left(worker)
         self.leasing.moved()
@@ -268,8 +282,7 @@ class Engine:
         if job is None:
             return
         if fault := fault_of_part(job.recipe, part.number, tensors):
-            self.fleet.trust.failed(worker.principal)
-            self._fail(worker, part, f"{worker.hello.name} sent {fault}", retry=True)
+            self._not_done(worker, part, f"{worker.hello.name} sent {fault}", retry=True)
             return
         self.store.artifacts.put_part("pictures", job.id, part.number, tensors)
 
@@ -282,15 +295,15 @@ class Engine:
             log.info("late result of attempt %d dropped", result.attempt, extra={"job": result.job})
             return
         if result.next is None and (fault := self._fault_of_end(job, result, tensors)):
-            self.fleet.trust.failed(worker.principal)
-            self._fail(worker, result, f"{worker.hello.name} ended the job with {fault}", retry=True)
+            self._not_done(worker, result, f"{worker.hello.name} ended the job with {fault}", retry=True)
             return
         self.fleet.trust.worked(worker.principal)
+        self.job_queue.seconds.done(worker.id)
         if result.alone:
             self.leasing.learn(worker, job.recipe, result.workspace_bytes)
             self.leasing.learn_step_seconds(worker, job.recipe, result.seconds)
         self.deadlines.moved(worker, job.recipe, worker.step + 1)
-        kept = self._keep(job, result, tensors)
+        kept = self._keep(worker, job, result, tensors)
         record = StageRecord(
             stage=result.stage, worker=worker.hello.name, attempt=result.attempt, seconds=result.seconds,
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
@@ -314,7 +327,7 @@ class Engine:
         others = [artifacts.specs("pictures", part_name(job.id, number))[0][2] for number in parts]
         return fault_of_all(job.recipe, [pictures.shape, *others])
 
-    def _keep(self, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> Kept:
+    def _keep(self, worker: Worker, job: LiveJob, result: Result, tensors: tuple[Tensor, ...]) -> Kept:
         """Keep what a visit leaves, before anybody hears of it; return where."""
         artifacts = self.store.artifacts
         if result.next is None:
@@ -322,18 +335,19 @@ class Engine:
             return ""
         if not tensors:
             return ""
-        if result.stage == FIRST and not job.records and self._can_be_shared(job, result):
+        if result.stage == FIRST and not job.records and self._can_be_shared(worker, job, result):
             artifacts.put("text", job.text_key, tensors)
             artifacts.shrink("text", self.settings.embedding_cache, spare=self.job_queue.texts())
             return "text"
         artifacts.put("latents", job.id, tensors)
         return "latents"
 
-    def _can_be_shared(self, job: LiveJob, result: Result) -> bool:
+    def _can_be_shared(self, worker: Worker, job: LiveJob, result: Result) -> bool:
         """Return whether what a first visit has left is that of the job's text key; what it shows is noted."""
         fits = False
         if self.catalogue.known and result.next:
-            fits = self.catalogue.known.routes.seen(job.template, result.next, result.calls)
+            learns = not worker.process.key
+            fits = self.catalogue.known.routes.seen(job.template, result.next, result.calls, learns)
         return fits or job.text_key.startswith(WHOLE)
 
     def _share_embeddings(self, job: LiveJob) -> None:
@@ -355,7 +369,9 @@ class Engine:
             return
         if job.saved and not failure.out_of_memory:
             job = self.happened(job, transitions.CheckpointDropped())  # in case that what it began with is to blame
-        if failure.cancelled:  # what we cancelled is no longer this worker's; so it was another's mistake
+        if worker.process.key and not failure.out_of_memory:
+            self._not_done(worker, failure, reason, retry=True)
+        elif failure.cancelled:  # what we cancelled is no longer this worker's; so it was another's mistake
             self.happened(job, transitions.HandedBack())
         elif not failure.out_of_memory:
             self.dispatch.blame(job, reason, failure.retry)
@@ -384,10 +400,10 @@ class Engine:
             self.outbox.to_worker(bytes.fromhex(job.worker), task)
         self.happened(job, transitions.Cancelled(time.time()))
 
-    def retry(self, job: LiveJob) -> LiveJob:
+    def retry(self, job: LiveJob, known_as: str) -> LiveJob:
         """Queue a failed or cancelled job again, from its last visit on; Conflict for any other."""
         if job.state not in ("failed", "cancelled"):
-            raise Conflict(f"Job {job.own_id} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
+            raise Conflict(f"Job {known_as} is {job.state}.", "Only failed and cancelled jobs can be tried again.")
         return self._skip_text_if_known(self.happened(job, transitions.Retried()))
 
     def make_again(self, job: LiveJob) -> None:

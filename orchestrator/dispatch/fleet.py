@@ -41,6 +41,7 @@ class Worker:
     joined: float = field(default_factory=time.monotonic)
     idle_since: float = 0.0  # monotonic seconds
     task: TaskKey | None = None
+    owes: bool = False  # the one that it has come in place of had a task, which it must name
     along: tuple[str, ...] = ()  # jobs that it may be doing along with its task
     pace: tuple[Stage, ModelKey, int] | None = None  # what its task's steps are like
     step: int = 0  # of its task, as far as it was told

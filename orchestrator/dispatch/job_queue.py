@@ -20,9 +20,10 @@ class JobQueue:
         self, store: Store, quotas: Quotas, delays: RetryDelays, shares: FairShares[Principal] | None = None
     ) -> None:
         self._store, self._quotas = store, quotas
-        self._shares, self._seconds = shares or FairShares[Principal](), TaskSeconds()
+        self._shares = shares or FairShares[Principal]()
+        self.seconds = TaskSeconds(self._shares)
         self.jobs: dict[str, LiveJob] = {}
-        self.queues = StageQueues(self._shares, self._seconds)
+        self.queues = StageQueues(self._shares, self.seconds)
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}
@@ -65,7 +66,8 @@ class JobQueue:
         if before.state != after.state:
             self.count(before.state, -1)
             self.count(after.state, +1)
-        self._charge(before, after)
+        if before.worker is None and after.worker is not None:
+            self.seconds.begin(after.worker, after)
         if before.ended:
             if not after.ended:
                 self.add(after)
@@ -80,13 +82,6 @@ class JobQueue:
         self.jobs[after.id] = after
         if after.waits and not stays and not self._delays.add(after.id, after.failures):
             self.queues.add(after)
-
-    def _charge(self, before: LiveJob, after: LiveJob) -> None:
-        """Charge a job's owner for a task that begins or is over."""
-        if before.worker is None and after.worker is not None:
-            self._shares.charge(after.owner, self._seconds.begin(after))
-        elif before.worker is not None and after.worker is None:
-            self._shares.charge(before.owner, self._seconds.end(before))
 
     def _remove(self, job: LiveJob) -> None:
         del self.jobs[job.id]

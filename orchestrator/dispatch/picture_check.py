@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 from protocol.job import Recipe
-from protocol.pictures import MAX_PIXELS, PICTURES, SOUND, SOUND_RATE
+from protocol.pictures import MAX_PIXELS, PART_BYTES, PICTURES, SOUND, SOUND_RATE
 from protocol.tensors import Tensor
 
 Shape = Sequence[int]
+MOST_LARGER = 64  # times as many pixels as a job asks for: of pipelines that enlarge
 
 
 def frames_at_most(recipe: Recipe) -> int:
@@ -15,12 +16,19 @@ def frames_at_most(recipe: Recipe) -> int:
 
 
 def fault_of_part(recipe: Recipe, number: int, tensors: Sequence[Tensor]) -> str:
-    """Return what is wrong with a part of a job's pictures; empty if nothing is."""
+    """Return what is wrong with a part of a job's pictures; empty if nothing is. All together fit a disk."""
     if number >= frames_at_most(recipe):
         return f"part {number} of at most {frames_at_most(recipe)} pictures"
     if [tensor.name for tensor in tensors] != [PICTURES]:
         return "a part without pictures"
-    return _fault_of_tensor(tensors[0])
+    shape = tensors[0].shape
+    if fault := _fault_of_tensor(tensors[0]):
+        return fault
+    if shape[1] * shape[2] > MOST_LARGER * recipe.width * recipe.height or (
+        shape[0] > 1 and tensors[0].nbytes > PART_BYTES
+    ):
+        return f"a part of {list(shape)}, which is larger than any of this job's"
+    return ""
 
 
 def fault_of_last_part(tensors: Sequence[Tensor]) -> str:

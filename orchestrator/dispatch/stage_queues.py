@@ -21,7 +21,8 @@ class StageQueues:
     """
 
     def __init__(self, shares: FairShares[Principal] | None = None, seconds: TaskSeconds | None = None) -> None:
-        self._shares, self._seconds = shares or FairShares[Principal](), seconds or TaskSeconds()
+        self._shares = shares or FairShares[Principal]()
+        self._seconds = seconds or TaskSeconds(self._shares)
         self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
         self.depth: Counter[tuple[Stage, int]] = Counter()  # by stage and distance to the end

@@ -31,7 +31,8 @@ class StepDeadlines:
         if worker.task and worker.step < step <= MOST_STEPS * max(recipe.steps, LEAST_STEPS):
             key = self.key(worker.task.stage, recipe)
             took = (now - worker.moved) / (step - worker.step)
-            self._longest[key] = max(took, self._longest.get(key, 0.0))
+            if not worker.process.key:  # a key's worker is as slow as it likes
+                self._longest[key] = max(took, self._longest.get(key, 0.0))
             worker.step, worker.moved = step, now
 
     def overdue(self, workers: Iterable[Worker]) -> list[tuple[Worker, float]]:

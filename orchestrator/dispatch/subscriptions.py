@@ -11,7 +11,7 @@ class Subscriptions:
         self._clients: defaultdict[str, dict[bytes, str]] = defaultdict(dict)  # by job, each with its id for it
         self._jobs: defaultdict[bytes, set[str]] = defaultdict(set)  # by client
         self._round: list[bytes] = []  # clients that are still to be probed
-        self._part = 0  # of them at a time
+        self._part = self._rounds_left = 0  # of them at a time, and in how many calls yet
 
     def add(self, client: bytes, job: str, known_as: str = "") -> None:
         """Let a client hear of a job, which it knows by another id where one is given."""
@@ -28,9 +28,10 @@ class Subscriptions:
 
     def probe(self, rounds: int) -> list[tuple[bytes, str]]:
         """Return the next clients, each with one of its jobs by this stack's id; in so many calls, about each once."""
-        if not self._round:
-            self._round = list(self._jobs)
+        if not self._rounds_left:
+            self._round, self._rounds_left = list(self._jobs), rounds
             self._part = -(-len(self._round) // rounds)
+        self._rounds_left -= 1
         now, self._round = self._round[: self._part], self._round[self._part :]
         return [(client, next(iter(jobs))) for client in now if (jobs := self._jobs.get(client))]
 

@@ -162,7 +162,9 @@ class TaskDispatch:
         """Return the pictures that a job begins from, named for its worker; None where one is gone."""
         found: dict[str, Tensor] = {}
         for digest in job.recipe.pictures:
-            kept = self._store.artifacts.get("input", kept_name(job.owner, digest))
+            artifacts = self._store.artifacts
+            kept = artifacts.get("input", kept_name(job.owner, digest))
+            kept = kept or artifacts.get("input", digest)  # of a job of an earlier release's
             if kept is None:
                 return None
             found[digest] = kept[0]

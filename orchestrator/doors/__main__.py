@@ -14,7 +14,8 @@ def main() -> int:
     log_to_stderr("door", limited=True)
     os.umask(0o077)
     try:
-        door = Door(DoorSpec.model_validate_json(sys.argv[1]), limit_resources())
+        spec = DoorSpec.model_validate_json(sys.argv[1])
+        door = Door(spec, limit_resources(spec.role))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, door.stop)
         door.run()

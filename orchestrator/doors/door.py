@@ -27,6 +27,7 @@ from orchestrator.doors.frames import (
     LARGEST_QUESTION,
     MESSAGE,
     READ,
+    largest_frame,
     packed,
     receive_with_user,
     send_tracked,
@@ -39,7 +40,7 @@ from orchestrator.token_bucket import TokenBucket
 from protocol.curve_keys import Role
 from protocol.sockets import check_endpoint, dealer, router, send
 from protocol.tensors import Buffer
-from protocol.wire import MAX_FRAME_BYTES, MAX_TENSORS
+from protocol.wire import MAX_TENSORS
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +49,10 @@ BATCH = 256  # messages of one side before the other is heard again
 MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
 MOST_CONNECTIONS = 512  # at once, those that are not yet authenticated too
 OWN_FILES = 64  # that a door has open besides
-MEMORY_BYTES = 1 << 30  # of this process; a message that takes more ends it
-LARGEST_MESSAGE = LARGEST_QUESTION + (16 << 20)  # bytes
+MEMORY_BYTES: dict[Role, int] = {"client": 1 << 30, "worker": 2 << 30}  # of this process; what takes more ends it
+LARGEST_MESSAGE: dict[Role, int] = {"client": LARGEST_QUESTION + (16 << 20), "worker": 1 << 29}  # bytes
 DEAF_SECONDS = 10.0  # that the orchestrator may leave a door without an answer before it is connected to anew
-REMEMBERED = 10_000  # peers' keys
-
-
-def largest_frame(role: Role) -> int:
-    return LARGEST_QUESTION if role == "client" else MAX_FRAME_BYTES
+REMEMBERED = 1000  # peers of a key
 
 
 class Door:
@@ -66,7 +63,7 @@ class Door:
         self._role, self._inside_endpoint = spec.role, spec.inside
         self._keys = KeyFolder(StackFolder(spec.state).keys)
         self._allowed = AllowedKeys(self._keys)
-        self._secret = self._keys.server().secret if self._keys.exists else None
+        self._secret = self._keys.server().secret if spec.guarded else None
         self._endpoint = ""  # where it listens, once it does
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._zap = self._context.socket(zmq.REP)
@@ -79,11 +76,13 @@ class Door:
         for socket in (self._zap, self._inside):
             self._poller.register(socket, zmq.POLLIN)
         self._buckets: dict[str, TokenBucket] = {}  # by public key
-        self._peers: OrderedDict[bytes, str] = OrderedDict()  # public keys by peer, those heard last come last
+        self._key_of: dict[bytes, str] = {}  # public keys by peer
+        self._peers: dict[str, OrderedDict[bytes, None]] = {}  # by public key, those heard last come last
         self._unread: deque[tuple[bytes, int, list[zmq.MessageTracker]]] = deque()
         self._said_hello = 0.0
         self._heard = time.monotonic()
         self._counted = CountedLog(log)
+        self._listening = True  # for what peers say
         self._stopping = False
 
     def stop(self, number: int, frame: FrameType | None) -> None:
@@ -92,7 +91,10 @@ class Door:
     def run(self) -> None:
         """Pass on what comes, until told to stop. BadRequest where nothing can listen at the endpoint."""
         while not self._stopping:
-            self._poller.poll(20 if self._unread else int(HELLO_SECONDS * 500))
+            self._listen_to_peers()
+            self._poller.poll(20 if self._unread or not self._listening else int(HELLO_SECONDS * 500))
+            if self._front.failure:
+                raise self._front.failure
             self._admit()
             self._hello()
             self._hear_orchestrator()
@@ -157,8 +159,18 @@ class Door:
             self._context, f"ipc://{inner}", secret=self._secret, domain=self._role, largest=largest_frame(self._role)
         )
         self._poller.register(self._outside, zmq.POLLIN)
+        self._listening = True
         self._endpoint, self._said_hello = self._front.listen(endpoint, inner), 0.0
         log.info("listening at %s", self._endpoint)
+
+    def _listen_to_peers(self) -> None:
+        """Wait for what peers say only while the orchestrator can hear it."""
+        if self._outside is not None and self._listening != bool(self._inside.poll(0, zmq.POLLOUT)):
+            self._listening = not self._listening
+            if self._listening:
+                self._poller.register(self._outside, zmq.POLLIN)
+            else:
+                self._poller.unregister(self._outside)
 
     def _hear_peers(self) -> None:
         if self._outside is None:
@@ -183,24 +195,32 @@ class Door:
         if self._secret is not None and self._role == "client" and not self._bucket(public).take():
             self._counted.warn(f"{name} sends more than {MESSAGES_A_SECOND:g} messages a second; the rest is let go")
             return False
-        if len(frames) > MAX_TENSORS + 2 or size_of(frames) > LARGEST_MESSAGE:
+        if len(frames) > MAX_TENSORS + 2 or size_of(frames) > LARGEST_MESSAGE[self._role]:
             self._counted.warn(f"{name} has sent a message of more than a message may hold; it is let go")
+            self._forget(peer)
             return False
-        self._peers[peer] = public
-        self._peers.move_to_end(peer)
-        if len(self._peers) > REMEMBERED:
-            self._say(GONE, self._peers.popitem(last=False)[0])
+        own = self._peers.setdefault(public, OrderedDict())
+        own[peer] = None
+        own.move_to_end(peer)
+        self._key_of[peer] = public
+        if len(own) > REMEMBERED:
+            self._forget(next(iter(own)))
         return True
+
+    def _forget(self, peer: bytes) -> None:
+        """Forget a peer; the orchestrator hears that it is gone."""
+        self._peers.get(self._key_of.pop(peer, ""), OrderedDict()).pop(peer, None)
+        self._say(GONE, peer)
 
     def _bucket(self, public: str) -> TokenBucket:
         return self._buckets.setdefault(public, TokenBucket(MESSAGES_A_SECOND, BURST))
 
     def _pass_out(self, peer: bytes, frames: list[Buffer]) -> None:
         """Send what the orchestrator says to a peer; where it can't be sent, the orchestrator hears that it is gone."""
-        public = self._peers.get(peer, "")
+        public = self._key_of.get(peer, "")
         let_in = self._secret is None or self._allowed.entry(public, self._role) is not None
         if self._outside is None or not let_in:
-            self._say(GONE, peer)
+            self._forget(peer)
             return
         size = size_of(frames)
         try:
@@ -211,8 +231,7 @@ class Door:
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
-            self._peers.pop(peer, None)
-            self._say(GONE, peer)
+            self._forget(peer)
 
     def _turned_away(self, address: str) -> None:
         self._counted.warn(f"a {self._role} was not let in", f"at {address}")
@@ -234,11 +253,11 @@ class Door:
             self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
 
 
-def limit_resources() -> int:
+def limit_resources(role: Role) -> int:
     """Take no more memory than a door needs, and as many files as it may; return how many connections those allow."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard == resource.RLIM_INFINITY or hard > MEMORY_BYTES:
-        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, hard))
+    if hard == resource.RLIM_INFINITY or hard > MEMORY_BYTES[role]:
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES[role], hard))
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     return max(1, min(MOST_CONNECTIONS, (files - OWN_FILES) // 3))

@@ -9,14 +9,21 @@ from collections.abc import Sequence
 
 import zmq
 
+from protocol.curve_keys import Role
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
 from protocol.sockets import COPY_BELOW
 from protocol.tensors import Buffer
+from protocol.wire import MAX_FRAME_BYTES
 
 MESSAGE, READ, GONE, HELLO, OPEN, BEAT = b"m", b"r", b"g", b"h", b"o", b"b"
 COUNTED_BYTES = 1024  # of an answer, from which on its sender hears when it has been read
 HELLO_SECONDS = 0.5
 LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
+
+
+def largest_frame(role: Role) -> int:
+    """Return the bytes that one frame from a role's peers may have."""
+    return LARGEST_QUESTION if role == "client" else MAX_FRAME_BYTES
 
 
 def size_of(frames: Sequence[Buffer]) -> int:

@@ -24,7 +24,9 @@ def orchestrate(spec: OrchestratorSpec) -> None:
         folder.socket_folder()  # somebody may have removed it
     with folder.lock("orchestrator"):
         accounts = {GpuId(HOST, index): account(index, gpu) for index, gpu in spec.settings.gpus.items()}
-        server = Server(folder, Endpoints(spec.clients, spec.workers), spec.settings, accounts, spec.doors)
+        server = Server(
+            folder, Endpoints(spec.clients, spec.workers), spec.settings, accounts, spec.doors, spec.guarded
+        )
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.stop)
         server.run()

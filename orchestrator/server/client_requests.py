@@ -47,6 +47,7 @@ from protocol.views import WorkerView
 log = logging.getLogger(__name__)
 
 MAX_PARKED = 1000  # submissions that may wait for the describer
+MOST_OF_A_KEY, PARKED_BYTES = 100, 64 << 20  # of one key's, and of the pictures beside them
 MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
@@ -155,7 +156,8 @@ class ClientRequests:
                 now = (engine.job_queue.known(job.id) for job in jobs)
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in now)))
             case Retry(jobs=ids):
-                jobs = [engine.retry(job) for job in [self._own(peer, job_id) for job_id in ids]]
+                asked = [(self._own(peer, job_id), job_id) for job_id in ids]
+                jobs = [engine.retry(job, job_id) for job, job_id in asked]
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in jobs)))
             case GetWorkers():
                 views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
@@ -201,17 +203,20 @@ class ClientRequests:
         return view.model_copy(update={"job": job.own_id if job and peer.may_see(job) else None})
 
     def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
-        if not self._describer.ready_for(submit.jobs):
+        if not self._describer.ready_for(submit.jobs, peer.principal):
             self._park(peer, submit, tensors)
             return
         try:
             self._judge_or_accept(peer, submit, {tensor.name: tensor for tensor in tensors})
         except NotLookedAt as missing:
-            self._describer.look_at(missing.templates)
+            self._describer.look_at(missing.templates, peer.principal)
             self._park(peer, submit, tensors)
 
     def _park(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
-        if len(self._parked) >= MAX_PARKED:
+        own = [kept for (other, _), (_, kept) in self._parked.items() if other.principal == peer.principal]
+        held = sum(tensor.nbytes for kept in own for tensor in kept)
+        of_a_key = not peer.local and (len(own) >= MOST_OF_A_KEY or held >= PARKED_BYTES)
+        if len(self._parked) >= MAX_PARKED or of_a_key:
             raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
         self._parked[peer, submit.request] = submit, tensors
 

@@ -1,8 +1,9 @@
 """Messages that wait to be handled, by principal and connection: each principal in turn, within what it may cost.
 
-This machine's workers and supervisor are not kept waiting here. A key's holder gets a part of one core's time; what
-comes beyond what may wait is let go, and its sender asks again. A connection that doesn't read its answers gets no more
-of them; its other questions wait, and are let go after a while.
+This machine's workers and supervisor are not kept waiting here. A key's holder gets a part of one core's time. What a
+client asks beyond what may wait is let go, and it asks again; what a worker says is not, since it won't say it again:
+no more is read of the workers' door until there is room. A key that leaves none for FLOOD_SECONDS is found to flood. A
+connection that doesn't read its answers gets no more of them; its other questions wait, and are let go after a while.
 """
 
 import time
@@ -18,6 +19,8 @@ from protocol.tensors import Buffer
 CPU_SHARE, CPU_BURST = 0.25, 0.5  # of one core for one key, in seconds a second; and at once
 MOST_WAITING = 1000  # messages of one principal
 WAITING_BYTES = 64 << 20  # of them, beside one that may have any size
+MOST_OF_LOCAL = 10 * MOST_WAITING  # messages of this machine's user
+FLOOD_SECONDS = 5.0
 MOST_UNANSWERED = 64  # messages of a connection that doesn't read its answers
 UNREAD_SECONDS = 30.0  # that a message waits for its sender to read earlier answers
 LOOK_SECONDS = 0.02  # between two looks whether it has
@@ -43,13 +46,15 @@ class Waiting:
     """A principal's messages by connection, and the time of a core that it may cost; None: as much as it takes."""
 
     cpu: TokenBucket | None
+    full_since: float = 0.0  # monotonic seconds; 0: it is not
     peers: OrderedDict[bytes, deque[Received]] = field(default_factory=OrderedDict)
     messages: int = 0
     size: int = 0  # bytes of them
 
     @property
     def full(self) -> bool:
-        return self.messages >= MOST_WAITING or self.size >= WAITING_BYTES
+        most = MOST_WAITING if self.cpu else MOST_OF_LOCAL
+        return self.messages >= most or self.size >= WAITING_BYTES
 
     def of(self, peer: bytes) -> int:
         """Return how many messages of a connection wait."""
@@ -83,6 +88,10 @@ class Waiting:
     def _count(self, received: Received, by: int) -> None:
         self.messages += by
         self.size += by * received.size
+        if not self.full:
+            self.full_since = 0.0
+        elif not self.full_since:
+            self.full_since = time.monotonic()
 
 
 class Inbox:
@@ -107,12 +116,40 @@ class Inbox:
         if waiting is None:
             waiting = self._waiting[principal] = Waiting(self._bucket(principal))
             self._turns.append(principal)
-        if waiting.full or (
-            waiting.of(received.peer) >= MOST_UNANSWERED and not self._may_answer(principal, received.peer)
-        ):
+        if received.role == "client" and (waiting.full or self._leaves_unread(waiting, received)):
             return False
         waiting.put(received)
         return True
+
+    def _leaves_unread(self, waiting: Waiting, received: Received) -> bool:
+        many = waiting.of(received.peer) >= MOST_UNANSWERED
+        return many and not self._may_answer(received.principal, received.peer)
+
+    def has_room(self) -> bool:
+        """Return whether more may be read of what workers behind doors say."""
+        return not any(waiting.full and self._says_work(waiting) for waiting in self._waiting.values())
+
+    @staticmethod
+    def _says_work(waiting: Waiting) -> bool:
+        return any(own[0].role == "worker" for own in waiting.peers.values() if own)
+
+    def floods(self) -> list[Principal]:
+        """Return the workers' keys that have left no room for others for too long; what they said is let go of."""
+        now = time.monotonic()
+        found = [
+            principal
+            for principal, waiting in self._waiting.items()
+            if waiting.full_since and now - waiting.full_since > FLOOD_SECONDS and self._says_work(waiting)
+        ]
+        for principal in found:
+            for peer in list(self._waiting[principal].peers):
+                self._waiting[principal].forget(peer)
+        return found
+
+    def spend(self, principal: Principal, seconds: float) -> None:
+        """Count time of the core that was spent for a principal outside of `serve`."""
+        if bucket := self._bucket(principal):
+            bucket.spend(seconds)
 
     def serve(self, handle: Callable[[Received], None], seconds: float) -> None:
         """Handle messages for about so many seconds, one of each principal in turn."""

@@ -40,7 +40,7 @@ from protocol.gpu_memory import GpuId
 log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.02  # for clients and keys' holders, before this machine's workers are heard again
-PROBE_SECONDS, PROBE_ROUNDS = 1.0, 5  # in so many looks, one a second, each client that watches is heard of
+PROBE_SECONDS, PROBE_ROUNDS = 1.0, 10  # in so many looks, one a second, each client that watches is heard of
 
 
 class Server:
@@ -51,8 +51,9 @@ class Server:
         settings: OrchestratorSettings,
         accounts: Mapping[GpuId, Account],
         doors: Mapping[Role, str],
+        guarded: bool = False,
     ) -> None:
-        """`doors` are the private endpoints where doors for others come to, by role."""
+        """`doors` are the private endpoints where doors for others come to, by role; with `guarded` they want keys."""
         self.folder = folder
         self.outbox = Outbox()
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
@@ -62,7 +63,7 @@ class Server:
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._clients = ClientRequests(self.engine, describer, self._supervisor)
-        self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if keys.exists else None)
+        self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.door_pids
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
@@ -83,8 +84,8 @@ class Server:
                 self._sockets.wait(self._pause())
                 self._pulse.beat()
                 self._shut_out()
-                if self._take():
-                    self._workers.notice_silence()
+                self._take()
+                self._end_floods()
                 self._supervisor.replace(self.engine.dispatch.to_restart)
                 self._supervisor.roll()
                 self._probe()
@@ -100,21 +101,30 @@ class Server:
         left = HEARTBEAT_SECONDS if due is None else min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic()))
         return math.ceil((left if waiting is None else min(left, waiting)) * 1000)
 
-    def _take(self) -> bool:
+    def _take(self) -> None:
         """Handle what this machine's workers and supervisor say, then for a moment what all others do, in turns.
 
-        Return whether all was read that workers have sent: only then can one be called silent.
+        Silent is who has said nothing, not who was not yet heard.
         """
-        for received in self._sockets.received("worker", takes=lambda principal: True):
+        for received in self._sockets.received("worker", takes=lambda who: who is not None or self._inbox.has_room()):
+            self.engine.fleet.get(received.peer)  # it is a sign of life, however long it waits
             if isinstance(received.principal, LocalUser):
                 self._workers.handle(received.peer, received.principal, received.frames)
             else:
                 self._let_wait(received)
-        heard_all = self._sockets.heard_all
-        for received in self._sockets.received("client", takes=lambda principal: not self._inbox.full(principal)):
+        heard_all, heard_door = self._sockets.heard_all, self._sockets.heard_door
+        for received in self._sockets.received("client", takes=lambda who: who is None or not self._inbox.full(who)):
             self._let_wait(received)
         self._inbox.serve(self._handle, TURN_SECONDS)
-        return heard_all
+        self._workers.notice_silence(heard_all, heard_door)
+
+    def _end_floods(self) -> None:
+        """Let go of keys' workers that say more than can be heard, and of doors that say nothing."""
+        for principal in self._inbox.floods():
+            self._sockets.counted.warn(f"the workers of {to_column(principal)} say more than can be heard")
+            self._workers.let_go(principal)
+        for pid in self._sockets.silent_doors():
+            self._supervisor.kill(pid, "fell silent")
 
     def _let_wait(self, received: Received) -> None:
         if not self._inbox.put(received):
@@ -163,8 +173,11 @@ class Server:
             self._post(letter)
 
     def _post(self, letter: Letter) -> None:
+        begun = time.monotonic()
         try:
             self._sockets.send(letter.identity, wire.encode(letter.message, letter.tensors))
+            if not letter.to_worker and (principal := self._sockets.principal_of(letter.identity)) is not None:
+                self._inbox.spend(principal, time.monotonic() - begun)
         except zmq.ZMQError as error:
             if error.errno not in (errno.EHOSTUNREACH, errno.EAGAIN):
                 raise

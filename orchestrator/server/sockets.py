@@ -6,6 +6,7 @@ both when that door is started anew.
 
 import contextlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from orchestrator.doors.frames import (
     LARGEST_QUESTION,
     MESSAGE,
     OPEN,
+    largest_frame,
     send_tracked,
     size_of,
     unpacked,
@@ -35,6 +37,7 @@ from protocol.tensors import Buffer
 
 log = logging.getLogger(__name__)
 
+SILENCE_SECONDS = 10.0  # of a door
 BATCH = 256  # messages of one socket between two commits
 MOST_CONNECTIONS = 64  # of one client's key
 ROLES: tuple[Role, ...] = ("client", "worker")
@@ -48,6 +51,7 @@ class DoorSocket:
     wanted: str  # TCP endpoint to listen at; the port that the first door found, once there was one
     identity: bytes = b""
     pid: int = 0
+    heard: float = 0.0  # monotonic seconds
     listens: bool = False
 
 
@@ -75,14 +79,14 @@ class Sockets:
             "worker": router(self._context, local.workers),
         }
         self._doors: dict[Role, DoorSocket] = {
-            role: DoorSocket(router(self._context, doors[role], largest=LARGEST_QUESTION), endpoint)
+            role: DoorSocket(router(self._context, doors[role], largest=largest_frame(role)), endpoint)
             for role, endpoint in remote
         }
         names = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in self._local.values()]
         self.local = Endpoints(names[0], names[1])
         self.counted = CountedLog(log)
         self.unread = Unread()
-        self.heard_all = True  # nothing was left to be read of a role's messages, as of the last look
+        self.heard_all = self.heard_door = True  # nothing of a role's was left to be read here, and of its door, lately
         self._keys: dict[bytes, str] = {}  # public keys, by the peers that came with them
         self._peers: dict[str, OrderedDict[bytes, None]] = {}  # clients by public key, the one heard last comes last
         self._gone: list[bytes] = []
@@ -99,17 +103,17 @@ class Sockets:
     def wait(self, milliseconds: int) -> None:
         self._poller.poll(milliseconds)
 
-    def received(self, role: Role, takes: Callable[[Principal], bool]) -> Iterator[Received]:
+    def received(self, role: Role, takes: Callable[[Principal | None], bool]) -> Iterator[Received]:
         """Yield what has come from a role's peers, of each socket so much that others come to their turn.
 
-        What this machine's user sends stays where it is while nobody `takes` it.
+        What this machine's user sends, and what workers behind a door do, stays where it is while nobody `takes` it.
         """
-        self.heard_all = True
+        self.heard_all = self.heard_door = True
         yield from self._hear(role, takes)
         if door := self._doors.get(role):
-            yield from self._hear_door(role, door)
+            yield from self._hear_door(role, door, takes)
 
-    def _hear(self, role: Role, takes: Callable[[Principal], bool]) -> Iterator[Received]:
+    def _hear(self, role: Role, takes: Callable[[Principal | None], bool]) -> Iterator[Received]:
         prefix = bytes([ROLES.index(role)])
         for _ in range(BATCH):
             if not takes(LOCAL_USER):
@@ -121,9 +125,11 @@ class Sockets:
             yield Received(prefix + bytes(identity), role, LOCAL_USER, frames)
         self.heard_all = False
 
-    def _hear_door(self, role: Role, door: DoorSocket) -> Iterator[Received]:
+    def _hear_door(self, role: Role, door: DoorSocket, takes: Callable[[Principal | None], bool]) -> Iterator[Received]:
         prefix = bytes([len(ROLES) + ROLES.index(role)])
         for _ in range(BATCH):
+            if role == "worker" and not takes(None):
+                break
             try:
                 identity, kind, peer, *frames = receive(door.socket)
             except zmq.Again:
@@ -143,7 +149,7 @@ class Sockets:
                         self.unread.read(whom, prefix + bytes(peer), unpacked(frames[0]))
                 case frames_of.GONE:
                     self._forget(prefix + bytes(peer), role)
-        self.heard_all = False
+        self.heard_door = False
 
     # -- doors ----------------------------------------------------------------------------------
 
@@ -153,7 +159,9 @@ class Sockets:
             log.warning("the door for %ss has come anew", role)
             self._lost_doors.append(role)
             self.unread.forget_behind(bytes([len(ROLES) + ROLES.index(role)]))
-        door.identity, door.pid = identity, pid
+            for peer in [peer for peer in self._keys if peer[0] == len(ROLES) + ROLES.index(role)]:
+                del self._keys[peer]
+        door.identity, door.pid, door.heard = identity, pid, time.monotonic()
         if endpoint:
             door.wanted, door.listens = endpoint, True
         with contextlib.suppress(zmq.Again):  # it has much to do, and is heard again soon
@@ -170,6 +178,19 @@ class Sockets:
     def door_pids(self) -> tuple[int, ...]:
         """Process numbers of doors that listen."""
         return tuple(door.pid for door in self._doors.values() if door.listens)
+
+    def silent_doors(self) -> list[int]:
+        """Process numbers of doors that have said nothing for too long; said once of each."""
+        now = time.monotonic()
+        silent = [door for door in self._doors.values() if door.pid and now - door.heard > SILENCE_SECONDS]
+        pids = [door.pid for door in silent]
+        for door in silent:
+            door.pid = 0
+        return pids
+
+    def principal_of(self, peer: bytes) -> Principal | None:
+        """Return on whose behalf a peer is here; None if it is not let in any more."""
+        return self._known(peer, ROLES[peer[0] % len(ROLES)]) if behind_a_door(peer) else LOCAL_USER
 
     def lost_doors(self) -> list[Role]:
         """Roles whose door has come anew since the last call: what was on its way is lost."""

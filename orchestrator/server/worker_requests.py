@@ -118,6 +118,8 @@ class WorkerRequests:
             case TaskFailed() as failure:
                 engine.failed(worker, failure)
             case WorkerGoodbye():
+                if worker.task:
+                    engine.fleet.trust.failed(worker.principal)
                 engine.dismiss_worker(worker)
 
     def _welcome(self, identity: bytes, peer: Principal, hello: WorkerHello) -> None:
@@ -131,6 +133,7 @@ class WorkerRequests:
         worker = engine.fleet.hello(identity, hello, peer)
         for old in engine.fleet.of_process(worker.process):
             if old is not worker and old.hello.part == hello.part:
+                worker.owes = old.task is not None
                 engine.dismiss_worker(old)  # which has lost its link, and names its task next
         engine.leasing.buried(worker.process)  # the same process again, which tells what it holds
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
@@ -174,13 +177,27 @@ class WorkerRequests:
             log.warning("the key of %s was revoked", worker.hello.name)
             self._engine.lose_worker(worker, "lost its key")
 
-    def notice_silence(self) -> None:
-        """End by force what says nothing, or says that all is well and comes no further."""
-        for worker in self._engine.fleet.silent():
+    def let_go(self, principal: Principal) -> None:
+        """Let go of a key's workers, which get no task for a while; their tasks wait again."""
+        self._engine.fleet.trust.failed(principal)
+        for worker in [worker for worker in self._engine.fleet if worker.principal == principal]:
+            self._engine.dismiss_worker(worker)
+
+    def notice_silence(self, heard_all: bool, heard_door: bool) -> None:
+        """End by force what says nothing, or says that all is well and comes no further.
+
+        Only those can be found silent whose words were all read: this machine's own, or those behind the door.
+        """
+
+        def heard(worker: Worker) -> bool:
+            return heard_door if behind_a_door(worker.identity) else heard_all
+
+        for worker in filter(heard, self._engine.fleet.silent()):
             self._give_up(worker, "fell silent")
         if pid := self._describer.silent():
             self._supervisor.kill(pid, "fell silent")
-        for worker, seconds in self._engine.deadlines.overdue(self._engine.fleet):
+        late = self._engine.deadlines.overdue(self._engine.fleet)
+        for worker, seconds in ((worker, seconds) for worker, seconds in late if heard(worker)):
             self._give_up(worker, f"came no further for {seconds:.0f} s")
 
     def _give_up(self, worker: Worker, reason: str) -> None:

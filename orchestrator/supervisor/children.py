@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 
+from orchestrator.access import KeyFolder
 from orchestrator.planning.placement import Post
 from orchestrator.planning.stack_plan import StackPlan
 from orchestrator.pulse import PULSE, PulseWatch
@@ -26,6 +27,7 @@ class Children:
     ) -> None:
         self._folder, self._config, self._plan, self._lifeline, self.forks = folder, config, plan, lifeline, forks
         self._endpoints = folder.local_endpoints()
+        self._guarded = KeyFolder(folder.keys).exists  # as of the stack's start, for all of its processes
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
         self.pulse = PulseWatch()
         self.orchestrator.descriptors = (self.pulse.descriptor,)
@@ -66,11 +68,18 @@ class Children:
         clients, workers = self._endpoints.clients, self._endpoints.workers
         doors = {role: self._folder.door_endpoint(role) for role, _ in config.remote()}
         return OrchestratorSpec(
-            state=self._folder.path, clients=clients, workers=workers, doors=doors, settings=settings
+            state=self._folder.path,
+            clients=clients,
+            workers=workers,
+            doors=doors,
+            guarded=self._guarded,
+            settings=settings,
         )
 
     def _door(self, role: Role) -> Child:
-        spec = DoorSpec(state=self._folder.path, role=role, inside=self._folder.door_endpoint(role))
+        spec = DoorSpec(
+            state=self._folder.path, role=role, inside=self._folder.door_endpoint(role), guarded=self._guarded
+        )
         door = self._child(f"door-{role}", "orchestrator.doors", spec)
         door.essential = True
         return door

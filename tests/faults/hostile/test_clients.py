@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from protocol.client.client import Client, run
-from protocol.curve_keys import load, save
+from protocol.curve_keys import load
 from protocol.errors import QueueFull, TriptychError
 from protocol.job import JobRequest
 from protocol.messages.client import FetchPictures, Watch
@@ -109,27 +109,6 @@ def test_who_queues_most_is_not_served_first(state: Path) -> None:
             worker.hear(Committed)
             worker.ready()
         assert theirs <= {*served}
-
-
-def test_weights_of_keys_are_shares_of_the_workers(state: Path) -> None:
-    with guarded(state, queue_limit=1000, client_jobs=1000, client_rate=1000.0) as running:
-        clients = {name: client_of(running, name) for name in ("light",)}
-        heavy = key_of(running, "heavy", weight=3.0)
-        save(running.folder / "heavy.key", heavy)
-        running._opened.append(strong := Client(running.folder / "heavy.key", timeout=20))
-        clients["heavy"] = strong
-        for client in clients.values():
-            client.submit_many([JobRequest(prompt=f"x {number}") for number in range(40)])
-        own = {job.number for job in strong.jobs()}
-        local, worker = running.client(), running.worker("text").ready()
-        served = []
-        for _ in range(24):
-            task = worker.take()
-            served.append(local.job(task.job).number in own)
-            worker.finish(task)
-            worker.hear(Committed)
-            worker.ready()
-        assert sum(served) > 12  # about 18: tasks take as long as this test's clock says
 
 
 def test_nobody_learns_from_a_prompt_or_a_picture_what_another_key_has(state: Path) -> None:
