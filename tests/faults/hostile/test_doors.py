@@ -1,6 +1,9 @@
 """Doors: what breaks one, or fills it, ends its own connections, and nobody loses what was accepted."""
 
 import contextlib
+import json
+import os
+import resource
 import signal
 import subprocess
 import threading
@@ -8,15 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zmq
 
+from orchestrator.access import KeyFolder
 from orchestrator.doors.door import MOST_CONNECTIONS, OWN_FILES
 from protocol.client.client import Client
-from protocol.curve_keys import Role
+from protocol.curve_keys import KeyPair, PeerKey, Role, save
 from protocol.job import JobRequest
 from protocol.messages.common import Error
 from protocol.messages.worker import Committed, Task
+from scripts.faults.hostile import Peer
+from scripts.faults.hostile_peers import free_port
+from scripts.faults.saboteur import patiently
 from tests.fakes import FakeWorker, Orchestrator, orchestrator
 from tests.faults.hostile.peers import client_of, guarded, hostile, key_of, megabytes
+from tests.stacks import running_stack
 
 FEW_LINES = 20
 
@@ -98,7 +107,9 @@ def test_connections_are_capped_below_the_file_limit_and_local_users_unharmed(st
         local = running.client()
         before = running.doors["client"].pid
         with hostile(running, "connections"):
-            while f"{MOST_CONNECTIONS} connections are open" not in running.door_log():
+            _, files = resource.prlimit(running.doors["client"].pid, resource.RLIMIT_NOFILE)
+            most = min(MOST_CONNECTIONS, (files - OWN_FILES) // 3)
+            while f"{most} connections are open" not in running.door_log():
                 assert local.stack().pid == running.process.pid
             assert client_of(running, "bob").submit("a cat").state == "queued"  # while it goes on
         assert running.doors["client"].pid == before
@@ -134,3 +145,52 @@ def test_without_keys_a_door_listens_on_the_loopback_address_alone(state: Path) 
         running.worker("text")
         with Client(endpoint=running.remote["client"]) as client:
             assert client.submit("a cat").state == "queued"
+
+
+def test_a_key_that_takes_every_place_of_a_door_keeps_nobody_out(state: Path) -> None:
+    """Connections that are let in, and stay: the oldest give way to those that come."""
+    most = 20
+    with guarded(state) as running:
+        running.doors["client"].kill()
+        running.doors["client"].wait()
+        running.open_door("client", ["bash", "-c", f'ulimit -n {OWN_FILES + 3 * most}; exec "$@"', "door"])
+        key = key_of(running, "mallory")
+        held = [Peer(key) for _ in range(most + 5)]
+        for peer in held[:most]:
+            assert peer.socket.poll(10_000, zmq.POLLOUT)  # it is let in
+        bob = client_of(running, "bob")
+        for number in range(5):
+            assert bob.submit(f"cat {number}").state == "queued"
+        for peer in held:
+            peer.close()
+
+
+def test_a_door_that_dies_again_and_again_does_not_end_its_stack(state: Path) -> None:
+    """The whole stack, with its supervisor: what breaks a door costs its peers a moment, however often."""
+    KeyFolder(state / "keys").server()
+    options = ["--model", "demo", "--device", "cpu", "--listen", f"tcp://127.0.0.1:{free_port()}"]
+    with running_stack(state, *options) as stack:
+        folder, pair = KeyFolder(state / "keys"), KeyPair.new()
+        folder.add("alice", "client", pair.public)
+        patiently(lambda: published_remote(state))
+        endpoint = published_remote(state)["client"]
+        save(
+            state / "alice.key", PeerKey("alice", "client", endpoint, folder.server().public, pair.public, pair.secret)
+        )
+        with Client(state / "alice.key", timeout=30) as alice:
+            for number in range(7):  # more often than a process that never worked may end
+                before = door_of(stack.client)
+                assert alice.submit(f"a red circle {number}", steps=1).state == "queued"
+                os.kill(before, signal.SIGABRT)
+                patiently(lambda before=before: door_of(stack.client) not in (0, before))
+            assert [alice.wait(job.id, 60).state for job in alice.jobs()] == ["done"] * 7
+        assert published_remote(state)["client"] == endpoint
+        assert stack.process.poll() is None
+
+
+def published_remote(state: Path) -> dict[str, str]:
+    return dict(json.loads((state / "stack.json").read_text())["remote"])
+
+
+def door_of(client: Client) -> int:
+    return next(process.pid or 0 for process in client.workers().processes if process.name == "door-client")

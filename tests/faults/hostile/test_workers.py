@@ -10,7 +10,7 @@ from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.common import Message
 from protocol.messages.supervisor import KillProcess, SupervisorHello
-from protocol.messages.worker import Committed, Part, Progress, Result
+from protocol.messages.worker import Committed, Part, Progress, Result, TaskFailed, WorkerGoodbye
 from protocol.sockets import receive
 from protocol.tensors import Tensor
 from tests.fakes import MODEL, OUTPUTS, Orchestrator, raw_dealer
@@ -163,3 +163,39 @@ def test_steps_beyond_any_jobs_count_for_no_progress(state: Path) -> None:
             liar.say(Progress(job=task.job, stage=task.stage, attempt=task.attempt, step=step, steps=1))
         # Nothing was to come but beats: it was given up, and its messages are refused.
         assert "came no further" in running.client().job(job).reasons[-1]
+
+
+@pytest.mark.parametrize("how", ["for ever", "again", "cancelled", "nothing", "goodbye"])
+def test_a_key_whose_worker_fails_every_task_costs_no_job_where_this_machine_has_others(state: Path, how: str) -> None:
+    with guarded(state) as running:
+        (job,) = encoded(running)
+        liar = running.worker("denoise", key=key_of(running, "liar", "worker")).ready()
+        task = liar.take()
+        honest = running.worker("denoise").ready()
+        key = {"job": task.job, "stage": task.stage, "attempt": task.attempt}
+        if how == "goodbye":
+            liar.say(WorkerGoodbye())
+        elif how != "nothing":
+            liar.say(TaskFailed(**key, reason="no", retry=how == "again", cancelled=how == "cancelled"))
+        liar.ready()
+        honest.finish(honest.take_in_time())
+        honest.hear(Committed)
+        assert running.client().job(job).reasons == ()
+
+
+def test_many_pictures_of_a_keys_worker_come_whole_however_fast_it_is_sent(state: Path) -> None:
+    """More at once than may wait for one key: no more is read until there is room, and nothing is let go."""
+    count, part = 16, Tensor("pictures", "uint8", (1, 1536, 1536, 3), bytes(1536 * 1536 * 3))
+    with guarded(state, keep_pictures=1 << 30) as running:
+        client, (job,) = running.client(), encoded(running, num_images=count, width=512, height=512)
+        denoise = running.worker("denoise").ready()
+        denoise.finish(denoise.take())
+        vae = running.worker("vae", key=key_of(running, "box", "worker")).ready()
+        task = vae.take()
+        key = {"job": job, "stage": "vae", "attempt": task.attempt}
+        for number in range(1, count):
+            vae.say(Part(**key, number=number), part)
+        vae.say(Result(**key, seconds=1.0, parts=count - 1), part)
+        vae.hear(Committed)
+        assert client.wait(job, 60).reasons == ()
+        assert client.raw_pictures(job)[1].shape[0] == count

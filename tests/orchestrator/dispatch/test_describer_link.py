@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from orchestrator.dispatch.catalogue import CatalogueEntry, Routes
-from orchestrator.dispatch.describer_link import DescriberLink
+from orchestrator.dispatch.describer_link import MOST_ASKED, MOST_OF_A_KEY, DescriberLink
 from orchestrator.dispatch.outbox import Outbox
-from protocol.errors import BadRequest
+from orchestrator.principal import KeyHolder
+from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
-from protocol.messages.describer import DescriberHello, LookAt, Looked
+from protocol.messages.describer import CountTokens, DescriberHello, LookAt, Looked, TokenCounts
 from protocol.route import WHOLE, Route, Template
 from tests.fakes import MODEL
 from tests.protocol.test_recipe import recipe
@@ -73,3 +74,19 @@ def test_a_route_is_trusted_as_far_as_workers_bear_it_out() -> None:
     assert known.text_key(recipe()).startswith(WHOLE)
     assert known.following == "vae"
     assert not routes.seen(None, "denoise", 1)
+
+
+def test_one_keys_many_questions_leave_the_others_their_turns() -> None:
+    link, mallory = describer_link(), KeyHolder("mallory")
+    link.hello(b"1", DescriberHello(pid=1, dtype="float32", speedups=(), model=MODEL))
+    for number in range(MOST_OF_A_KEY):
+        assert not link.ready_for([JobRequest(prompt=f"x {number}")], mallory)
+    with pytest.raises(QueueFull):
+        link.ready_for([JobRequest(prompt="one more")], mallory)
+    assert not link.ready_for([JobRequest(prompt="a cat")])
+    asked = [letter.message for letter in link.outbox.drain()]
+    assert len(asked) == MOST_ASKED
+    link.counted(TokenCounts(request=1, counts=(3,)))
+    (following,) = [letter.message for letter in link.outbox.drain()]
+    assert isinstance(following, CountTokens)
+    assert following.texts == ("a cat",)
