@@ -20,10 +20,10 @@ MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 COPY_BELOW = 65536  # bytes; zero-copy pays above this
 
 
-def configure(socket: zmq.Socket[bytes], largest: int | None = None) -> None:
+def configure(socket: zmq.Socket[bytes], largest: int | None = None, high_water: int = HIGH_WATER) -> None:
     """Set the options that every socket has; `largest` in bytes of a frame that may come."""
-    socket.setsockopt(zmq.SNDHWM, HIGH_WATER)
-    socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+    socket.setsockopt(zmq.SNDHWM, high_water)
+    socket.setsockopt(zmq.RCVHWM, high_water)
     socket.setsockopt(zmq.MAXMSGSIZE, largest or MAX_FRAME_BYTES)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -37,6 +37,7 @@ def router(
     secret: str | None = None,
     domain: str = "",
     largest: int | None = None,
+    high_water: int = HIGH_WATER,
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER: it knows when a peer is gone, and nobody takes over another's identity.
 
@@ -45,7 +46,7 @@ def router(
     """
     check_endpoint(endpoint, secured=secret is not None)
     socket = context.socket(zmq.ROUTER)
-    configure(socket, largest)
+    configure(socket, largest, high_water)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
     if secret is not None:
@@ -67,12 +68,16 @@ def new_identity() -> bytes:
 
 
 def dealer(
-    context: zmq.Context[zmq.Socket[bytes]], endpoint: str, identity: bytes, key: PeerKey | None = None
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    identity: bytes,
+    key: PeerKey | None = None,
+    high_water: int = HIGH_WATER,
 ) -> zmq.Socket[bytes]:
     """A connected DEALER; `identity` is new for every incarnation."""
     check_endpoint(endpoint, secured=key is not None)
     socket = context.socket(zmq.DEALER)
-    configure(socket)
+    configure(socket, high_water=high_water)
     socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)

@@ -24,6 +24,7 @@ from orchestrator.doors.frames import (
     GONE,
     HELLO,
     HELLO_SECONDS,
+    HIGH_WATER,
     LARGEST_QUESTION,
     MESSAGE,
     READ,
@@ -107,7 +108,8 @@ class Door:
     # -- the orchestrator -----------------------------------------------------------------------
 
     def _connect(self) -> "zmq.Socket[bytes]":
-        return dealer(self._context, self._inside_endpoint, b"D" + secrets.token_bytes(15))
+        identity = b"D" + secrets.token_bytes(15)
+        return dealer(self._context, self._inside_endpoint, identity, high_water=HIGH_WATER)
 
     def _hello(self) -> None:
         """Say where this door is, now and then: it is its sign of life, and another orchestrator must hear it anew."""

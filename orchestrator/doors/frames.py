@@ -18,6 +18,7 @@ from protocol.wire import MAX_FRAME_BYTES
 MESSAGE, READ, GONE, HELLO, OPEN, BEAT = b"m", b"r", b"g", b"h", b"o", b"b"
 COUNTED_BYTES = 1024  # of an answer, from which on its sender hears when it has been read
 HELLO_SECONDS = 0.5
+HIGH_WATER = 50_000  # messages between a door and the orchestrator, each way: those of all its peers
 LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
 
 

@@ -2,8 +2,8 @@
 
 This machine's workers and supervisor are not kept waiting here. A key's holder gets a part of one core's time. What a
 client asks beyond what may wait is let go, and it asks again; what a worker says is not, since it won't say it again:
-no more is read of the workers' door until there is room. A key that leaves none for FLOOD_SECONDS is found to flood. A
-connection that doesn't read its answers gets no more of them; its other questions wait, and are let go after a while.
+no more is read of the workers' door until there is room. A key that leaves none for FLOOD_SECONDS is not heard for a
+while. A connection that doesn't read its answers gets no more of them; its other questions wait, and are let go later.
 """
 
 import time
@@ -20,7 +20,7 @@ CPU_SHARE, CPU_BURST = 0.25, 0.5  # of one core for one key, in seconds a second
 MOST_WAITING = 1000  # messages of one principal
 WAITING_BYTES = 64 << 20  # of them, beside one that may have any size
 MOST_OF_LOCAL = 10 * MOST_WAITING  # messages of this machine's user
-FLOOD_SECONDS = 5.0
+FLOOD_SECONDS, MUTE_SECONDS = 5.0, 30.0
 MOST_UNANSWERED = 64  # messages of a connection that doesn't read its answers
 UNREAD_SECONDS = 30.0  # that a message waits for its sender to read earlier answers
 LOOK_SECONDS = 0.02  # between two looks whether it has
@@ -102,6 +102,7 @@ class Inbox:
         self._waiting: dict[Principal, Waiting] = {}
         self._cpu: dict[Principal, TokenBucket] = {}
         self._turns: deque[Principal] = deque()  # principals with messages, the one whose turn is next first
+        self._muted: dict[Principal, float] = {}  # workers' keys that are not heard, until when
         self._blocked = False  # whoever has messages may have none answered now
 
     def full(self, principal: Principal) -> bool:
@@ -112,6 +113,8 @@ class Inbox:
     def put(self, received: Received) -> bool:
         """Let a message wait for its turn; return False where too many do already, and it is let go."""
         principal = received.principal
+        if received.role == "worker" and self._muted.get(principal, 0.0) > time.monotonic():
+            return False
         waiting = self._waiting.get(principal)
         if waiting is None:
             waiting = self._waiting[principal] = Waiting(self._bucket(principal))
@@ -134,7 +137,7 @@ class Inbox:
         return any(own[0].role == "worker" for own in waiting.peers.values() if own)
 
     def floods(self) -> list[Principal]:
-        """Return the workers' keys that have left no room for others for too long; what they said is let go of."""
+        """Return the workers' keys that have left no room for others for too long, and are not heard for a while."""
         now = time.monotonic()
         found = [
             principal
@@ -142,6 +145,7 @@ class Inbox:
             if waiting.full_since and now - waiting.full_since > FLOOD_SECONDS and self._says_work(waiting)
         ]
         for principal in found:
+            self._muted[principal] = now + MUTE_SECONDS
             for peer in list(self._waiting[principal].peers):
                 self._waiting[principal].forget(peer)
         return found

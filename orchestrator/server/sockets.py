@@ -19,6 +19,7 @@ from orchestrator.doors import frames as frames_of
 from orchestrator.doors.frames import (
     BEAT,
     COUNTED_BYTES,
+    HIGH_WATER,
     LARGEST_QUESTION,
     MESSAGE,
     OPEN,
@@ -79,8 +80,7 @@ class Sockets:
             "worker": router(self._context, local.workers),
         }
         self._doors: dict[Role, DoorSocket] = {
-            role: DoorSocket(router(self._context, doors[role], largest=largest_frame(role)), endpoint)
-            for role, endpoint in remote
+            role: DoorSocket(self._for_door(doors[role], role), endpoint) for role, endpoint in remote
         }
         names = [socket.getsockopt_string(zmq.LAST_ENDPOINT) for socket in self._local.values()]
         self.local = Endpoints(names[0], names[1])
@@ -94,6 +94,9 @@ class Sockets:
         self._poller = zmq.Poller()
         for socket in (*self._local.values(), *(door.socket for door in self._doors.values())):
             self._poller.register(socket, zmq.POLLIN)
+
+    def _for_door(self, inside: str, role: Role) -> "zmq.Socket[bytes]":
+        return router(self._context, inside, largest=largest_frame(role), high_water=HIGH_WATER)
 
     @property
     def remote(self) -> dict[Role, str]:
