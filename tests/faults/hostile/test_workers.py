@@ -85,7 +85,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("wrong", ["shape", *(pytest.param(other, marks=pytest.mark.all) for other in [*WRONG][1:])])
 def test_pictures_that_are_none_fail_their_attempt_with_the_reason(state: Path, wrong: str) -> None:
     with guarded(state) as running:
         client, (job,) = running.client(), encoded(running)
@@ -139,6 +139,7 @@ def test_a_worker_that_vanishes_with_every_task_costs_no_job(state: Path) -> Non
         assert all(client.job(job).reasons == () for job in jobs)
 
 
+@pytest.mark.all
 def test_a_key_whose_worker_was_gone_with_a_task_rests_and_then_gets_one_again(state: Path) -> None:
     with guarded(state) as running:
         (job,), key = encoded(running), key_of(running, "box", "worker")
@@ -152,6 +153,7 @@ def test_a_key_whose_worker_was_gone_with_a_task_rests_and_then_gets_one_again(s
         assert running.client().job(job).records[-1].stage == "denoise"
 
 
+@pytest.mark.all
 def test_steps_beyond_any_jobs_count_for_no_progress(state: Path) -> None:
     with guarded(state, step_timeout=1.5) as running:
         (job,) = encoded(running, steps=4)
@@ -165,7 +167,10 @@ def test_steps_beyond_any_jobs_count_for_no_progress(state: Path) -> None:
         assert "came no further" in running.client().job(job).reasons[-1]
 
 
-@pytest.mark.parametrize("how", ["for ever", "again", "cancelled", "nothing", "goodbye"])
+@pytest.mark.parametrize(
+    "how",
+    ["for ever", *(pytest.param(how, marks=pytest.mark.all) for how in ("again", "cancelled", "nothing", "goodbye"))],
+)
 def test_a_key_whose_worker_fails_every_task_costs_no_job_where_this_machine_has_others(state: Path, how: str) -> None:
     with guarded(state) as running:
         (job,) = encoded(running)
