@@ -13,6 +13,7 @@ import logging
 import struct
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -152,6 +153,12 @@ def seeds() -> list[bytes]:
     return [pack(whole), pack(failing), *(pack([part]) for part in (*whole, *failing))]
 
 
+def kept(target: str) -> list[bytes]:
+    """Inputs that earlier runs found to reach what no others do: corpus/TARGET.zip, as -merge=1 left it."""
+    with zipfile.ZipFile(Path(__file__).parent / "corpus" / f"{target}.zip") as archive:
+        return [archive.read(name) for name in sorted(archive.namelist())]
+
+
 TARGETS = {"decoder": decoder, "orchestrator": orchestrator}
 
 
@@ -161,7 +168,7 @@ def main() -> None:
     target, options = sys.argv[1], sys.argv[2:]
     atheris.instrument_all()
     with tempfile.TemporaryDirectory(prefix="corpus-") as corpus:
-        for number, seed in enumerate(seeds()):
+        for number, seed in enumerate([*seeds(), *kept(target)]):
             (Path(corpus) / f"seed{number}").write_bytes(seed)
         one_input = TARGETS[target]()
         atheris.Setup([sys.argv[0], *options, corpus], one_input)
