@@ -3,6 +3,7 @@
 
     python -m scripts.faults.fuzz decoder -max_total_time=60
     python -m scripts.faults.fuzz orchestrator -max_total_time=60 [FOLDER]
+    python -m scripts.faults.fuzz kept         what earlier runs found to reach far, once more, without atheris
 
 An input is a conversation: messages from workers and clients, before and after they have said hello. What it finds is
 whatever raises anything but a ProtocolError, or ends the orchestrator. Every other peer holds a key, the others are
@@ -175,7 +176,16 @@ def main() -> None:
         atheris.Fuzz()
 
 
+def replay() -> None:
+    """Run what was kept, without fuzzing; it ends with an error where one does."""
+    for target, make in TARGETS.items():
+        one_input, inputs = make(), [*seeds(), *kept(target)]
+        for data in inputs:
+            one_input(data)
+        print(f"{target}: {len(inputs)} conversations")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in TARGETS:
+    if len(sys.argv) < 2 or sys.argv[1] not in (*TARGETS, "kept"):
         sys.exit(f"{__doc__}\nTargets: {', '.join(TARGETS)}")
-    main()
+    replay() if sys.argv[1] == "kept" else main()

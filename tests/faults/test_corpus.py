@@ -1,14 +1,17 @@
 """What fuzzing has found to reach far: none of it does any harm."""
 
-import pytest
+import subprocess
+import sys
 
-from scripts.faults.fuzz import TARGETS, kept, seeds
+from tests.tiny import environment
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_inputs_that_were_kept_end_nothing(target: str) -> None:
-    one_input = TARGETS[target]()
-    inputs = [*seeds(), *kept(target)]
-    assert len(inputs) > 50
-    for data in inputs:
-        one_input(data)
+def test_inputs_that_were_kept_end_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.faults.fuzz", "kept"],
+        capture_output=True, text=True, env=environment(), timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(counts) == 2
+    assert min(counts) > 100
