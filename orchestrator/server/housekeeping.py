@@ -35,13 +35,13 @@ class Housekeeping:
 
     def publish(self) -> None:
         """Let clients and workers find the orchestrator."""
-        self._published = self._sockets.remote
+        self._published = self._sockets.doors.remote
         self._folder.publish(self._sockets.local, {str(role): endpoint for role, endpoint in self._published.items()})
 
     def see_to_it(self) -> None:
         """Do what is due; StateUnusable where the orchestrator must begin anew."""
         now = time.monotonic()
-        if self._sockets.remote != self._published:
+        if self._sockets.doors.remote != self._published:
             self.publish()
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now

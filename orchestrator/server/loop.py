@@ -20,7 +20,7 @@ from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
-from orchestrator.principal import LocalUser, to_column
+from orchestrator.principal import LOCAL_USER, to_column
 from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.housekeeping import Housekeeping
@@ -64,7 +64,7 @@ class Server:
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._clients = ClientRequests(self.engine, describer, self._supervisor)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
-        door_pids = self._sockets.door_pids
+        door_pids = self._sockets.doors.pids
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
@@ -106,14 +106,15 @@ class Server:
 
         Silent is who has said nothing, not who was not yet heard.
         """
-        for received in self._sockets.received("worker", takes=lambda who: who is not None or self._inbox.has_room()):
+        for received in self._sockets.received("worker", takes=lambda: True):
+            self._workers.handle(received.peer, received.principal, received.frames)
+        for received in self._sockets.doors.received("worker", takes=self._inbox.has_room):
             self.engine.fleet.get(received.peer)  # it is a sign of life, however long it waits
-            if isinstance(received.principal, LocalUser):
-                self._workers.handle(received.peer, received.principal, received.frames)
-            else:
-                self._let_wait(received)
-        heard_all, heard_door = self._sockets.heard_all, self._sockets.heard_door
-        for received in self._sockets.received("client", takes=lambda who: who is None or not self._inbox.full(who)):
+            self._let_wait(received)
+        heard_all, heard_door = self._sockets.heard_all, self._sockets.doors.heard_all
+        for received in self._sockets.received("client", takes=lambda: not self._inbox.full(LOCAL_USER)):
+            self._let_wait(received)
+        for received in self._sockets.doors.received("client", takes=lambda: True):
             self._let_wait(received)
         self._inbox.serve(self._handle, TURN_SECONDS)
         self._workers.notice_silence(heard_all, heard_door)
@@ -123,7 +124,7 @@ class Server:
         for principal in self._inbox.floods():
             self._sockets.counted.warn(f"the workers of {to_column(principal)} say more than can be heard")
             self._workers.let_go(principal)
-        for pid in self._sockets.silent_doors():
+        for pid in self._sockets.doors.silent():
             self._supervisor.kill(pid, "fell silent")
 
     def _let_wait(self, received: Received) -> None:
@@ -137,13 +138,13 @@ class Server:
 
     def _shut_out(self) -> None:
         """Shut out peers whose keys were revoked: they get nothing more, and their word counts for nothing."""
-        for peer in self._sockets.shut_out():
+        for peer in self._sockets.doors.shut_out():
             self._forget_client(peer)
             self._workers.shut_out(peer)
-        for peer in self._sockets.gone():
+        for peer in self._sockets.doors.gone():
             self._forget_client(peer)
             self._workers.unreachable(peer)
-        if "worker" in self._sockets.lost_doors():
+        if "worker" in self._sockets.doors.lost():
             self._workers.begin_anew()
 
     def _forget_client(self, peer: bytes) -> None:

@@ -9,7 +9,7 @@ from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import ProcessId, Worker
 from orchestrator.principal import LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
-from orchestrator.server.sockets import behind_a_door
+from orchestrator.server.door_sockets import behind_a_door
 from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
