@@ -1,6 +1,7 @@
 """The thread that loads and computes, so that the worker's own loop can go on talking."""
 
 import contextlib
+import errno
 import logging
 import os
 import queue
@@ -44,6 +45,7 @@ PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and e
 KEPT_PLANS = "a library was short of GPU memory, and goes on with what it chose then"  # cuDNN, whose plans torch keeps
 IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
 PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
+OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class StartAnew(Exception):
@@ -250,6 +252,8 @@ class Executor:
             elif retry and runner.device.type == "cuda":
                 torch.cuda.synchronize(runner.device)  # where a context is broken for good, this ends the worker
             self._emit((TaskFailed(**key, reason=cause_of(error), retry=retry, out_of_memory=short), []))
+            if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
+                raise StartAnew(f"this process can open nothing more: {error.strerror}") from error
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(
