@@ -20,7 +20,7 @@ POLL_SECONDS = 0.2
 
 
 @click.command()
-@click.argument("stage", required=False, type=click.Choice([*STAGES, "orchestrator", "describer"]))
+@click.argument("stage", required=False, type=click.Choice([*STAGES, "orchestrator", "describer", "door"]))
 @click.option("-f", "--follow", is_flag=True, help="Go on as lines come.")
 @click.option("-n", "--lines", type=click.IntRange(0), default=100, show_default=True, help="The last N lines.")
 @click.option("--job", help="Only lines of this job.")
