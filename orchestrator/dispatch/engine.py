@@ -9,6 +9,7 @@ Longer than other files, so that all that may happen to a job stands side by sid
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -47,6 +48,7 @@ from protocol.tensors import CHECKPOINT, Tensor
 log = logging.getLogger(__name__)
 
 LOST_NUMBERS = 2  # attempts that a killed orchestrator may have handed out without keeping their numbers
+MOST_HANDED_BACK = 10  # tasks of a job that keys' workers may leave undone, before they count as its tries
 NO_PICTURES: Pictures = {}
 
 
@@ -72,6 +74,7 @@ class Engine:
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
+        self._handed_back: Counter[str] = Counter()  # tasks that keys' workers have not done, by unfinished job
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
             # Higher numbers, so that a task of before is told from one of now.
@@ -97,6 +100,7 @@ class Engine:
                 self.outbox.to_client(client, self.event(after, known_as))
         if after.ended and not job.ended:
             self.leasing.moved()
+            self._handed_back.pop(after.id, None)
             self.subscriptions.forget_job(after.id)
             log.info("%s", after.state, extra={"job": after.id})
         return after
@@ -171,13 +175,17 @@ class Engine:
     def _not_done(self, worker: Worker, task: TaskKey, reason: str, retry: bool) -> None:
         """Note that a worker has not done its task. A key's worker costs the job no try where this machine has others.
 
-        Nor does its word end a job: another one may do it.
+        But it does after MOST_HANDED_BACK of them: the others may have no room for it. No key's word alone ends a job.
         """
         if worker.process.key:
             retry = True
             self.fleet.trust.failed(worker.principal)
+            if self._current(worker, task) is None:
+                return
+            self._handed_back[task.job] += 1
             place = (worker.hello.stage, worker.model)
-            if any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet):
+            others = any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet)
+            if others and self._handed_back[task.job] <= MOST_HANDED_BACK:
                 log.warning("%s: handed to another", reason, extra={"job": task.job})
                 self._hand_back(worker, task)
                 return

@@ -3,7 +3,7 @@
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -19,10 +19,10 @@ MEGABYTE = 1 << 20
 
 
 @contextlib.contextmanager
-def guarded(state: Path, **settings: object) -> Iterator[Orchestrator]:
+def guarded(state: Path, environment: Mapping[str, str] | None = None, **settings: object) -> Iterator[Orchestrator]:
     """An orchestrator with keys, whose model this machine's own worker has told."""
     KeyFolder(state / "keys").server()
-    with orchestrator(state, **OPEN, **settings) as running:
+    with orchestrator(state, environment, **OPEN, **settings) as running:
         running.worker("vae")
         yield running
 

@@ -204,3 +204,25 @@ def test_many_pictures_of_a_keys_worker_come_whole_however_fast_it_is_sent(state
         vae.hear(Committed)
         assert client.wait(job, 60).reasons == ()
         assert client.raw_pictures(job)[1].shape[0] == count
+
+
+@pytest.mark.all
+def test_a_job_that_only_keys_workers_can_take_and_never_do_ends_with_the_reason(state: Path, tmp_path: Path) -> None:
+    """This machine has a worker for it that is not free: its key's tries are handed back at first, and count then."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import orchestrator.dispatch.key_trust as t\nt.FIRST_SECONDS = t.MOST_SECONDS = 0.02\n"
+    )
+    with guarded(state, {"PYTHONPATH": str(tmp_path)}) as running:
+        first, second = encoded(running, 2)
+        busy = running.worker("denoise").ready()
+        busy.take()
+        liar = running.worker("denoise", key=key_of(running, "liar", "worker")).ready()
+        client = running.client()
+        while client.job(second).state != "failed":
+            task = liar.take_in_time()
+            busy.say_beat()
+            liar.say(TaskFailed(job=task.job, stage=task.stage, attempt=task.attempt, reason="no", retry=False))
+            liar.ready()
+            liar.settle()
+        assert len(client.job(second).reasons) == 3
+        assert client.job(first).state == "denoise"
