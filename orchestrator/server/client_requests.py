@@ -94,6 +94,15 @@ class ClientRequests:
             log.exception("a client's question could not be answered")
             self._reply(client, Error(code="error", message="The orchestrator failed at this question."))
 
+    def refuse(self, client: bytes, frames: list[Buffer]) -> None:
+        """Say of a question that it is let go, since too many of its key's wait."""
+        with contextlib.suppress(TriptychError):
+            question = wire.decode(frames, FROM_CLIENT).message
+            error = QueueFull(
+                "Too many questions of this key's wait to be answered.", "Ask again later, and less often."
+            )
+            self._reply(client, error_message(error, getattr(question, "request", 0)))
+
     def answer(self, peer: Peer, question: Message, tensors: tuple[Tensor, ...] = ()) -> None:
         """Put the answer, or the reason why there is none, into the outbox."""
         assert isinstance(question, Question)

@@ -20,7 +20,7 @@ from orchestrator.dispatch.describer_link import DescriberLink
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
-from orchestrator.principal import LOCAL_USER, to_column
+from orchestrator.principal import LOCAL_USER, Principal, to_column
 from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.housekeeping import Housekeeping
@@ -31,6 +31,7 @@ from orchestrator.server.worker_requests import HEARTBEAT_SECONDS, WorkerRequest
 from orchestrator.settings import OrchestratorSettings
 from orchestrator.state_folder import StackFolder
 from orchestrator.storage.job_store import Store
+from orchestrator.token_bucket import TokenBucket
 from protocol import wire
 from protocol.client.endpoints import Endpoints
 from protocol.curve_keys import Role
@@ -39,6 +40,7 @@ from protocol.gpu_memory import GpuId
 
 log = logging.getLogger(__name__)
 
+TOLD_A_SECOND, TOLD_AT_ONCE = 1.0, 5.0  # refusals of questions that are let go, to one key
 TURN_SECONDS = 0.02  # for clients and keys' holders, before this machine's workers are heard again
 PROBE_SECONDS, PROBE_ROUNDS = 1.0, 10  # in so many looks, one a second, each client that watches is heard of
 
@@ -68,6 +70,7 @@ class Server:
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
+        self._told: dict[Principal, TokenBucket] = {}  # those who were told that they ask too much
         self._probed = 0.0  # monotonic seconds
         self._pulse = Pulse.inherited()
         self._stopping = False
@@ -131,6 +134,9 @@ class Server:
         if not self._inbox.put(received):
             name = to_column(received.principal)
             self._sockets.counted.warn(f"{name} sends more than it is answered in its turn, which is let go")
+            told = self._told.setdefault(received.principal, TokenBucket(TOLD_A_SECOND, TOLD_AT_ONCE))
+            if received.role == "client" and told.take():
+                self._clients.refuse(received.peer, received.frames)
 
     def _handle(self, received: Received) -> None:
         handler = self._workers if received.role == "worker" else self._clients

@@ -8,7 +8,8 @@ from protocol.client.client import Client, run
 from protocol.curve_keys import load
 from protocol.errors import QueueFull, TriptychError
 from protocol.job import JobRequest
-from protocol.messages.client import FetchPictures, Watch
+from protocol.messages.client import FetchPictures, GetJobs, Watch
+from protocol.messages.common import Error
 from protocol.messages.worker import Committed, Result
 from protocol.tensors import Tensor
 from scripts.faults.hostile import Peer
@@ -156,3 +157,19 @@ def test_a_message_of_more_parts_than_any_has_is_let_go(state: Path) -> None:
         assert megabytes(running.process) < before + 50
         with pytest.raises(TriptychError):
             client_of(running, "nobody", timeout=1).job("none")
+
+
+@pytest.mark.all
+def test_a_key_whose_questions_are_let_go_is_told_so(state: Path) -> None:
+    """Its share of the core is used up, and as many wait as may."""
+    with guarded(state, queue_limit=1000) as running:
+        mallory, bob = client_of(running, "mallory"), client_of(running, "bob")
+        ended_jobs(mallory, 500)
+        peer = Peer(load(running.folder / "mallory.key"))
+        answers: list[object] = []
+        while not any(isinstance(answer, Error) and answer.code == "queue_full" for answer in answers):
+            peer.ask(GetJobs, limit=100)
+            while peer.socket.poll(0):
+                answers.append(peer.answer())
+        assert bob.submit("a cat").state == "queued"
+        peer.close()
