@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.principal import KeyHolder, Principal
-from protocol.curve_keys import ROLES, KeyPair, Role, checked_name, checked_public, read_private, write_private
+from protocol.curve_keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, read_private, write_private
 from protocol.errors import BadRequest, Conflict, NotFound, StateUnusable
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,13 @@ class KeyFolder:
                 if name == entry.name or public == entry.public:
                     raise Conflict(f"There is a key {entry.name!r} already.", f"triptych keys revoke {entry.name}")
             entries.append(Entry(name, role, checked_public(public), time.time(), weight))
+
+    def issue(self, name: str, role: Role, endpoint: str, weight: float = 1.0) -> PeerKey:
+        """Make a key, let it in as `add` does, and return what its holder needs to find the stack at an endpoint."""
+        pair = KeyPair.new()
+        key = PeerKey(name, role, endpoint, self.server().public, pair.public, pair.secret)
+        self.add(name, role, pair.public, weight)
+        return key
 
     def revoke(self, name: str) -> None:
         """Let a key in no longer; NotFound."""

@@ -120,7 +120,11 @@ def check_endpoint(endpoint: str, secured: bool = False) -> None:
 
 def receive(socket: zmq.Socket[bytes]) -> list[Buffer]:
     """Receive a multipart message without waiting; big frames are views of ZeroMQ's own memory. zmq.Again if none."""
-    frames = socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+    return buffers_of(socket.recv_multipart(flags=zmq.NOBLOCK, copy=False))
+
+
+def buffers_of(frames: Sequence[zmq.Frame]) -> list[Buffer]:
+    """Return frames' data: of big ones views of ZeroMQ's own memory."""
     return [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
 
 

@@ -130,10 +130,8 @@ class FakeWorker:
             self.say_beat()
             assert self.socket.poll(PATIENCE_MS)
             while self.socket.poll(100):
-                envelope = wire.decode(receive(self.socket), TO_WORKER)
-                self.seen.append(envelope)
-                if isinstance(envelope.message, Task):
-                    return envelope.message
+                if isinstance(message := self.hear_any(), Task):
+                    return message
 
     def inputs(self) -> dict[str, bytes]:
         """What lay beside the last message that was heard."""
@@ -227,7 +225,7 @@ class Orchestrator:
         return self._log.read_text()
 
     def door_log(self) -> str:
-        """What the doors have said."""
+        """Return the doors' log."""
         return self._door_log.read_text() if self._door_log.exists() else ""
 
     def worker(self, stage: Stage, **arguments: object) -> FakeWorker:

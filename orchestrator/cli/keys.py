@@ -69,10 +69,10 @@ def new(
     output = output or Path(f"{name}.key")
     if output.exists():
         raise BadRequest(f"{str(output)!r} exists already.", "Choose another file with -o, or remove it.")
-    pair = KeyPair.new()
     if server is not None:
         if endpoint is None:
             raise BadRequest("With --server there is no stack here to ask.", "Give its --endpoint tcp://HOST:PORT.")
+        pair = KeyPair.new()
         save(output, PeerKey(name, role, endpoint, checked_public(server), pair.public, pair.secret))
         print(pair.public)
         more = f" --weight {weight:g}" if weight != 1 else ""
@@ -81,9 +81,7 @@ def new(
     folder = key_folder(state)
     first = not folder.exists
     endpoint = endpoint or running_endpoint(state_folder(state), role)
-    key = PeerKey(name, role, endpoint, folder.server().public, pair.public, pair.secret)
-    folder.add(name, role, pair.public, weight)
-    save(output, key)
+    save(output, folder.issue(name, role, endpoint, weight))
     use = f"triptych submit … --state {output}" if role == "client" else f"triptych worker STAGE --state {output}"
     print(f"{output} lets a {role} in at {endpoint}. Carry it there safely; use it as: {use}", file=sys.stderr)
     if first:

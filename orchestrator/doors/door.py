@@ -39,7 +39,7 @@ from orchestrator.settings import DoorSpec
 from orchestrator.state_folder import StackFolder
 from orchestrator.token_bucket import TokenBucket
 from protocol.curve_keys import Role
-from protocol.sockets import check_endpoint, dealer, router, send
+from protocol.sockets import check_endpoint, dealer, receive, router, send
 from protocol.tensors import Buffer
 from protocol.wire import MAX_TENSORS
 
@@ -96,6 +96,7 @@ class Door:
             self._poller.poll(20 if self._unread or not self._listening else int(HELLO_SECONDS * 500))
             if self._front.failure:
                 raise self._front.failure
+            self._allowed.look_again()
             self._admit()
             self._hello()
             self._hear_orchestrator()
@@ -135,7 +136,7 @@ class Door:
     def _hear_orchestrator(self) -> None:
         for _ in range(BATCH):
             try:
-                _, (kind, *frames) = receive_with_user(self._inside)
+                kind, *frames = receive(self._inside)
             except zmq.Again:
                 return
             self._heard = time.monotonic()
@@ -189,7 +190,6 @@ class Door:
 
     def _may_pass(self, peer: bytes, public: str, frames: list[Buffer]) -> bool:
         """Return whether a message is passed on: its key is let in, and it keeps to what a key may send."""
-        self._allowed.look_again()
         entry = self._allowed.entry(public, self._role)
         name = entry.name if entry else ""
         if self._secret is not None and entry is None:
@@ -248,7 +248,6 @@ class Door:
                 version, number, _, _, _, mechanism, *credentials = self._zap.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._allowed.look_again()
             public = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
             entry = self._allowed.entry(public, self._role)
             code, text = (b"200", b"OK") if entry else (b"400", b"not on the list of keys")

@@ -11,7 +11,7 @@ import zmq
 
 from protocol.curve_keys import Role
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
-from protocol.sockets import COPY_BELOW
+from protocol.sockets import LAST, MORE, buffers_of
 from protocol.tensors import Buffer
 from protocol.wire import MAX_FRAME_BYTES
 
@@ -46,11 +46,11 @@ def receive_with_user(socket: zmq.Socket[bytes]) -> tuple[str, list[Buffer]]:
         user = str(frames[-1].get("User-Id"))
     except zmq.ZMQError:
         user = ""
-    return user, [frame.buffer if len(frame.buffer) >= COPY_BELOW else frame.bytes for frame in frames]
+    return user, buffers_of(frames)
 
 
 def send_tracked(socket: zmq.Socket[bytes], frames: Sequence[Buffer]) -> list[zmq.MessageTracker]:
     """Send as sockets.send does; return trackers that are done when libzmq holds none of the frames any more."""
     socket.copy_threshold = 0
-    flags = [int(zmq.NOBLOCK | zmq.SNDMORE)] * (len(frames) - 1) + [int(zmq.NOBLOCK)]
+    flags = [MORE] * (len(frames) - 1) + [LAST]
     return [socket.send(frame, flags=flag, copy=False, track=True) for frame, flag in zip(frames, flags, strict=True)]

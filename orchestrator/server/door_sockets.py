@@ -33,7 +33,7 @@ MOST_CONNECTIONS = 64  # of one client's key, that are answered
 
 @dataclass(slots=True)
 class DoorSocket:
-    """Where a role's door connects, and what is known of that door."""
+    """The socket that a role's door connects to, and what is known of that door."""
 
     socket: "zmq.Socket[bytes]"
     wanted: str  # TCP endpoint to listen at; the port that the first door found, once there was one

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from orchestrator.doors.frames import size_of
 from orchestrator.principal import KeyHolder, Principal
 from orchestrator.token_bucket import TokenBucket
 from protocol.curve_keys import Role
@@ -38,7 +39,7 @@ class Received:
 
     @property
     def size(self) -> int:
-        return sum(map(len, self.frames))
+        return size_of(self.frames)
 
 
 @dataclass(slots=True)

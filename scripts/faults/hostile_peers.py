@@ -17,7 +17,7 @@ import psutil
 from orchestrator.access import KeyFolder
 from orchestrator.state_folder import StackFolder
 from protocol.client.client import Client
-from protocol.curve_keys import KeyPair, PeerKey, Role, save
+from protocol.curve_keys import Role, save
 from protocol.errors import TriptychError
 from protocol.model import ModelDescription
 
@@ -51,10 +51,7 @@ class HostilePeers:
             endpoint = f"tcp://127.0.0.1:{free_port()}"
             options += [flag, endpoint]
             for name in [name for name, _, of in (*self._deeds, ("bob", "", "client")) if of == role]:
-                pair = KeyPair.new()
-                keys.add(name, role, pair.public)
-                key = PeerKey(name, role, endpoint, keys.server().public, pair.public, pair.secret)
-                save(self._folder / f"{name}.key", key)
+                save(self._folder / f"{name}.key", keys.issue(name, role, endpoint))
         return options
 
     def start(self, model: ModelDescription) -> None:

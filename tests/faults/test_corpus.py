@@ -1,4 +1,4 @@
-"""What fuzzing has found to reach far: none of it does any harm."""
+"""Inputs that fuzzing has found to reach far: none of them does any harm."""
 
 import subprocess
 import sys

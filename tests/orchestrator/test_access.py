@@ -9,7 +9,7 @@ import zmq
 
 from orchestrator.access import AllowedKeys, KeyFolder
 from protocol.client.client import Client
-from protocol.curve_keys import KeyPair, PeerKey, Role, load, save
+from protocol.curve_keys import KeyPair, PeerKey, load, save
 from protocol.errors import BadRequest, Conflict, Forbidden, NoStack, NotFound, QueueFull, StateUnusable
 from protocol.job import JobRequest
 from protocol.messages.common import Error, Heartbeat
@@ -17,14 +17,8 @@ from protocol.messages.supervisor import Processes, SupervisorHello
 from protocol.messages.worker import Committed
 from protocol.sockets import check_endpoint, dealer, new_identity
 from tests.fakes import Orchestrator, orchestrator
-
-OPEN = {"listen": "tcp://127.0.0.1:0", "listen_workers": "tcp://127.0.0.1:0"}
-
-
-def let_in(running: Orchestrator, name: str, role: Role = "client") -> PeerKey:
-    folder, pair = KeyFolder(running.folder / "keys"), KeyPair.new()
-    folder.add(name, role, pair.public)
-    return PeerKey(name, role, running.remote[role], folder.server().public, pair.public, pair.secret)
+from tests.faults.hostile.peers import OPEN
+from tests.faults.hostile.peers import key_of as let_in
 
 
 def client_of(running: Orchestrator, key: PeerKey, timeout: float = 20) -> Client:

@@ -10,7 +10,7 @@ import psutil
 
 from orchestrator.access import KeyFolder
 from protocol.client.client import Client
-from protocol.curve_keys import KeyPair, PeerKey, Role, save
+from protocol.curve_keys import PeerKey, Role, save
 from tests.fakes import MODEL, Orchestrator, orchestrator
 from tests.tiny import environment
 
@@ -27,11 +27,9 @@ def guarded(state: Path, environment: Mapping[str, str] | None = None, **setting
         yield running
 
 
-def key_of(running: Orchestrator, name: str, role: Role = "client", weight: float = 1.0) -> PeerKey:
+def key_of(running: Orchestrator, name: str, role: Role = "client") -> PeerKey:
     """Let a key in."""
-    folder, pair = KeyFolder(running.folder / "keys"), KeyPair.new()
-    folder.add(name, role, pair.public, weight)
-    return PeerKey(name, role, running.remote[role], folder.server().public, pair.public, pair.secret)
+    return KeyFolder(running.folder / "keys").issue(name, role, running.remote[role])
 
 
 def file_of(running: Orchestrator, key: PeerKey) -> Path:

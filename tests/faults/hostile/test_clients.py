@@ -82,8 +82,6 @@ def test_watches_go_with_who_hangs_up_and_a_connection_has_no_more_than_it_may(s
                 assert bob.submit(f"cat {number}").state == "queued"
         assert megabytes(running.process) < MOST_MEGABYTES
         jobs = bob.submit_many([JobRequest(prompt="x") for _ in range(5001)])
-        peer = Peer(key_of(running, "eager"))
-        peer.close()
         with pytest.raises(QueueFull, match="watch at most 5000"):
             watch_all(bob, [job.id for job in jobs])
         bob.cancel(*(job.id for job in jobs))

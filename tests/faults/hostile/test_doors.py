@@ -16,7 +16,7 @@ import zmq
 from orchestrator.access import KeyFolder
 from orchestrator.doors.door import MOST_CONNECTIONS, OWN_FILES
 from protocol.client.client import Client
-from protocol.curve_keys import KeyPair, PeerKey, Role, save
+from protocol.curve_keys import Role, save
 from protocol.job import JobRequest
 from protocol.messages.common import Error
 from protocol.messages.worker import Committed, Task
@@ -174,13 +174,9 @@ def test_a_door_that_dies_again_and_again_does_not_end_its_stack(state: Path) ->
     KeyFolder(state / "keys").server()
     options = ["--model", "demo", "--device", "cpu", "--listen", f"tcp://127.0.0.1:{free_port()}"]
     with running_stack(state, *options) as stack:
-        folder, pair = KeyFolder(state / "keys"), KeyPair.new()
-        folder.add("alice", "client", pair.public)
         patiently(lambda: published_remote(state))
         endpoint = published_remote(state)["client"]
-        save(
-            state / "alice.key", PeerKey("alice", "client", endpoint, folder.server().public, pair.public, pair.secret)
-        )
+        save(state / "alice.key", KeyFolder(state / "keys").issue("alice", "client", endpoint))
         with Client(state / "alice.key", timeout=30) as alice:
             for number in range(6):  # more often than a process that never worked may end
                 before = door_of(stack.client)

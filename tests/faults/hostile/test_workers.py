@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from protocol import wire
+from protocol.curve_keys import PeerKey
 from protocol.gpu_memory import Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.common import Message
 from protocol.messages.supervisor import KillProcess, SupervisorHello
-from protocol.messages.worker import Committed, Part, Progress, Result, TaskFailed, WorkerGoodbye
+from protocol.messages.worker import Committed, Part, Progress, Result, Task, TaskFailed, WorkerGoodbye
 from protocol.sockets import receive
 from protocol.tensors import Tensor
-from tests.fakes import MODEL, OUTPUTS, Orchestrator, raw_dealer
+from tests.fakes import MODEL, OUTPUTS, FakeWorker, Orchestrator, raw_dealer
 from tests.faults.hostile.peers import guarded, hostile, key_of
 
 
@@ -74,6 +75,15 @@ def test_what_a_key_says_of_gpus_books_nothing_of_this_machines(state: Path) -> 
         assert honest.take().stage == "text"
 
 
+def to_be_decoded(running: Orchestrator, key: PeerKey | None = None, **options: int) -> tuple[FakeWorker, Task]:
+    """A worker of the vae stage, a key's own where one is given, with the task of a job's last visit."""
+    encoded(running, **options)
+    denoise = running.worker("denoise").ready()
+    denoise.finish(denoise.take())
+    vae = running.worker("vae", key=key).ready()
+    return vae, vae.take()
+
+
 PICTURE = (2, 2, 3)
 WRONG = {
     "shape": Tensor("pictures", "uint8", (1, 2, 6), bytes(12)),
@@ -88,12 +98,9 @@ WRONG = {
 @pytest.mark.parametrize("wrong", ["shape", *(pytest.param(other, marks=pytest.mark.all) for other in [*WRONG][1:])])
 def test_pictures_that_are_none_fail_their_attempt_with_the_reason(state: Path, wrong: str) -> None:
     with guarded(state) as running:
-        client, (job,) = running.client(), encoded(running)
-        denoise = running.worker("denoise").ready()
-        denoise.finish(denoise.take())
-        vae = running.worker("vae").ready()
-        task = vae.take()
-        vae.say(Result(job=task.job, stage="vae", attempt=task.attempt, seconds=0.1), WRONG[wrong])
+        client, (vae, task) = running.client(), to_be_decoded(running)
+        job = task.job
+        vae.say(Result(job=job, stage="vae", attempt=task.attempt, seconds=0.1), WRONG[wrong])
         vae.hear(Committed)
         vae.ready()
         again = vae.take()
@@ -104,11 +111,8 @@ def test_pictures_that_are_none_fail_their_attempt_with_the_reason(state: Path, 
 
 def test_parts_beyond_what_a_job_has_are_refused_and_not_kept(state: Path) -> None:
     with guarded(state) as running:
-        client, (job,) = running.client(), encoded(running)
-        denoise = running.worker("denoise").ready()
-        denoise.finish(denoise.take())
-        vae = running.worker("vae").ready()
-        task = vae.take()
+        client, (vae, task) = running.client(), to_be_decoded(running)
+        job = task.job
         vae.say(Part(job=job, stage="vae", attempt=task.attempt, number=9), OUTPUTS["vae"])
         vae.settle()
         assert "part 9" in client.job(job).reasons[-1]
@@ -192,11 +196,9 @@ def test_many_pictures_of_a_keys_worker_come_whole_however_fast_it_is_sent(state
     """More at once than may wait for one key: no more is read until there is room, and nothing is let go."""
     count, part = 16, Tensor("pictures", "uint8", (1, 1536, 1536, 3), bytes(1536 * 1536 * 3))
     with guarded(state, keep_pictures=1 << 30) as running:
-        client, (job,) = running.client(), encoded(running, num_images=count, width=512, height=512)
-        denoise = running.worker("denoise").ready()
-        denoise.finish(denoise.take())
-        vae = running.worker("vae", key=key_of(running, "box", "worker")).ready()
-        task = vae.take()
+        client, box = running.client(), key_of(running, "box", "worker")
+        vae, task = to_be_decoded(running, box, num_images=count, width=512, height=512)
+        job = task.job
         key = {"job": job, "stage": "vae", "attempt": task.attempt}
         for number in range(1, count):
             vae.say(Part(**key, number=number), part)

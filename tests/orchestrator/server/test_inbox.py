@@ -1,4 +1,4 @@
-"""Whose turn it is: each principal's messages wait by themselves, within what they may cost."""
+"""The order of turns: each principal's messages wait by themselves, within what they may cost."""
 
 import time
 

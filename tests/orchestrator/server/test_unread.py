@@ -1,4 +1,4 @@
-"""What peers have not read yet bounds what they get."""
+"""Answers that peers have not read yet bound what they get."""
 
 from types import SimpleNamespace
 from typing import Any
