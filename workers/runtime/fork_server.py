@@ -29,6 +29,7 @@ import msgpack
 
 from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG, REPORT
 from protocol.worker_spec import PROCESS_SPEC
+from workers.runtime.launch import run, without_torchao
 
 EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
     "diffusers.pipelines.flux.pipeline_flux",
@@ -37,10 +38,8 @@ EVERYTHING = (  # that workers of any stage need; whatever else a model needs, i
     "workers.models.description",
     "workers.runtime.describer",
     "workers.models.model_check",
-    "workers.runtime.launch",
     "workers.runtime.worker",
 )
-QUANTIZER = "torchao"  # transformers imports it, and its import brings up CUDA; a worker that quantizes imports it
 STAYS_DOWN = 2  # an exit code after which the supervisor does not try again
 MAX_REQUEST = 1 << 20
 
@@ -78,12 +77,9 @@ def serve(link: socket.socket, spare: bool = False) -> None:
 
 
 def import_everything() -> None:
-    sys.modules[QUANTIZER] = None  # type: ignore[assignment]  # as if it were not installed
-    try:
+    with without_torchao():  # a worker that quantizes imports it
         for name in EVERYTHING:
             importlib.import_module(name)
-    finally:
-        del sys.modules[QUANTIZER]
     import torch
 
     if torch.cuda.is_initialized():
@@ -136,8 +132,6 @@ def become_worker(spec: bytes, environment: dict[str, str], log: int, lifeline: 
     os.environ[LIFELINE], os.environ[REPORT] = str(lifeline), str(report)
     code = 1
     try:
-        from workers.runtime.launch import run
-
         code = run(PROCESS_SPEC.validate_json(spec))
     except BaseException:
         traceback.print_exc()

@@ -1,11 +1,14 @@
 """The start of a process of `workers/` from its spec. Torch is imported only by the work."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 
 from protocol.errors import BadRequest
 from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.speedups import parse_speedup
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
 
 
@@ -30,9 +33,21 @@ def work(spec: WorkerSpec) -> None:
     """Join a stack and work until told to stop."""
     hide_other_gpus(spec.visible_gpus)
     log_to_stderr(spec.name)
-    from workers.runtime.worker import serve
+    forks = any(name == "parallel" for _, name, _ in map(parse_speedup, spec.speedups))
+    with without_torchao() if forks else contextlib.nullcontext():
+        from workers.runtime.worker import serve
 
     serve(spec)
+
+
+@contextlib.contextmanager
+def without_torchao() -> Iterator[None]:
+    """Import as if torchao were not installed: transformers imports it, which brings up CUDA, and no fork survives that."""
+    sys.modules["torchao"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torchao"]
 
 
 def describe(spec: DescriberSpec) -> None:

@@ -89,6 +89,8 @@ def form(size: int, name: str) -> Group:
     """Fork the other ranks; it returns in each of them, with its own group. Not after CUDA, nor beside busy threads."""
     if sys.platform != "linux":
         raise BadRequest("Parallel placements need Linux.", "Choose another --placement.")
+    if torch.cuda.is_initialized():
+        raise RuntimeError("an import has brought up CUDA, so that no rank can be forked")
     parent = os.getpid()
     memory = os.memfd_create("triptych-ranks")
     meeting = f"/proc/self/fd/{memory}"
