@@ -42,7 +42,7 @@ def work(spec: WorkerSpec) -> None:
 
 @contextlib.contextmanager
 def without_torchao() -> Iterator[None]:
-    """Import as if torchao were not installed: transformers imports it, which brings up CUDA, and no fork survives that."""
+    """Import as if torchao were not installed: transformers imports it, which brings up CUDA, too early for forks."""
     sys.modules["torchao"] = None  # type: ignore[assignment]
     try:
         yield
