@@ -4,7 +4,10 @@ The context, the libraries for products, attention and convolutions, and the ker
 loaded when they are first used.
 """
 
+import contextlib
+import ctypes
 import logging
+import os
 import threading
 
 import torch
@@ -27,12 +30,26 @@ class WarmUp:
             self._thread.join()
 
     def _run(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # another vendor's GPU, or another system
+            make_context(self._device.index or 0)
         try:
             with torch.cuda.device(self._device):
                 compute_a_little(self._device, self._dtype)
                 torch.cuda.synchronize()
         except Exception as error:  # whoever needs the GPU will tell what is wrong with it
             log.info("no warm-up: %s", error)
+
+
+def make_context(gpu: int) -> None:
+    """Make the CUDA context of a GPU, as this process counts them, by the driver alone; torch will find it there.
+
+    Other threads go on loading meanwhile: torch, which makes one while it keeps all others from Python, would let them
+    wait for about 0.3 s.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch does
+    driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), gpu) == 0:
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
 
 
 @torch.no_grad()
