@@ -15,6 +15,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # as workers do: a look whether there is a GPU would else bar forks
+
 import click
 import torch
 from torch.autograd import DeviceType
