@@ -23,6 +23,9 @@ WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.
 SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to the other
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
+# Seconds in which a host starts a compiled block that exchanges with other GPUs, which large GPUs wait for: two H200s
+# were idle a third and a half of the time (2026-11-26).
+STARTING = {"tensor": 2.1e-3, "context": 2.4e-3}
 UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
 LOAN_SECONDS = 0.08  # to borrow GPU memory and give it back, beside the weights that come in: an H100, 2026-11-26
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
@@ -238,14 +241,16 @@ class Book:
         workspace = self.own_workspace(post, card)
         compute = profile.flop / card.flops(post.stage, self.terms.compiled)
         exchanged = len(profile.blocks) * profile.largest * EXCHANGED.get(post.kind, 0.0) / card.rate.to_peer
+        starting = len(profile.blocks) * STARTING.get(post.kind, 0.0)
         if post.kind == "tensor":
             factor = 1.0 if self.terms.compiled else UNCOMPILED_TENSOR
-            return self._share(post, card, memory - workspace, workspace), 0.0, compute / parts * factor + exchanged
+            a_pass = max(compute / parts * factor + exchanged, starting)
+            return self._share(post, card, memory - workspace, workspace), 0.0, a_pass
         found = streaming(load_of(profile), memory - workspace)
         if found is None:
             raise too_large(post, card, profile.least + workspace, memory)
         if post.kind == "context":
-            compute = compute / parts + exchanged
+            compute = max(compute / parts + exchanged, starting)
         together = 1 if post.kind == "context" else profile.together
         _, seconds = job_seconds(compute, profile.passes, found, card.rate.link, together)
         share = self._share(post, card, min(profile.weights, memory - workspace), workspace)

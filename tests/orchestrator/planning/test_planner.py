@@ -98,13 +98,24 @@ def test_placements_that_change_bits_are_chosen_only_where_bits_are_changed_anyw
     assert kind_of(plan("H200:40GiB", "H200:40GiB", optimize="latency").prediction) in ("one", "replicas")
     found = plan("H200:40GiB", "H200:40GiB", optimize="latency", compile=True)
     assert kind_of(found.prediction) in ("tensor", "context")
-    assert found.prediction.latency < 2.9
+    assert found.prediction.latency == pytest.approx(3.53, rel=0.02)
     assert speedups_of(found.posts)[0].startswith("denoise:parallel=")
     assert speedups_of(plan("H200:40GiB", "H200:40GiB").posts) == ()
     slow = plan("H200:40GiB", "H200:40GiB", placement="tensor")
     assert any("add --compile" in note for note in slow.notes)
     asked = plan("H200:40GiB", "H200:40GiB", placement="context")
     assert kind_of(asked.prediction) == "context"
+
+
+def test_large_gpus_that_work_together_wait_for_their_host() -> None:
+    """Measured on two H100s held to 16 GiB, compiled: 3.78 s by tensor parallel, 5.91 by context parallel."""
+    together = {kind: plan("H100:16GiB", "H100:16GiB", placement=kind, compile=True) for kind in ("tensor", "context")}
+    assert together["tensor"].prediction.latency == pytest.approx(3.78, rel=0.1)
+    (one,) = plan("H100:16GiB", placement="auto", compile=True).prediction.of("denoise")
+    (context,) = together["context"].prediction.of("denoise")
+    assert context.seconds > one.seconds
+    small = {count: plan(*["RTX 4090:40GiB"] * count, optimize="latency", compile=True) for count in (1, 2)}
+    assert small[2].prediction.latency < 0.8 * small[1].prediction.latency
 
 
 def test_a_split_is_cut_by_arithmetic_where_memory_allows_and_by_memory_where_it_must() -> None:
