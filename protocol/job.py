@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.data import Data, Int64, Text
+from protocol.data import Data, Digest, Int64, Text
+from protocol.lora import MAX_LORAS, Lora, LoraRequest
 from protocol.pictures import named_pictures
 from protocol.settings import Given, Settings
 from protocol.speedups import Tier
@@ -14,7 +15,6 @@ JobState = Literal["queued", "text", "denoise", "vae", "done", "failed", "cancel
 ENDED: frozenset[JobState] = frozenset(("done", "failed", "cancelled"))
 JOB_STATES: tuple[JobState, ...] = ("queued", *STAGES, "done", "failed", "cancelled")
 Kept = Literal["text", "latents", ""]  # with the results of jobs of the same text, of this job alone, or nothing
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a picture, see pictures.py
 MAX_IMAGES_IN = 16  # pictures that a job may begin from
 GivenVideos = Annotated[  # (argument of the pipeline's call, digest)
     tuple[tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_]{0,64}$")], Digest], ...], Field(max_length=4)
@@ -46,6 +46,7 @@ class JobRequest(Data):
     videos: GivenVideos = ()  # that it begins from, by the pipeline's own names; "" is the first one that it takes
     strength: float | None = None  # how much of the picture goes, from 0 to 1
     settings: Given = ()  # further arguments of the pipeline's call, by name
+    loras: Annotated[tuple[LoraRequest, ...], Field(max_length=MAX_LORAS)] = ()  # in their order
     priority: Int64 = 0  # higher goes first
     id: JobId | None = None  # the client's own name for it; submitting it twice is harmless
 
@@ -86,6 +87,7 @@ class Recipe(Data):
     frames: Int64 | None = None  # of a video; None: pictures are made
     fps: float | None = None  # of a video: frames a second
     settings: Settings = ()  # further arguments of the pipeline's call, by name
+    loras: Annotated[tuple[Lora, ...], Field(max_length=MAX_LORAS)] = ()  # in their order
     sized: bool = True  # width and height are given to the pipeline; else it finds its own, and these are an estimate
     tier: Tier = "exact"
     speedups: tuple[Annotated[str, Field(max_length=128)], ...] = ()  # of the stack that makes it, see speedups.py

@@ -282,7 +282,11 @@ def save(pipeline: DiffusionPipeline, folder: Path) -> Path:
 
 def plain(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu", **arguments: Any) -> torch.Tensor:
     """Pictures of the plain pipeline in one process, uint8 (n, height, width, 3)."""
-    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    return picture_of(DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(device), **arguments)
+
+
+def picture_of(pipeline: DiffusionPipeline, **arguments: Any) -> torch.Tensor:
+    """Pictures of a plain pipeline, uint8 (n, height, width, 3)."""
     pipeline.set_progress_bar_config(disable=True)
     seed = arguments.pop("seed")
     images = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images

@@ -17,6 +17,7 @@ import torch
 from accelerate import dispatch_model
 from diffusers import DiffusionPipeline, SchedulerMixin
 from safetensors import SafetensorError
+from torch.nn import Module
 
 from protocol.errors import BadRequest, ModelMissing
 from protocol.job import Recipe
@@ -35,6 +36,7 @@ from workers.models.component_plan import (
 from workers.models.devices import Devices
 from workers.models.ip_adapter import adapt
 from workers.models.layer_spread import spread_layers
+from workers.models.loras import LoraAdapters
 from workers.models.model_check import judge
 from workers.models.skeleton import (
     added_names,
@@ -68,6 +70,7 @@ class Loaded:
     residencies: dict[str, Residency] = field(default_factory=dict)  # by component
     split: PipelineSplit | None = None  # of a denoiser that is cut, which several jobs go through at once
     added: Mapping[str, Any] = field(default_factory=dict)  # components beside the pipeline's, by name
+    loras: LoraAdapters | None = None
     _others: dict[type, DiffusionPipeline] = field(default_factory=dict)  # for jobs with pictures, by class
 
     def pipeline_for(self, recipe: Recipe) -> DiffusionPipeline:
@@ -107,7 +110,7 @@ class Loaded:
         pipeline = type(self.pipeline)(**parts, **settings)
         install_boundaries(pipeline)
         pipeline.set_progress_bar_config(disable=True)
-        return Loaded(pipeline, self.device_map, self.residencies, self.split, self.added)
+        return Loaded(pipeline, self.device_map, self.residencies, self.split, self.added, self.loras)
 
 
 def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, speed: StageSpeedups = EXACT) -> Loaded:
@@ -145,7 +148,18 @@ def load(source: Source, stage: Stage, devices: Devices, dtype: torch.dtype, spe
         install_boundaries(pipeline)
         speed.in_place(pipeline, residencies)
     pipeline.set_progress_bar_config(disable=True)
-    return Loaded(pipeline, tuple(spread), residencies, split, added)
+    own = {name: part for name, part in pipeline.components.items() if name in wanted and isinstance(part, Module)}
+    loras = LoraAdapters(pipeline, own, residencies, why_no_loras(devices, speed))
+    return Loaded(pipeline, tuple(spread), residencies, split, added, loras)
+
+
+def why_no_loras(devices: Devices, speed: StageSpeedups) -> str:
+    """Return why a stage's models can't take adapters; empty if they can."""
+    if devices.cut:
+        return "that is split over GPUs"
+    if speed.compiled or speed.parallel or speed.quantize:
+        return "that is compiled, quantized or shared out among GPUs"
+    return ""
 
 
 def on_device(cls: type[DiffusionPipeline], device: torch.device) -> type[DiffusionPipeline]:

@@ -61,6 +61,8 @@ class BatchedDenoiseStage(DenoiseStage):
         for stage, (other, its) in zip(others, ahead, strict=True):
             works.append(functools.partial(stage.denoise, other, its, unheard))
         with contextlib.ExitStack() as stack:
+            if self.loaded.loras:
+                stack.enter_context(self.loaded.loras.job(recipe.loras))
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             for name, denoiser in self.loaded.components.items():

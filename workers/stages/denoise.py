@@ -72,9 +72,11 @@ class DenoiseStage:
 
     @contextlib.contextmanager
     def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
-        """Surround a job: the weights that it needs are on the device when they are needed."""
+        """Surround a job: the weights that it needs are on the device when they are needed, its LoRAs' among them."""
         record, begins = record_of(tensors), not newest(tensors)
         with contextlib.ExitStack() as stack:
+            if self.loaded.loras:
+                stack.enter_context(self.loaded.loras.job(recipe.loras))
             if self.split:
                 (twin,) = self.denoisers()
                 forwards = self._forwards(self, twin, recipe, tensors, record, begins)

@@ -45,6 +45,8 @@ class TextStage:
         if not tensors and (made := self._made.pop(recipe, None)):
             return made
         with contextlib.ExitStack() as stack:
+            if self.loaded.loras:
+                stack.enter_context(self.loaded.loras.job(recipe.loras))
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]
@@ -53,7 +55,7 @@ class TextStage:
                     return self._encode(self.loaded, recipe, tensors)
             if not rings or tensors or not self._go_along[recipe.settings]:
                 return self._encode(self.loaded, recipe, tensors)
-            ahead = [one for one in ahead if one.settings == recipe.settings]
+            ahead = [one for one in ahead if (one.settings, one.loras) == (recipe.settings, recipe.loras)]
             self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
             works = [
                 functools.partial(self._encode, loaded, one, tensors)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from workers.tensors import DTYPES
+from workers.weights.adapters import is_of_adapter
 
 MOST_ROWS = 8  # of a vector that counts as one a step, batch and guidance included
 LEAST_SHARE = 0.02  # of a model's bytes, below which it is not worth the trouble
@@ -101,8 +102,9 @@ class ForwardTrace:
 
         for row in self.rows:
             for name, layer in self.module.get_submodule(row).named_modules():
-                if isinstance(layer, torch.nn.Linear):
-                    self._hooks.append(layer.register_forward_pre_hook(linear(f"{row}.{name}")))
+                if isinstance(layer, torch.nn.Linear) and not is_of_adapter(name):
+                    own = name.removesuffix(".base_layer")
+                    self._hooks.append(layer.register_forward_pre_hook(linear(f"{row}.{own}")))
         self._hooks.append(self.module.register_forward_hook(forward, with_kwargs=True))
         return self
 

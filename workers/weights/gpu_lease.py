@@ -53,7 +53,7 @@ class GpuLease:
         self._kept = self._reserved()  # what getting ready has left, before any lease
 
     def needs(self) -> WeightNeed:
-        weights = sum(residency.total_bytes for residency in self.residencies)
+        weights = sum(residency.wanted_bytes for residency in self.residencies)
         least = sum(residency.least_bytes for residency in self.residencies)
         return WeightNeed(
             weights=weights if self.most is None else max(least, min(weights, self.most)),
@@ -74,7 +74,7 @@ class GpuLease:
         ordered = sorted(self.residencies, key=lambda residency: residency.total_bytes)
         for index, residency in enumerate(ordered):
             others = sum(other.least_bytes for other in ordered[index + 1 :])
-            residency.swap_in(min(residency.total_bytes, left - others))
+            residency.swap_in(min(residency.wanted_bytes, left - others))
             left -= residency.device_bytes
 
     def give_back(self) -> None:

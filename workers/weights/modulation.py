@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from workers.weights.adapters import base_of
 from workers.weights.copy_stream import CopyStream, Mark
 from workers.weights.forward_trace import Call
 from workers.weights.lockstep import LANE
@@ -90,7 +91,7 @@ class Modulation:
         copy_stream: CopyStream,
     ) -> None:
         self._module, self._copy_stream, self._layers = module, copy_stream, list(layers)
-        self._linear = [module.get_submodule(name) for name in layers]
+        self._linear = [base_of(module.get_submodule(name)) for name in layers]
         self._precomputed = [PrecomputedLayer() for _ in layers]
         self._sources = [
             {leaf: host[f"{name}.{leaf}"] for leaf, _ in linear.named_parameters()}
@@ -151,7 +152,10 @@ class Modulation:
     def _replace(self, modules: Sequence[torch.nn.Module]) -> None:
         for name, module in zip(self._layers, modules, strict=True):
             parent, _, leaf = name.rpartition(".")
-            setattr(self._module.get_submodule(parent), leaf, module)
+            owner = self._module.get_submodule(parent)
+            if isinstance(adapted := getattr(owner, leaf), torch.nn.Module) and hasattr(adapted, "base_layer"):
+                owner, leaf = adapted, "base_layer"  # what an adapter adds is computed as ever
+            setattr(owner, leaf, module)
 
     def start(self) -> None:
         """Let the first layers' weights be on their way."""

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
+from workers.weights.adapters import AdapterWeights
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import host_weights, plain_parameters
@@ -78,6 +79,8 @@ class Residency:
         self._precompute = Precompute([self], self.rows)
         self._lockstep = Lockstep(self.row_modules, device)
         self.compiled = False
+        self.adapters = AdapterWeights(module, device, self._reserve)
+        self._adapter_room = 0  # bytes of the budget that are kept for adapters
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
 
@@ -102,7 +105,13 @@ class Residency:
             return 0
         ring = self._ring.memory.nbytes if self._ring else 0
         buffer = self.modulation.buffer_bytes if self.modulation and self.state == "streamed" else 0
-        return (self._resident.nbytes if self._resident else 0) + ring + buffer + self._fixed_bytes
+        resident = self._resident.nbytes if self._resident else 0
+        return resident + ring + buffer + self._fixed_bytes + self.adapters.device_bytes
+
+    @property
+    def wanted_bytes(self) -> int:
+        """Bytes with which nothing is streamed, and adapters have their room."""
+        return self.total_bytes + self._adapter_room
 
     @property
     def lendable_bytes(self) -> int:
@@ -111,13 +120,13 @@ class Residency:
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
-        if self.state == "in" and self.total_bytes <= budget:
+        if self.state == "in" and self.wanted_bytes <= budget:
             self._budget = budget
             return
         self.swap_out()
         start = time.perf_counter()
         self._budget = budget
-        self.plan = self._plan(budget) if self.total_bytes > budget else None
+        self.plan = self._plan(self._space) if self.total_bytes > self._space else None
         try:
             self._bring_in()
         except BaseException:
@@ -125,6 +134,24 @@ class Residency:
             raise
         self.state = "streamed" if self.plan else "in"
         self.seconds = time.perf_counter() - start
+
+    @property
+    def _space(self) -> int:
+        """Bytes of the budget for the model's own weights."""
+        return self._budget - self._adapter_room
+
+    def _reserve(self, size: int) -> None:
+        """Keep so many bytes of the budget for adapters; where they are not to be had, some more is streamed."""
+        before, self._adapter_room = self._adapter_room, max(size, self._adapter_room)
+        if self.state == "out" or self._adapter_room == before:
+            return
+        budget = self._budget
+        try:
+            self.swap_in(budget)
+        except DoesNotFit:
+            self._adapter_room = before
+            self.swap_in(budget)
+            raise
 
     def _bring_in(self) -> None:
         streamed: set[str] = set()
@@ -182,6 +209,7 @@ class Residency:
 
     def _let_go(self) -> None:
         self._copy_stream.synchronize()
+        self.adapters.let_go()
         for part in (self._ring, self._resident):
             if part:
                 part.close()
@@ -232,6 +260,7 @@ class Residency:
                 precompute.rehearse(self.module, forwards)
             elif precompute.trace:
                 precompute.learn(precompute.trace)
+        self.adapters.bring()
         self.start()
         ahead = None
         with contextlib.ExitStack() as stack:
@@ -263,12 +292,12 @@ class Residency:
         if not mine:
             return None
         modulation = Modulation(self.module, self.rows, mine, self._host, self._copy_stream)
-        fits = self.plan is None or self._plan_with(modulation, self._budget)
+        fits = self.plan is None or self._plan_with(modulation, self._space)
         return modulation if fits else None
 
     def gains(self, modulation: Modulation) -> bool:
         """Return whether there is less to stream with a modulation."""
-        after = self._plan_with(modulation, self._budget)
+        after = self._plan_with(modulation, self._space)
         return self.plan is not None and after is not None and after.streamed_bytes < self.plan.streamed_bytes
 
     def adopt(self, modulation: Modulation) -> None:

@@ -1,0 +1,173 @@
+"""LoRAs of a job: the bits of the plain pipeline with `load_lora_weights` and `set_adapters`, in any order of jobs."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from protocol.job import JobRequest, Recipe
+from protocol.lora import Lora
+from protocol.pictures import pictures_among
+from protocol.recipe import resolve
+from protocol.stages import Stage
+from tests import loras, tiny, tiny_families
+from workers.errors import StageError
+from workers.models.description import describe
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.models.source import Source, read
+from workers.stages.contract import unheard
+from workers.stages.denoise import DenoiseStage
+from workers.stages.text import TextStage
+from workers.stages.vae import VaeStage
+
+CPU = torch.device("cpu")
+ASKED = {"prompt": "a red circle", "width": tiny.SIZE, "height": tiny.SIZE, "seed": 11}
+ATTENTION, FEED_FORWARD = ("to_q", "to_k", "to_v"), ("net.2", "proj_mlp", "proj_out")
+MODULATION = ("norm1.linear", "norm.linear", "norm1_context.linear")
+FAMILIES: dict[str, tuple[Any, str, Sequence[str]]] = {
+    "flux": (tiny.flux, "transformer", ATTENTION),
+    "sd15": (tiny.sd15, "unet", ATTENTION),
+    "sdxl": (tiny.sdxl, "unet", ATTENTION),
+    "qwen_image": (tiny_families.qwen_image, "transformer", ATTENTION),
+    "z_image": (tiny_families.z_image, "transformer", ATTENTION),
+    "flux2_klein": (tiny_families.flux2_klein, "transformer", ("to_q", "to_out.0")),
+}
+
+
+@dataclass
+class Stack:
+    """Three stages that keep their models between jobs, in leases of a CPU that stands in for a GPU."""
+
+    source: Source
+    files: Path
+    by_name: dict[Stage, Any]
+
+    def recipe(self, used: Sequence[Lora], **more: Any) -> Recipe:
+        request = JobRequest(**{**ASKED, "steps": 3, **more})
+        return resolve(request, describe(self.source), "float32", None).model_copy(update={"loras": tuple(used)})
+
+    def picture(self, used: Sequence[Lora], **more: Any) -> torch.Tensor:
+        recipe, left, stage = self.recipe(used, **more), (), "text"
+        while True:
+            outcome = self.by_name[stage].run(recipe, tuple(left), unheard)
+            left = outcome.tensors
+            if outcome.next is None:
+                pictures = pictures_among(left)
+                return torch.frombuffer(bytearray(pictures.data), dtype=torch.uint8).reshape(pictures.shape)
+            stage = outcome.next
+
+    def plain(self, used: Sequence[Lora], steps: int = 3) -> torch.Tensor:
+        return loras.plain(self.source.folder, used, self.files, num_inference_steps=steps, **ASKED)
+
+
+def stack(folder: Path, files: Path, share: float = 1.0) -> Stack:
+    """Stages whose weights have so much of what they take; the rest is streamed."""
+    source = read(str(folder), folder, None)
+    by_name: dict[Stage, Any] = {}
+    for name, cls in (("text", TextStage), ("denoise", DenoiseStage), ("vae", VaeStage)):
+        loaded = load(source, name, Devices(CPU, leased=True), torch.float32)
+        for residency in loaded.residencies.values():
+            budget = int(share * residency.total_bytes) if name == "denoise" else residency.total_bytes
+            residency.swap_in(max(budget, residency.least_bytes))
+        assert loaded.loras
+        loaded.loras.folder = files
+        by_name[name] = cls(loaded, CPU)
+    return Stack(source, files, by_name)
+
+
+@pytest.fixture(
+    scope="module", params=["flux", *(pytest.param(n, marks=pytest.mark.all) for n in FAMILIES if n != "flux")]
+)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Sequence[str]]:
+    make, component, layers = FAMILIES[request.param]
+    return tiny.save(make(), tmp_path_factory.mktemp("families") / request.param), component, layers
+
+
+def test_loras_give_the_plain_pipelines_bits_and_leave_none(
+    family: tuple[Path, str, Sequence[str]], tmp_path: Path
+) -> None:
+    folder, component, layers = family
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    one = loras.write_lora(pipeline, tmp_path, "one", layers[:1], component)
+    two = loras.write_lora(pipeline, tmp_path, "two", layers, component, rank=4).model_copy(update={"weight": 0.5})
+    made = stack(folder, tmp_path)
+    bare = made.plain([])
+    assert torch.equal(made.picture([]), bare)
+    for used in ([one], [one, two], [two, one], [], [two]):
+        wanted = made.plain(used)
+        assert torch.equal(made.picture(used), wanted)
+        assert not used or not torch.equal(wanted, bare)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save(tiny.flux(depth=3), tmp_path_factory.mktemp("deep") / "flux")
+
+
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.55])
+def test_any_order_of_jobs_streamed_and_with_modulation_ahead(deep: Path, tmp_path: Path, share: float) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(deep)
+    known = [
+        loras.write_lora(pipeline, tmp_path, "attention", ATTENTION),
+        loras.write_lora(pipeline, tmp_path, "modulation", MODULATION, rank=3),
+        loras.write_lora(pipeline, tmp_path, "all", (*ATTENTION, *FEED_FORWARD, *MODULATION, "linear_1", "x_embedder")),
+        loras.write_lora(pipeline, tmp_path, "text", ("q_proj", "v_proj"), "text_encoder"),
+    ]
+    made, draw = stack(deep, tmp_path, share), random.Random(5)
+    wanted: dict[tuple[str, ...], torch.Tensor] = {}
+    for turn in range(12):
+        used = draw.sample(known, turn % 4)
+        key = tuple(lora.name for lora in used)
+        if key not in wanted:
+            wanted[key] = made.plain(used)
+        assert torch.equal(made.picture(used), wanted[key]), (turn, key)
+        denoiser = made.by_name["denoise"].residencies[0]
+        assert denoiser.device_bytes <= max(int(share * denoiser.total_bytes), denoiser.wanted_bytes)
+        if turn == 7:
+            denoiser.swap_out()
+            denoiser.swap_in(int(share * denoiser.total_bytes))
+
+
+def test_weights_stay_within_the_budget_with_adapters_among_them(deep: Path, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(deep)
+    known = [loras.write_lora(pipeline, tmp_path, name, ATTENTION, rank=8) for name in ("one", "two", "three")]
+    made = stack(deep, tmp_path, 0.9)
+    (denoiser,) = made.by_name["denoise"].residencies
+    budget = int(0.9 * denoiser.total_bytes)
+    for used in ([known[0]], [known[1], known[2]], [known[0]], []):
+        made.picture(used)
+        assert denoiser.device_bytes <= budget
+    denoiser.swap_in(denoiser.wanted_bytes)
+    assert denoiser.state == "in"
+    assert torch.equal(made.picture(known), made.plain(known))
+    assert denoiser.device_bytes <= denoiser.wanted_bytes
+
+
+def odd(folder: Path, files: Path) -> Iterator[tuple[Lora, str]]:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    other = tiny.flux()
+    other.transformer = type(other.transformer).from_config({**other.transformer.config, "num_attention_heads": 4})
+    yield loras.write_lora(other, files, "wide", ATTENTION), "other sizes than those of this FluxPipeline"
+    deeper = tiny.flux(depth=4)
+    yield loras.write_lora(deeper, files, "deep", ATTENTION), "tensors for transformer have a place"
+    yield loras.write_lora(tiny.sd15(), files, "unet", ATTENTION, "unet"), "for no part of a FluxPipeline"
+    yield loras.keep({"nothing": torch.zeros(2, 2)}, files, "nothing"), "Invalid LoRA checkpoint"
+    good = loras.write_lora(pipeline, files, "good", ("to_q",))
+    (files / f"{good.digest}.safetensors").write_bytes(b"x" * 100)
+    yield good, "has changed"
+    yield Lora(name="gone", digest="0" * 64, weight=1.0), "not on this worker's host"
+
+
+def test_what_is_no_lora_of_this_model_is_told_and_leaves_the_model_as_it_was(deep: Path, tmp_path: Path) -> None:
+    made = stack(deep, tmp_path)
+    bare = made.plain([])
+    for lora, reason in odd(deep, tmp_path):
+        with pytest.raises(StageError, match=reason):
+            made.picture([lora])
+        assert torch.equal(made.picture([]), bare)
