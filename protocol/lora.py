@@ -31,13 +31,13 @@ class Lora(Data):
     name: LoraName
     digest: Digest  # sha256 of its file
     weight: float
+    encoders: bool = False  # it changes text encoders, too
 
 
 class LoraInfo(Data):
     """A LoRA's file, as far as it can be told without loading it."""
 
     name: LoraName
-    digest: Digest
     bytes: Annotated[int, Field(ge=0)]
     rank: Annotated[int, Field(ge=0)] = 0  # the largest of its layers'; 0: it can't be told
     base: Annotated[str, Field(max_length=200)] = ""  # the model that it was made for, by its own word or its layers

@@ -33,6 +33,7 @@ class WorkerSpec(Data):
     speedups: tuple[str, ...] = ()  # of its whole stack
     checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
     locked_bytes: Bytes | None = None  # of its weights, to be page-locked in host memory at most; None: all
+    loras: str | None = None  # path of the folder where LoRAs' files lie by their digests
     cpu_lock: str | None = None  # path of the lock file of those that compute on this CPU
 
 
@@ -45,6 +46,9 @@ class DescriberSpec(Data):
     dtype: str
     stages: tuple[Stage, ...]  # those that have workers here
     speedups: tuple[str, ...] = ()
+    loras: str | None = None  # path of the folder where LoRAs' files are to lie by their digests
+    lora_folder: str | None = None  # path of a folder whose LoRAs are known by their files' names
+    lora_aliases: tuple[tuple[str, str], ...] = ()  # (name, path or hub id)
 
 
 ProcessSpec = Annotated[WorkerSpec | DescriberSpec, Field(discriminator="kind")]

@@ -6,9 +6,12 @@ from pydantic import Field
 
 from protocol.data import Text
 from protocol.job import MAX_IMAGES_IN, Recipe
+from protocol.lora import Lora, LoraInfo, LoraRequest
 from protocol.messages.common import MAX_JOBS, Beat, Count, Error, Heartbeat, Line, Message, Name, Welcome
 from protocol.model import ModelDescription
 from protocol.route import Route, Shape
+
+MOST_LORAS = 5000  # that are listed
 
 
 class DescriberHello(Message):
@@ -51,5 +54,36 @@ class Looked(Message):
     route: Route
 
 
-FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Looked, Heartbeat)
-TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, LookAt, Beat, Error)
+class FindLora(Message):
+    """Ask for a LoRA's file, and whether all of it is for the model."""
+
+    kind = "find-lora"
+    request: Count
+    lora: LoraRequest
+
+
+class FoundLora(Message):
+    """The LoRA; or none, and the reason as a line and a hint."""
+
+    kind = "found-lora"
+    request: Count
+    lora: Lora | None = None
+    reason: Line = ""
+    hint: Line = ""
+
+
+class ListLoras(Message):
+    kind = "list-loras"
+    request: Count
+
+
+class KnownLoras(Message):
+    """All LoRAs that have a name in the stack."""
+
+    kind = "known-loras"
+    request: Count
+    loras: Annotated[tuple[LoraInfo, ...], Field(max_length=MOST_LORAS)] = ()
+
+
+FROM_DESCRIBER: tuple[type[Message], ...] = (DescriberHello, TokenCounts, Looked, FoundLora, KnownLoras, Heartbeat)
+TO_DESCRIBER: tuple[type[Message], ...] = (Welcome, CountTokens, LookAt, FindLora, ListLoras, Beat, Error)

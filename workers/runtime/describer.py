@@ -15,15 +15,29 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 import zmq
 
 from protocol import wire
-from protocol.errors import ModelMissing, TriptychError
+from protocol.errors import ModelMissing, NotFound, TriptychError
+from protocol.lora import LoraRequest
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
-from protocol.messages.describer import TO_DESCRIBER, CountTokens, DescriberHello, LookAt, Looked, TokenCounts
+from protocol.messages.describer import (
+    MOST_LORAS,
+    TO_DESCRIBER,
+    CountTokens,
+    DescriberHello,
+    FindLora,
+    FoundLora,
+    KnownLoras,
+    ListLoras,
+    LookAt,
+    Looked,
+    TokenCounts,
+)
 from protocol.model import ModelDescription
 from protocol.model_spec import ModelSpec
 from protocol.recipe import CountTokens as Counter
@@ -31,6 +45,9 @@ from protocol.route import Route, Template
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.stages import STAGES, Stage
 from protocol.worker_spec import DescriberSpec
+
+if TYPE_CHECKING:
+    from workers.models.lora_files import LoraFiles
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +64,18 @@ BEAT_SECONDS = 0.5
 class Describer:
     """The describer's conversation with the orchestrator.
 
-    `count` gives the number of tokens of a text, `look` what jobs of a template begin with.
+    `count` gives the number of tokens of a text, `look` what jobs of a template begin with; `loras` finds LoRAs.
     """
 
-    def __init__(self, endpoint: str, hello: DescriberHello, count: Counter, look: Callable[[Template], Route]) -> None:
-        self._endpoint, self._hello, self._count, self._look = endpoint, hello, count, look
+    def __init__(
+        self,
+        endpoint: str,
+        hello: DescriberHello,
+        count: Counter,
+        look: Callable[[Template], Route],
+        loras: "LoraFiles | None" = None,
+    ) -> None:
+        self._endpoint, self._hello, self._count, self._look, self._loras = endpoint, hello, count, look, loras
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._heard = 0.0  # monotonic seconds
@@ -101,6 +125,11 @@ class Describer:
                 self._say(self.counts(request, texts))
             case LookAt(request=request, recipe=recipe, shapes=shapes):
                 self._say(Looked(request=request, route=self._look(Template(recipe, shapes))))
+            case FindLora(request=request, lora=lora):
+                self._say(self.found(request, lora))
+            case ListLoras(request=request):
+                known = self._loras.all() if self._loras else ()
+                self._say(KnownLoras(request=request, loras=known[:MOST_LORAS]))
             case Error(code="not_found"):
                 self._connect()
             case Welcome() | Beat() | Error():
@@ -112,6 +141,18 @@ class Describer:
         except Exception as error:
             log.exception("tokens could not be counted")
             return TokenCounts(request=request, reason=f"{type(error).__name__}: {error}"[:1000])
+
+    def found(self, request: int, asked: LoraRequest) -> FoundLora:
+        try:
+            if self._loras is None:
+                raise NotFound("This stack takes no LoRAs.", "Leave --lora out.")
+            lora, _ = self._loras.find(asked)
+            return FoundLora(request=request, lora=lora)
+        except TriptychError as error:
+            return FoundLora(request=request, reason=error.message[:1000], hint=error.hint[:1000])
+        except Exception as error:
+            log.exception("a LoRA could not be looked at")
+            return FoundLora(request=request, reason=f"LoRA {asked.name!r}: {type(error).__name__}: {error}"[:1000])
 
 
 def token_counter(source: Any) -> Counter:
@@ -189,12 +230,33 @@ def serve(spec: DescriberSpec) -> None:
     source, description = examine(spec.model, spec.dtype, spec.stages)
     log.info("%s is whole: %s", spec.model.name, description.pipeline)
     hello = DescriberHello(pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
-    describer = Describer(spec.endpoint, hello, token_counter(source), looker(source, spec.dtype))
+    loras = lora_files(source, spec)
+    describer = Describer(spec.endpoint, hello, token_counter(source), looker(source, spec.dtype), loras)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, describer.stop)
     describer.run()
     logging.shutdown()
     os._exit(0)
+
+
+def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
+    """Return the LoRAs of a stack, once those that it names are here; ModelMissing."""
+    from workers.models.lora_files import LoraFiles
+    from workers.models.skeleton import build_skeleton, quiet
+
+    if spec.loras is None:
+        return None
+    try:
+        with quiet():
+            pipeline = build_skeleton(source)
+    except Exception as error:
+        log.info("LoRAs can't be checked: %s", error)
+        pipeline = None
+    found = LoraFiles(
+        pipeline, dict(spec.lora_aliases), Path(spec.lora_folder) if spec.lora_folder else None, Path(spec.loras)
+    )
+    found.fetch()
+    return found
 
 
 @click.command(help=__doc__.split("\n")[0])

@@ -1,0 +1,227 @@
+"""The files of LoRAs that a stack knows by name: what their headers say, and whether they are for its model."""
+
+import hashlib
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import hf_hub_download, list_repo_files
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from protocol.errors import BadRequest, ModelMissing, NotFound
+from protocol.lora import LORA_NAME, MAX_LORA_BYTES, Lora, LoraInfo, LoraRequest
+from protocol.stages import TEXT_COMPONENTS
+from protocol.units import format_bytes
+from workers.models.loras import load_adapter, remove_adapter
+from workers.models.source import stages_of
+from workers.models.weight_files import Damaged, StoredTensor, header_of
+
+OF_LORA = re.compile(r"lora|lokr_|loha_|hada_|\.alpha$|dora_scale", re.IGNORECASE)
+MOST_TRIGGERS = 12
+WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}  # of texts that a UNet attends to
+LAYERS = {  # of other models, by what names of their layers hold
+    "single_transformer_blocks": "FLUX.1 or FLUX.2", "single_blocks": "FLUX.1 or FLUX.2",
+    "double_blocks": "FLUX.1 or FLUX.2", "joint_blocks": "Stable Diffusion 3", "noise_refiner": "Z-Image",
+    "img_mlp": "Qwen-Image", "txt_mlp": "Qwen-Image",
+}  # fmt: skip
+
+
+class LoraFiles:
+    """The LoRAs that an administrator has named, and those that clients have sent; files by digest are in `shelf`."""
+
+    def __init__(
+        self, pipeline: DiffusionPipeline | None, aliases: Mapping[str, str], folder: Path | None, shelf: Path
+    ) -> None:
+        """`pipeline` has its models on the meta device; None: nothing is known of it, and nothing is checked."""
+        self._pipeline, self._aliases, self._folder, self._shelf = pipeline, dict(aliases), folder, shelf
+        self._digests: dict[tuple[str, int, int], str] = {}  # by path, size and time of change
+        self._fits: dict[str, tuple[str, ...] | str] = {}  # by digest: components, or why it is not for the model
+
+    def fetch(self) -> None:
+        """Download what aliases name on the hub and is not here yet; ModelMissing, BadRequest."""
+        for name, where in self._aliases.items():
+            if LORA_NAME.fullmatch(name) is None:
+                raise BadRequest(f"The LoRA's alias {name!r} is no name.", "Use letters, digits, dots, - and _.")
+            self._aliases[name] = str(local_file(name, where))
+
+    def paths(self) -> dict[str, Path]:
+        """Return the files by their names; an alias goes before a file of the folder."""
+        found: dict[str, Path] = {}
+        if self._folder:
+            for path in sorted(self._folder.rglob("*.safetensors")):
+                if LORA_NAME.fullmatch(path.stem):
+                    found.setdefault(path.stem, path)
+        return found | {name: Path(path) for name, path in self._aliases.items()}
+
+    def all(self) -> tuple[LoraInfo, ...]:
+        """Describe all that have a name, by their headers; those that can't be read are left out."""
+        return tuple(self._described(sorted(self.paths().items())))
+
+    def _described(self, named: Sequence[tuple[str, Path]]) -> Iterator[LoraInfo]:
+        for name, path in named:
+            try:
+                yield describe_lora(name, path)
+            except (BadRequest, OSError):
+                continue
+
+    def find(self, asked: LoraRequest) -> tuple[Lora, LoraInfo]:
+        """Find a LoRA, and check that all of it is for the model; NotFound, BadRequest."""
+        path = self._path(asked)
+        info = describe_lora(asked.name, path)
+        digest = asked.digest or self._digest(path)
+        if digest not in self._fits:
+            self._fits[digest] = self._check(digest, path)
+        fits = self._fits[digest]
+        if isinstance(fits, str):
+            base = f"; it is for {info.base}" if info.base else ""
+            raise BadRequest(f"LoRA {asked.name!r} is not for this model: {fits}{base}.", "See: triptych loras")
+        place = self._shelf / f"{digest}.safetensors"
+        if not asked.digest and not place.exists():
+            self._shelf.mkdir(parents=True, exist_ok=True, mode=0o700)
+            place.unlink(missing_ok=True)  # a link to what is gone
+            place.symlink_to(path.resolve())
+        encoders = any(name.startswith(TEXT_COMPONENTS) for name in fits)
+        lora = Lora(name=asked.name, digest=digest, weight=asked.weight, encoders=encoders)
+        return lora, info.model_copy(update={"components": fits})
+
+    def _path(self, asked: LoraRequest) -> Path:
+        if asked.digest:
+            path = self._shelf / f"{asked.digest}.safetensors"
+            if path.exists():
+                return path
+            raise NotFound(f"The file of LoRA {asked.name!r} is not here.", "Send it again.")
+        known = self.paths()
+        if asked.name in known:
+            return known[asked.name]
+        import difflib
+
+        close = difflib.get_close_matches(asked.name, known, 1)
+        hint = (
+            f"Did you mean {close[0]!r}?" if close else "See: triptych loras. Or give a file: --lora FILE.safetensors"
+        )
+        raise NotFound(f"There is no LoRA {asked.name!r} in this stack.", hint)
+
+    def _digest(self, path: Path) -> str:
+        status = path.stat()
+        key = (str(path), status.st_size, status.st_mtime_ns)
+        if key not in self._digests:
+            with path.open("rb") as file:
+                self._digests[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return self._digests[key]
+
+    def _check(self, digest: str, path: Path) -> tuple[str, ...] | str:
+        """Return the components that it changes, or why it is not for the model."""
+        if self._pipeline is None:
+            return ()
+        own = {name: part for name, part in self._pipeline.components.items() if hasattr(part, "parameters")}
+        name = f"check_{digest[:16]}"
+        try:
+            found = load_adapter(self._pipeline, own, path, name)
+        except BadRequest as error:
+            return error.message
+        for part in own.values():
+            remove_adapter(part, name)
+        if beyond := [component for component in found if stages_of(component) == ("vae",)]:
+            return f"it changes {beyond[0]}"
+        return tuple(found)
+
+
+def describe_lora(name: str, path: Path) -> LoraInfo:
+    """Describe a LoRA by its file's header; BadRequest for what is none, or too large."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_LORA_BYTES:
+            raise BadRequest(f"LoRA {name!r} has {format_bytes(size)}.", f"At most {format_bytes(MAX_LORA_BYTES)} fit.")
+        tensors = header_of(path)
+        said = metadata_of(path)
+    except Damaged as error:
+        raise BadRequest(f"LoRA {name!r}: {error.file} {error.fault}.", error.remedy) from error
+    except OSError as error:
+        raise BadRequest(f"LoRA {name!r} can't be read: {error.strerror}.") from error
+    if not any(OF_LORA.search(key) for key in tensors):
+        raise BadRequest(f"LoRA {name!r}: {path.name} holds no adapter, but {len(tensors)} other tensors.")
+    return LoraInfo(
+        name=name, bytes=size, rank=rank_of(tensors), base=base_of(said, tensors), triggers=triggers_of(said)
+    )
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Return a safetensors file's own words, of which the header was checked."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        found = json.loads(file.read(length)).get("__metadata__") or {}
+    return found if isinstance(found, dict) else {}
+
+
+def rank_of(tensors: Mapping[str, StoredTensor]) -> int:
+    """Return the largest rank of an adapter's layers."""
+    downs = (tensor.shape for key, tensor in tensors.items() if re.search(r"lora_A|lora_down|lora\.down", key))
+    return max((shape[0] for shape in downs if shape), default=0)
+
+
+def base_of(said: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the model that a LoRA was made for, by its own word, or by its layers; empty if neither tells."""
+    for key in ("modelspec.architecture", "ss_base_model_version", "base_model", "ss_sd_model_name"):
+        if (word := str(said.get(key) or "")) and word.lower() not in ("none", "unknown"):
+            return word[:200]
+    for part, model in LAYERS.items():
+        if any(part in key for key in tensors):
+            return model
+    for key, tensor in tensors.items():
+        if re.search(r"attn2[._]to_k.*(lora_A|down)", key) and len(tensor.shape) >= 2:
+            return WIDTHS.get(tensor.shape[1], "")
+    return ""
+
+
+def triggers_of(said: Mapping[str, Any]) -> str:
+    """Return the words that a LoRA was trained with, by its own word: the most frequent tags of kohya's trainer."""
+    for key in ("modelspec.trigger_phrase", "trigger", "trigger_words", "instance_prompt"):
+        if word := str(said.get(key) or ""):
+            return " ".join(word.split())[:1000]
+    try:
+        folders = json.loads(str(said.get("ss_tag_frequency") or "{}"))
+        counts: dict[str, int] = {}
+        for tags in folders.values():
+            for tag, count in tags.items():
+                counts[tag.strip()] = counts.get(tag.strip(), 0) + int(count)
+    except (ValueError, AttributeError, TypeError):
+        return ""
+    return ", ".join(sorted(counts, key=lambda tag: -counts[tag])[:MOST_TRIGGERS])[:1000]
+
+
+def local_file(name: str, where: str) -> Path:
+    """Return the file of an alias: a path, or OWNER/NAME[:FILE] on the hub, downloaded once; ModelMissing."""
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path.absolute()
+    repo, _, file = where.partition(":")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or path.suffix == ".safetensors" or where.startswith(("/", ".", "~")):
+        raise ModelMissing(f"LoRA {name!r}: there is no file {where!r}.", "Give a .safetensors file, or OWNER/NAME.")
+    try:
+        return Path(hf_hub_download(repo, file or only_file(name, repo)))
+    except LocalEntryNotFoundError as error:
+        raise ModelMissing(f"LoRA {name!r}: {where!r} is not here, and the hub can't be reached.") from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelMissing(f"LoRA {name!r}: {where!r} can't be downloaded: {str(error).splitlines()[0]}") from error
+
+
+def only_file(name: str, repo: str) -> str:
+    """Return the name of the one safetensors file of a repository, from the cache where the hub can't be reached."""
+    try:
+        found = [file for file in list_repo_files(repo) if file.endswith(".safetensors")]
+    except (HfHubHTTPError, OSError) as error:
+        cached = Path(os.environ.get("HF_HUB_CACHE", Path.home() / ".cache/huggingface/hub"))
+        parts = cached.glob(f"models--{repo.replace('/', '--')}/snapshots/*/*.safetensors")
+        found = sorted({path.name for path in parts})
+        if not found:
+            raise ModelMissing(f"LoRA {name!r}: {repo!r} is not here, and the hub can't be reached.") from error
+    if len(found) != 1:
+        raise ModelMissing(
+            f"LoRA {name!r}: {repo!r} has {len(found)} safetensors files.", f"Name one: {repo}:FILE.safetensors"
+        )
+    return found[0]
