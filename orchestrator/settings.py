@@ -137,6 +137,11 @@ class JobSettings(Settings):
         Field(description="Bytes on disk for the embeddings of prompts, for when they come again."),
         Flag("--embedding-cache", "SIZE", "1GB"),
     ] = 1_000_000_000
+    lora_cache: Annotated[
+        Bytes,
+        Field(description="Bytes on disk for LoRAs that clients have sent; the oldest go first."),
+        Flag("--lora-cache", "SIZE", "8GB"),
+    ] = 8_000_000_000
     share_cache: Annotated[
         bool,
         Field(description="Keys share embeddings: a prompt is encoded once, and who asks can tell that it was."),
@@ -203,6 +208,15 @@ class StackConfig(JobSettings):
         Field(description="An IP-Adapter's weights (safetensors); its image_encoder is beside it, or the model's own."),
         Flag("--ip-adapter", "FILE|OWNER/NAME/FILE", "none"),
     ] = None
+    lora_folder: Annotated[
+        str | None,
+        Field(description="A folder of LoRAs (safetensors), which jobs name as their files are called."),
+        Flag("--loras", "DIR", "none"),
+    ] = None
+    loras: Annotated[
+        dict[str, str],
+        Field(description="Names of LoRAs, each with its file, or OWNER/NAME[:FILE] on the hub."),
+    ] = Field(default_factory=dict)
     dtype: Annotated[
         Dtype, Field(description="Of all stages."), Flag("--dtype", default="bfloat16 on GPUs, float32 on the CPU")
     ] = "auto"

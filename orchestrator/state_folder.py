@@ -16,7 +16,7 @@ from protocol.client.endpoints import CPU_LOCK, PUBLISHED, Endpoints
 from protocol.curve_keys import Role
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
-OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
+OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|loras|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
 ARTIFACT = re.compile(r"(text|checkpoint|latents|pictures)-[0-9a-f]{24}")  # names of artifacts' files
 LONGEST_IPC_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
@@ -42,9 +42,9 @@ class StackFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._check_owner(self.path, self.path.stat())
-            for part in (self.artifacts, self.logs):
+            for part in (self.artifacts, self.loras, self.logs):
                 part.mkdir(exist_ok=True, mode=0o700)
-            for part in (self.artifacts, self.logs, self.keys, self.path / "sockets"):
+            for part in (self.artifacts, self.loras, self.logs, self.keys, self.path / "sockets"):
                 if part.exists() or part.is_symlink():
                     self._check_part(part)
             self.path.chmod(0o700)
@@ -85,6 +85,11 @@ class StackFolder:
     @property
     def artifacts(self) -> Path:
         return self.path / "artifacts"
+
+    @property
+    def loras(self) -> Path:
+        """The folder where LoRAs lie by their digests: files that clients have sent, and links to others."""
+        return self.path / "loras"
 
     @property
     def keys(self) -> Path:

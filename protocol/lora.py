@@ -11,6 +11,7 @@ from protocol.errors import BadRequest
 
 MAX_LORAS = 8  # of a job
 MAX_LORA_BYTES = 2 << 30  # of a file
+LORA_PART_BYTES = 4 << 20  # of a file, in one message
 MAX_WEIGHT = 100.0
 LORA_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,126}")
 

@@ -2,18 +2,20 @@
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from protocol.errors import BadRequest, DoesNotFit
 from protocol.job import MAX_SEED, JobRequest, Recipe
+from protocol.lora import Lora, check_weight
 from protocol.model import ModelDescription, PipelineTask
 from protocol.settings import read_settings
-from protocol.speedups import tier_of
+from protocol.speedups import parse_speedup, tier_of
 
 MAX_STEPS = 1000
 MAX_IMAGES = 16
 MAX_SCALE = 100.0
 MAX_FPS = 240.0
+WITHOUT_LORAS = {"compile": "compiled", "parallel": "shared out among GPUs", "quantize": "quantized"}  # speedups
 DRAWN = -1  # a seed that stands for a random one, as everywhere in this field
 MAX_PRIORITY = 1000
 
@@ -35,11 +37,12 @@ def resolve(
     speedups: tuple[str, ...] = (),
     picture_size: tuple[int, int] | None = None,
     video_frames: int | None = None,
+    loras: Sequence[Lora] = (),
 ) -> Recipe:
     """The recipe of a request, in a stack with these speedups.
 
     `picture_size` is that of the first picture or video that it begins from, (width, height) in pixels, and
-    `video_frames` the number of frames of its first video.
+    `video_frames` the number of frames of its first video. `loras` are those that it names, as the stack has them.
 
     Raises:
         BadRequest: something in it can't be right.
@@ -60,6 +63,7 @@ def resolve(
     if request.control is not None and not defaults.control:
         raise BadRequest(f"{defaults.pipeline} takes no control image.", "Leave --control-image out.")
     check_ip_adapter(request, model, task)
+    check_loras(loras, speedups)
     return Recipe(
         prompt=request.prompt,
         negative_prompt=request.negative_prompt,
@@ -81,6 +85,7 @@ def resolve(
         frames=frames,
         fps=fps,
         settings=read_settings(request.settings, defaults.settings, defaults.pipeline),
+        loras=tuple(loras),
         sized=sized,
         model=model.model,
         revision=model.revision,
@@ -136,6 +141,19 @@ def check_ip_adapter(request: JobRequest, model: ModelDescription, task: Pipelin
     if request.ip_scale is not None and request.ip_image is None:
         raise BadRequest("An IP-Adapter's scale has no meaning without its picture.", "Give it: --ip-image FILE.")
     check_range("ip_scale", request.ip_scale, 0, 10)
+
+
+def check_loras(loras: Sequence[Lora], speedups: Sequence[str]) -> None:
+    """Raise BadRequest for LoRAs that can't go together, or that a stack with these speedups can't take."""
+    for lora in loras:
+        check_weight(lora.name, lora.weight)
+    if len({lora.digest for lora in loras}) < len(loras):
+        raise BadRequest("The same LoRA is given twice.", "Give it once, with the weights' sum.")
+    for stage, name, _ in map(parse_speedup, speedups):
+        if loras and (why := WITHOUT_LORAS.get(name)):
+            raise BadRequest(
+                f"This stack's {stage} is {why}, and takes no LoRAs.", "Leave --lora out, or start another."
+            )
 
 
 def check_strength(request: JobRequest, task: PipelineTask) -> None:

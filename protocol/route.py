@@ -48,7 +48,7 @@ class Template:
                     "prompt": SENTINEL, "negative_prompt": negative, "seed": 0, "images": images,
                     "mask": recipe.mask and digest, "control": recipe.control and digest,
                     "ip_image": recipe.ip_image and digest,
-                    "videos": tuple((name, digest) for name, _ in recipe.videos),
+                    "videos": tuple((name, digest) for name, _ in recipe.videos), "loras": (),
                 }
             ),
             shapes,
@@ -69,6 +69,7 @@ def encoded_key(route: Route, recipe: Recipe) -> str:
         *(sorted(recipe.named_pictures.items()) if route.of_pictures else ()),
         *((recipe.seed,) if route.of_seed else ()),
         *text_speedups(recipe),
+        *text_loras(recipe),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -89,8 +90,14 @@ def whole_key(recipe: Recipe) -> str:
             (recipe.width, recipe.height, recipe.sized, recipe.frames) if recipe.pictures else ()
         ),  # what an encoder may see
         *text_speedups(recipe),
+        *text_loras(recipe),
     )
     return WHOLE + hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def text_loras(recipe: Recipe) -> tuple[tuple[str, float], ...]:
+    """Return the LoRAs that change text encoders, in their order."""
+    return tuple((lora.digest, lora.weight) for lora in recipe.loras if lora.encoders)
 
 
 def text_speedups(recipe: Recipe) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import click
 from orchestrator.cli.prompts import read_prompts
 from protocol.client.endpoints import default_folder
 from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, split_video, video_of
+from protocol.client.lora_files import LoraFile, all_text, loras_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
 from protocol.recipe import DRAWN
@@ -130,6 +131,8 @@ def recipe_options(command: Command) -> Command:
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
         click.option("--set", "settings", multiple=True, callback=parse_settings, metavar="NAME=VALUE",
                      help="Any other plain argument of the pipeline's call: clip_skip=1, padding_mask_crop=32."),
+        click.option("--lora", "loras", multiple=True, metavar="NAME[@WEIGHT]",
+                     help="A LoRA: a name that 'triptych loras' lists, or your own .safetensors file; several add up."),
         click.option("--priority", type=int, help="Higher goes first. [default: 0]"),
         click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE",
                      help="One prompt a line (.txt), JSON objects with the options' names (.jsonl, .json), or a table "
@@ -157,6 +160,7 @@ class Asked:
     where: str = ""
     picture: int | None = None  # the only one that is wanted of its pictures, counted from 0
     inputs: tuple[Tensor, ...] = ()  # pictures that it begins from
+    loras: tuple[LoraFile, ...] = ()  # files of LoRAs that it names
 
 
 def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Asked]:
@@ -176,14 +180,20 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
     seeds = options.get("seeds") or [None]
     if seeds != [None] and "seed" in given:
         raise BadRequest("--seed and --seeds say the same.", "Give one or the other.")
+    given_loras = loras_of(options.get("loras") or ())
+    given |= {"loras": given_loras.requests} if given_loras.requests else {}
     named_by_seed = "{seed" in (options.get("output_pattern") or "")
     asked: list[Asked] = []
     for where, row in rows:
         for seed in seeds:
             fields = {**given, **row} | ({} if seed is None else {"seed": seed})
+            own = given_loras
+            if all_text(row.get("loras")):
+                own = loras_of(row["loras"])
+                fields["loras"] = own.requests
             if named_by_seed and fields.get("seed") in (None, DRAWN):
                 fields["seed"] = secrets.randbelow(2**32)  # known before it is queued
-            asked.append(Asked(make_request(fields, where), where, inputs=inputs.tensors))
+            asked.append(Asked(make_request(fields, where), where, inputs=inputs.tensors, loras=own.files))
     return asked
 
 

@@ -40,8 +40,10 @@ from orchestrator.cli.output import (
 from orchestrator.cli.table import print_lines
 from protocol.client.client import Client
 from protocol.client.exchange import raise_unless_done
+from protocol.client.lora_files import loras_of
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
+from protocol.lora import LoraRequest
 from protocol.messages.client import Stack
 from protocol.pictures import CONTROL, IMAGE, IP_IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
@@ -129,6 +131,8 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
     if model is not None:
         names = fit_to(names, model.video is not None)
     try:
+        for file in {file.digest: file for a in asked for file in a.loras}.values():
+            client.send_lora(file)
         pictures = {picture.name: picture for a in asked for picture in a.inputs}
         jobs = client.submit_many(
             [a.request for a in asked], MODEL_SECONDS, watch=not options["no_wait"], pictures=[*pictures.values()]
@@ -235,6 +239,7 @@ def names_for_jobs(jobs: Sequence[Job], options: dict[str, Any]) -> Names:
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
 @click.option("--anyway", is_flag=True, help="Make a file's picture again although this stack may give other bits.")
 @picture_options
+@click.option("--lora", "loras", multiple=True, metavar="FILE", help="A LoRA's file that FILE was made with.")
 @timeout_option
 @json_option
 @quiet_option
@@ -247,6 +252,8 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
     with Client(state_folder(state)) as client:
         if files:
             pictures = given_pictures(options).tensors
+            for file in loras_of(options["loras"]).files:
+                client.send_lora(file)
             asked = [asked_again(client, path, anyway, pictures) for path in files]
             make(client, asked, names_for_requests(asked, options), options)
             return
@@ -279,6 +286,7 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
     found = set(JobRequest.model_fields) & set(type(recipe).model_fields)
     kept = recipe.model_dump(include=found if recipe.sized else found - {"width", "height"})
     kept["settings"] = as_given(recipe.settings)
+    kept["loras"] = tuple(LoraRequest(name=lora.name, weight=lora.weight, digest=lora.digest) for lora in recipe.loras)
     request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
     return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None, pictures)
 

@@ -124,6 +124,7 @@ class Admission:
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
                     *extent_of(dict(zip(request.named_pictures, shapes, strict=True))),
+                    loras=[self._catalogue.loras.of(lora) for lora in request.loras],
                 )  # fmt: skip
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None

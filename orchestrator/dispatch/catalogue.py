@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.dispatch.lora_book import LoraBook
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
 from protocol.job import JobRequest, Recipe
@@ -97,6 +98,7 @@ class Catalogue:
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self.loras = LoraBook()
         self._entries: dict[str, CatalogueEntry] = {}
         self._default = ""
 

@@ -6,12 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.dispatch.catalogue import Catalogue
+from orchestrator.dispatch.lora_book import question_of
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
+from protocol.lora import LoraRequest
 from protocol.messages.common import Message
-from protocol.messages.describer import CountTokens, DescriberHello, LookAt, Looked, TokenCounts
+from protocol.messages.describer import (
+    CountTokens,
+    DescriberHello,
+    FindLora,
+    FoundLora,
+    KnownLoras,
+    ListLoras,
+    LookAt,
+    Looked,
+    TokenCounts,
+)
 from protocol.route import Route, Template
 
 log = logging.getLogger(__name__)
@@ -23,19 +35,28 @@ MOST_ENDED = 2  # times that texts may end the describer before they are refused
 SILENCE_SECONDS = 20.0  # many long prompts take it a while
 
 
+Asked = tuple[str, ...] | Template | LoraRequest | None
+
+
 @dataclass(slots=True)
 class Question:
-    """Texts that are being counted, or a template that is being looked at, and how often that ended a describer."""
+    """What the describer is asked: to count texts, to look at a template, to find a LoRA, or to list all (None)."""
 
-    of: tuple[str, ...] | Template
+    of: "Asked"
     principal: Principal = LOCAL_USER  # who asked first
     asked: bool = False
     ended: int = 0  # describers that were at it when they ended
 
     def message(self, number: int) -> Message:
-        if isinstance(self.of, Template):
-            return LookAt(request=number, recipe=self.of.recipe, shapes=self.of.shapes)
-        return CountTokens(request=number, texts=self.of)
+        match self.of:
+            case Template(recipe=recipe, shapes=shapes):
+                return LookAt(request=number, recipe=recipe, shapes=shapes)
+            case LoraRequest() as lora:
+                return FindLora(request=number, lora=lora)
+            case None:
+                return ListLoras(request=number)
+            case texts:
+                return CountTokens(request=number, texts=texts)
 
 
 @dataclass(slots=True)
@@ -67,11 +88,21 @@ class DescriberLink:
             question.asked = False
             if question.ended >= MOST_ENDED:
                 del self._open[number]
-                if isinstance(question.of, Template):
-                    self.catalogue.default().routes.learn(question.of, Route())
-                else:
-                    self._failed[question.of] = "counting its tokens ended the process that does so"
+                self._give_up(number, question.of)
         self._ask_next()
+
+    def _give_up(self, number: int, of: Asked) -> None:
+        """Answer a question that ends the process that is asked."""
+        match of:
+            case Template():
+                self.catalogue.default().routes.learn(of, Route())
+            case LoraRequest(name=name):
+                reason = f"LoRA {name!r}: looking at its file ended the process that does so"
+                self.catalogue.loras.learn(of, FoundLora(request=number, reason=reason))
+            case None:
+                self.catalogue.loras.list(())
+            case texts:
+                self._failed[texts] = "counting its tokens ended the process that does so"
 
     def is_here(self, identity: bytes) -> bool:
         """Return whether a message is the present describer's; it is a sign of life."""
@@ -97,11 +128,24 @@ class DescriberLink:
         """Return whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
         if self.catalogue.known is None:
             return False
-        if not self.expected or not (texts := tuple(self.catalogue.uncounted(requests))):
+        if not self.expected:
             return True
+        wanted = dict.fromkeys(question_of(lora) for request in requests for lora in request.loras)
+        missing = [lora for lora in wanted if not self.catalogue.loras.knows(lora)]
+        for lora in missing:
+            self._ask_once(lora, principal)
+        if missing or not (texts := tuple(self.catalogue.uncounted(requests))):
+            return not missing
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
         self._ask_once(texts, principal)
+        return False
+
+    def list_loras(self, principal: Principal) -> bool:
+        """Return whether the list of LoRAs is fresh; else it is asked for."""
+        if self.catalogue.loras.listed is not None or not self.expected:
+            return True
+        self._ask_once(None, principal)
         return False
 
     def look_at(self, templates: Sequence[Template], principal: Principal = LOCAL_USER) -> None:
@@ -116,7 +160,7 @@ class DescriberLink:
         own = sum(question.principal == principal for question in self._open.values())
         return len(self._open) >= MOST_WAITING or (isinstance(principal, KeyHolder) and own >= MOST_OF_A_KEY)
 
-    def _ask_once(self, of: tuple[str, ...] | Template, principal: Principal) -> None:
+    def _ask_once(self, of: Asked, principal: Principal) -> None:
         if any(question.of == of for question in self._open.values()):
             return
         if self._too_many(principal):
@@ -143,7 +187,7 @@ class DescriberLink:
     def counted(self, counts: TokenCounts) -> None:
         question = self._open.pop(counts.request, None)
         self._ask_next()
-        if question is None or isinstance(question.of, Template):
+        if question is None or not isinstance(question.of, tuple):
             return
         if counts.reason or len(counts.counts) != len(question.of):
             self._failed[question.of] = counts.reason or "it counted others"
@@ -155,3 +199,15 @@ class DescriberLink:
         self._ask_next()
         if question is not None and isinstance(question.of, Template):
             self.catalogue.default().routes.learn(question.of, looked.route)
+
+    def found_lora(self, found: FoundLora) -> None:
+        question = self._open.pop(found.request, None)
+        self._ask_next()
+        if question is not None and isinstance(question.of, LoraRequest):
+            self.catalogue.loras.learn(question.of, found)
+
+    def listed_loras(self, known: KnownLoras) -> None:
+        question = self._open.pop(known.request, None)
+        self._ask_next()
+        if question is not None and question.of is None:
+            self.catalogue.loras.list(known.loras)

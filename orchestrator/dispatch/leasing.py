@@ -62,9 +62,11 @@ class Leasing:
     # -- workers come, and go -------------------------------------------------------------------
 
     def ready(self, worker: Worker, ready: Ready) -> None:
-        """Book what a worker that works in leases holds as it joins; or its contexts, after a task."""
+        """Book what a worker that works in leases holds as it joins; or its contexts, after a task, and new needs."""
         gpus, jobs = worker.gpus, worker.hello.parts
-        if ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
+        if ready.needs and not ready.device_map and self.ledger.wants(worker.id, ready.needs):
+            self.ledger.has_worked(worker.id, ready.context_bytes)
+        elif ready.needs and len(ready.needs) == len(set(gpus)) == len(gpus) and self.ledger.accounts.keys() >= {*gpus}:
             contexts = ready.context_bytes if len(ready.context_bytes) == len(gpus) else (0,) * len(gpus)
             leases = ready.leases if len(ready.leases) == len(gpus) else (NOTHING,) * len(gpus)
             kept = ready.kept_bytes if len(ready.kept_bytes) == len(gpus) else (0,) * len(gpus)

@@ -99,6 +99,15 @@ class Ledger:
     def join(self, worker: str, holdings: Iterable[Holding]) -> None:
         self.holdings[worker] = tuple(holdings)
 
+    def wants(self, worker: str, needs: Sequence[WeightNeed]) -> bool:
+        """Take in what a worker needs from now on; return whether it is booked as holding so many GPUs."""
+        holdings = self.holdings.get(worker, ())
+        if len(holdings) != len(needs):
+            return False
+        for holding, need in zip(holdings, needs, strict=True):
+            holding.needs = need
+        return True
+
     def leave(self, worker: str) -> None:
         self.holdings.pop(worker, None)
 

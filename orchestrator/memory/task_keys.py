@@ -47,4 +47,5 @@ def workspace_key(stage: Stage, model: ModelKey, recipe: Recipe) -> str:
 def step_key(stage: Stage, recipe: Recipe, gpu: str) -> str:
     """Return the key of the seconds of a step; a text encoder's don't depend on the picture."""
     size = size_of(recipe) if stage != "text" else ()
+    size += (-len(recipe.loras),) if recipe.loras else ()  # each adds to what a step computes
     return json.dumps([stage, recipe.revision, recipe.dtype, recipe.speedups, size, guided(recipe), gpu])

@@ -13,10 +13,12 @@ from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
 from orchestrator.principal import LocalUser, Principal, job_id_of
 from orchestrator.server.housekeeping import MOST_FORGOTTEN
+from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.version import VERSION
 from protocol import wire
 from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, StateUnusable, TriptychError
+from protocol.lora import LORA_PART_BYTES
 from protocol.messages.client import (
     FROM_CLIENT,
     Cancel,
@@ -26,10 +28,15 @@ from protocol.messages.client import (
     Drain,
     FetchPictures,
     GetJobs,
+    GetLoras,
     GetStack,
     GetWorkers,
     Jobs,
+    LoraHere,
+    Loras,
+    OfferLora,
     Pictures,
+    PutLora,
     Question,
     Restart,
     Retry,
@@ -75,10 +82,12 @@ def error_message(error: TriptychError, request: int = 0) -> Error:
 
 
 class ClientRequests:
-    def __init__(self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink) -> None:
-        self.engine, self._describer, self._supervisor = engine, describer, supervisor
+    def __init__(
+        self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink, uploads: LoraUploads
+    ) -> None:
+        self.engine, self._describer, self._supervisor, self._uploads = engine, describer, supervisor, uploads
         # By client and question, until they can be judged.
-        self._parked: dict[tuple[Peer, int], tuple[Submit, tuple[Tensor, ...]]] = {}
+        self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...]]] = {}
         self._started = time.time()
 
     def handle(self, client: bytes, principal: Principal, frames: list[Buffer]) -> None:
@@ -111,6 +120,10 @@ class ClientRequests:
                 for tensor in tensors:
                     check_picture(tensor)
                 self._submit(peer, question, tensors)
+            elif isinstance(question, PutLora):
+                self._put_lora(peer, question, tensors)
+            elif isinstance(question, GetLoras):
+                self._list_loras(peer, question)
             else:
                 self._answer(peer, question)
 
@@ -127,9 +140,12 @@ class ClientRequests:
     def unpark(self) -> None:
         """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
         parked, self._parked = self._parked, {}
-        for (peer, _), (submit, tensors) in parked.items():
-            with self._told(peer, submit):
-                self._submit(peer, submit, tensors)
+        for (peer, _), (question, tensors) in parked.items():
+            with self._told(peer, question):
+                if isinstance(question, Submit):
+                    self._submit(peer, question, tensors)
+                else:
+                    self._list_loras(peer, question)
 
     def forget(self, client: bytes) -> None:
         """Let go of the submissions of a client that is gone."""
@@ -179,6 +195,8 @@ class ClientRequests:
                 self._reply(client, self._collect(number, older))
             case GetStack():
                 self._reply(client, self._stack(number))
+            case OfferLora(digest=digest, bytes=size):
+                self._reply(client, LoraHere(request=number, bytes=self._uploads.offer(peer.principal, digest, size)))
             case Restart(stage=stage):
                 self._supervisor.check(stage)
                 self._supervisor.restart(stage)
@@ -221,7 +239,24 @@ class ClientRequests:
             self._describer.look_at(missing.templates, peer.principal)
             self._park(peer, submit, tensors)
 
-    def _park(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
+    def _list_loras(self, peer: Peer, question: GetLoras) -> None:
+        if self._describer.list_loras(peer.principal):
+            known = self.engine.catalogue.loras.listed or ()
+            self._reply(peer.identity, Loras(request=question.request, loras=known))
+        else:
+            self._park(peer, question, ())
+
+    def _put_lora(self, peer: Peer, question: PutLora, tensors: tuple[Tensor, ...]) -> None:
+        if len(tensors) != 1 or tensors[0].dtype != "uint8" or tensors[0].nbytes > LORA_PART_BYTES:
+            raise BadRequest(
+                "A part of a LoRA is one tensor of bytes beside the question.", "Send it in smaller parts."
+            )
+        needed = {lora.digest for job in self.engine.job_queue.jobs.values() for lora in job.recipe.loras}
+        (part,) = tensors
+        have = self._uploads.put(peer.principal, question.digest, question.offset, part.data, needed)
+        self._reply(peer.identity, LoraHere(request=question.request, bytes=have))
+
+    def _park(self, peer: Peer, submit: Submit | GetLoras, tensors: tuple[Tensor, ...]) -> None:
         own = [kept for (other, _), (_, kept) in self._parked.items() if other.principal == peer.principal]
         held = sum(tensor.nbytes for kept in own for tensor in kept)
         of_a_key = not peer.local and (len(own) >= MOST_OF_A_KEY or held >= PARKED_BYTES)

@@ -25,6 +25,7 @@ from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.housekeeping import Housekeeping
 from orchestrator.server.inbox import Inbox, Received
+from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.sockets import Sockets
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.server.worker_requests import HEARTBEAT_SECONDS, WorkerRequests
@@ -61,10 +62,13 @@ class Server:
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         keys = KeyFolder(folder.keys)
         allowed = AllowedKeys(keys)
-        self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
+        self.engine = Engine(
+            self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight, loras=folder.loras
+        )
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
-        self._clients = ClientRequests(self.engine, describer, self._supervisor)
+        uploads = LoraUploads(folder.loras, settings.lora_cache)
+        self._clients = ClientRequests(self.engine, describer, self._supervisor, uploads)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.doors.pids
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)

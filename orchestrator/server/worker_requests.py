@@ -14,7 +14,7 @@ from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
-from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, Looked, TokenCounts
+from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, FoundLora, KnownLoras, Looked, TokenCounts
 from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorHello
 from protocol.messages.worker import (
     FROM_WORKER,
@@ -84,6 +84,12 @@ class WorkerRequests:
                 self._clients.unpark()
             case Looked() as looked if self._describer.is_here(identity):
                 self._describer.looked(looked)
+                self._clients.unpark()
+            case FoundLora() as found if self._describer.is_here(identity):
+                self._describer.found_lora(found)
+                self._clients.unpark()
+            case KnownLoras() as known if self._describer.is_here(identity):
+                self._describer.listed_loras(known)
                 self._clients.unpark()
             case Heartbeat() if self._describer.is_here(identity):
                 self._answer(identity, Beat())

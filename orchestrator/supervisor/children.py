@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from orchestrator.access import KeyFolder
 from orchestrator.planning.placement import Post
@@ -86,9 +87,12 @@ class Children:
 
     def _describer_spec(self) -> DescriberSpec:
         stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in self._plan.posts))
+        folder = self._config.lora_folder
         return DescriberSpec(
             endpoint=self._endpoints.workers, model=self._config.model_spec(),
             dtype=self._plan.dtype, stages=stages, speedups=self._plan.speedups,
+            loras=str(self._folder.loras.resolve()), lora_folder=folder and str(Path(folder).expanduser().resolve()),
+            lora_aliases=tuple(self._config.loras.items()),
         )  # fmt: skip
 
     def _worker_spec(self, post: Post, name: str) -> WorkerSpec:
@@ -100,7 +104,7 @@ class Children:
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
             cut=post.cut, jobs=post.jobs, speedups=self._plan.speedups,
             checkpoint_seconds=config.checkpoint if post.stage == "denoise" and config.keep else None,
-            cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked,
+            cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked, loras=str(self._folder.loras.resolve()),
         )  # fmt: skip
 
     def _child(

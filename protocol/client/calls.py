@@ -13,8 +13,10 @@ from protocol.client.exchange import (
     raise_unless_done,
     request_of,
 )
-from protocol.errors import WaitTimeout
+from protocol.client.lora_files import GivenLoras, LoraFile, all_text, loras_of
+from protocol.errors import BadRequest, WaitTimeout
 from protocol.job import ENDED, Job, JobRequest, JobState
+from protocol.lora import LORA_PART_BYTES, LoraInfo
 from protocol.messages.client import (
     Cancel,
     Collected,
@@ -22,11 +24,16 @@ from protocol.messages.client import (
     Drain,
     FetchPictures,
     GetJobs,
+    GetLoras,
     GetStack,
     GetWorkers,
     JobEvent,
     Jobs,
+    LoraHere,
+    Loras,
+    OfferLora,
     Pictures,
+    PutLora,
     Question,
     Restart,
     Retry,
@@ -46,6 +53,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 M = TypeVar("M", bound=Message)
+MOST_STALLED = 5  # times that sending a file may begin anew
 LONGER = "Wait longer with --timeout, or: triptych jobs"
 
 
@@ -79,9 +87,14 @@ class Calls:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
 
         `images`, `mask`, `control` and `ip_image` may be paths, the bytes of files, or Pillow images; `video` a path,
-        or frames as Pillow images. `videos` are several, by the names of the pipeline's call.
+        or frames as Pillow images. `videos` are several, by the names of the pipeline's call. `loras` may be texts,
+        NAME[@WEIGHT], with aliases or paths of files.
         """
+        given = loras_of(options.pop("loras", ())) if all_text(options.get("loras")) else GivenLoras()
+        options |= {"loras": given.requests} if given.requests else {}
         request, pictures = request_of(prompt, options)
+        for file in given.files:
+            await self.send_lora(file)
         return (await self.submit_many([request], pictures=pictures))[0]
 
     async def submit_many(
@@ -107,6 +120,33 @@ class Calls:
             if isinstance(answer.message, Jobs):
                 accepted += answer.message.jobs
         return accepted
+
+    async def send_lora(self, file: LoraFile) -> None:
+        """Send a LoRA's file, unless the stack has it: jobs name it by its digest. BadRequest."""
+        have, stalled = await self._here(OfferLora, digest=file.digest, bytes=file.bytes), 0
+        with file.path.open("rb") as opened:
+            while have < file.bytes:
+                before = have
+                opened.seek(have)
+                part = opened.read(LORA_PART_BYTES)
+                if not part:
+                    raise BadRequest(f"{str(file.path)!r} has become shorter meanwhile.", "Send it again.")
+                tensor = Tensor("part", "uint8", (len(part),), part)
+                have = await self._here(PutLora, tensors=[tensor], digest=file.digest, offset=have)
+                if have <= before:  # the orchestrator is another one, or has let go of what came
+                    stalled += 1
+                    if stalled > MOST_STALLED:
+                        raise BadRequest(f"The stack does not take {str(file.path)!r}.", "Try again later.")
+                    have = await self._here(OfferLora, digest=file.digest, bytes=file.bytes)
+
+    async def _here(self, cls: type[Question], tensors: Sequence[Tensor] = (), **fields: Any) -> int:
+        message = (await self._link.ask(cls, None, tensors, **fields)).message
+        assert isinstance(message, LoraHere)
+        return message.bytes
+
+    async def loras(self) -> list[LoraInfo]:
+        """The LoRAs that have a name in the stack."""
+        return list((await self._message(Loras, GetLoras)).loras)
 
     async def job(self, job_id: str) -> Job:
         """Return a job as it stands; NotFound."""

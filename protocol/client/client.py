@@ -20,9 +20,11 @@ import zmq
 from protocol.client.calls import Calls
 from protocol.client.endpoints import no_answer, reach
 from protocol.client.exchange import CONNECT_SECONDS, REPEATABLE, RESEND_SECONDS, Exchange
+from protocol.client.lora_files import LoraFile
 from protocol.curve_keys import PeerKey
 from protocol.errors import NoStack
 from protocol.job import Job, JobRequest, JobState
+from protocol.lora import LoraInfo
 from protocol.messages.client import JobEvent, Question, Stack, Workers
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
@@ -143,7 +145,8 @@ class Client:
         """Accept one job, on disk when this returns. `options` are JobRequest's fields; BadRequest, DoesNotFit.
 
         `images`, `mask`, `control` and `ip_image` may be paths, the bytes of files, or Pillow images; `video` a path,
-        or frames as Pillow images. `videos` are several, by the names of the pipeline's call.
+        or frames as Pillow images. `videos` are several, by the names of the pipeline's call. `loras` may be texts,
+        NAME[@WEIGHT], with aliases or paths of files.
         """
         return run(self._calls.submit(prompt, **options))
 
@@ -159,6 +162,14 @@ class Client:
         `pictures` are those that the requests name by their digests, as `picture_of` makes them.
         """
         return run(self._calls.submit_many(requests, timeout, watch, pictures))
+
+    def send_lora(self, file: LoraFile) -> None:
+        """Send a LoRA's file, as `loras_of` finds it, unless the stack has it: jobs name it by its digest."""
+        run(self._calls.send_lora(file))
+
+    def loras(self) -> list[LoraInfo]:
+        """The LoRAs that have a name in the stack."""
+        return run(self._calls.loras())
 
     def job(self, job_id: str) -> Job:
         """Return a job as it stands; NotFound."""

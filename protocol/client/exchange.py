@@ -18,9 +18,12 @@ from protocol.messages.client import (
     Drain,
     FetchPictures,
     GetJobs,
+    GetLoras,
     GetStack,
     GetWorkers,
     JobEvent,
+    OfferLora,
+    PutLora,
     Question,
     Scale,
     Submit,
@@ -37,7 +40,20 @@ PATIENCE_SECONDS = 30.0  # how long an orchestrator may be away, as while it is 
 
 
 # Asking these twice is harmless: jobs carry ids, and the rest only looks or names a wanted state.
-REPEATABLE = (Submit, Watch, GetJobs, FetchPictures, Cancel, GetWorkers, GetStack, Scale, Drain)
+REPEATABLE = (
+    Submit,
+    Watch,
+    GetJobs,
+    FetchPictures,
+    Cancel,
+    GetWorkers,
+    GetStack,
+    Scale,
+    Drain,
+    GetLoras,
+    OfferLora,
+    PutLora,
+)
 
 
 class Exchange:

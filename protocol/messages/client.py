@@ -4,7 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
+from protocol.data import Digest
 from protocol.job import Job, JobId, JobRequest, JobState
+from protocol.lora import LoraInfo
 from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
 from protocol.model import ModelDescription
 from protocol.stages import Stage
@@ -96,6 +98,26 @@ class CollectGarbage(Question):
     older: Count  # seconds
 
 
+class GetLoras(Question):
+    kind = "get-loras"
+
+
+class OfferLora(Question):
+    """Ask how many bytes of a LoRA's file are here, before it is sent."""
+
+    kind = "offer-lora"
+    digest: Digest
+    bytes: Count
+
+
+class PutLora(Question):
+    """A part of a LoRA's file, from `offset` on: the tensor beside it, uint8."""
+
+    kind = "put-lora"
+    digest: Digest
+    offset: Count
+
+
 class Jobs(Message):
     kind = "jobs"
     request: Count
@@ -159,6 +181,22 @@ class Collected(Message):
     bytes: Count
 
 
+class Loras(Message):
+    """The LoRAs that have a name in the stack."""
+
+    kind = "loras"
+    request: Count
+    loras: tuple[LoraInfo, ...]
+
+
+class LoraHere(Message):
+    """So many bytes of a LoRA's file are here; all of them: it can be used."""
+
+    kind = "lora-here"
+    request: Count
+    bytes: Count
+
+
 class Done(Message):
     """The answer to a question that was done, with nothing more to say."""
 
@@ -179,5 +217,10 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Scale,
     Drain,
     CollectGarbage,
+    GetLoras,
+    OfferLora,
+    PutLora,
 )
-TO_CLIENT: tuple[type[Message], ...] = (Jobs, JobEvent, Pictures, Workers, Stack, Collected, Done, Error)
+TO_CLIENT: tuple[type[Message], ...] = (
+    Jobs, JobEvent, Pictures, Workers, Stack, Collected, Loras, LoraHere, Done, Error,
+)  # fmt: skip

@@ -135,6 +135,7 @@ class WorkerGoodbye(Message):
 
 MOST_AHEAD = 15  # recipes beside a task
 MOST_PROMPTS = 7  # of them, beside one of the text stage
+LORA = "lora:"  # begins the names of the parts of LoRAs' files beside a task: lora:DIGEST:NUMBER
 AHEAD = "ahead:"  # begins the names of their tensors: ahead:NUMBER:NAME
 
 

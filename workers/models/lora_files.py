@@ -94,7 +94,7 @@ class LoraFiles:
             path = self._shelf / f"{asked.digest}.safetensors"
             if path.exists():
                 return path
-            raise NotFound(f"The file of LoRA {asked.name!r} is not here.", "Send it again.")
+            raise NotFound(f"The file of LoRA {asked.name!r} is not here.", "Give it: --lora FILE.safetensors")
         known = self.paths()
         if asked.name in known:
             return known[asked.name]

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import logging
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from diffusers import DiffusionPipeline
 
 from protocol.errors import BadRequest
 from protocol.lora import Lora
+from protocol.tensors import Buffer
 from protocol.units import format_bytes
 from workers.errors import StageError, cause_of
 from workers.weights.residency import Residency
@@ -48,6 +50,7 @@ class LoraAdapters:
         self._weights = {id(own[name]): residency.adapters for name, residency in residencies.items() if name in own}
         self._loaded: dict[str, frozenset[str]] = {}  # by digest, the least recently used first: components
         self._bytes: dict[str, int] = {}
+        self._kept: tempfile.TemporaryDirectory[str] | None = None
 
     @contextlib.contextmanager
     def job(self, loras: Sequence[Lora]) -> Iterator[None]:
@@ -99,6 +102,14 @@ class LoraAdapters:
             if weights := self._weights.get(id(self._own[component])):
                 weights.take_in(adapter_name(lora.digest))
         log.info("LoRA %s, %s, loaded in %.2f s", lora.name, format_bytes(size), time.perf_counter() - start)
+
+    def keep_file(self, digest: str, parts: Sequence[Buffer]) -> None:
+        """Keep a LoRA's file, which came in parts from a stack on another host, for this process's life."""
+        if self.folder is None:
+            self._kept = tempfile.TemporaryDirectory(prefix="triptych-loras-")
+            self.folder = Path(self._kept.name)
+        if re.fullmatch(r"[0-9a-f]{64}", digest):
+            (self.folder / f"{digest}.safetensors").write_bytes(b"".join(parts))
 
     def _making_room(self, size: int) -> Callable[[torch.nn.Module], None]:
         def make_room(module: torch.nn.Module) -> None:

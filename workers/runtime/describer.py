@@ -252,9 +252,8 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
     except Exception as error:
         log.info("LoRAs can't be checked: %s", error)
         pipeline = None
-    found = LoraFiles(
-        pipeline, dict(spec.lora_aliases), Path(spec.lora_folder) if spec.lora_folder else None, Path(spec.loras)
-    )
+    folder = Path(spec.lora_folder) if spec.lora_folder else None
+    found = LoraFiles(pipeline, dict(spec.lora_aliases), folder, Path(spec.loras))
     found.fetch()
     return found
 

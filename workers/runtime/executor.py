@@ -19,7 +19,19 @@ from torch.nn.modules.conv import _ConvNd
 from protocol.errors import TriptychError
 from protocol.job import Recipe
 from protocol.messages.common import Message
-from protocol.messages.worker import AHEAD, Borrow, Leased, Lent, Progress, Ready, Result, SetLease, Task, TaskFailed
+from protocol.messages.worker import (
+    AHEAD,
+    LORA,
+    Borrow,
+    Leased,
+    Lent,
+    Progress,
+    Ready,
+    Result,
+    SetLease,
+    Task,
+    TaskFailed,
+)
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
@@ -177,7 +189,9 @@ class Executor:
             self._do(runner, gpu_leases, order, tensors)
             del order, tensors
             contexts = tuple(gpu_lease.context_bytes() for gpu_lease in gpu_leases)
-            self._emit((Ready(residency=views(runner), context_bytes=contexts), []))
+            ready, before = Ready(residency=views(runner), context_bytes=contexts), needs
+            needs = tuple(held.needs() for held in gpu_leases)  # which adapters may have changed
+            self._emit((ready if needs == before else ready.model_copy(update={"needs": needs}), []))
 
     def _lend(self, gpu_leases: Sequence[AnyGpuLease]) -> None:
         """Lend what is to be borrowed, unless that was done at the end of a step, and wait until it is back."""
@@ -219,7 +233,7 @@ class Executor:
                 progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
                 self._emit((progress, saved.tensors if saved else []))
 
-        tensors, theirs = shared_out(task, tensors)
+        tensors, theirs = shared_out(task, keep_lora_files(runner, tensors))
         if isinstance(runner, TextStage):
             runner.ahead = task.ahead
         if isinstance(runner, BatchedDenoiseStage):
@@ -266,6 +280,19 @@ class Executor:
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+
+def keep_lora_files(runner: StageRunner, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Keep the files of LoRAs that came beside a task, and return the other tensors."""
+    files: dict[str, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.name.startswith(LORA):
+            files.setdefault(tensor.name.split(":")[1], []).append(tensor)
+    loras = None if isinstance(runner, LeadStage) else runner.loaded.loras
+    for digest, parts in files.items():
+        if loras:
+            loras.keep_file(digest, [part.data for part in parts])
+    return tuple(tensor for tensor in tensors if not tensor.name.startswith(LORA))
 
 
 def shared_out(task: Task, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
