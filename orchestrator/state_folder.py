@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from protocol.client.endpoints import CPU_LOCK, PUBLISHED, Endpoints
+from protocol.client.endpoints import CPU_LOCK, LORAS, PUBLISHED, Endpoints
 from protocol.curve_keys import Role
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
@@ -89,7 +89,7 @@ class StackFolder:
     @property
     def loras(self) -> Path:
         """The folder where LoRAs lie by their digests: files that clients have sent, and links to others."""
-        return self.path / "loras"
+        return self.path / LORAS
 
     @property
     def keys(self) -> Path:

@@ -1,13 +1,18 @@
 """`triptych worker`: a stage worker in a stack, or alone for debugging. Imports torch only once it has work to do."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from protocol.client.endpoints import CPU_LOCK, default_folder, published
+from protocol.client.endpoints import CPU_LOCK, LORAS, default_folder, published
 from protocol.client.input_pictures import Inputs, picture_of, split_video, video_of
+from protocol.client.lora_files import LoraFile, loras_of
 from protocol.errors import BadRequest
 from protocol.model_spec import DEMO, PARTS, ModelSpec
 from protocol.speedups import canonical, parse_speedup
@@ -85,6 +90,8 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--ip-scale", type=float, help="How much that picture counts.")
 @click.option("--video", "videos", multiple=True, metavar="[NAME=]FILE", help="A video to begin from.")
 @click.option("--strength", type=float, help="How much of the picture goes, from 0 to 1.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[@WEIGHT]", help="A LoRA, of a stage alone; to later "
+              "stages give the same files.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(1), default=1, show_default=True, help="Run it N times, to time it.")
 @click.option("--profile", type=click.Path(path_type=Path), metavar="FILE", help="Write a torch profiler trace (JSON).")
 @click.option("--pdb", is_flag=True, help="Stop in the debugger at an error.")
@@ -140,9 +147,23 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
         **{name: picture_of(path, mask=name == "mask") for name, opt in single.items() if (path := options[opt])},
     )
     given |= inputs.fields
+    loras = loras_of(options["loras"])
+    if named := [lora.name for lora in loras.requests if lora.digest is None]:
+        raise BadRequest(f"Alone, a stage knows no LoRA {named[0]!r}.", "Give its file: --lora FILE.safetensors")
+    spec = spec.model_copy(update={"loras": str(folder_of(loras.files))})
     if options["input_path"] is None:
+        given |= {"loras": loras.requests} if loras.requests else {}
         given.setdefault("prompt", "")  # of models that take none
     run_standalone(prepare(spec), given, inputs.tensors, options["input_path"], output, debugging)
+
+
+def folder_of(files: Sequence[LoraFile]) -> Path:
+    """Return a folder for this process's life in which LoRAs lie by their digests."""
+    folder = Path(tempfile.mkdtemp(prefix="triptych-loras-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for file in files:
+        (folder / f"{file.digest}.safetensors").symlink_to(file.path.resolve())
+    return folder
 
 
 def check_input(stage: Stage, begins: bool, path: Path | None) -> None:
@@ -160,7 +181,7 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
     from protocol.curve_keys import load
     from protocol.sockets import check_endpoint
 
-    endpoint, key, cpu_lock = options["connect"], None, None
+    endpoint, key, cpu_lock, loras = options["connect"], None, None, None
     if endpoint is None:
         where = options["state"] or default_folder()
         if where.is_file():
@@ -172,11 +193,12 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
             endpoint = key.endpoint
         else:
             endpoint, cpu_lock = published(where).workers, str(where / CPU_LOCK)
+            loras = str((where / LORAS).resolve())
     check_endpoint(endpoint, secured=key is not None)
     from workers.runtime.worker import serve
 
     spec = worker_spec(stage, name, options)
-    serve(spec.model_copy(update={"endpoint": endpoint, "cpu_lock": cpu_lock}), key)
+    serve(spec.model_copy(update={"endpoint": endpoint, "cpu_lock": cpu_lock, "loras": loras}), key)
 
 
 def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:

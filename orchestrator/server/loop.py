@@ -67,8 +67,8 @@ class Server:
         )
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
-        uploads = LoraUploads(folder.loras, settings.lora_cache)
-        self._clients = ClientRequests(self.engine, describer, self._supervisor, uploads)
+        self._uploads = LoraUploads(folder.loras, settings.lora_cache)
+        self._clients = ClientRequests(self.engine, describer, self._supervisor, self._uploads)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.doors.pids
         self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
@@ -199,6 +199,7 @@ class Server:
 
     def _close(self) -> None:
         self.folder.withdraw()
+        self._uploads.close()
         with contextlib.suppress(StateUnusable):  # it has been said, and what was not committed was promised to nobody
             self.store.close()
         self._sockets.close()

@@ -1,6 +1,5 @@
 """LoRAs that clients send: written in parts, kept by the digest of all their bytes, the oldest let go of first."""
 
-import contextlib
 import hashlib
 import os
 import time
@@ -108,15 +107,16 @@ class LoraUploads:
                 path.unlink(missing_ok=True)
                 over -= size
 
+    def close(self) -> None:
+        """Let go of all that has come in part."""
+        for upload in self._open.values():
+            upload.close()
+        self._open.clear()
+
     def _end_idle(self) -> None:
         for key, upload in list(self._open.items()):
             if time.monotonic() - upload.heard > IDLE_SECONDS:
                 self._open.pop(key).close()
-
-    def used(self, digest: str) -> None:
-        """Note that a file is used now."""
-        with contextlib.suppress(OSError):
-            os.utime(self._place(digest), follow_symlinks=False)
 
     def _place(self, digest: str) -> Path:
         return self._shelf / f"{digest}.safetensors"

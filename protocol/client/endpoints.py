@@ -11,6 +11,7 @@ from protocol.curve_keys import PeerKey, load
 from protocol.errors import BadRequest, NoStack
 
 PUBLISHED = "stack.json"
+LORAS = "loras"  # name of the folder where LoRAs lie by their digests
 CPU_LOCK = "cpu.lock"  # in a stack's folder, held by the worker that computes on the CPU
 
 

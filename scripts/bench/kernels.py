@@ -19,7 +19,6 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # as workers do: a look wheth
 
 import click
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from protocol.job import JobRequest, Recipe
@@ -86,7 +85,7 @@ def measure(runner: StageRunner, recipe: Recipe, tensors: tuple[Tensor, ...], re
 
 
 def told(profiler: Any, steps: int) -> None:
-    kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    kernels = [event for event in profiler.events() if event.device_type.name == "CUDA"]
     spans: dict[str, list[tuple[float, float]]] = defaultdict(list)
     times: dict[str, list[float]] = defaultdict(list)
     for event in kernels:

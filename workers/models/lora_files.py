@@ -35,10 +35,10 @@ class LoraFiles:
     """The LoRAs that an administrator has named, and those that clients have sent; files by digest are in `shelf`."""
 
     def __init__(
-        self, pipeline: DiffusionPipeline | None, aliases: Mapping[str, str], folder: Path | None, shelf: Path
+        self, pipeline: DiffusionPipeline | None, aliases: Mapping[str, str], folders: Sequence[Path], shelf: Path
     ) -> None:
         """`pipeline` has its models on the meta device; None: nothing is known of it, and nothing is checked."""
-        self._pipeline, self._aliases, self._folder, self._shelf = pipeline, dict(aliases), folder, shelf
+        self._pipeline, self._aliases, self._folders, self._shelf = pipeline, dict(aliases), folders, shelf
         self._digests: dict[tuple[str, int, int], str] = {}  # by path, size and time of change
         self._fits: dict[str, tuple[str, ...] | str] = {}  # by digest: components, or why it is not for the model
 
@@ -50,12 +50,12 @@ class LoraFiles:
             self._aliases[name] = str(local_file(name, where))
 
     def paths(self) -> dict[str, Path]:
-        """Return the files by their names; an alias goes before a file of the folder."""
+        """Return the files by their names; an alias goes before a file of a folder, a later folder before others."""
         found: dict[str, Path] = {}
-        if self._folder:
-            for path in sorted(self._folder.rglob("*.safetensors")):
+        for folder in self._folders:
+            for path in sorted(folder.rglob("*.safetensors"), reverse=True):
                 if LORA_NAME.fullmatch(path.stem):
-                    found.setdefault(path.stem, path)
+                    found[path.stem] = path
         return found | {name: Path(path) for name, path in self._aliases.items()}
 
     def all(self) -> tuple[LoraInfo, ...]:
@@ -200,7 +200,8 @@ def local_file(name: str, where: str) -> Path:
     if path.is_file():
         return path.absolute()
     repo, _, file = where.partition(":")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or path.suffix == ".safetensors" or where.startswith(("/", ".", "~")):
+    is_path = where.startswith(("/", ".", "~")) or (not file and where.endswith(".safetensors"))
+    if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise ModelMissing(f"LoRA {name!r}: there is no file {where!r}.", "Give a .safetensors file, or OWNER/NAME.")
     try:
         return Path(hf_hub_download(repo, file or only_file(name, repo)))

@@ -252,8 +252,8 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
     except Exception as error:
         log.info("LoRAs can't be checked: %s", error)
         pipeline = None
-    folder = Path(spec.lora_folder) if spec.lora_folder else None
-    found = LoraFiles(pipeline, dict(spec.lora_aliases), folder, Path(spec.loras))
+    folders = [source.folder / "loras", *([Path(spec.lora_folder)] if spec.lora_folder else [])]
+    found = LoraFiles(pipeline, dict(spec.lora_aliases), folders, Path(spec.loras))
     found.fetch()
     return found
 

@@ -14,6 +14,7 @@ from protocol.client.picture_files import metadata_of, to_images
 from protocol.client.video_files import save_made, sound_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest, Recipe
+from protocol.lora import Lora
 from protocol.pictures import as_given, extent_of, is_given_picture, pictures_among
 from protocol.recipe import resolve
 from protocol.settings import as_given as settings_as_given
@@ -78,7 +79,10 @@ def make_input(
     counter = token_counter(prepared.source)
     request, by_digest = JobRequest.model_validate(given), {picture.name: picture for picture in pictures}
     extent = extent_of({name: by_digest[digest].shape for name, digest in request.named_pictures.items()})
-    recipe = resolve(request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, *extent)
+    loras = [Lora(name=lora.name, digest=lora.digest or "", weight=lora.weight) for lora in request.loras]
+    recipe = resolve(
+        request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, *extent, loras=loras
+    )
     return recipe, tuple(as_given(recipe.named_pictures, by_digest))
 
 
@@ -94,12 +98,14 @@ def read_input(prepared: Prepared, given: dict[str, object], path: Path) -> tupl
         raise BadRequest(f"{', '.join(fixed)} can't change any more: {str(path)!r} depends on it.", "Leave it out.")
     kept = recipe.model_dump(include=set(JobRequest.model_fields) & set(Recipe.model_fields))
     kept["settings"] = settings_as_given(recipe.settings)
+    kept["loras"] = ()
     request = JobRequest.model_validate({**kept, **given})
     if not recipe.sized:
         request = request.model_copy(update={"width": None, "height": None})
     speedups = canonical({*recipe.speedups, *prepared.spec.speedups})
     size = (recipe.width, recipe.height)
-    return resolve(request, prepared.description, recipe.dtype, None, speedups, size, recipe.frames), tensors
+    resolved = resolve(request, prepared.description, recipe.dtype, None, speedups, size, recipe.frames, recipe.loras)
+    return resolved, tensors
 
 
 def report_steps(step: int, steps: int, saved: Saved | None = None) -> None:

@@ -53,7 +53,8 @@ class Stack:
         return resolve(request, describe(self.source), "float32", None).model_copy(update={"loras": tuple(used)})
 
     def picture(self, used: Sequence[Lora], **more: Any) -> torch.Tensor:
-        recipe, left, stage = self.recipe(used, **more), (), "text"
+        recipe, left = self.recipe(used, **more), ()
+        stage: Stage = "text"
         while True:
             outcome = self.by_name[stage].run(recipe, tuple(left), unheard)
             left = outcome.tensors
@@ -70,7 +71,8 @@ def stack(folder: Path, files: Path, share: float = 1.0) -> Stack:
     """Stages whose weights have so much of what they take; the rest is streamed."""
     source = read(str(folder), folder, None)
     by_name: dict[Stage, Any] = {}
-    for name, cls in (("text", TextStage), ("denoise", DenoiseStage), ("vae", VaeStage)):
+    classes: dict[Stage, Any] = {"text": TextStage, "denoise": DenoiseStage, "vae": VaeStage}
+    for name, cls in classes.items():
         loaded = load(source, name, Devices(CPU, leased=True), torch.float32)
         for residency in loaded.residencies.values():
             budget = int(share * residency.total_bytes) if name == "denoise" else residency.total_bytes
