@@ -2,22 +2,29 @@
 
 import json
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 
+from orchestrator.access import KeyFolder
 from protocol.client.client import Client
 from protocol.client.lora_files import lora_file
+from protocol.curve_keys import KeyPair, PeerKey, save
 from protocol.errors import BadRequest, NotFound
 from protocol.lora import Lora
 from tests import loras, tiny
-from tests.stacks import RunningStack, running_stack, triptych
+from tests.stacks import TRIPTYCH, RunningStack, running_stack, triptych
+from tests.tiny import environment
 
 SIZE = {"width": tiny.SIZE, "height": tiny.SIZE}
-ASKED = {"prompt": "a red circle", "seed": 3, "steps": 3, **SIZE}
+ASKED: dict[str, Any] = {"prompt": "a red circle", "seed": 3, "steps": 3, **SIZE}
 ATTENTION, MODULATION = ("to_q", "to_k", "to_v"), ("norm1.linear", "norm.linear")
 
 
@@ -169,3 +176,55 @@ def test_streamed_in_leases(shelf: Shelf, state: Path) -> None:
         for names in (["attention"], [], ["modulation", "attention"], ["attention"]):
             used = [shelf.known[name] for name in names]
             assert torch.equal(small.picture(**ASKED, loras=names)[1], shelf.plain(used)), names
+
+
+def test_a_worker_of_another_host_gets_the_files(shelf: Shelf, state: Path, tmp_path: Path) -> None:
+    """One with a key, which reads nothing of the stack's folder."""
+    pair = KeyPair.new()
+    folder = KeyFolder(state / "keys")
+    folder.server()
+    folder.add("box", "worker", pair.public)
+    named = ["--config", str(shelf.config), "--loras", str(shelf.folder), "--device", "cpu"]
+    with running_stack(state, *named, "--workers", "denoise=0", "--listen-workers", "tcp://127.0.0.1:0") as running:
+        endpoint = json.loads((state / "stack.json").read_text())["remote"]["worker"]
+        save(tmp_path / "box.key", PeerKey("box", "worker", endpoint, folder.server().public, pair.public, pair.secret))
+        arguments = ["--state", str(tmp_path / "box.key"), "--model", str(shelf.model), "--device", "cpu"]
+        worker = subprocess.Popen(
+            [*TRIPTYCH, "worker", "denoise", *arguments], env=environment(), stderr=subprocess.DEVNULL
+        )
+        try:
+            for names in (["attention"], ["modulation", "attention"], []):
+                used = [shelf.known[name] for name in names]
+                assert torch.equal(running.picture(**ASKED, loras=names)[1], shelf.plain(used)), names
+        finally:
+            worker.terminate()
+            assert worker.wait(20) == 0
+
+
+def test_a_stage_alone_takes_files(shelf: Shelf, tmp_path: Path) -> None:
+    made = {stage: str(tmp_path / f"{stage}.safetensors") for stage in ("text", "denoise")}
+    model, file = ["--model", str(shelf.model), "--device", "cpu"], ["--lora", f"{shelf.path('mine')}@0.5"]
+    asked = [
+        "-p",
+        ASKED["prompt"],
+        "--seed",
+        "3",
+        "--steps",
+        "3",
+        "--width",
+        str(tiny.SIZE),
+        "--height",
+        str(tiny.SIZE),
+    ]
+    for arguments in (
+        ["text", *asked, *file, "-o", made["text"]],
+        ["denoise", "-i", made["text"], *file, "-o", made["denoise"]],
+        ["vae", "-i", made["denoise"], "-o", str(tmp_path / "out.png")],
+    ):
+        done = triptych("worker", *arguments, "--standalone", *model)
+        assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "out.png") as picture:
+        pixels = torch.from_numpy(np.asarray(picture.convert("RGB")).copy())
+    assert torch.equal(pixels, shelf.plain([shelf.known["mine"].model_copy(update={"weight": 0.5})])[0])
+    without = triptych("worker", "denoise", "-i", made["text"], "--standalone", *model, "-o", made["denoise"])
+    assert (without.returncode != 0, "is not on this worker's host" in without.stderr) == (True, True), without.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import accelerate
 import diffusers
+import peft
 import pytest
 import torch
 import transformers
@@ -46,6 +47,12 @@ NAMES = (  # that can be looked up as they are; what stands in parentheses in th
     "diffusers.ModelMixin._cp_plan",
     "diffusers.ModelMixin._resolve_parallel_config",
     "diffusers.ModelMixin._parallel_config",
+    "diffusers.loaders.lora_base.LoraBaseMixin._lora_loadable_modules",
+    "diffusers.loaders.lora_pipeline.FluxLoraLoaderMixin.load_lora_into_transformer",
+    "diffusers.utils.peft_utils.set_weights_and_activate_adapters",
+    "diffusers.utils.peft_utils.set_adapter_layers",
+    "peft.tuners.tuners_utils.BaseTunerLayer.delete_adapter",
+    "peft.tuners.tuners_utils.BaseTunerLayer.active_adapters",
     "diffusers.models._modeling_parallel.ParallelConfig",
     "diffusers.models._modeling_parallel.ParallelConfig.setup",
     "diffusers.TensorParallelConfig._mesh",
@@ -137,6 +144,13 @@ def quantized_parts() -> tuple[str, ...]:
     return tuple(model[0].weight.__tensor_flatten__()[0])
 
 
+def parts_of_adapted() -> set[str]:
+    """Return the names of the modules of a linear layer with an adapter x."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), model, "x")
+    return {name for name, _ in model[0].named_modules()}
+
+
 REPORT = ["error_msgs", "mismatched_keys", "missing_keys", "unexpected_keys"]
 CHECKS: dict[str, Callable[[Path], object]] = {  # each gets an empty folder
     **{name: lambda _, name=name: pkgutil.resolve_name(name) or True for name in NAMES},
@@ -200,6 +214,7 @@ CHECKS: dict[str, Callable[[Path], object]] = {  # each gets an empty folder
     "transformers.tokenization_utils_base.VERY_LARGE_INTEGER": lambda _: (
         transformers.tokenization_utils_base.VERY_LARGE_INTEGER > 10**12
     ),
+    "peft.tuners.lora.Linear": lambda _: {"base_layer", "lora_A.x"} <= parts_of_adapted(),
     "torchao: __tensor_flatten__": lambda _: quantized_parts(),
     "torchao.logger": lambda _: pytest.importorskip("torchao").logger.name == "torchao",
 }
