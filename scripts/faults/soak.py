@@ -7,6 +7,7 @@ Every job that was accepted must end with the picture that an undisturbed stack 
 and SIGSTOP of each process, the supervisor included, one or two at a time, and bytes changed in what lies on disk. The
 recovery time of a fault is that until another process stands, ready, in the place of the one that was hit. With --peers
 two hostile clients and a hostile worker (hostile.py) do what they should not meanwhile, each with a key of its own.
+With --loras half of the jobs name one or two of so many LoRAs of random weights.
 """
 
 import hashlib
@@ -18,22 +19,28 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from protocol.client.client import Client
 from protocol.client.input_pictures import picture_of
 from protocol.errors import TriptychError
 from protocol.job import ENDED, JobRequest
+from protocol.lora import LoraRequest
 from protocol.stages import STAGES, Stage
 from scripts.faults.hostile_peers import HostilePeers
 from scripts.faults.saboteur import Saboteur, Stack, leftovers, patiently
 
+MODEL = Path(__file__).parents[2] / "workers" / "demo_model"
 WORKERS: dict[Stage, int] = {"text": 1, "denoise": 2, "vae": 1}
 WORDS = ("red", "blue", "green", "yellow"), ("circle", "square", "star", "triangle")
 IN_FLIGHT = 12  # jobs at most
@@ -58,17 +65,41 @@ class Account:
     )
 
 
-def recipes(rng: random.Random, count: int) -> list[JobRequest]:
-    """Make jobs, every third of which begins from a picture, and every sixth with a mask besides."""
+def recipes(rng: random.Random, count: int, loras: Sequence[str] = ()) -> list[JobRequest]:
+    """Make jobs, every third of which begins from a picture, and every sixth with a mask besides.
+
+    Of those with even numbers each names one or two of the `loras`.
+    """
     image, mask = (picture.name for picture in PICTURES)
     return [
         JobRequest(
             prompt=f"a {rng.choice(WORDS[0])} {rng.choice(WORDS[1])}", seed=rng.randrange(1000), width=64, height=64,
             steps=rng.choice((6, 10, 20)), num_images=rng.choice((1, 1, 2)), images=() if number % 3 else (image,),
             mask=None if number % 6 else mask,
+            loras=() if number % 2 or not loras else tuple(
+                LoraRequest(name=name, weight=rng.choice((0.5, 1.0)))
+                for name in rng.sample(sorted(loras), rng.choice((1, min(2, len(loras)))))
+            ),
         )
         for number in range(count)
     ]  # fmt: skip
+
+
+def write_loras(folder: Path, count: int, rng: random.Random) -> list[str]:
+    """Write LoRAs of the demo model with random weights, each of some of its layers, and return their names."""
+    folder.mkdir()
+    generator, names = torch.Generator().manual_seed(rng.randrange(1 << 30)), [f"lora{n}" for n in range(count)]
+    with safe_open(MODEL / "transformer" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        layers = {key.removesuffix(".weight"): file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    layers = {key: shape for key, shape in layers.items() if "blocks." in key and len(shape) == 2}
+    for name in names:
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in rng.sample(sorted(layers), len(layers) // 3):
+            (out, into), rank = layers[layer], rng.choice((2, 4))
+            for part, shape in (("lora_A", (rank, into)), ("lora_B", (out, rank))):
+                tensors[f"transformer.{layer}.{part}.weight"] = torch.randn(shape, generator=generator) * 0.05
+        save_file(tensors, folder / f"{name}.safetensors")
+    return names
 
 
 def half() -> Image.Image:
@@ -222,22 +253,29 @@ PLACES = {  # options of `triptych up`
     help="leases: of a GPU that can't hold all three stages, which a CPU plays; others: a placement on two",
 )
 @click.option("--peers", is_flag=True, help="Hostile clients and workers beside it.")
+@click.option(
+    "--loras", type=click.IntRange(0, 100), default=0, show_default=True, help="So many, in half of the jobs."
+)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def main(minutes: float, seed: int, pause: float, place: str, peers: bool, as_json: bool) -> None:
+def main(minutes: float, seed: int, pause: float, place: str, peers: bool, loras: int, as_json: bool) -> None:
     """Random load, random faults, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        report = soak(Path(folder), minutes * 60, seed, pause, place, peers)
+        report = soak(Path(folder), minutes * 60, seed, pause, place, peers, loras)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)
 
 
-def soak(folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool) -> dict[str, Any]:
+def soak(
+    folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool, loras: int = 0
+) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
+    named = write_loras(folder / "files", loras, rng) if loras else []
+    options = ["--loras", str(folder / "files")] if named else []
     hostile = HostilePeers(folder) if peers else None
-    stack = Stack(folder, [*PLACES[place], *(hostile.let_in() if hostile else [])])
+    stack = Stack(folder, [*PLACES[place], *options, *(hostile.let_in() if hostile else [])])
     stack.wait_ready()
-    pool = recipes(rng, 24)
+    pool = recipes(rng, 24, named)
     with Client(stack.state, timeout=60) as client:
         wanted = {}
         for request in pool:
