@@ -208,6 +208,11 @@ class StackConfig(JobSettings):
         Field(description="An IP-Adapter's weights (safetensors); its image_encoder is beside it, or the model's own."),
         Flag("--ip-adapter", "FILE|OWNER/NAME/FILE", "none"),
     ] = None
+    transformer: Annotated[
+        str | None,
+        Field(description="The denoiser's weights in one file (safetensors, GGUF), in place of the model's own."),
+        Flag("--transformer", "FILE|OWNER/NAME/FILE", "the model's own"),
+    ] = None
     lora_folder: Annotated[
         str | None,
         Field(description="A folder of LoRAs (safetensors), which jobs name as their files are called."),

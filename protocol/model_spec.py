@@ -3,7 +3,7 @@
 from protocol.data import Data
 
 DEMO = "demo"
-PARTS = ("revision", "controlnet", "ip_adapter")  # of a model, beside its name
+PARTS = ("revision", "controlnet", "ip_adapter", "transformer")  # of a model, beside its name
 
 
 class ModelSpec(Data):
@@ -13,3 +13,4 @@ class ModelSpec(Data):
     revision: str | None = None  # of a hub model: branch, tag or commit
     controlnet: str | None = None  # for jobs that bring a control image
     ip_adapter: str | None = None  # weights, as a path or OWNER/NAME/PATH on the hub
+    transformer: str | None = None  # the denoiser's weights in one file, likewise

@@ -42,6 +42,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--controlnet", metavar="MODEL", help="As the stack's others: a folder or a hub id.")
 @click.option("--ip-adapter", metavar="FILE", help="As the stack's others: an IP-Adapter's weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
+@click.option("--transformer", metavar="FILE", help="The denoiser's weights in one file.")
 @click.option("--dtype", default="auto", show_default=True, help="float32, bfloat16, float16 or auto.")
 @click.option("--gpus", metavar="0,1", help="The GPUs that this worker may use, by number. [default: all]")
 @click.option(

@@ -38,6 +38,7 @@ from workers.models.ip_adapter import adapt
 from workers.models.layer_spread import spread_layers
 from workers.models.loras import LoraAdapters
 from workers.models.model_check import judge
+from workers.models.single_file import load_single
 from workers.models.skeleton import (
     added_names,
     component_class,
@@ -47,7 +48,7 @@ from workers.models.skeleton import (
     quiet,
     without_weights,
 )
-from workers.models.source import CONTROLNET, Source, stages_of
+from workers.models.source import CONTROLNET, GGUF, Source, stages_of
 from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.tasks import class_for
 from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
@@ -179,6 +180,8 @@ def _has_weights(source: Source, name: str) -> bool:
 
 def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) -> torch.nn.Module:
     """A component with all its weights, and no others; ModelMissing where they aren't those that its class wants."""
+    if name in source.single:
+        return load_single(source, name, cls, arguments)
     try:
         files = files_of(source, name)
         if files.variant and name not in _told:
@@ -283,6 +286,8 @@ def load_weights(
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
     """Bytes of a component's weights once loaded as `dtype`, from the headers of its files; ModelMissing."""
+    if name in source.single and source.single[name].suffix.lower() == GGUF:
+        return source.single[name].stat().st_size
     try:
         tensors = headers_of(files_of(source, name))
     except Damaged as error:
@@ -304,4 +309,6 @@ def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) 
 
 def files_of(source: Source, name: str) -> WeightFiles:
     """The safetensors files that loading a component reads; Damaged."""
+    if name in source.single:
+        return WeightFiles((source.single[name],))
     return weight_files(source.folder_of(name), source.index[name][0])

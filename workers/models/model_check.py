@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from protocol.errors import ModelMissing, TriptychError
 from protocol.stages import STAGES, Stage
 from workers.errors import cause_of
+from workers.models.single_file import check_single
 from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet, text_config
 from workers.models.source import Source, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
@@ -101,8 +102,12 @@ def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES)
         read_json(folder / "scheduler_config.json")
         cls.from_pretrained(source.folder_of(name))
     elif issubclass(cls, ModelMixin | PreTrainedModel):
-        read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if not set(stages_of(name)) & set(stages):
+            return
+        if name in source.single:
+            model: Any = on_meta(source, name)
+            check_single(source, name, cls, model.state_dict(), config)
             return
         files = weight_files(folder, source.index[name][0])
         tensors = headers_of(files)

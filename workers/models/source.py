@@ -19,7 +19,9 @@ from protocol.stages import SHARED_COMPONENTS, STAGES, TRAITS, Stage
 from workers.models.weight_files import Damaged, check_file, read_json
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
+LORAS = "loras"  # name of a folder of LoRAs in a model's own, which is no part of it
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
+DENOISERS, GGUF, PICKLES = ("transformer", "unet"), ".gguf", (".ckpt", ".pt", ".pth", ".bin")
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
 INDEX_FILES = ("model_index.json", "modular_model_index.json")
@@ -40,6 +42,7 @@ class Source:
     ip_adapter: Path | None = None  # its weights
     blocks: str | None = None  # name of a modular pipeline's blocks, where the model says one
     added: Mapping[str, Path] = field(default_factory=dict)  # folders of components that lie beside the model's own
+    single: Mapping[str, Path] = field(default_factory=dict)  # files of components whose weights are in one
 
     @property
     def index_file(self) -> Path:
@@ -73,6 +76,8 @@ def stages_of(component: str) -> tuple[Stage, ...]:
 def locate(spec: ModelSpec, stage: Stage | None) -> Source:
     """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
     source = locate_model(spec.name, spec.revision, stage)
+    if spec.transformer:
+        source = with_transformer(source, spec.transformer, stage)
     if spec.controlnet:
         source = with_controlnet(source, spec.controlnet, stage)
     return with_ip_adapter(source, spec.ip_adapter, stage) if spec.ip_adapter else source
@@ -98,6 +103,28 @@ def locate_model(model: str, revision: str | None, stage: Stage | None) -> Sourc
         )
     snapshot = download(model, revision, stage)
     return read(model, snapshot, snapshot.name)
+
+
+def with_transformer(source: Source, given: str, stage: Stage | None) -> Source:
+    """Return the source with one file, or one on the hub, for its denoiser's weights; ModelMissing."""
+    path = Path(given).expanduser()
+    if not path.exists() and len(path.parts) > 2 and REPO_ID.fullmatch(repo := "/".join(path.parts[:2])):
+        file = PurePosixPath(*path.parts[2:])
+        with hub_errors(repo, None):
+            path = snapshot(repo, None, [str(file)], skip=()) / file
+    if path.suffix.lower() in PICKLES:
+        raise ModelMissing(f"{given!r} is no safetensors or GGUF file.", "Only those are taken: others hold programs.")
+    if not path.is_file() or path.suffix.lower() not in (".safetensors", GGUF):
+        raise ModelMissing(
+            f"There is no file {given!r} for a denoiser.",
+            "Give a .safetensors or .gguf file, or one on the hub: city96/FLUX.1-dev-gguf/flux1-dev-Q4_K_S.gguf.",
+        )
+    name = next((name for name in DENOISERS if name in source.index), None)
+    if name is None:
+        raise ModelMissing(f"{source.model!r} has no denoiser that a file could stand for.", "Leave --transformer out.")
+    with explained(given, path.parent):
+        revision = file_fingerprint(path)
+    return replace(source, revision=f"{source.revision}+{revision}", single={**source.single, name: path.resolve()})
 
 
 def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
@@ -233,21 +260,33 @@ def fingerprint(folder: Path) -> str:
     """Sixteen hex digits that change with any configuration, tensor name, shape or size, or sampled weight; Damaged."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".txt")):
-        if path.is_dir():
+        if path.is_dir() or path.relative_to(folder).parts[0] == LORAS:
             continue
         if not path.is_file():
             check_file(path)  # which says what it is: waiting for what comes through a pipe would be for ever
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}\n".encode())
-        with path.open("rb") as file:
-            if path.suffix != ".safetensors" or size < 16 * SAMPLE_BYTES:
-                digest.update(file.read())
-                continue
-            (header,) = struct.unpack("<Q", file.read(8))
-            digest.update(file.read(min(header, size)))
-            for part in range(8):
-                file.seek(min(8 + header, size) + max(0, size - 8 - header - SAMPLE_BYTES) * part // 7)
-                digest.update(file.read(SAMPLE_BYTES))
+        digest.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
+        sample(digest, path)
+    return digest.hexdigest()[:16]
+
+
+def sample(digest: Any, path: Path) -> None:
+    """Add a file to a digest: all of it, or of large weights their header and some parts."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if path.suffix not in (".safetensors", ".gguf") or size < 16 * SAMPLE_BYTES:
+            digest.update(file.read())
+            return
+        header = struct.unpack("<Q", file.read(8))[0] if path.suffix == ".safetensors" else 0
+        digest.update(file.read(min(header, size)))
+        for part in range(8):
+            file.seek(min(8 + header, size) + max(0, size - 8 - header - SAMPLE_BYTES) * part // 7)
+            digest.update(file.read(SAMPLE_BYTES))
+
+
+def file_fingerprint(path: Path) -> str:
+    """Return what `fingerprint` does, of one file; Damaged."""
+    digest = hashlib.sha256(f"{check_file(path)}\n".encode())
+    sample(digest, path)
     return digest.hexdigest()[:16]
 
 

@@ -23,7 +23,7 @@ from protocol.errors import TriptychError
 from protocol.job import JobRequest
 from protocol.model import ModelDescription
 from protocol.model_profile import ModelProfile
-from protocol.model_spec import ModelSpec
+from protocol.model_spec import PARTS, ModelSpec
 from protocol.pictures import extent_of
 from protocol.process import report_end
 from protocol.tensors import Tensor
@@ -145,21 +145,18 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.option("--revision")
 @click.option("--controlnet")
 @click.option("--ip-adapter")
+@click.option("--transformer")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--steps", type=int)
 @click.option("--num-images", type=int, default=1)
 @click.option("--cfg-scale", type=float)
-def main(
-    model: str, revision: str | None, controlnet: str | None, ip_adapter: str | None, dtype: str, **wanted: Any
-) -> None:
+def main(model: str, dtype: str, **given: Any) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
-            source = locate(
-                ModelSpec(name=model, revision=revision, controlnet=controlnet, ip_adapter=ip_adapter), None
-            )
-            found = profile_for(source, dtype, **wanted)
+            source = locate(ModelSpec(name=model, **{part: given.pop(part) for part in PARTS}), None)
+            found = profile_for(source, dtype, **given)
         print(found.model_dump_json())
     except Exception as error:
         sys.exit(report_end(error))

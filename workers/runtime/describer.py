@@ -243,6 +243,7 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
     """Return the LoRAs of a stack, once those that it names are here; ModelMissing."""
     from workers.models.lora_files import LoraFiles
     from workers.models.skeleton import build_skeleton, quiet
+    from workers.models.source import LORAS
 
     if spec.loras is None:
         return None
@@ -252,7 +253,7 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
     except Exception as error:
         log.info("LoRAs can't be checked: %s", error)
         pipeline = None
-    folders = [source.folder / "loras", *([Path(spec.lora_folder)] if spec.lora_folder else [])]
+    folders = [source.folder / LORAS, *([Path(spec.lora_folder)] if spec.lora_folder else [])]
     found = LoraFiles(pipeline, dict(spec.lora_aliases), folders, Path(spec.loras))
     found.fetch()
     return found
@@ -263,6 +264,7 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
 @click.option("--revision")
 @click.option("--controlnet")
 @click.option("--ip-adapter")
+@click.option("--transformer")
 def main(model: str, **parts: str | None) -> None:
     from workers.models.description import describe
     from workers.models.model_check import find_problems

@@ -348,7 +348,9 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     """Return the bytes of all tensors that a tensor is made of."""
     if type(tensor) in (torch.Tensor, torch.nn.Parameter) and type(tensor.data) is torch.Tensor:
         return tensor.nbytes
-    parts, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return tensor.nbytes  # of GGUF
+    parts, _ = tensor.__tensor_flatten__()
     return sum(tensor_bytes(part) for name in parts if isinstance(part := getattr(tensor, name), torch.Tensor))
 
 
