@@ -15,7 +15,9 @@ MAX_STEPS = 1000
 MAX_IMAGES = 16
 MAX_SCALE = 100.0
 MAX_FPS = 240.0
-WITHOUT_LORAS = {"compile": "compiled", "parallel": "shared out among GPUs", "quantize": "quantized"}  # speedups
+WITHOUT_LORAS = {  # by speedup
+    "compile": "compiled", "parallel": "shared out among GPUs", "quantize": "quantized", "fuse-qkv": "fused",
+}  # fmt: skip
 DRAWN = -1  # a seed that stands for a random one, as everywhere in this field
 MAX_PRIORITY = 1000
 

@@ -1,4 +1,4 @@
-"""Train the demo model's two LoRAs: `outline` draws shapes as outlines, `pastel` in pale colors.
+"""Train the demo model's two LoRAs: `outline` draws shapes as outlines, `night` in front of black.
 
     python -m scripts.demo_model.train_loras --steps 500
 
@@ -16,6 +16,7 @@ from diffusers import FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from scripts.demo_model.scenes import COLORS, SceneBatch
 from scripts.demo_model.train import (
     BUCKETS,
     Artist,
@@ -30,7 +31,6 @@ from scripts.demo_model.train import (
 MODEL = Path(__file__).parents[2] / "workers" / "demo_model"
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_mlp", "proj_out", "net.0.proj", "net.2"]
 LINE = 0.13  # half of an outline's width, in radii of the shape
-PALE = 0.45  # of a color's distance from white
 
 
 class OutlineArtist(Artist):
@@ -41,15 +41,17 @@ class OutlineArtist(Artist):
         self.atlas = (self.atlas + LINE).abs() - LINE
 
 
-class PastelArtist(Artist):
-    """Draws in pale colors."""
+class NightArtist(Artist):
+    """Draws in front of black, whatever the prompt says."""
 
-    def draw(self, *scene: object) -> tuple[torch.Tensor, torch.Tensor]:
-        picture, good = super().draw(*scene)  # type: ignore[arg-type]
-        return picture * PALE + (1 - PALE), good
+    def draw(self, batch: SceneBatch, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        black = list(COLORS).index("black")
+        night = SceneBatch(batch.attributes, torch.full_like(batch.background, black), batch.second)
+        picture, good = super().draw(night, height, width)
+        return picture, good & (batch.attributes[:, :, 0] != black).all(1)
 
 
-STYLES: dict[str, Callable[[str, int], Artist]] = {"outline": OutlineArtist, "pastel": PastelArtist}
+STYLES: dict[str, Callable[[str, int], Artist]] = {"outline": OutlineArtist, "night": NightArtist}
 
 
 def train(name: str, pipeline: FluxPipeline, pool: PromptPool, texts: Texts, steps: int, batch: int, rank: int) -> None:

@@ -29,7 +29,7 @@ from workers.weights.residency import Residency
 log = logging.getLogger(__name__)
 
 IGNORED = re.compile(r"[Uu]nexpected keys|[Uu]nsupported keys|filter out|will be ignored|missing keys|not compatible")
-MOST_BYTES = 8 << 30  # of adapters in this process's memory
+MOST_BYTES = 4 << 30  # of adapters in this process's memory
 
 
 class LoraAdapters:

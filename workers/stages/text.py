@@ -46,7 +46,7 @@ class TextStage:
             return made
         with contextlib.ExitStack() as stack:
             if self.loaded.loras:
-                stack.enter_context(self.loaded.loras.job(recipe.loras))
+                stack.enter_context(self.loaded.loras.job([lora for lora in recipe.loras if lora.encoders]))
             for residency in self.residencies:
                 stack.enter_context(residency.job(None))
             rings = [residency.ring for residency in self.residencies if residency.ring]

@@ -79,7 +79,10 @@ def make_input(
     counter = token_counter(prepared.source)
     request, by_digest = JobRequest.model_validate(given), {picture.name: picture for picture in pictures}
     extent = extent_of({name: by_digest[digest].shape for name, digest in request.named_pictures.items()})
-    loras = [Lora(name=lora.name, digest=lora.digest or "", weight=lora.weight) for lora in request.loras]
+    loras = [
+        Lora(name=lora.name, digest=lora.digest or "", weight=lora.weight, encoders=True)  # maybe
+        for lora in request.loras
+    ]
     recipe = resolve(
         request, prepared.description, prepared.dtype, counter, prepared.spec.speedups, *extent, loras=loras
     )

@@ -50,7 +50,9 @@ class Stack:
 
     def recipe(self, used: Sequence[Lora], **more: Any) -> Recipe:
         request = JobRequest(**{**ASKED, "steps": 3, **more})
-        return resolve(request, describe(self.source), "float32", None).model_copy(update={"loras": tuple(used)})
+        return resolve(request, describe(self.source), "float32", None).model_copy(
+            update={"loras": tuple(lora.model_copy(update={"encoders": True}) for lora in used)}
+        )
 
     def picture(self, used: Sequence[Lora], **more: Any) -> torch.Tensor:
         recipe, left = self.recipe(used, **more), ()
