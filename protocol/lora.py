@@ -10,6 +10,8 @@ from protocol.data import Data, Digest
 from protocol.errors import BadRequest
 
 MAX_LORAS = 8  # of a job
+MAX_DIFFERENT = 64  # of a submission
+MAX_JOB_BYTES = 4 << 30  # of a job's files together
 MAX_LORA_BYTES = 2 << 30  # of a file
 LORA_PART_BYTES = 4 << 20  # of a file, in one message
 MAX_WEIGHT = 100.0
@@ -42,7 +44,7 @@ class LoraInfo(Data):
     bytes: Annotated[int, Field(ge=0)]
     rank: Annotated[int, Field(ge=0)] = 0  # the largest of its layers'; 0: it can't be told
     base: Annotated[str, Field(max_length=200)] = ""  # the model that it was made for, by its own word or its layers
-    triggers: Annotated[str, Field(max_length=1000)] = ""  # words that it was trained with, by its own word
+    triggers: Annotated[str, Field(max_length=300)] = ""  # words that it was trained with, by its own word
     components: Annotated[tuple[str, ...], Field(max_length=8)] = ()  # of this stack's model, that it changes
 
 

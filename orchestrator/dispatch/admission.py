@@ -12,13 +12,15 @@ from orchestrator.dispatch.quotas import KEPT_INPUTS, Quotas
 from orchestrator.job import LiveJob
 from orchestrator.principal import KeyHolder, Principal, job_id_of, kept_name
 from orchestrator.storage.job_store import Store
-from protocol.errors import BadRequest, Conflict, TriptychError
+from protocol.errors import BadRequest, Conflict, DoesNotFit, TriptychError
 from protocol.job import JobRequest, Recipe
+from protocol.lora import MAX_JOB_BYTES
 from protocol.pictures import extent_of, is_of_its_kind
 from protocol.recipe import resolve
 from protocol.route import Route, Shape, Template, whole_key
 from protocol.stages import FIRST
 from protocol.tensors import Tensor
+from protocol.units import format_bytes
 
 Pictures = Mapping[str, Tensor]  # that came along, by their digests
 
@@ -126,6 +128,7 @@ class Admission:
                     *extent_of(dict(zip(request.named_pictures, shapes, strict=True))),
                     loras=[self._catalogue.loras.of(lora) for lora in request.loras],
                 )  # fmt: skip
+                self._check_lora_bytes(request)
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None
                 settled.append((recipe, template))
@@ -140,6 +143,12 @@ class Admission:
         if unknown:
             raise NotLookedAt([*unknown])
         return named, fresh, settled
+
+    def _check_lora_bytes(self, request: JobRequest) -> None:
+        size = sum(self._catalogue.loras.answer(lora).bytes for lora in request.loras)
+        if size > MAX_JOB_BYTES:
+            most = format_bytes(MAX_JOB_BYTES)
+            raise DoesNotFit(f"The job's LoRAs have {format_bytes(size)} together.", f"At most {most} fit: name fewer.")
 
     def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
         job = self._job_queue.find(job_id_of(owner, request.id)) if request.id else None

@@ -1,6 +1,7 @@
 """The orchestrator's side of the describer: submissions wait for it to know the model and to count their tokens."""
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from orchestrator.dispatch.outbox import Outbox
 from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
-from protocol.lora import LoraRequest
+from protocol.lora import MAX_DIFFERENT, LoraRequest
 from protocol.messages.common import Message
 from protocol.messages.describer import (
     CountTokens,
@@ -98,7 +99,7 @@ class DescriberLink:
                 self.catalogue.default().routes.learn(of, Route())
             case LoraRequest(name=name):
                 reason = f"LoRA {name!r}: looking at its file ended the process that does so"
-                self.catalogue.loras.learn(of, FoundLora(request=number, reason=reason))
+                self.catalogue.loras.learn(of, FoundLora(request=number, reason=reason), for_good=True)
             case None:
                 self.catalogue.loras.list(())
             case texts:
@@ -124,14 +125,21 @@ class DescriberLink:
             return pid
         return 0
 
-    def ready_for(self, requests: Sequence[JobRequest], principal: Principal = LOCAL_USER) -> bool:
-        """Return whether requests can be judged now; what is missing is asked for. BadRequest, QueueFull."""
+    def ready_for(
+        self, requests: Sequence[JobRequest], principal: Principal = LOCAL_USER, since: float = math.inf
+    ) -> bool:
+        """Return whether requests, which have waited `since` then, can be judged now; what is missing is asked for.
+
+        BadRequest, QueueFull.
+        """
         if self.catalogue.known is None:
             return False
         if not self.expected:
             return True
         wanted = dict.fromkeys(question_of(lora) for request in requests for lora in request.loras)
-        missing = [lora for lora in wanted if not self.catalogue.loras.knows(lora)]
+        if len(wanted) > MAX_DIFFERENT:
+            raise BadRequest(f"{len(wanted)} different LoRAs are named.", f"Name {MAX_DIFFERENT} at most at once.")
+        missing = [lora for lora in wanted if not self.catalogue.loras.knows(lora, since)]
         for lora in missing:
             self._ask_once(lora, principal)
         if missing or not (texts := tuple(self.catalogue.uncounted(requests))):

@@ -62,12 +62,8 @@ class Engine:
         disk: Path,
         delays: RetryDelays | None = None,
         weight_of: Callable[[Principal], float] = lambda owner: 1.0,
-        loras: Path | None = None,
     ) -> None:
-        """`weight_of` an owner of jobs says how much of the workers' time it has beside others.
-
-        `loras` is the folder where LoRAs lie by their digests.
-        """
+        """`weight_of` an owner of jobs says how much of the workers' time it has beside others."""
         self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.subscriptions, self.catalogue = Fleet(), Subscriptions(), Catalogue(store)
         self.deadlines = StepDeadlines(settings.step_timeout)
@@ -77,7 +73,7 @@ class Engine:
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
-        self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened, loras)
+        self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
         self._handed_back: Counter[str] = Counter()  # tasks that keys' workers have not done, by unfinished job
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():

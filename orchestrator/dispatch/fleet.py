@@ -57,7 +57,6 @@ class Worker:
     loan: Literal["", "asked", "given"] = ""  # of its lease
     lendable_bytes: int = 0  # of weights that it can let go between two steps, as it has told
     refused_loan: int | None = None  # bytes of the smallest loan that it could not give
-    loras: set[str] = field(default_factory=set)  # digests of those whose files were sent to it
 
     @property
     def id(self) -> str:

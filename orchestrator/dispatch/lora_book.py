@@ -1,5 +1,6 @@
-"""What the describer has said of LoRAs: answers hold for some seconds, since files may change."""
+"""What the describer has said of LoRAs: an answer holds for some seconds, and for who has waited for it."""
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -15,7 +16,7 @@ Clock = Callable[[], float]
 
 def question_of(asked: LoraRequest) -> LoraRequest:
     """Return what is asked of the describer: the same for all weights."""
-    return asked.model_copy(update={"weight": 1.0})
+    return asked if asked.weight == 1.0 else asked.model_copy(update={"weight": 1.0})
 
 
 class LoraBook:
@@ -24,26 +25,34 @@ class LoraBook:
         self._answers: OrderedDict[LoraRequest, tuple[float, FoundLora]] = OrderedDict()
         self._listed: tuple[float, tuple[LoraInfo, ...]] | None = None
 
-    def knows(self, asked: LoraRequest) -> bool:
-        """Return whether there is a fresh answer."""
-        found = self._answers.get(question_of(asked))
-        return found is not None and self._clock() - found[0] < FRESH_SECONDS
+    def now(self) -> float:
+        return self._clock()
 
-    def learn(self, asked: LoraRequest, answer: FoundLora) -> None:
-        self._answers[question_of(asked)] = self._clock(), answer
+    def knows(self, question: LoraRequest, since: float = math.inf) -> bool:
+        """Return whether there is a fresh answer, or one that came `since` then."""
+        found = self._answers.get(question)
+        return found is not None and found[0] >= min(since, self._clock() - FRESH_SECONDS)
+
+    def learn(self, asked: LoraRequest, answer: FoundLora, for_good: bool = False) -> None:
+        self._answers[question_of(asked)] = math.inf if for_good else self._clock(), answer
         self._answers.move_to_end(question_of(asked))
         while len(self._answers) > MOST_KNOWN:
             self._answers.popitem(last=False)
 
-    def of(self, asked: LoraRequest) -> Lora:
-        """Return the LoRA that a request names; NotFound or BadRequest with the describer's reason."""
+    def answer(self, asked: LoraRequest) -> FoundLora:
+        """Return the last answer; NotFound or BadRequest with the describer's reason where there is no LoRA."""
         found = self._answers.get(question_of(asked))
         if found is None:
             raise BadRequest("This stack takes no LoRAs.", "Leave --lora out.")
-        answer = found[1]
-        if answer.lora is None:
-            raise refusal(answer)
-        return answer.lora.model_copy(update={"name": asked.name, "weight": asked.weight})
+        if found[1].lora is None:
+            raise refusal(found[1])
+        return found[1]
+
+    def of(self, asked: LoraRequest) -> Lora:
+        """Return the LoRA that a request names, with its weight; what `answer` raises."""
+        lora = self.answer(asked).lora
+        assert lora is not None
+        return lora.model_copy(update={"name": asked.name, "weight": asked.weight})
 
     def list(self, loras: tuple[LoraInfo, ...]) -> None:
         """Take in all that have a name."""
@@ -58,5 +67,5 @@ class LoraBook:
 
 
 def refusal(answer: FoundLora) -> TriptychError:
-    kind = NotFound if answer.reason.startswith("There is no LoRA") else BadRequest
+    kind = NotFound if answer.reason.startswith(("There is no LoRA", "The file of LoRA")) else BadRequest
     return kind(answer.reason or "This LoRA can't be used.", answer.hint)

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.fleet import Fleet, Worker
@@ -20,7 +19,7 @@ from orchestrator.scheduling.scheduler import Place
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
 from protocol.job import Recipe
-from protocol.messages.worker import AHEAD, LORA, MOST_AHEAD, MOST_PROMPTS, Task
+from protocol.messages.worker import AHEAD, MOST_AHEAD, MOST_PROMPTS, Task
 from protocol.pictures import as_given
 from protocol.speedups import batch_of
 from protocol.stages import TRAITS, Stage
@@ -31,7 +30,6 @@ log = logging.getLogger(__name__)
 
 MOST_WAITING = 64  # jobs that are looked through for what a worker may do along with another
 MOST_BESIDE = MAX_TENSORS // 2  # tensors of other jobs beside a task
-LORA_FRAME = 64 << 20  # bytes of a LoRA's file in one frame
 MOST_TEXT = 20_000  # characters of one of those jobs: a message's header holds all their recipes
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
 MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
@@ -66,10 +64,7 @@ class TaskDispatch:
         job_queue: JobQueue,
         leasing: Leasing,
         happened: Callable[[LiveJob, Event], LiveJob],
-        loras: Path | None = None,
     ) -> None:
-        """`loras` is the folder where LoRAs lie by their digests."""
-        self._loras = loras
         self._store, self._outbox, self._fleet = store, outbox, fleet
         self._job_queue, self._leasing, self._happened = job_queue, leasing, happened
         self._hold_until = 0.0  # monotonic seconds
@@ -115,10 +110,8 @@ class TaskDispatch:
             self._happened(job, transitions.InputLost())
             return
         pictures = self._pictures(job)
-        files = self._lora_files(job, worker)
-        if pictures is None or files is None:
-            what = "a LoRA's file" if files is None else "a picture that it begins from"
-            self.blame(job, f"{what} is gone; submit it again", retry=False)
+        if pictures is None:
+            self.blame(job, "a picture that it begins from is gone; submit it again", retry=False)
             return
         checkpoint = self._store.artifacts.get("checkpoint", job.id) if job.saved and TRAITS[job.stage].resumes else ()
         if checkpoint is None:
@@ -133,7 +126,7 @@ class TaskDispatch:
         theirs = [replace(t, name=f"{AHEAD}{n}:{t.name}") for n, (_, tensors) in enumerate(ahead) for t in tensors]
         along = tuple(other.id for other, _ in ahead)
         self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe), along)
-        self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *files, *(checkpoint or ()), *theirs))
+        self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ()), *theirs))
 
     def _ahead(self, job: LiveJob, busy: set[str]) -> Sequence[tuple[LiveJob, tuple[Tensor, ...]]]:
         """Return the next jobs, but for `busy` ones, that their worker may do along with this one, with their inputs.
@@ -176,26 +169,6 @@ class TaskDispatch:
                 return None
             found[digest] = kept[0]
         return as_given(job.recipe.named_pictures, found)
-
-    def _lora_files(self, job: LiveJob, worker: Worker) -> list[Tensor] | None:
-        """Return the files of a job's LoRAs that a worker of another host hasn't yet, in parts; None where one is gone.
-
-        This host's workers read them where they lie.
-        """
-        if not worker.process.key or not job.recipe.loras or job.stage == "vae":
-            return []
-        found: list[Tensor] = []
-        for lora in job.recipe.loras:
-            if lora.digest in worker.loras:
-                continue
-            try:
-                data = (self._loras or Path()).joinpath(f"{lora.digest}.safetensors").read_bytes()
-            except OSError:
-                return None
-            parts = (data[start : start + LORA_FRAME] for start in range(0, len(data), LORA_FRAME))
-            found += [Tensor(f"{LORA}{lora.digest}:{n}", "uint8", (len(part),), part) for n, part in enumerate(parts)]
-        worker.loras |= {lora.digest for lora in job.recipe.loras}
-        return found
 
     def blame(self, job: LiveJob, reason: str, retry: bool) -> None:
         """Let a job's attempt fail, or its wait for one."""

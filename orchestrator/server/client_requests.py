@@ -87,7 +87,7 @@ class ClientRequests:
     ) -> None:
         self.engine, self._describer, self._supervisor, self._uploads = engine, describer, supervisor, uploads
         # By client and question, until they can be judged.
-        self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...]]] = {}
+        self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...], float]] = {}
         self._started = time.time()
 
     def handle(self, client: bytes, principal: Principal, frames: list[Buffer]) -> None:
@@ -140,10 +140,10 @@ class ClientRequests:
     def unpark(self) -> None:
         """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
         parked, self._parked = self._parked, {}
-        for (peer, _), (question, tensors) in parked.items():
+        for (peer, _), (question, tensors, since) in parked.items():
             with self._told(peer, question):
                 if isinstance(question, Submit):
-                    self._submit(peer, question, tensors)
+                    self._submit(peer, question, tensors, since)
                 else:
                     self._list_loras(peer, question)
 
@@ -196,7 +196,8 @@ class ClientRequests:
             case GetStack():
                 self._reply(client, self._stack(number))
             case OfferLora(digest=digest, bytes=size):
-                self._reply(client, LoraHere(request=number, bytes=self._uploads.offer(peer.principal, digest, size)))
+                here = self._uploads.offer(peer.principal, digest, size, self._needed_loras)
+                self._reply(client, LoraHere(request=number, bytes=here))
             case Restart(stage=stage):
                 self._supervisor.check(stage)
                 self._supervisor.restart(stage)
@@ -229,40 +230,49 @@ class ClientRequests:
             return view
         return view.model_copy(update={"job": job.own_id if job and peer.may_see(job) else None})
 
-    def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...]) -> None:
-        if not self._describer.ready_for(submit.jobs, peer.principal):
-            self._park(peer, submit, tensors)
+    def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...], since: float | None = None) -> None:
+        """Accept or judge jobs, which have waited `since` then to be judged (None: they are new)."""
+        since = self.engine.catalogue.loras.now() if since is None else since
+        self._uploads.check(peer.principal, [lora for request in submit.jobs for lora in request.loras])
+        if not self._describer.ready_for(submit.jobs, peer.principal, since):
+            self._park(peer, submit, tensors, since)
             return
         try:
             self._judge_or_accept(peer, submit, {tensor.name: tensor for tensor in tensors})
         except NotLookedAt as missing:
             self._describer.look_at(missing.templates, peer.principal)
-            self._park(peer, submit, tensors)
+            self._park(peer, submit, tensors, since)
 
     def _list_loras(self, peer: Peer, question: GetLoras) -> None:
         if self._describer.list_loras(peer.principal):
             known = self.engine.catalogue.loras.listed or ()
             self._reply(peer.identity, Loras(request=question.request, loras=known))
         else:
-            self._park(peer, question, ())
+            self._park(peer, question, (), 0.0)
 
     def _put_lora(self, peer: Peer, question: PutLora, tensors: tuple[Tensor, ...]) -> None:
         if len(tensors) != 1 or tensors[0].dtype != "uint8" or tensors[0].nbytes > LORA_PART_BYTES:
             raise BadRequest(
                 "A part of a LoRA is one tensor of bytes beside the question.", "Send it in smaller parts."
             )
-        needed = {lora.digest for job in self.engine.job_queue.jobs.values() for lora in job.recipe.loras}
         (part,) = tensors
-        have = self._uploads.put(peer.principal, question.digest, question.offset, part.data, needed)
+        have = self._uploads.put(peer.principal, question.digest, question.offset, part.data)
         self._reply(peer.identity, LoraHere(request=question.request, bytes=have))
 
-    def _park(self, peer: Peer, submit: Submit | GetLoras, tensors: tuple[Tensor, ...]) -> None:
-        own = [kept for (other, _), (_, kept) in self._parked.items() if other.principal == peer.principal]
+    def _needed_loras(self) -> set[str]:
+        """Return the digests of the LoRAs that unfinished jobs name, and submissions that wait."""
+        found = {lora.digest for job in self.engine.job_queue.jobs.values() for lora in job.recipe.loras}
+        waiting = [question for question, _, _ in self._parked.values() if isinstance(question, Submit)]
+        found |= {lora.digest for submit in waiting for job in submit.jobs for lora in job.loras if lora.digest}
+        return found
+
+    def _park(self, peer: Peer, submit: Submit | GetLoras, tensors: tuple[Tensor, ...], since: float) -> None:
+        own = [kept for (other, _), (_, kept, _) in self._parked.items() if other.principal == peer.principal]
         held = sum(tensor.nbytes for kept in own for tensor in kept)
         of_a_key = not peer.local and (len(own) >= MOST_OF_A_KEY or held >= PARKED_BYTES)
         if len(self._parked) >= MAX_PARKED or of_a_key:
             raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
-        self._parked[peer, submit.request] = submit, tensors
+        self._parked[peer, submit.request] = submit, tensors, since
 
     def _judge_or_accept(self, peer: Peer, submit: Submit, pictures: Mapping[str, Tensor]) -> None:
         client = peer.identity

@@ -62,16 +62,16 @@ class Server:
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         keys = KeyFolder(folder.keys)
         allowed = AllowedKeys(keys)
-        self.engine = Engine(
-            self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight, loras=folder.loras
-        )
+        self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
         describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
-        self._uploads = LoraUploads(folder.loras, settings.lora_cache)
+        self._uploads = LoraUploads(folder.loras, settings.lora_cache, settings.disk_floor)
         self._clients = ClientRequests(self.engine, describer, self._supervisor, self._uploads)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.doors.pids
-        self._workers = WorkerRequests(self.engine, describer, self._supervisor, self._clients, door_pids)
+        self._workers = WorkerRequests(
+            self.engine, describer, self._supervisor, self._clients, door_pids, self._uploads.part
+        )
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
         self._told: dict[Principal, TokenBucket] = {}  # those who were told that they ask too much
@@ -169,6 +169,7 @@ class Server:
         if now - self._probed < PROBE_SECONDS:
             return
         self._probed = now
+        self._uploads.end_idle()
         for client, job_id in self.engine.subscriptions.probe(PROBE_ROUNDS):
             job, known_as = self.engine.job_queue.jobs.get(job_id), self.engine.subscriptions.of(job_id).get(client)
             if job and known_as:

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from orchestrator.dispatch.describer_link import DescriberLink
@@ -18,8 +19,10 @@ from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, FoundLor
 from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorHello
 from protocol.messages.worker import (
     FROM_WORKER,
+    FetchLora,
     Leased,
     Lent,
+    LoraPart,
     Part,
     Progress,
     Ready,
@@ -28,7 +31,7 @@ from protocol.messages.worker import (
     WorkerGoodbye,
     WorkerHello,
 )
-from protocol.tensors import Buffer
+from protocol.tensors import Buffer, Tensor
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,10 @@ class WorkerRequests:
         supervisor: SupervisorLink,
         clients: ClientRequests,
         door_pids: Callable[[], Sequence[int]],
+        lora_part: Callable[[str, int], tuple[int, bytes]] = lambda digest, offset: (0, b""),
     ) -> None:
-        self._door_pids = door_pids
+        """`lora_part` gives how many bytes a LoRA's file has, 0 if it is gone, and some of them from an offset on."""
+        self._door_pids, self._lora_part = door_pids, lora_part
         self._engine, self._describer, self._supervisor, self._clients = engine, describer, supervisor, clients
 
     def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
@@ -123,10 +128,23 @@ class WorkerRequests:
                 engine.result(worker, result, envelope.tensors)
             case TaskFailed() as failure:
                 engine.failed(worker, failure)
+            case FetchLora(digest=digest, offset=offset):
+                self._send_lora(worker, digest, offset)
             case WorkerGoodbye():
                 if worker.task:
                     engine.fleet.trust.failed(worker.principal)
                 engine.dismiss_worker(worker)
+
+    def _send_lora(self, worker: Worker, digest: str, offset: int) -> None:
+        """Send a part of the file of a LoRA that a worker's task names."""
+        job = self._engine.job_queue.jobs.get(worker.task.job) if worker.task else None
+        size, data = 0, b""
+        if job and any(lora.digest == digest for lora in job.recipe.loras):
+            size, data = self._lora_part(digest, offset)
+            worker.moved = time.monotonic()  # it comes nearer to its first step
+        tensors = (Tensor("part", "uint8", (len(data),), data),) if data else ()
+        part = LoraPart(digest=digest, offset=offset, bytes=size)
+        self._engine.outbox.to_worker(worker.identity, part, tensors)
 
     def _welcome(self, identity: bytes, peer: Principal, hello: WorkerHello) -> None:
         """Take in a worker. What a key's holder says of itself displaces nobody but that key's own workers."""

@@ -11,7 +11,7 @@ from protocol.messages.common import MAX_JOBS, Beat, Count, Error, Heartbeat, Li
 from protocol.model import ModelDescription
 from protocol.route import Route, Shape
 
-MOST_LORAS = 5000  # that are listed
+MOST_LORAS = 2000  # that are listed
 
 
 class DescriberHello(Message):
@@ -68,6 +68,7 @@ class FoundLora(Message):
     kind = "found-lora"
     request: Count
     lora: Lora | None = None
+    bytes: Count = 0  # of its file
     reason: Line = ""
     hint: Line = ""
 

@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from protocol.data import Digest
 from protocol.gpu_memory import WeightNeed
 from protocol.job import JobId, Recipe
 from protocol.messages.common import (
@@ -129,13 +130,20 @@ class TaskFailed(TaskKey):
     out_of_memory: bool = False
 
 
+class FetchLora(Message):
+    """Ask for a part of the file of a LoRA that the task names, from `offset` on."""
+
+    kind = "fetch-lora"
+    digest: Digest
+    offset: Count
+
+
 class WorkerGoodbye(Message):
     kind = "worker-goodbye"
 
 
 MOST_AHEAD = 15  # recipes beside a task
 MOST_PROMPTS = 7  # of them, beside one of the text stage
-LORA = "lora:"  # begins the names of the parts of LoRAs' files beside a task: lora:DIGEST:NUMBER
 AHEAD = "ahead:"  # begins the names of their tensors: ahead:NUMBER:NAME
 
 
@@ -146,6 +154,15 @@ class Task(TaskKey):
     recipe: Recipe
     ahead: Annotated[tuple[Recipe, ...], Field(max_length=MOST_AHEAD)] = ()  # of tasks like it that come next, maybe
     allow_tiling: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
+
+
+class LoraPart(Message):
+    """The part of a LoRA's file that was asked for, beside it as uint8; `bytes` has the file, 0: it is not here."""
+
+    kind = "lora-part"
+    digest: Digest
+    offset: Count
+    bytes: Count
 
 
 class SetLease(Message):
@@ -189,8 +206,9 @@ FROM_WORKER: tuple[type[Message], ...] = (
     Part,
     Result,
     TaskFailed,
+    FetchLora,
     WorkerGoodbye,
 )
 TO_WORKER: tuple[type[Message], ...] = (
-    Welcome, Task, SetLease, Borrow, Returned, CancelTask, Committed, Beat, Error,
+    Welcome, Task, SetLease, Borrow, Returned, LoraPart, CancelTask, Committed, Beat, Error,
 )  # fmt: skip

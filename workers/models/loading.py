@@ -277,7 +277,7 @@ def load_weights(
             return Placed(module, spread)
         case Resident(gpu, budget):
             residency = Residency(name, from_host(), devices.primary, copy_stream=devices.copy_stream)
-            residency.swap_in(min(residency.total_bytes, budget))
+            residency.swap_in(budget)
             log.info("%s is %s on %s with %s", name, residency.state, devices.primary,
                      format_bytes(residency.device_bytes))  # fmt: skip
             where = str(devices.primary) + (" (streamed)" if residency.state == "streamed" else "")

@@ -23,7 +23,7 @@ import zmq
 
 from protocol import wire
 from protocol.errors import ModelMissing, NotFound, TriptychError
-from protocol.lora import LoraRequest
+from protocol.lora import LoraInfo, LoraRequest
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
 from protocol.messages.describer import (
     MOST_LORAS,
@@ -78,8 +78,10 @@ class Describer:
         self._endpoint, self._hello, self._count, self._look, self._loras = endpoint, hello, count, look, loras
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._heard = 0.0  # monotonic seconds
+        self._heard = self._beaten = 0.0  # monotonic seconds
         self._stopping = False
+        if loras:
+            loras.beat = self.beat
 
     def stop(self, *_: object) -> None:
         self._stopping = True
@@ -128,8 +130,7 @@ class Describer:
             case FindLora(request=request, lora=lora):
                 self._say(self.found(request, lora))
             case ListLoras(request=request):
-                known = self._loras.all() if self._loras else ()
-                self._say(KnownLoras(request=request, loras=known[:MOST_LORAS]))
+                self._say(KnownLoras(request=request, loras=self.known_loras()))
             case Error(code="not_found"):
                 self._connect()
             case Welcome() | Beat() | Error():
@@ -142,17 +143,30 @@ class Describer:
             log.exception("tokens could not be counted")
             return TokenCounts(request=request, reason=f"{type(error).__name__}: {error}"[:1000])
 
+    def known_loras(self) -> tuple[LoraInfo, ...]:
+        try:
+            return self._loras.all()[:MOST_LORAS] if self._loras else ()
+        except Exception:
+            log.exception("LoRAs could not be listed")
+            return ()
+
+    def beat(self) -> None:
+        """Say that it is alive, amid long work."""
+        if time.monotonic() - self._beaten >= BEAT_SECONDS:
+            self._beaten = time.monotonic()
+            self._say(Heartbeat(rss_bytes=0, gpu_bytes=0))
+
     def found(self, request: int, asked: LoraRequest) -> FoundLora:
         try:
             if self._loras is None:
                 raise NotFound("This stack takes no LoRAs.", "Leave --lora out.")
-            lora, _ = self._loras.find(asked)
-            return FoundLora(request=request, lora=lora)
+            lora, info = self._loras.find(asked)
+            return FoundLora(request=request, lora=lora, bytes=info.bytes)
         except TriptychError as error:
             return FoundLora(request=request, reason=error.message[:1000], hint=error.hint[:1000])
         except Exception as error:
             log.exception("a LoRA could not be looked at")
-            return FoundLora(request=request, reason=f"LoRA {asked.name!r}: {type(error).__name__}: {error}"[:1000])
+            return FoundLora(request=request, reason=f"LoRA {asked.name!r} can't be read: {type(error).__name__}.")
 
 
 def token_counter(source: Any) -> Counter:
@@ -247,14 +261,13 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
 
     if spec.loras is None:
         return None
-    try:
+
+    def skeleton() -> Any:
         with quiet():
-            pipeline = build_skeleton(source)
-    except Exception as error:
-        log.info("LoRAs can't be checked: %s", error)
-        pipeline = None
+            return build_skeleton(source)
+
     folders = [source.folder / LORAS, *([Path(spec.lora_folder)] if spec.lora_folder else [])]
-    found = LoraFiles(pipeline, dict(spec.lora_aliases), folders, Path(spec.loras))
+    found = LoraFiles(skeleton, dict(spec.lora_aliases), folders, Path(spec.loras))
     found.fetch()
     return found
 

@@ -21,10 +21,11 @@ from protocol.job import Recipe
 from protocol.messages.common import Message
 from protocol.messages.worker import (
     AHEAD,
-    LORA,
     Borrow,
+    FetchLora,
     Leased,
     Lent,
+    LoraPart,
     Progress,
     Ready,
     Result,
@@ -57,6 +58,7 @@ PROGRESS_SECONDS = 0.1  # faster steps share a message: nobody reads more, and e
 KEPT_PLANS = "a library was short of GPU memory, and goes on with what it chose then"  # cuDNN, whose plans torch keeps
 IN_SHORT = "a library had less GPU memory than it asked for; its last bits may differ"
 PERMANENT = (StageError, TriptychError, TypeError, ValueError, NotImplementedError)
+FETCH_SECONDS, FETCH_TRIES = 10.0, 6  # for a part of a LoRA's file: links may be cut, and orchestrators start anew
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)
 
 
@@ -130,6 +132,7 @@ class Executor:
         self._was_short = False  # of memory, for a library: what it computes from then on may differ in its last bits
         self._returned: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of a lease that was lent of
         self._cancelled: set[tuple[str, int]] = set()
+        self._lora_parts: queue.SimpleQueue[tuple[LoraPart, bytes]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
 
     def start(self) -> None:
@@ -148,6 +151,22 @@ class Executor:
     def returned(self, size: int) -> None:
         """Go on, from any thread: what was lent is back, and the lease has `size` bytes."""
         self._returned.put(size)
+
+    def fetch_lora(self, digest: str, offset: int) -> tuple[int, bytes]:
+        """Return a LoRA's bytes in all, 0 where the stack hasn't its file, and those from an offset on; OSError."""
+        for _ in range(FETCH_TRIES):
+            self._emit((FetchLora(digest=digest, offset=offset), []))
+            until = time.monotonic() + FETCH_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                with contextlib.suppress(queue.Empty):
+                    part, data = self._lora_parts.get(timeout=left)
+                    if (part.digest, part.offset) == (digest, offset):
+                        return part.bytes, data
+        raise OSError(errno.ETIMEDOUT, "the stack does not send a LoRA's file")
+
+    def lora_part(self, part: LoraPart, data: bytes) -> None:
+        """Take in, from any thread, a part of a LoRA's file that was asked for."""
+        self._lora_parts.put((part, data))
 
     def fail(self, error: BaseException) -> None:
         """End the worker, from any thread."""
@@ -171,6 +190,8 @@ class Executor:
 
     def _serve(self) -> None:
         runner, device_map = self._load()
+        if not isinstance(runner, LeadStage) and runner.loaded.loras:
+            runner.loaded.loras.files.fetch = self.fetch_lora
         gpu_leases = self._gpu_leases(runner)
         needs, contexts = tuple(held.needs() for held in gpu_leases), tuple(held.context_bytes() for held in gpu_leases)
         kept = tuple(gpu_lease.kept_bytes() for gpu_lease in gpu_leases)
@@ -233,7 +254,7 @@ class Executor:
                 progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
                 self._emit((progress, saved.tensors if saved else []))
 
-        tensors, theirs = shared_out(task, keep_lora_files(runner, tensors))
+        tensors, theirs = shared_out(task, tensors)
         if isinstance(runner, TextStage):
             runner.ahead = task.ahead
         if isinstance(runner, BatchedDenoiseStage):
@@ -280,19 +301,6 @@ class Executor:
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
-
-
-def keep_lora_files(runner: StageRunner, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Keep the files of LoRAs that came beside a task, and return the other tensors."""
-    files: dict[str, list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.name.startswith(LORA):
-            files.setdefault(tensor.name.split(":")[1], []).append(tensor)
-    loras = None if isinstance(runner, LeadStage) else runner.loaded.loras
-    for digest, parts in files.items():
-        if loras:
-            loras.keep_file(digest, [part.data for part in parts])
-    return tuple(tensor for tensor in tensors if not tensor.name.startswith(LORA))
 
 
 def shared_out(task: Task, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:

@@ -23,6 +23,7 @@ from protocol.messages.worker import (
     Committed,
     Leased,
     Lent,
+    LoraPart,
     Part,
     Ready,
     Result,
@@ -160,6 +161,8 @@ class Session:
                 leases = tuple(lease.model_copy(update={"bytes": size}) for lease in self._ready.leases)
                 self._ready = self._ready.model_copy(update={"lent_bytes": 0, "leases": leases})
                 self._executor.returned(size)
+            case LoraPart() as part:
+                self._executor.lora_part(part, b"".join(bytes(tensor.data) for tensor in envelope.tensors))
             case CancelTask(job=job, attempt=attempt):
                 self._executor.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):

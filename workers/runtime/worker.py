@@ -127,7 +127,7 @@ class Prepared:
         speed = StageSpeedups.of(spec.stage, spec.speedups)
         loaded = load(self.source, spec.stage, devices, DTYPES[self.dtype], speed)
         if loaded.loras and spec.loras:
-            loaded.loras.folder = Path(spec.loras)
+            loaded.loras.files.folder = Path(spec.loras)
         log.info("loaded in %.2f s", time.perf_counter() - start)
         return loaded, devices.primary
 

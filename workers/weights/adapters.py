@@ -60,7 +60,8 @@ class AdapterWeights:
     def __init__(self, module: torch.nn.Module, device: torch.device, reserve: Callable[[int], None]) -> None:
         self.module, self._device, self._reserve = module, device, reserve
         self._adapters: dict[str, Adapter] = {}  # the least recently used first
-        self._room = 0  # bytes
+        self.room = 0  # bytes of the model's budget that are kept for adapters now
+        self.wanted = 0  # bytes that some job wanted
         self._wanted: Sequence[str] = ()  # by the present job
 
     @property
@@ -79,7 +80,7 @@ class AdapterWeights:
         if self._device.type == "cuda":
             host = [tensor.pin_memory() for tensor in host]
         self._adapters[name] = Adapter(found, host)
-        self._adapters[name].let_go()
+        self._adapters[name].let_go()  # of what peft has put on the device
 
     def forget(self, name: str) -> None:
         """Forget an adapter that is about to be deleted."""
@@ -96,10 +97,10 @@ class AdapterWeights:
         for name in names:
             self._adapters[name] = self._adapters.pop(name)
         wanted = sum(self._adapters[name].nbytes for name in names)
-        if wanted > self._room:
+        if wanted > self.room:
             self.let_go()
             self._want(wanted)
-        spare = self._room - wanted
+        spare = self.room - wanted
         for name, adapter in reversed(self._adapters.items()):
             if name not in names and adapter.memory is not None:
                 spare -= adapter.nbytes
@@ -117,6 +118,6 @@ class AdapterWeights:
             self._adapters[name].bring(self._device)
 
     def _want(self, size: int) -> None:
-        if size > self._room:
+        self.wanted = max(self.wanted, size)
+        if size > self.room:
             self._reserve(size)
-            self._room = size

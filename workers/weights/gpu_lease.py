@@ -54,7 +54,7 @@ class GpuLease:
 
     def needs(self) -> WeightNeed:
         weights = sum(residency.wanted_bytes for residency in self.residencies)
-        least = sum(residency.least_bytes for residency in self.residencies)
+        least = sum(residency.least_bytes + residency.adapters.wanted for residency in self.residencies)
         return WeightNeed(
             weights=weights if self.most is None else max(least, min(weights, self.most)),
             least=least,
@@ -75,7 +75,7 @@ class GpuLease:
         for index, residency in enumerate(ordered):
             others = sum(other.least_bytes for other in ordered[index + 1 :])
             residency.swap_in(min(residency.wanted_bytes, left - others))
-            left -= residency.device_bytes
+            left -= residency.taken_bytes
 
     def give_back(self) -> None:
         """Let go of everything, and wait until the driver counts it as free.

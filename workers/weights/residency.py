@@ -80,7 +80,6 @@ class Residency:
         self._lockstep = Lockstep(self.row_modules, device)
         self.compiled = False
         self.adapters = AdapterWeights(module, device, self._reserve)
-        self._adapter_room = 0  # bytes of the budget that are kept for adapters
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
 
@@ -110,8 +109,13 @@ class Residency:
 
     @property
     def wanted_bytes(self) -> int:
-        """Bytes with which nothing is streamed, and adapters have their room."""
-        return self.total_bytes + self._adapter_room
+        """Bytes with which nothing is streamed, and the adapters of any job so far have their room."""
+        return self.total_bytes + self.adapters.wanted
+
+    @property
+    def taken_bytes(self) -> int:
+        """Bytes on the device, and those that are kept for adapters beside."""
+        return self.device_bytes - self.adapters.device_bytes + self.adapters.room
 
     @property
     def lendable_bytes(self) -> int:
@@ -120,12 +124,13 @@ class Residency:
 
     def swap_in(self, budget: int) -> None:
         """Bring the weights to the device in at most `budget` bytes, streaming as little as that allows; DoesNotFit."""
-        if self.state == "in" and self.wanted_bytes <= budget:
+        if self.state == "in" and self.total_bytes + self.adapters.room <= budget:
             self._budget = budget
             return
         self.swap_out()
         start = time.perf_counter()
         self._budget = budget
+        self.adapters.room = max(0, min(self.adapters.room, budget - self.least_bytes))
         self.plan = self._plan(self._space) if self.total_bytes > self._space else None
         try:
             self._bring_in()
@@ -138,20 +143,20 @@ class Residency:
     @property
     def _space(self) -> int:
         """Bytes of the budget for the model's own weights."""
-        return self._budget - self._adapter_room
+        return self._budget - self.adapters.room
 
     def _reserve(self, size: int) -> None:
-        """Keep so many bytes of the budget for adapters; where they are not to be had, some more is streamed."""
-        before, self._adapter_room = self._adapter_room, max(size, self._adapter_room)
-        if self.state == "out" or self._adapter_room == before:
+        """Keep so many bytes of the budget for adapters; where they are not to be had, some more is streamed.
+
+        OutOfMemoryError where there are not as many beside what can't be streamed: the lease was too small.
+        """
+        self.adapters.room = size
+        if self.state == "out":
             return
-        budget = self._budget
-        try:
-            self.swap_in(budget)
-        except DoesNotFit:
-            self._adapter_room = before
-            self.swap_in(budget)
-            raise
+        self.swap_in(self._budget)
+        if self.adapters.room < size:
+            missing = format_bytes(size - self.adapters.room)
+            raise torch.OutOfMemoryError(f"{self.name} has {missing} too few for a job's LoRAs beside its weights")
 
     def _bring_in(self) -> None:
         streamed: set[str] = set()

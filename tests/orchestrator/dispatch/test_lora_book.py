@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.dispatch.lora_book import FRESH_SECONDS, LoraBook
+from orchestrator.dispatch.lora_book import FRESH_SECONDS, LoraBook, question_of
 from protocol.errors import BadRequest, NotFound
 from protocol.lora import Lora, LoraRequest
 from protocol.messages.describer import FoundLora
@@ -14,12 +14,18 @@ FOUND = FoundLora(request=1, lora=Lora(name="pastel", digest="a" * 64, weight=1.
 def test_an_answer_is_for_all_weights_and_for_some_seconds() -> None:
     now = [100.0]
     book = LoraBook(lambda: now[0])
-    assert not book.knows(ASKED)
-    book.learn(ASKED.model_copy(update={"weight": 1.0}), FOUND)
-    assert book.knows(ASKED)
+    assert not book.knows(question_of(ASKED))
+    question = question_of(ASKED)
+    book.learn(question, FOUND)
+    assert book.knows(question)
     assert book.of(ASKED) == Lora(name="pastel", digest="a" * 64, weight=0.5)
-    now[0] += FRESH_SECONDS
-    assert not book.knows(ASKED)
+    now[0] += 2 * FRESH_SECONDS
+    assert not book.knows(question)
+    assert book.knows(question, since=99.0)  # for who has waited for it since before
+    assert not book.knows(question, since=101.0)
+    book.learn(question, FOUND, for_good=True)
+    now[0] += 1000.0
+    assert book.knows(question)
 
 
 def test_refusals_are_the_describers_own() -> None:

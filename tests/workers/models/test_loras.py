@@ -1,5 +1,6 @@
 """LoRAs of a job: the bits of the plain pipeline with `load_lora_weights` and `set_adapters`, in any order of jobs."""
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from protocol.recipe import resolve
 from protocol.stages import Stage
 from tests import loras, tiny, tiny_families
 from workers.errors import StageError
+from workers.models import loras as loras_module
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
@@ -80,7 +82,7 @@ def stack(folder: Path, files: Path, share: float = 1.0) -> Stack:
             budget = int(share * residency.total_bytes) if name == "denoise" else residency.total_bytes
             residency.swap_in(max(budget, residency.least_bytes))
         assert loaded.loras
-        loaded.loras.folder = files
+        loaded.loras.files.folder = files
         by_name[name] = cls(loaded, CPU)
     return Stack(source, files, by_name)
 
@@ -151,6 +153,60 @@ def test_weights_stay_within_the_budget_with_adapters_among_them(deep: Path, tmp
     assert denoiser.state == "in"
     assert torch.equal(made.picture(known), made.plain(known))
     assert denoiser.device_bytes <= denoiser.wanted_bytes
+
+
+def evil(folder: Path, files: Path) -> Iterator[tuple[Lora, str]]:
+    """Files that would change more than adapters."""
+    denoiser = DiffusionPipeline.from_pretrained(folder).transformer
+    layer, inner = "transformer.single_transformer_blocks.0.attn.to_q", denoiser.inner_dim
+    good = {f"{layer}.lora_A.weight": torch.ones(2, inner), f"{layer}.lora_B.weight": torch.ones(inner, 2)}
+
+    def of(name: str, more: dict[str, torch.Tensor], **config: object) -> Lora:
+        said = {f"transformer.{key}": value for key, value in {"r": 2, "lora_alpha": 2, **config}.items()}
+        metadata = {"lora_adapter_metadata": json.dumps(said)} if config else None
+        return loras.keep({**good, **more}, files, name, metadata=metadata)
+
+    norm = denoiser.transformer_blocks[0].attn.norm_q.weight
+    yield (
+        of("norm", {"transformer.transformer_blocks.0.attn.norm_q.weight": torch.ones_like(norm)}),
+        "norms|model's own",
+    )
+    wide, out = 2 * denoiser.x_embedder.in_features, denoiser.x_embedder.out_features
+    embedder = {"lora_A.weight": torch.ones(2, wide), "lora_B.weight": torch.ones(out, 2)}
+    yield of("wide", {f"transformer.x_embedder.{key}": value for key, value in embedder.items()}), "other sizes"
+    bias = torch.ones_like(denoiser.proj_out.bias)
+    yield of("base", {"transformer.proj_out.bias": bias}), "weight of the model's own"
+    for config in (
+        {"modules_to_save": ["norm_out"]}, {"target_modules": "(a+)+"}, {"bias": "all"}, {"r": 10**9},
+        {"layers_to_transform": [0]}, {"rank_pattern": {"x": 10**9}},
+    ):  # fmt: skip
+        yield of(next(iter(config)), {}, **config), f"asks for {next(iter(config))}"
+    yield of("dora", {f"{layer}.lora_magnitude_vector": torch.ones(inner)}), "DoRA"
+
+
+def test_a_file_that_would_change_more_than_adapters_is_refused(deep: Path, tmp_path: Path) -> None:
+    made = stack(deep, tmp_path)
+    bare = made.plain([])
+    own = made.by_name["denoise"].loaded.pipeline.transformer
+    before = loras_module.parameters_of(own)
+    for lora, reason in evil(deep, tmp_path):
+        with pytest.raises(StageError, match=reason):
+            made.picture([lora])
+        assert loras_module.parameters_of(own) == before
+        assert torch.equal(made.picture([]), bare)
+
+
+def test_a_files_own_configuration_counts_but_for_what_training_heeds(deep: Path, tmp_path: Path) -> None:
+    """Such as its alpha; dropout would draw random numbers in the plain pipeline, and is left out."""
+    pipeline = DiffusionPipeline.from_pretrained(deep)
+    said = {"r": 2, "lora_alpha": 7, "target_modules": list(ATTENTION), "lora_dropout": 0.0, "inference_mode": True}
+    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in said.items()})}
+    scaled = loras.write_lora(pipeline, tmp_path, "scaled", ATTENTION, metadata=metadata)
+    same = loras.write_lora(pipeline, tmp_path, "scaled", ATTENTION)
+    made = stack(deep, tmp_path)
+    picture = made.picture([scaled])
+    assert torch.equal(picture, made.plain([scaled]))
+    assert not torch.equal(picture, made.picture([same]))
 
 
 def odd(folder: Path, files: Path) -> Iterator[tuple[Lora, str]]:
