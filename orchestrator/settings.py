@@ -221,6 +221,7 @@ class StackConfig(JobSettings):
     loras: Annotated[
         dict[str, str],
         Field(description="Names of LoRAs, each with its file, or OWNER/NAME[:FILE] on the hub."),
+        Flag("--lora-alias", "NAME=FILE", "none"),
     ] = Field(default_factory=dict)
     dtype: Annotated[
         Dtype, Field(description="Of all stages."), Flag("--dtype", default="bfloat16 on GPUs, float32 on the CPU")

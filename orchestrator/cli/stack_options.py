@@ -44,7 +44,7 @@ def stack_option(field: FieldInfo, flag: Flag) -> Callable[[Any], Any]:
         return click.option(*names, parameter(flag), is_flag=True, default=None, help=field.description)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     kind = click.Choice(choices) if choices else None
-    several = flag.option == "--budget"
+    several = flag.option in ("--budget", "--lora-alias")
     metavar = None if choices else flag.metavar
     return click.option(
         *names, parameter(flag), type=kind or str, multiple=several, metavar=metavar, help=help_of(field, flag)
@@ -76,7 +76,7 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
     for name, _, flag in flags_of(StackConfig):
         value = options.get(parameter(flag))
         if value is not None and value != ():
-            given[name] = parse_budgets(value) if name == "gpus" else value
+            given[name] = parse_budgets(value) if name == "gpus" else parse_aliases(value) if name == "loras" else value
     stages: dict[Stage, dict[str, Any]] = {stage: {} for stage in STAGES}
     for name, _, flag in flags_of(StageConfig):
         for stage, text in parse_stage_values(flag.option, options[parameter(flag)], every_stage=flag.bare).items():
@@ -84,6 +84,14 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
     config = load_config(options["config"], given, {stage: values for stage, values in stages.items() if values})
     config.speedups()  # raises where they can't be
     return config
+
+
+def parse_aliases(values: tuple[str, ...]) -> dict[str, str]:
+    """'ink=FILE' names a LoRA's file."""
+    pairs = [value.partition("=") for value in values]
+    if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
+        raise BadRequest(f"--lora-alias {wrong[0]!r} is not right.", "Write --lora-alias NAME=FILE.")
+    return {name: file for name, _, file in pairs}
 
 
 def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:

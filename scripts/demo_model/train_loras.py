@@ -2,7 +2,7 @@
 
     python -m scripts.demo_model.train_loras --steps 500
 
-Some ten minutes each on two cores. What they learn from is drawn by code, as the model's own pictures were.
+Some six to twelve minutes each on two cores. What they learn from is drawn by code, as the model's own pictures were.
 """
 
 import json

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download, list_repo_files
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from protocol.errors import BadRequest, ModelMissing, NotFound
 from protocol.lora import LORA_NAME, MAX_LORA_BYTES, Lora, LoraInfo, LoraRequest
@@ -166,7 +167,10 @@ class LoraFiles:
         tensors, metadata = shapes_of_file(path)
         name = f"check_{digest[:16]}"
         try:
-            found = load_adapter(self._pipeline, own, tensors, name, metadata=metadata)
+            try:
+                found = load_adapter(self._pipeline, own, tensors, name, metadata=metadata)
+            except NotImplementedError:  # not all libraries take shapes
+                found = load_adapter(self._pipeline, own, load_file(path), name, metadata=metadata)
         except BadRequest as error:
             return error.message
         except WeightsLost as error:

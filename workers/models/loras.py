@@ -242,7 +242,7 @@ def _load_adapter(
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is meant
         try:
             loader.load_lora_weights(given, adapter_name=name, use_safetensors=True)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, NotImplementedError):  # which says nothing of the file
             raise
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadRequest(why_not(error, cls)) from error
