@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from protocol.errors import DoesNotFit
+from protocol.units import format_bytes
 from workers.weights.streaming import memory_of_its_own, room, view_of
 
 OF_ADAPTER = re.compile(r"(^|\.)(lora_|lokr_|loha_|hada_|oft_|dora_)")  # in the names of peft's modules and parameters
@@ -55,7 +57,7 @@ class Adapter:
 
 
 class AdapterWeights:
-    """The adapters of a `module` on its `device`; `reserve` makes room there for some bytes, or raises DoesNotFit."""
+    """The adapters of a `module` on its `device`; `reserve` makes `room` there for some bytes, or for less."""
 
     def __init__(self, module: torch.nn.Module, device: torch.device, reserve: Callable[[int], None]) -> None:
         self.module, self._device, self._reserve = module, device, reserve
@@ -113,11 +115,18 @@ class AdapterWeights:
             self._wanted = ()
 
     def bring(self) -> None:
-        """Bring the present job's adapters to the device, unless they are there."""
+        """Bring the present job's adapters to the device, unless they are there; DoesNotFit."""
+        self._want(sum(self._adapters[name].nbytes for name in self._wanted))
         for name in self._wanted:
             self._adapters[name].bring(self._device)
 
     def _want(self, size: int) -> None:
-        self.wanted = max(self.wanted, size)
         if size > self.room:
             self._reserve(size)
+        if size > self.room:
+            raise DoesNotFit(
+                f"A job's LoRAs take {format_bytes(size)} of GPU memory; beside what the model needs at least "
+                f"{format_bytes(self.room)} are there.",
+                "Name fewer of them at once, or give the stage more memory.",
+            )
+        self.wanted = max(self.wanted, size)

@@ -54,7 +54,7 @@ class GpuLease:
 
     def needs(self) -> WeightNeed:
         weights = sum(residency.wanted_bytes for residency in self.residencies)
-        least = sum(residency.least_bytes + residency.adapters.wanted for residency in self.residencies)
+        least = sum(residency.least_bytes for residency in self.residencies)
         return WeightNeed(
             weights=weights if self.most is None else max(least, min(weights, self.most)),
             least=least,

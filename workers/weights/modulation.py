@@ -118,6 +118,11 @@ class Modulation:
     def buffer_bytes(self) -> int:
         return self._slot * min(SLOTS, len(self._layers))
 
+    @property
+    def in_place(self) -> bool:
+        """Return whether looked-up results stand in the layers' places now."""
+        return bool(self._hooks)
+
     def stay(self) -> None:
         """Note that the layers' weights are on the device to stay."""
         self._passing = False

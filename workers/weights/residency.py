@@ -146,17 +146,10 @@ class Residency:
         return self._budget - self.adapters.room
 
     def _reserve(self, size: int) -> None:
-        """Keep so many bytes of the budget for adapters; where they are not to be had, some more is streamed.
-
-        OutOfMemoryError where there are not as many beside what can't be streamed: the lease was too small.
-        """
+        """Keep so many bytes of the budget for adapters; where they are not to be had, some more is streamed."""
         self.adapters.room = size
-        if self.state == "out":
-            return
-        self.swap_in(self._budget)
-        if self.adapters.room < size:
-            missing = format_bytes(size - self.adapters.room)
-            raise torch.OutOfMemoryError(f"{self.name} has {missing} too few for a job's LoRAs beside its weights")
+        if self.state != "out":
+            self.swap_in(self._budget)
 
     def _bring_in(self) -> None:
         streamed: set[str] = set()
@@ -186,6 +179,9 @@ class Residency:
 
     def _plan(self, budget: int) -> StreamPlan:
         plan = self._plan_with(self.modulation, budget) if budget >= self.least_bytes or self.modulation else None
+        if plan is None and self.modulation and not self.modulation.in_place and budget >= self.least_bytes:
+            self.modulation = None  # whose buffer takes more than there is: it is streamed with the rest
+            plan = self._plan_with(None, budget)
         if plan is None:
             raise DoesNotFit(
                 f"{self.name} has {format_bytes(self.total_bytes)} of weights, and {format_bytes(budget)} are too few "

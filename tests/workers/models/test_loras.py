@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from protocol.errors import DoesNotFit
 from protocol.job import JobRequest, Recipe
 from protocol.lora import Lora
 from protocol.pictures import pictures_among
@@ -153,6 +154,28 @@ def test_weights_stay_within_the_budget_with_adapters_among_them(deep: Path, tmp
     assert denoiser.state == "in"
     assert torch.equal(made.picture(known), made.plain(known))
     assert denoiser.device_bytes <= denoiser.wanted_bytes
+
+
+def test_adapters_that_find_no_room_end_the_job_and_change_nothing(deep: Path, tmp_path: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(deep)
+    made = stack(deep, tmp_path)
+    (denoiser,) = made.by_name["denoise"].residencies
+    small = loras.write_lora(pipeline, tmp_path, "small", ATTENTION[:1])
+    large = loras.write_lora(pipeline, tmp_path, "large", (*ATTENTION, *FEED_FORWARD, *MODULATION), rank=64)
+    wanted, tight = made.plain([small]), denoiser.total_bytes * 2 // 3
+    for budget in (tight, denoiser.total_bytes):
+        denoiser.swap_out()
+        denoiser.swap_in(budget)
+        assert torch.equal(made.picture([small]), wanted)
+        assert denoiser.device_bytes <= budget
+    denoiser.swap_out()
+    denoiser.swap_in(tight)
+    with pytest.raises(DoesNotFit, match="LoRAs take"):
+        made.picture([large])
+    assert torch.equal(made.picture([small]), wanted)
+    denoiser.swap_out()
+    denoiser.swap_in(denoiser.total_bytes // 2)  # less than jobs before had
+    assert torch.equal(made.picture([]), made.plain([]))
 
 
 def evil(folder: Path, files: Path) -> Iterator[tuple[Lora, str]]:
