@@ -55,12 +55,14 @@ def files(model: Path) -> Iterator[Case]:
 
 
 def folders(model: Path) -> Iterator[str]:
-    yield from sorted(path.name for path in model.iterdir() if path.is_dir())
+    yield from sorted(path.name for path in model.iterdir() if path.is_dir() and path.name != "loras")
 
 
 def tensors(model: Path) -> Iterator[Case]:
     """Every tensor dropped, and every one that isn't square transposed."""
     for path in sorted(model.rglob("*.safetensors")):
+        if path.parent.name == "loras":
+            continue
         name = str(path.relative_to(model))
         for tensor, entry in header(path).items():
             yield Case(name, f"without {tensor}", functools.partial(drop_tensor, tensor=tensor))

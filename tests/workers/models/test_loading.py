@@ -98,7 +98,10 @@ def test_the_demo_model_ships_and_says_what_it_takes() -> None:
     assert model.demo
     assert (model.width, model.height, model.size_multiple, model.max_sequence_length) == (128, 128, 16, 48)
     assert model.steps <= 12
-    assert sum(p.stat().st_size for p in source.folder.rglob("*") if p.is_file()) <= 20_000_000
+    files = [path for path in source.folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.parent.name != "loras") <= 20_000_000
+    small = {path.stem for path in files if path.parent.name == "loras" and path.stat().st_size <= 10**6}
+    assert small == {"outline", "night"}
 
 
 def hub_cache(home: Path, folder: Path) -> Path:
