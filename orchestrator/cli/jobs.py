@@ -81,10 +81,15 @@ def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
             print(f"  waits: no worker of this stack is what it was accepted for ({wanted})")
 
 
+def told_loras(job: Job) -> str:
+    return ", ".join(f"{lora.name}@{lora.weight:g} ({lora.digest[:12]})" for lora in job.recipe.loras)
+
+
 def describe(job: Job) -> list[str]:
     took = f", {job.finished - job.created:.2f} s after it came" if job.finished else ""
     lines = [f"job {job.id}: {where(job)}{took}"]
-    lines += [f"  {name}: {value}" for name, value in job.recipe.model_dump().items() if value not in (None, ())]
+    given = job.recipe.model_dump() | {"loras": told_loras(job)}
+    lines += [f"  {name}: {value}" for name, value in given.items() if value not in (None, (), "")]
     for record in job.records:
         how = (
             "from the cache"

@@ -138,6 +138,11 @@ def test_the_command_line(shelf: Shelf, stack: RunningStack, tmp_path: Path) -> 
     again = triptych("retry", str(output), "-o", str(tmp_path / "again.png"), folder=stack.folder)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "again.png").exists()
+    job = triptych("jobs", "-q", "--limit", "1", folder=stack.folder).stdout.strip()
+    newest = triptych("show", job, folder=stack.folder)
+    assert f"@1 ({shelf.known['mine'].digest[:12]})" in newest.stdout, newest.stdout
+    nowhere = triptych("up", "--loras", str(tmp_path / "nothing"), folder=tmp_path / "other")
+    assert (nowhere.returncode, "There is no folder" in nowhere.stderr) == (4, True), nowhere.stderr
     wrong = triptych("submit", "x", "--lora", "nothing", folder=stack.folder)
     assert (wrong.returncode, "Traceback" in wrong.stderr) == (2, False)
 

@@ -266,6 +266,8 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
         with quiet():
             return build_skeleton(source)
 
+    if spec.lora_folder and not Path(spec.lora_folder).is_dir():
+        raise ModelMissing(f"There is no folder {spec.lora_folder!r} of LoRAs.", "Give another to --loras.")
     folders = [source.folder / LORAS, *([Path(spec.lora_folder)] if spec.lora_folder else [])]
     found = LoraFiles(skeleton, dict(spec.lora_aliases), folders, Path(spec.loras))
     found.fetch()
