@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 
 from protocol.errors import DoesNotFit
 from protocol.job import JobRequest, Recipe
-from protocol.lora import Lora
+from protocol.lora import Lora, LoraRequest
 from protocol.pictures import pictures_among
 from protocol.recipe import resolve
 from protocol.stages import Stage
@@ -23,6 +23,8 @@ from workers.models import loras as loras_module
 from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
+from workers.models.lora_files import LoraFiles
+from workers.models.skeleton import build_skeleton
 from workers.models.source import Source, read
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
@@ -254,3 +256,25 @@ def test_what_is_no_lora_of_this_model_is_told_and_leaves_the_model_as_it_was(de
         with pytest.raises(StageError, match=reason):
             made.picture([lora])
         assert torch.equal(made.picture([]), bare)
+
+
+def test_files_of_kohyas_trainer(tmp_path: Path) -> None:
+    """By names of their own, with an alpha for each layer."""
+    folder = tiny.save(tiny.sd15(), tmp_path / "model")
+    pipeline, generator = DiffusionPipeline.from_pretrained(folder), torch.Generator().manual_seed(3)
+    tensors: dict[str, torch.Tensor] = {}
+    for path, layer in pipeline.unet.named_modules():
+        if isinstance(layer, torch.nn.Linear) and path.endswith(("attn1.to_q", "attn2.to_k")):
+            key = f"lora_unet_{path.replace('.', '_')}"
+            tensors[f"{key}.lora_down.weight"] = torch.randn(2, layer.in_features, generator=generator) * 0.3
+            tensors[f"{key}.lora_up.weight"] = torch.randn(layer.out_features, 2, generator=generator) * 0.3
+            tensors[f"{key}.alpha"] = torch.tensor(1.5)
+    lora = loras.keep(tensors, tmp_path / "kept", "kohya", metadata={"ss_base_model_version": "sd_v1"})
+    made = stack(folder, tmp_path / "kept")
+    wanted = made.plain([lora])
+    assert torch.equal(made.picture([lora]), wanted)
+    assert not torch.equal(wanted, made.plain([]))
+    files = LoraFiles(lambda: build_skeleton(made.source), {}, [], tmp_path / "kept")
+    found, info = files.find(LoraRequest(name="kohya", digest=lora.digest))
+    assert info.components == ("unet",)
+    assert (found.encoders, info.base) == (False, "sd_v1")
