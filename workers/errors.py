@@ -54,6 +54,9 @@ def let_go(error: BaseException) -> None:
     error.__traceback__ = error.__context__ = None
 
 
+NO_HOST_MEMORY = ("bad_alloc", "can't start new thread", "can't allocate memory")  # in errors of libraries
+
+
 def cause_of(error: BaseException) -> str:
     """Return one line that names what went wrong, down to the first cause."""
     parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
@@ -64,4 +67,6 @@ def cause_of(error: BaseException) -> str:
         parts.append(
             "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
         )
+    elif isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_HOST_MEMORY):
+        parts.append("this process found no more memory on its host; a smaller picture, or fewer a job, would help")
     return "; ".join(parts)[:2000]

@@ -38,7 +38,8 @@ def test_a_worker_that_finds_no_memory_fails_its_job_with_the_reason_and_does_th
     if psutil.pid_exists(pid):
         resource.prlimit(pid, resource.RLIMIT_AS, UNLIMITED)
     if stack.client.job(job.id).state == "failed":
-        assert any(word in stack.client.job(job.id).reasons[-1].lower() for word in ("memory", "died"))
+        reason = stack.client.job(job.id).reasons[-1]
+        assert any(word in reason.lower() for word in ("memory", "died")), reason
         stack.client.retry(job.id)
         stack.client.wait(job.id, 120)
     assert stack.pictures(job.id)[:1].shape == wanted.shape
