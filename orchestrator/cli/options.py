@@ -131,7 +131,7 @@ def recipe_options(command: Command) -> Command:
         click.option("--max-sequence-length", type=int, help="Tokens of the prompt that the model reads."),
         click.option("--set", "settings", multiple=True, callback=parse_settings, metavar="NAME=VALUE",
                      help="Any other plain argument of the pipeline's call: clip_skip=1, padding_mask_crop=32."),
-        click.option("--lora", "loras", multiple=True, metavar="NAME[@WEIGHT]",
+        click.option("--lora", multiple=True, metavar="NAME[@WEIGHT]",
                      help="A LoRA: a name that 'triptych loras' lists, or your own .safetensors file; several add up."),
         click.option("--priority", type=int, help="Higher goes first. [default: 0]"),
         click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -180,7 +180,7 @@ def requests_from(prompts: tuple[str, ...], options: dict[str, Any]) -> list[Ask
     seeds = options.get("seeds") or [None]
     if seeds != [None] and "seed" in given:
         raise BadRequest("--seed and --seeds say the same.", "Give one or the other.")
-    given_loras = loras_of(options.get("loras") or ())
+    given_loras = loras_of(options.get("lora") or ())
     given |= {"loras": given_loras.requests} if given_loras.requests else {}
     named_by_seed = "{seed" in (options.get("output_pattern") or "")
     asked: list[Asked] = []

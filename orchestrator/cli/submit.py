@@ -239,7 +239,7 @@ def names_for_jobs(jobs: Sequence[Job], options: dict[str, Any]) -> Names:
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave.")
 @click.option("--anyway", is_flag=True, help="Make a file's picture again although this stack may give other bits.")
 @picture_options
-@click.option("--lora", "loras", multiple=True, metavar="FILE", help="A LoRA's file that FILE was made with.")
+@click.option("--lora", multiple=True, metavar="FILE", help="A LoRA's file that FILE was made with.")
 @timeout_option
 @json_option
 @quiet_option
@@ -252,7 +252,7 @@ def retry(targets: tuple[str, ...], state: Path | None, anyway: bool, **options:
     with Client(state_folder(state)) as client:
         if files:
             pictures = given_pictures(options).tensors
-            for file in loras_of(options["loras"]).files:
+            for file in loras_of(options["lora"]).files:
                 client.send_lora(file)
             asked = [asked_again(client, path, anyway, pictures) for path in files]
             make(client, asked, names_for_requests(asked, options), options)
