@@ -206,6 +206,7 @@ def test_a_worker_of_another_host_gets_the_files(shelf: Shelf, state: Path, tmp_
             assert worker.wait(20) == 0
 
 
+@pytest.mark.all
 def test_a_stage_alone_takes_files(shelf: Shelf, tmp_path: Path) -> None:
     made = {stage: str(tmp_path / f"{stage}.safetensors") for stage in ("text", "denoise")}
     model, file = ["--model", str(shelf.model), "--device", "cpu"], ["--lora", f"{shelf.path('mine')}@0.5"]
