@@ -41,7 +41,7 @@ Asked = tuple[str, ...] | Template | LoraRequest | None
 
 @dataclass(slots=True)
 class Question:
-    """What the describer is asked: to count texts, to look at a template, to find a LoRA, or to list all (None)."""
+    """A question to the describer: texts to count, a template to look at, a LoRA to find, or all to list (None)."""
 
     of: "Asked"
     principal: Principal = LOCAL_USER  # who asked first
@@ -192,9 +192,14 @@ class DescriberLink:
             question.asked, asked = True, asked + 1
             self.outbox.to_worker(self._identity, question.message(number))
 
-    def counted(self, counts: TokenCounts) -> None:
-        question = self._open.pop(counts.request, None)
+    def _answered(self, number: int) -> Question | None:
+        """Return the question of an answer, None if it is no longer open, and ask the next."""
+        question = self._open.pop(number, None)
         self._ask_next()
+        return question
+
+    def counted(self, counts: TokenCounts) -> None:
+        question = self._answered(counts.request)
         if question is None or not isinstance(question.of, tuple):
             return
         if counts.reason or len(counts.counts) != len(question.of):
@@ -203,19 +208,16 @@ class DescriberLink:
             self.catalogue.default().tokens.learn(question.of, counts.counts)
 
     def looked(self, looked: Looked) -> None:
-        question = self._open.pop(looked.request, None)
-        self._ask_next()
+        question = self._answered(looked.request)
         if question is not None and isinstance(question.of, Template):
             self.catalogue.default().routes.learn(question.of, looked.route)
 
     def found_lora(self, found: FoundLora) -> None:
-        question = self._open.pop(found.request, None)
-        self._ask_next()
+        question = self._answered(found.request)
         if question is not None and isinstance(question.of, LoraRequest):
             self.catalogue.loras.learn(question.of, found)
 
     def listed_loras(self, known: KnownLoras) -> None:
-        question = self._open.pop(known.request, None)
-        self._ask_next()
+        question = self._answered(known.request)
         if question is not None and question.of is None:
             self.catalogue.loras.list(known.loras)

@@ -1,4 +1,4 @@
-"""What the describer has said of LoRAs: an answer holds for some seconds, and for who has waited for it."""
+"""The describer's answers about LoRAs: each holds for some seconds, and for who has waited for it."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Where the time of a denoising step goes on a GPU: products, attention, exchange between GPUs, the rest, and idling.
+"""The time of a denoising step on a GPU, by kernels: products, attention, exchange between GPUs, the rest, and idling.
 
     python -m scripts.bench.kernels /tmp/flux
     python -m scripts.bench.kernels /tmp/flux --speedup denoise:compile

@@ -64,7 +64,7 @@ class AdapterWeights:
         self._adapters: dict[str, Adapter] = {}  # the least recently used first
         self.room = 0  # bytes of the model's budget that are kept for adapters now
         self.wanted = 0  # bytes that some job wanted
-        self._wanted: Sequence[str] = ()  # by the present job
+        self._active: Sequence[str] = ()  # by the present job
 
     @property
     def device_bytes(self) -> int:
@@ -108,16 +108,16 @@ class AdapterWeights:
                 spare -= adapter.nbytes
                 if spare < 0:
                     adapter.let_go()
-        self._wanted = names
+        self._active = names
         try:
             yield
         finally:
-            self._wanted = ()
+            self._active = ()
 
     def bring(self) -> None:
         """Bring the present job's adapters to the device, unless they are there; DoesNotFit."""
-        self._want(sum(self._adapters[name].nbytes for name in self._wanted))
-        for name in self._wanted:
+        self._want(sum(self._adapters[name].nbytes for name in self._active))
+        for name in self._active:
             self._adapters[name].bring(self._device)
 
     def _want(self, size: int) -> None:

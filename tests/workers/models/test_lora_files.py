@@ -1,4 +1,4 @@
-"""What a stack says of its LoRAs' files, and which of them it takes."""
+"""A stack's answers about its LoRAs' files, and which of them it takes."""
 
 import json
 from pathlib import Path
