@@ -305,14 +305,29 @@ def main(
             return
         if count > 1:
             if not result.exists():
-                subprocess.run([sys.executable, *sys.argv, "--part", "recipe", "--result", str(result)], check=True)
+                subprocess.run(
+                    [
+                        sys.executable,
+                        "-m",
+                        "scripts.bench.gpu",
+                        *sys.argv[1:],
+                        "--part",
+                        "recipe",
+                        "--result",
+                        str(result),
+                    ],
+                    check=True,
+                )
             budget = int(float(cards.split(",")[0]) * GIB)
             on_several(model, device, count, size, steps, budget, result, logs, rows.split(","))
             return
         if part == "stages":
             single_stages(model, device, size, steps, [float(gib) for gib in cards.split(",")], result)
         elif part == "all":  # in a process of its own, so that its context leaves the GPU
-            subprocess.run([sys.executable, *sys.argv, "--part", "stages", "--result", str(result)], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "scripts.bench.gpu", *sys.argv[1:], "--part", "stages", "--result", str(result)],
+                check=True,
+            )
         if part != "stages":
             stacks(model, device, size, steps, [int(float(gib) * GIB) for gib in budgets.split(",")], result, logs)
     row(what=part, s=time.perf_counter() - start)

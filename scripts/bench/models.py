@@ -181,7 +181,10 @@ def main(
             make(name, place, device, depth)
         with tempfile.TemporaryDirectory() as kept:
             found = Path(kept, "plain.npz")
-            subprocess.run([sys.executable, *sys.argv, "--only", name, "--plain", str(found)], check=True)
+            subprocess.run(
+                [sys.executable, "-m", "scripts.bench.models", *sys.argv[1:], "--only", name, "--plain", str(found)],
+                check=True,
+            )
             budgets = [float(gib) for gib in cards.split(",")]
             stacks(
                 place, model, device, pixels, steps or model.steps, budgets, found, logs and logs / name, host_memory

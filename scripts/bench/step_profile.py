@@ -1,8 +1,8 @@
 """The time of a denoising step on a GPU, by kernels: products, attention, exchange between GPUs, the rest, and idling.
 
-    python -m scripts.bench.kernels /tmp/flux
-    python -m scripts.bench.kernels /tmp/flux --speedup denoise:compile
-    python -m scripts.bench.kernels /tmp/flux --speedup denoise:compile --speedup denoise:parallel=tensor-2
+    python -m scripts.bench.step_profile /tmp/flux
+    python -m scripts.bench.step_profile /tmp/flux --speedup denoise:compile
+    python -m scripts.bench.step_profile /tmp/flux --speedup denoise:compile --speedup denoise:parallel=tensor-2
 
 The denoise stage alone, everything resident, by torch's profiler; of several ranks the first one's. Milliseconds a
 step, seconds a job without the profiler, and the kernels that take longest. Prints one JSON line a row.
