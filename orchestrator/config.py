@@ -12,6 +12,17 @@ gpus = [1]
 
 [stages.denoise]
 gpus = [0]
+
+A stack of several models has a table for each, whose settings lie over those of the stack:
+
+model = "flux"  # the default
+
+[models.flux]
+model = "black-forest-labs/FLUX.1-dev"
+
+[models.turbo]
+model = "Tongyi-MAI/Z-Image-Turbo"
+stages.text.keep_alive = 60
 """
 
 import tomllib
@@ -37,6 +48,8 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
             raise BadRequest(f"The configuration {str(path)!r} is not UTF-8 text.", "Save it as UTF-8.") from error
         except tomllib.TOMLDecodeError as error:
             raise BadRequest(f"The configuration {str(path)!r} is not valid TOML: {error}.") from error
+    if "models" in flags:
+        data.pop("model", None)
     data |= flags
     stages = data.setdefault("stages", {})
     for stage, values in stage_flags.items():
@@ -46,22 +59,29 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
         return StackConfig.model_validate(data)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        where = ".".join(map(str, fault["loc"]))
-        fits = _fits(fault["type"], where)
-        if where.startswith("stages.") and where.endswith(".[key]"):
-            where, fault["msg"] = where.removesuffix(".[key]"), "there is no such stage"
+        place = fault["loc"]
+        if place[:1] == ("models",) and len(place) > 2 and place[2] != "[key]":
+            place = place[2:]  # a setting of one of several models is one of a model's
+        where, said = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
+        fits = _fits(fault["type"], place)
+        if place[:1] == ("stages",) and place[-1] == "[key]":
+            where, said = where.removesuffix(".[key]"), "there is no such stage"
             fits = f"Stages are {', '.join(STAGES)}."
-        if where.endswith("device"):
-            fault["msg"], fits = f"{fault['input']!r} is no device", "Write auto, cpu, cuda, cuda:0 or mps."
-        raise BadRequest(f"The setting {where!r} is not valid: {fault['msg']}.", fits) from error
+        if place[:1] == ("models",) and place[-1] == "[key]":
+            where, said = where.removesuffix(".[key]"), "this is no name of a model"
+            fits = "Names are letters, digits and the signs . _ -"
+        if place[-1:] == ("device",):
+            said, fits = f"{fault['input']!r} is no device", "Write auto, cpu, cuda, cuda:0 or mps."
+        if not where:
+            raise BadRequest(f"The settings don't go together: {said}.") from error
+        raise BadRequest(f"The setting {where!r} is not valid: {said}.", fits) from error
 
 
-def _fits(kind: str, where: str) -> str:
+def _fits(kind: str, place: tuple[int | str, ...]) -> str:
     if kind != "extra_forbidden":
         return ""
-    of_stage = where.startswith("stages.") and where.count(".") > 1
-    known = (StageConfig if of_stage else StackConfig).model_fields
-    return f"Known settings are {', '.join(known)}."
+    of_stage = place[0] == "stages" and len(place) > 2
+    return f"Known settings are {', '.join((StageConfig if of_stage else StackConfig).model_fields)}."
 
 
 def parse_stage_values(option: str, values: tuple[str, ...], every_stage: bool) -> dict[Stage, str]:

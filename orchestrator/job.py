@@ -21,6 +21,10 @@ class ModelKey:
     speedups: tuple[str, ...] = ()
 
     @staticmethod
+    def of(revision: str, dtype: str, speedups: tuple[str, ...]) -> "ModelKey":
+        return _model_key(revision, dtype, speedups)
+
+    @staticmethod
     def of_recipe(recipe: Recipe) -> "ModelKey":
         return _model_key(recipe.revision, recipe.dtype, recipe.speedups)
 

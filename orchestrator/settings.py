@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
-from protocol.model_spec import PARTS, ModelSpec
+from protocol.model_spec import PARTS, ModelName, ModelSpec, name_of
 from protocol.speedups import MOST_BATCH, canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -187,11 +187,13 @@ class JobSettings(Settings):
         return [(role, endpoint) for role, endpoint in wanted if endpoint]
 
 
-class StackConfig(JobSettings):
-    """All that a person may say of a stack."""
+class ModelConfig(Settings):
+    """All that a person may say of a model and of the workers that run it."""
 
     model: Annotated[
-        str, Field(description="A folder, a hub id, or demo (draws shapes)."), Flag("--model", "MODEL", short="-m")
+        str,
+        Field(description="A folder, a hub id, or demo (draws shapes). Give several for a stack of several models."),
+        Flag("--model", "[NAME=]MODEL", short="-m"),
     ] = "demo"
     revision: Annotated[
         str | None,
@@ -234,17 +236,6 @@ class StackConfig(JobSettings):
         ),
         Flag("--placement", default="auto, by the plan"),
     ] = "auto"
-    optimize: Annotated[Optimize, Field(description="What auto is to choose for."), Flag("--optimize")] = "throughput"
-    gpus: Annotated[
-        dict[int, Budget],
-        Field(description="The most that the stack may use of a GPU, contexts included."),
-        Flag("--budget", "[GPU=]16GB", "all that is free"),
-    ] = Field(default_factory=dict)
-    host_memory: Annotated[
-        Bytes | None,
-        Field(description="The most of this host's memory that the stack may use; weights beyond it are read anew."),
-        Flag("--host-memory", "32GB", "all that is free"),
-    ] = None
     compile: Annotated[bool, Field(description="Compile the denoiser's blocks. Tier: numeric."), Flag("--compile")] = (
         False
     )
@@ -266,11 +257,6 @@ class StackConfig(JobSettings):
         Field(description="Waiting jobs of one size and number of steps are denoised together. Tier: numeric."),
         Flag("--batch", "JOBS", "one by one"),
     ] = None
-    checkpoint: Annotated[
-        SecondsOrOff,
-        Field(description="Seconds between two checkpoints of a denoising job at least; 0: every step."),
-        Flag("--checkpoint", "SECONDS|off"),
-    ] = 0.1
     width: Annotated[
         Positive | None,
         Field(description="Width of the pictures that the stack is planned for, in pixels."),
@@ -287,6 +273,11 @@ class StackConfig(JobSettings):
         Field(description="Their scale of true classifier-free guidance: above 1, two passes a step."),
         Flag("--plan-cfg-scale", "NUMBER", "the model's own"),
     ] = None  # fmt: skip
+    rest_after: Annotated[
+        Duration,
+        Field(description="Without a job of it for so long a model's processes end, until it is asked for again."),
+        Flag("--rest-after", "10m|forever", "forever"),
+    ] = None
     stages: dict[Stage, StageConfig] = Field(default_factory=dict)
 
     def model_spec(self) -> ModelSpec:
@@ -308,6 +299,55 @@ class StackConfig(JobSettings):
         return self.stages.get(stage, StageConfig())
 
 
+class StackConfig(JobSettings, ModelConfig):
+    """All that a person may say of a stack."""
+
+    optimize: Annotated[Optimize, Field(description="What auto is to choose for."), Flag("--optimize")] = "throughput"
+    gpus: Annotated[
+        dict[int, Budget],
+        Field(description="The most that the stack may use of a GPU, contexts included."),
+        Flag("--budget", "[GPU=]16GB", "all that is free"),
+    ] = Field(default_factory=dict)
+    host_memory: Annotated[
+        Bytes | None,
+        Field(description="The most of this host's memory that the stack may use; weights beyond it are read anew."),
+        Flag("--host-memory", "32GB", "all that is free"),
+    ] = None
+    checkpoint: Annotated[
+        SecondsOrOff,
+        Field(description="Seconds between two checkpoints of a denoising job at least; 0: every step."),
+        Flag("--checkpoint", "SECONDS|off"),
+    ] = 0.1
+    models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_models(self) -> "StackConfig":
+        """Check what is said beside several models, of which `model` is then the default one's name."""
+        given = self.model_fields_set
+        if self.models and "model" in given and self.model not in self.models:
+            raise ValueError(f"model is {self.model!r}, which is none of the models {', '.join(self.models)}")
+        if self.models and (own := [part for part in PARTS if part in given]):
+            raise ValueError(f"{own[0]} is a single model's: write it below [models.NAME]")
+        return self
+
+    def each(self) -> dict[str, "StackConfig"]:
+        """Return the configuration of each model as if it were alone, by its name; the default one comes first."""
+        if not self.models:
+            return {name_of(self.model): self}
+        found = {name: self._alone(name, own) for name, own in self.models.items()}
+        default = self.model if "model" in self.model_fields_set else next(iter(found))
+        return {default: found[default], **found}
+
+    def _alone(self, name: str, own: ModelConfig) -> "StackConfig":
+        """Return what holds for a model: its own settings, where it has none those of the stack."""
+        given = {field: getattr(own, field) for field in own.model_fields_set}
+        stages = dict(self.stages)
+        for stage, settings in own.stages.items():
+            said = {field: getattr(settings, field) for field in settings.model_fields_set}
+            stages[stage] = self.stage(stage).model_copy(update=said)
+        return self.model_copy(update={"model": name} | given | {"stages": stages, "models": {}})
+
+
 class AccountSettings(Settings):
     """A GPU whose memory is leased to workers."""
 
@@ -318,13 +358,22 @@ class AccountSettings(Settings):
     driver: bool = True  # whether a driver counts what is in use
 
 
+class ModelSettings(Settings):
+    """A model of the stack, as the orchestrator has to know it."""
+
+    name: str = ""  # by which jobs name it; empty where a stack has but one, and was started without a supervisor
+    model: str = ""  # a folder, or a hub id
+    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages whose memory is planned
+    keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
+    rest_after: float | None = None  # seconds without a job of it; None: never
+
+
 class OrchestratorSettings(JobSettings):
     """The settings of jobs, and what the supervisor has planned."""
 
-    fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages whose memory is planned
-    keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
+    models: tuple[ModelSettings, ...] = (ModelSettings(),)  # the default one comes first
     gpus: dict[int, AccountSettings] = Field(default_factory=dict)  # of this host, by the driver's numbers
-    describer: bool = False  # a process without weights looks at the model and at prompts before jobs are taken
+    describer: bool = False  # processes without weights look at models and at prompts before jobs are taken
 
 
 class OrchestratorSpec(Settings):

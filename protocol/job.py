@@ -27,6 +27,7 @@ class JobRequest(Data):
     """A prompt and the settings of its picture. None means the model's own default."""
 
     prompt: Text
+    model: Annotated[str, Field(max_length=4096)] | None = None  # its name in the stack; None: the default one
     negative_prompt: Text | None = None
     width: Int64 | None = None  # pixels
     height: Int64 | None = None  # pixels

@@ -1,9 +1,22 @@
 """The model of a stack, as a person named it, and what is added to it."""
 
+import re
+from pathlib import PurePath
+from typing import Annotated
+
+from pydantic import Field
+
 from protocol.data import Data
 
 DEMO = "demo"
 PARTS = ("revision", "controlnet", "ip_adapter", "transformer")  # of a model, beside its name
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
+ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
+
+
+def name_of(model: str) -> str:
+    """Return the name of a model that was given none: the last part of its folder or hub id."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(model).name).strip("-_.")[:64] or "model"
 
 
 class ModelSpec(Data):

@@ -44,11 +44,26 @@ class WorkerView(Data):
     since: float
 
 
+class ModelView(Data):
+    """A model of the stack."""
+
+    name: str  # by which jobs name it; empty where there is but one, without a supervisor
+    model: str  # a folder, or a hub id
+    revision: str
+    pipeline: str
+    dtype: str
+    speedups: tuple[str, ...]
+    video: bool  # it makes videos
+    resting: bool  # it has no workers, until a job asks for it
+    jobs: int  # unfinished
+
+
 class ProcessView(Data):
     """A process of the supervisor's, also while no worker of it is registered."""
 
     name: str
     stage: Stage | None
+    model: str = ""  # by its name in the stack; empty: it is of no model
     pid: int | None
     state: Literal["starting", "running", "stopping", "waiting"]
     restarts: int

@@ -41,6 +41,7 @@ class DescriberSpec(Data):
     """The process without weights that checks a model and counts prompts' tokens."""
 
     kind: Literal["describer"] = "describer"
+    name: str = ""  # of the model in the stack
     endpoint: str
     model: ModelSpec
     dtype: str

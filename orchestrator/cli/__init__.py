@@ -25,6 +25,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "retry": ("orchestrator.cli.submit", "retry", "Run failed or cancelled jobs again, or make a PNG's picture again."),
     "workers": ("orchestrator.cli.stack", "workers", "Show the workers of the running stack."),
     "restart": ("orchestrator.cli.stack", "restart", "Restart a stage's workers."),
+    "models": ("orchestrator.cli.models", "models", "List the stack's models; load and unload them."),
     "loras": ("orchestrator.cli.loras", "loras", "List the LoRAs that jobs can name."),
     "drain": ("orchestrator.cli.stack", "drain", "Give a stage's workers nothing more to do."),
     "scale": ("orchestrator.cli.stack", "scale", "Change how many workers a stage has."),

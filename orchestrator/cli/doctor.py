@@ -150,8 +150,8 @@ def beside_memory(folder: Path, memory: int) -> list[Finding]:
 def running(folder: Path) -> Finding:
     try:
         with Client(folder, timeout=2) as client:
-            stack = client.stack()
-        return Finding("stack", f"running {stack.model.model if stack.model else '(loading)'} in {folder}")
+            models = ", ".join(model.model for model in client.models())
+        return Finding("stack", f"running {models or '(loading)'} in {folder}")
     except TriptychError:
         return Finding("stack", f"none is running in {folder}")
 

@@ -71,13 +71,13 @@ def show(job_ids: tuple[str, ...], as_json: bool, state: Path | None) -> None:
     """Show everything about JOBs: recipe, stages, times, workers, reasons of failures."""
     with Client(state_folder(state)) as client:
         found = [client.job(job_id) for job_id in job_ids]
-        workers = client.workers().workers
+        workers, models = client.workers().workers, client.models()
     if as_json:
         print(json.dumps([job.model_dump(mode="json") for job in found]))
         return
     for job in found:
         print("\n".join(map(visible, describe(job))))
-        if wanted := wanting(job, workers):
+        if wanted := wanting(job, workers, models):
             print(f"  waits: no worker of this stack is what it was accepted for ({wanted})")
 
 

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.2
 def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Path | None) -> None:
     """Show the log of a STAGE, or of all processes in order of time. Works without a running stack, too."""
     folder = StackFolder(state_folder(state)).logs
-    files = sorted(folder.glob(f"{stage}*.log" if stage else "*.log")) if folder.is_dir() else []
+    files = sorted(folder.glob(f"*{stage}*.log" if stage else "*.log")) if folder.is_dir() else []
     if not files and not follow:
         raise NotFound(f"There are no logs in {str(folder)!r}.", "Start a stack with 'triptych up', or give --state.")
     found = sorted((record for path in files for record in records(path)), key=lambda record: record[:24])
@@ -36,7 +36,7 @@ def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Pa
     for record in chosen[-lines:] if lines else []:
         print(visible(record, keep="\n\t"))
     if follow:
-        for line in following(folder, f"{stage}*.log" if stage else "*.log"):
+        for line in following(folder, f"*{stage}*.log" if stage else "*.log"):
             if job is None or f"job={job} " in line:
                 print(visible(line, keep="\n\t"), end="", flush=True)
 

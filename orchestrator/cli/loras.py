@@ -13,17 +13,18 @@ from protocol.units import format_bytes
 
 
 @click.command()
+@click.option("-m", "--model", metavar="NAME", help="Of one of several models. [default: the first one]")
 @json_option
 @quiet_option
 @state_option
-def loras(as_json: bool, quiet: bool, state: Path | None) -> None:
+def loras(model: str | None, as_json: bool, quiet: bool, state: Path | None) -> None:
     """List the stack's LoRAs: what they were made for, and the words that they were trained with.
 
     \b
     triptych submit "a red circle" --lora NAME@0.8
     """
     with Client(state_folder(state)) as client:
-        found = client.loras()
+        found = client.loras(model)
     if as_json:
         print(json.dumps([lora.model_dump(mode="json") for lora in found]))
     elif quiet:

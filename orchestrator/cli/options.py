@@ -145,6 +145,8 @@ def recipe_options(command: Command) -> Command:
 def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     """The recipe options that were given, as JobRequest's fields."""
     given = {name: options[name] for name in RECIPE_FIELDS if options.get(name) is not None}
+    if options.get("of_model"):
+        given["model"] = options["of_model"]
     if options.get("size"):
         if "width" in given or "height" in given:
             raise BadRequest("--size and --width or --height say the same.", "Give one or the other.")

@@ -15,14 +15,15 @@ from orchestrator.cli.table import print_table
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.planning.calibration import Measurements, measurements_in
 from orchestrator.planning.gpu_budgets import check_budgets
-from orchestrator.planning.hardware import all_memory, imagined, this_hardware, with_link
+from orchestrator.planning.hardware import Hardware, all_memory, imagined, this_hardware, with_link
 from orchestrator.planning.model_profile import find_profile
 from orchestrator.planning.placement import stand_ins
-from orchestrator.planning.planner import choose
+from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.stack_plan import stack_dtype
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from protocol.errors import BadRequest
+from protocol.model_profile import ModelProfile
 from protocol.units import format_bytes, parse_bytes
 
 NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anything else are the GPUs to plan for
@@ -58,25 +59,36 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
             b for b in options["budget"] if "=" in b
         ]
     config = with_recipe(stack_config(options), options["size"], options["steps"], options["cfg_scale"])
-    gpus = list_gpus()
-    hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory or all_memory())
-    if thought:
-        hardware = replace(hardware, cards=imagined(thought[0], config.gpus))
-    else:
+    gpus, measurements = list_gpus(), Measurements()
+    if not thought:
         check_budgets(config, gpus)
-    if ram is not None:
-        hardware = replace(hardware, ram=parse_bytes(ram))
-    if link is not None:
-        hardware = with_link(hardware, link)
-    profile = find_profile(config, stack_dtype(config, bool(hardware.cards)))
-    measurements = Measurements() if thought else measurements_in(StackFolder(state_folder(state)))
-    known = measurements.of(hardware, profile, config.speedups())
-    found = choose(config, profile, known, measurements.terms(config, profile))
+        measurements = measurements_in(StackFolder(state_folder(state)))
+    told: list[dict[str, Any]] = []
+    for name, alone in config.each().items():
+        hardware = this_hardware(gpus, alone.gpus, stand_ins(alone), alone.host_memory or all_memory())
+        if thought:
+            hardware = replace(hardware, cards=imagined(thought[0], alone.gpus))
+        if ram is not None:
+            hardware = replace(hardware, ram=parse_bytes(ram))
+        if link is not None:
+            hardware = with_link(hardware, link)
+        profile = find_profile(alone, stack_dtype(alone, bool(hardware.cards)))
+        known = measurements.of(hardware, profile, alone.speedups())
+        found = choose(alone, profile, known, measurements.terms(alone, profile))
+        if as_json:
+            told.append(as_data(found, profile, hardware) | ({"name": name} if config.models else {}))
+        else:
+            show(found, profile, hardware, alone.optimize, f"{name}: " if config.models else "")
     if as_json:
-        print(json.dumps(as_data(found, profile, hardware)))
-        return
+        print(json.dumps(told if config.models else told[0]))
+    elif config.models:
+        print("Note: models that have jobs at once take turns, and each is planned as if it were alone.")
+
+
+def show(found: Plan, profile: ModelProfile, hardware: Hardware, optimize: str, prefix: str) -> None:
+    """Print the plan of a model."""
     recipe = profile.recipe
-    print(f"{profile.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")
+    print(f"{prefix}{profile.model.pipeline}, {recipe.width}x{recipe.height}, {recipe.steps} steps, {recipe.dtype}")
     for card in hardware.cards:
         link_speed = f"{format_bytes(int(card.rate.link))}/s"
         print(f"GPU {card.index}: {card.name}, {format_bytes(card.budget)}, {link_speed} from memory")
@@ -87,7 +99,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     for note in found.notes:
         print(f"Note: {note}.")
     for change in found.better:
-        print(f"Better with {change} a picture." if config.optimize == "throughput" else f"Better with {change} a job.")
+        print(f"Better with {change} a picture." if optimize == "throughput" else f"Better with {change} a job.")
 
 
 def with_recipe(

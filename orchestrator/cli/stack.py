@@ -124,8 +124,9 @@ def drain(stage: Stage, off: bool, no_wait: bool, state: Path | None) -> None:
 
 @click.command()
 @click.argument("counts", nargs=-1, required=True, metavar="STAGE=N...")
+@click.option("-m", "--model", metavar="NAME", help="Of one of several models. [default: the first one]")
 @state_option
-def scale(counts: tuple[str, ...], state: Path | None) -> None:
+def scale(counts: tuple[str, ...], model: str | None, state: Path | None) -> None:
     """Change how many workers stages have, while the stack runs: triptych scale denoise=2 vae=0."""
     wanted: list[tuple[Stage, int]] = []
     for text in counts:
@@ -137,5 +138,5 @@ def scale(counts: tuple[str, ...], state: Path | None) -> None:
         wanted.append((name, int(number)))
     with Client(state_folder(state)) as client:
         for stage, count in wanted:
-            client.scale(stage, count)
+            client.scale(stage, count, model)
             print(f"{stage}: {count}", file=sys.stderr)

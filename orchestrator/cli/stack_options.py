@@ -1,5 +1,6 @@
 """The options that describe a stack, made of the fields of its settings; and the configuration that they give."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -11,6 +12,7 @@ from orchestrator.config import load_config, parse_stage_values
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.settings import Flag, JobSettings, Settings, StackConfig, StageConfig
 from protocol.errors import BadRequest
+from protocol.model_spec import MODEL_NAME, name_of
 from protocol.stages import STAGES, Stage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -44,7 +46,7 @@ def stack_option(field: FieldInfo, flag: Flag) -> Callable[[Any], Any]:
         return click.option(*names, parameter(flag), is_flag=True, default=None, help=field.description)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     kind = click.Choice(choices) if choices else None
-    several = flag.option in ("--budget", "--lora-alias")
+    several = flag.option in PARSERS
     metavar = None if choices else flag.metavar
     return click.option(
         *names, parameter(flag), type=kind or str, multiple=several, metavar=metavar, help=help_of(field, flag)
@@ -76,25 +78,44 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
     for name, _, flag in flags_of(StackConfig):
         value = options.get(parameter(flag))
         if value is not None and value != ():
-            given[name] = parse_budgets(value) if name == "gpus" else parse_aliases(value) if name == "loras" else value
+            given |= PARSERS[flag.option](value) if flag.option in PARSERS else {name: value}
     stages: dict[Stage, dict[str, Any]] = {stage: {} for stage in STAGES}
     for name, _, flag in flags_of(StageConfig):
         for stage, text in parse_stage_values(flag.option, options[parameter(flag)], every_stage=flag.bare).items():
             stages[stage][name] = text
     config = load_config(options["config"], given, {stage: values for stage, values in stages.items() if values})
-    config.speedups()  # raises where they can't be
+    for alone in config.each().values():
+        alone.speedups()  # raises where they can't be
     return config
 
 
-def parse_aliases(values: tuple[str, ...]) -> dict[str, str]:
+def parse_models(values: tuple[str, ...]) -> dict[str, Any]:
+    """'MODEL', or NAME=MODEL; of several the first one is the default."""
+    found: dict[str, dict[str, str]] = {}
+    for value in values:
+        name, equals, model = value.partition("=")
+        named = bool(equals and model) and re.fullmatch(MODEL_NAME, name) is not None
+        name, model = (name, model) if named else (name_of(value), value)
+        if len(values) == 1 and not named:
+            return {"model": value}
+        if name in found:
+            raise BadRequest(
+                f"Two models are called {name!r}: {found[name]['model']} and {model}.",
+                f"Give one of them another name: --model NAME={model}",
+            )
+        found[name] = {"model": model}
+    return {"models": found, "model": next(iter(found))}
+
+
+def parse_aliases(values: tuple[str, ...]) -> dict[str, Any]:
     """'ink=FILE' names a LoRA's file."""
     pairs = [value.partition("=") for value in values]
     if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
         raise BadRequest(f"--lora-alias {wrong[0]!r} is not right.", "Write --lora-alias NAME=FILE.")
-    return {name: file for name, _, file in pairs}
+    return {"loras": {name: file for name, _, file in pairs}}
 
 
-def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
+def parse_budgets(values: tuple[str, ...]) -> dict[str, Any]:
     """'0=16GB' is one GPU's; a bare '16GB' is that of all that there are."""
     found: dict[int, str] = {}
     gpus = list_gpus()
@@ -106,4 +127,11 @@ def parse_budgets(values: tuple[str, ...]) -> dict[int, str]:
             raise BadRequest("There is no GPU here to have a budget.", "With --device cpu:0, write --budget 0=14MB.")
         indices = [int(index)] if equals else [gpu.index for gpu in gpus if gpu.index not in found]
         found |= dict.fromkeys(indices, amount)
-    return found
+    return {"gpus": found}
+
+
+PARSERS: dict[str, Callable[[tuple[str, ...]], dict[str, Any]]] = {  # of flags that may be given several times
+    "--model": parse_models,
+    "--budget": parse_budgets,
+    "--lora-alias": parse_aliases,
+}

@@ -4,15 +4,16 @@ from collections.abc import Sequence
 
 from protocol.client.client import Client
 from protocol.job import ENDED, JOB_STATES, Job
-from protocol.views import WorkerView
+from protocol.views import ModelView, WorkerView
 
 MOST = 1000  # jobs that are looked at
 
 
-def wanting(job: Job, workers: Sequence[WorkerView]) -> str:
-    """Return the model that a job waits for and no worker has; empty where one is, or the job has ended."""
+def wanting(job: Job, workers: Sequence[WorkerView], models: Sequence[ModelView]) -> str:
+    """Return the model that a job waits for and the stack does not have; empty where it has, or the job has ended."""
     recipe = job.recipe
     fits = {(worker.model, worker.dtype, worker.speedups) for worker in workers}
+    fits |= {(model.model, model.dtype, model.speedups) for model in models}
     if job.state in ENDED or not fits or (recipe.model, recipe.dtype, recipe.speedups) in fits:
         return ""
     return f"{recipe.model}, {recipe.dtype}, {', '.join(recipe.speedups) or 'without speedups'}"
@@ -20,9 +21,9 @@ def wanting(job: Job, workers: Sequence[WorkerView]) -> str:
 
 def strays(client: Client) -> str:
     """A line about all of them; empty where there are none."""
-    workers = client.workers().workers
+    workers, models = client.workers().workers, client.models()
     unfinished = client.jobs([state for state in JOB_STATES if state not in ENDED], MOST)
-    found = [wanted for job in unfinished if (wanted := wanting(job, workers))]
+    found = [wanted for job in unfinished if (wanted := wanting(job, workers, models))]
     if not found:
         return ""
     kinds = "; ".join(sorted(set(found)))

@@ -44,13 +44,12 @@ from protocol.client.lora_files import loras_of
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.lora import LoraRequest
-from protocol.messages.client import Stack
 from protocol.pictures import CONTROL, IMAGE, IP_IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.settings import as_given
 from protocol.speedups import batch_of
 from protocol.tensors import Tensor
-from protocol.views import WorkerView
+from protocol.views import ModelView, WorkerView
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -79,6 +78,13 @@ def output_options(command: Command) -> Command:
 
 @click.command()
 @click.argument("prompts", nargs=-1)
+@click.option(
+    "-m",
+    "--model",
+    "of_model",
+    metavar="NAME",
+    help="One of the stack's models: 'triptych models' lists them. [default: the first one]",
+)
 @recipe_options
 @output_options
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave; 'triptych wait JOB' gets the pictures.")
@@ -125,11 +131,12 @@ def check_grid(options: dict[str, Any]) -> None:
 
 def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str, Any]) -> None:
     """Submit, and unless told not to wait, follow the jobs and write their pictures under these names."""
-    model = client.stack().model
-    if model is None and not options["quiet"]:
+    models = client.models()
+    if not models and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
-    if model is not None:
-        names = fit_to(names, model.video is not None)
+    for request in (a.request for a in asked):
+        if names and (model := model_among(models, request.model)):
+            names |= fit_to({str(request.id): names[str(request.id)]}, model.video)
     try:
         for file in {file.digest: file for a in asked for file in a.loras}.values():
             client.send_lora(file)
@@ -144,7 +151,15 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
     if options["no_wait"]:
         tell(jobs, [], options)
     else:
-        collect(client, jobs, fit_to(names, jobs[0].recipe.frames is not None), options)
+        made = {job.id: job.recipe.frames is not None for job in jobs}
+        fitted = {job: fit_to({job: rows}, made[job])[job] for job, rows in names.items()}
+        collect(client, jobs, fitted, options)
+
+
+def model_among(models: Sequence[ModelView], name: str | None) -> ModelView | None:
+    """Return the model that a request names; None where it is not known, or not yet."""
+    found = [model for model in models if not name or name in (model.name, model.model)]
+    return found[0] if found else None
 
 
 def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, Any]) -> None:
@@ -271,32 +286,35 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
     from protocol.client.picture_files import read_recipe
 
     made = read_recipe(path)
-    recipe, stack = made.recipe, known_stack(client)
-    if stack.model is None:
+    recipe, models = made.recipe, known_models(client)
+    if not models:
         raise NoStack("The stack has no worker yet, so its model is not known.", "Try again once it has loaded.")
-    if stack.model.revision != recipe.revision:
+    alike = [model for model in models if model.revision == recipe.revision]
+    if not alike:
+        runs = ", ".join(f"{model.model!r} at {model.revision}" for model in models)
         raise BadRequest(
-            f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}; "
-            f"this stack runs {stack.model.model!r} at {stack.model.revision}.",
+            f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}; this stack runs {runs}.",
             f"Start one with: triptych up --model {recipe.model}",
         )
+    model = next((model for model in alike if model.speedups == recipe.speedups), alike[0])
     check_same_pictures(path, recipe, pictures)
     if not anyway:
-        check_same_bits(path, made, stack, client.workers().workers)
+        workers = [worker for worker in client.workers().workers if worker.model == model.model]
+        check_same_bits(path, made, model, workers)
     found = set(JobRequest.model_fields) & set(type(recipe).model_fields)
     kept = recipe.model_dump(include=found if recipe.sized else found - {"width", "height"})
     kept["settings"] = as_given(recipe.settings)
     kept["loras"] = tuple(LoraRequest(name=lora.name, weight=lora.weight, digest=lora.digest) for lora in recipe.loras)
-    request = JobRequest.model_validate({**kept, "id": secrets.token_hex(6)})
+    request = JobRequest.model_validate({**kept, "model": model.name or None, "id": secrets.token_hex(6)})
     return Asked(request, f"{path}: ", made.index if recipe.num_images > 1 else None, pictures)
 
 
-def known_stack(client: Client) -> Stack:
-    """Return what the stack is, once it knows its model, or has had a while for that."""
+def known_models(client: Client) -> list[ModelView]:
+    """Return the stack's models, once it knows any, or has had a while for that."""
     deadline = time.monotonic() + LOADING_SECONDS
-    while (stack := client.stack()).model is None and time.monotonic() < deadline:
+    while not (models := client.models()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return stack
+    return models
 
 
 def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]) -> None:
@@ -329,7 +347,7 @@ def check_same_pictures(path: Path, recipe: Recipe, pictures: tuple[Tensor, ...]
     )
 
 
-def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[WorkerView]) -> None:
+def check_same_bits(path: Path, made: "Made", model: ModelView, workers: Sequence[WorkerView]) -> None:
     """Raise BadRequest for what differs between a picture's making and this stack, and what would make it the same."""
     recipe, anyway = made.recipe, "Or take other bits: --anyway."
     if batch_of(recipe.speedups) > 1:
@@ -337,15 +355,15 @@ def check_same_bits(path: Path, made: "Made", stack: Stack, workers: Sequence[Wo
             f"{str(path)!r} was made by a stack that denoises in batches: its last bits depend on the jobs beside it.",
             f"A stack without --batch makes the same picture, but for rounding. {anyway}",
         )
-    if stack.speedups != recipe.speedups:
+    if model.speedups != recipe.speedups:
         raise BadRequest(
             f"{str(path)!r} was made with {', '.join(recipe.speedups) or 'no speedups'}; "
-            f"this stack runs with {', '.join(stack.speedups) or 'none'}, which gives other bits.",
+            f"this stack runs with {', '.join(model.speedups) or 'none'}, which gives other bits.",
             f"Start one with the same --compile, --attention, --fuse-qkv, --cache and --quantize. {anyway}",
         )
-    if dtypes := sorted({worker.dtype for worker in workers} - {recipe.dtype}):
+    if model.dtype != recipe.dtype:
         raise BadRequest(
-            f"{str(path)!r} was made in {recipe.dtype}; this stack computes in {', '.join(dtypes)}.",
+            f"{str(path)!r} was made in {recipe.dtype}; this stack computes in {model.dtype}.",
             f"Start one with: triptych up --dtype {recipe.dtype}. {anyway}",
         )
     for stage, (kind, versions) in made.stages.items():

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,12 @@ def up(state: Path | None, as_json: bool, restore: bool, warm_up: bool | None, *
         go_back_to_backup(folder)
     os.umask(0o077)
     start = time.monotonic()
-    with waiting_is_told(config.model) as arrived:
-        with told_if_slow(f"looking at {config.model}: what it takes of memory and time (once for each size) …"):
+    names = [alone.model for alone in config.each().values()]
+    with waiting_is_told(names) as arrived:
+        looking = f"looking at {' and '.join(names)}: what it takes of memory and time (once for each size) …"
+        with told_if_slow(looking):
             supervisor = Supervisor(folder, config, say)
-        warms_up = config.compile if warm_up is None else warm_up
+        warms_up = supervisor.models[0].config.compile if warm_up is None else warm_up
         run_stack(Announcer(supervisor, as_json, start, arrived, warms_up))
 
 
@@ -78,7 +80,8 @@ class Announcer:
     def run(self) -> None:
         """Say once when all workers have loaded their model, and made a first picture if they are to."""
         folder = self.supervisor.folder.path
-        wanted = sum(post.jobs for post in self.supervisor.plan.posts)
+        default, *others = self.supervisor.models
+        wanted = sum(post.jobs for post in default.plan.posts)
         wait_for_stack(folder)
         with contextlib.suppress(TriptychError), Client(folder) as client:
             while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
@@ -86,10 +89,12 @@ class Announcer:
             self.arrived()
             seconds = time.monotonic() - self.start
             say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+            for model in others:
+                say(f"{model.name} starts when a job asks for it: triptych submit --model {model.name} …")
             if told := strays(client):
                 say(told)
             if self.warm_up:
-                make_first(client, self.supervisor.config)
+                make_first(client, default.config)
             if self.as_json:
                 seconds = time.monotonic() - self.start
                 said = {"state": str(folder), "clients": published(folder).clients, "seconds": seconds}
@@ -114,14 +119,15 @@ def make_first(client: Client, config: StackConfig) -> None:
 def run_stack(announcer: Announcer) -> None:
     """Say what a stack does and run it."""
     supervisor = announcer.supervisor
-    folder, config, plan = supervisor.folder, supervisor.config, supervisor.plan
+    folder, models = supervisor.folder, supervisor.models
     threading.Thread(target=announcer.run, daemon=True).start()
-    say(f"Triptych on {config.model}, state in {folder.path}. Stop with Ctrl-C.")
-    if plan.plan:
-        for line in in_words(plan.plan):
-            say(line)
-    elif plan.unplanned:
-        say(plan.unplanned)
+    names = " and ".join(model.config.model for model in models)
+    say(f"Triptych on {names}, state in {folder.path}. Stop with Ctrl-C.")
+    for model in models:
+        prefix = f"{model.name}: " if len(models) > 1 else ""
+        for line in in_words(model.plan.plan) if model.plan.plan else [model.plan.unplanned]:
+            if line:
+                say(prefix + line)
     supervisor.run()
 
 
@@ -140,18 +146,19 @@ def say(line: str) -> None:
 
 
 @contextlib.contextmanager
-def waiting_is_told(model: str | None, quiet: bool = False) -> Iterator[Callable[[], None]]:
-    """Say now and then that a model from the hub is waited for, until the block ends or what it gets is called."""
+def waiting_is_told(models: Sequence[str], quiet: bool = False) -> Iterator[Callable[[], None]]:
+    """Say now and then that models from the hub are waited for, until the block ends or what it gets is called."""
     over = threading.Event()
 
     def tell() -> None:
         pause = FIRST_WORD_SECONDS
         while not over.wait(pause):
             pause = NEXT_WORD_SECONDS
-            say(f"still waiting for {model}: its files are looked up at the hub, or downloaded (HF_HUB_OFFLINE=1 uses "
-                "only those that are here; --debug and 'triptych logs' say more)")  # fmt: skip
+            say(f"still waiting for {' and '.join(hub)}: files are looked up at the hub, or downloaded "
+                "(HF_HUB_OFFLINE=1 uses only those that are here; --debug and 'triptych logs' say more)")  # fmt: skip
 
-    if model and not quiet and "/" in model and not os.path.exists(os.path.expanduser(model)):
+    hub = [model for model in models if "/" in model and not os.path.exists(os.path.expanduser(model))]
+    if hub and not quiet:
         threading.Thread(target=tell, daemon=True, name="waiting").start()
     try:
         yield over.set

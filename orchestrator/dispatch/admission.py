@@ -5,7 +5,7 @@ import time
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from orchestrator.dispatch.catalogue import Catalogue
+from orchestrator.dispatch.catalogue import Catalogue, CatalogueEntry
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.quotas import KEPT_INPUTS, Quotas
@@ -37,9 +37,9 @@ class Either:
 
 
 class NotLookedAt(Exception):
-    """Not an error: the describer must look at these templates first."""
+    """Not an error: the describers must look at these templates first, each with the name of its model."""
 
-    def __init__(self, templates: list[Template]) -> None:
+    def __init__(self, templates: Mapping[Template, str]) -> None:
         super().__init__(f"{len(templates)} templates")
         self.templates = templates
 
@@ -110,25 +110,25 @@ class Admission:
         self, requests: tuple[JobRequest, ...], owner: Principal, pictures: Pictures
     ) -> tuple[list[LiveJob | None], list[JobRequest], list[tuple[Recipe, Template | None]]]:
         """The jobs that are here already, None for others; those others, their recipes and what they are kinds of."""
-        entry = self._catalogue.default()
         named = [self._known(request, owner) for request in requests]
         fresh = [request for request, known in zip(requests, named, strict=True) if known is None]
         ids = [request.id for request in fresh if request.id is not None]
         if len(set(ids)) < len(ids):
             raise Conflict("The same job id is given twice.", "Give each job an id of its own, or none.")
         settled: list[tuple[Recipe, Template | None]] = []
-        unknown: dict[Template, None] = {}
+        unknown: dict[Template, str] = {}
         for item, request in enumerate(requests):
             if named[item] is not None:
                 continue
             try:
+                entry = self._catalogue.entry(request.model)
                 shapes = self._shapes(request, pictures, owner)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
                     *extent_of(dict(zip(request.named_pictures, shapes, strict=True))),
-                    loras=[self._catalogue.loras.of(lora) for lora in request.loras],
+                    loras=[entry.loras.of(lora) for lora in request.loras],
                 )  # fmt: skip
-                self._check_lora_bytes(request)
+                check_lora_bytes(request, entry)
                 self._leasing.refuse_what_never_fits(recipe, entry.description)
                 template = Template.of(recipe, shapes) if self._looks else None
                 settled.append((recipe, template))
@@ -136,19 +136,13 @@ class Admission:
                     if known := entry.routes.get(template):
                         check_route(known.route, entry.description.pipeline)
                     else:
-                        unknown[template] = None
+                        unknown[template] = entry.name
             except TriptychError as error:
                 error.item = item
                 raise
         if unknown:
-            raise NotLookedAt([*unknown])
+            raise NotLookedAt(unknown)
         return named, fresh, settled
-
-    def _check_lora_bytes(self, request: JobRequest) -> None:
-        size = sum(self._catalogue.loras.answer(lora).bytes for lora in request.loras)
-        if size > MAX_JOB_BYTES:
-            most = format_bytes(MAX_JOB_BYTES)
-            raise DoesNotFit(f"The job's LoRAs have {format_bytes(size)} together.", f"At most {most} fit: name fewer.")
 
     def _known(self, request: JobRequest, owner: Principal) -> LiveJob | None:
         job = self._job_queue.find(job_id_of(owner, request.id)) if request.id else None
@@ -162,7 +156,7 @@ class Admission:
         return job
 
     def _create(self, request: JobRequest, recipe: Recipe, template: Template | None, owner: Principal) -> LiveJob:
-        known = self._catalogue.default().routes.get(template)
+        known = self._catalogue.entry(request.model).routes.get(template)
         text_key = known.text_key(recipe) if known else whole_key(recipe)
         job = LiveJob(
             id=job_id_of(owner, request.id) if request.id else secrets.token_hex(6),
@@ -178,6 +172,14 @@ class Admission:
         )
         self._store.insert(job)
         return job
+
+
+def check_lora_bytes(request: JobRequest, entry: CatalogueEntry) -> None:
+    """Raise DoesNotFit where a job names larger LoRAs than are taken together."""
+    size = sum(entry.loras.answer(lora).bytes for lora in request.loras)
+    if size > MAX_JOB_BYTES:
+        most = format_bytes(MAX_JOB_BYTES)
+        raise DoesNotFit(f"The job's LoRAs have {format_bytes(size)} together.", f"At most {most} fit: name fewer.")
 
 
 def check_route(route: Route, pipeline: str) -> None:

@@ -1,10 +1,12 @@
-"""The models of this stack, by name: what each takes, in which dtype, and how many tokens texts have in it."""
+"""The models of this stack, by name: what each takes, in which dtype, how many tokens texts have in it, its LoRAs."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.dispatch.lora_book import LoraBook
+from orchestrator.job import ModelKey
+from orchestrator.settings import ModelSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
 from protocol.job import JobRequest, Recipe
@@ -86,44 +88,81 @@ class Routes:
 class CatalogueEntry:
     """A model as this stack runs it."""
 
+    name: str  # by which jobs name it
     description: ModelDescription
     dtype: str
     speedups: tuple[str, ...]
     tokens: Tokens = field(default_factory=Tokens, compare=False)
     routes: Routes = field(default_factory=Routes, compare=False)
-
-
-class Catalogue:
-    """The models that were told of; a request that names none is for the default, which was told of last."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.loras = LoraBook()
-        self._entries: dict[str, CatalogueEntry] = {}
-        self._default = ""
-
-    def learn(self, hello: WorkerHello | DescriberHello) -> None:
-        """Add a model that is there, or another revision or dtype of it."""
-        entry = CatalogueEntry(hello.model, hello.dtype, hello.speedups)
-        self._default = hello.model.model
-        if self._entries.get(self._default) != entry:
-            self._entries[self._default] = entry
-            self._store.remember_model(hello.model)
+    loras: LoraBook = field(default_factory=LoraBook, compare=False)
 
     @property
-    def known(self) -> CatalogueEntry | None:
-        """The default model, once any is there."""
-        return self._entries.get(self._default)
-
-    def default(self) -> CatalogueEntry:
-        """The default model; NotFound while there is none."""
-        if (entry := self.known) is None:
-            raise NotFound("No worker has joined yet, so the model is not known.")
-        return entry
+    def key(self) -> ModelKey:
+        return ModelKey.of(self.description.revision, self.dtype, self.speedups)
 
     def uncounted(self, requests: Sequence[JobRequest]) -> list[str]:
         """Texts of which the describer must say how many tokens they have, before the requests can be judged."""
-        if (entry := self.known) is None:
-            return []
-        texts = [text for request in requests for text in texts_to_count(request, entry.description)]
-        return [text for text in dict.fromkeys(texts) if text not in entry.tokens]
+        texts = [text for request in requests for text in texts_to_count(request, self.description)]
+        return [text for text in dict.fromkeys(texts) if text not in self.tokens]
+
+
+class Catalogue:
+    """The models of the stack, each known once its describer has found it; the first one is the default."""
+
+    def __init__(self, store: Store, models: Sequence[ModelSettings] = (ModelSettings(),)) -> None:
+        self._store = store
+        self.models = {model.name: model for model in models}
+        self._default = models[0].name
+        self._entries: dict[str, CatalogueEntry] = {}
+
+    def learn(self, hello: WorkerHello | DescriberHello) -> None:
+        """Add a model that is there, or another revision or dtype of it."""
+        name = hello.name if isinstance(hello, DescriberHello) and hello.name in self.models else self._default
+        entry = CatalogueEntry(name, hello.model, hello.dtype, hello.speedups)
+        if self._entries.get(name) != entry:
+            self._entries[name] = entry
+            self._store.remember_model(hello.model)
+
+    @property
+    def entries(self) -> Collection[CatalogueEntry]:
+        """The models that are known."""
+        return self._entries.values()
+
+    @property
+    def known(self) -> CatalogueEntry | None:
+        """The default model, once it is known."""
+        return self._entries.get(self._default)
+
+    def default(self) -> CatalogueEntry:
+        """The default model; NotFound while it is not known."""
+        return self.entry("")
+
+    def entry(self, model: str | None) -> CatalogueEntry:
+        """Return the model that a request names; NotFound where there is none, or while it is not known."""
+        if (entry := self._entries.get(self.name(model))) is None:
+            raise NotFound("No worker has joined yet, so the model is not known.")
+        return entry
+
+    def name(self, model: str | None) -> str:
+        """Return the name of the model that a request names by it, or as the stack was told of it; NotFound."""
+        if not model:
+            return self._default
+        if model in self.models:
+            return model
+        found = [name for name, settings in self.models.items() if settings.model == model]
+        found += [name for name, entry in self._entries.items() if entry.description.model == model]
+        if not found:
+            there = ", ".join(name for name in self.models if name) or "one alone, which needs no name"
+            raise NotFound(f"There is no model {model!r} in this stack.", f"Its models: {there}.")
+        return found[0]
+
+    def of(self, key: ModelKey) -> CatalogueEntry | None:
+        """Return the model that a job or a worker is of; None where the stack has no such model now."""
+        return next((entry for entry in self._entries.values() if entry.key == key), None)
+
+    def settings(self, key: ModelKey) -> ModelSettings:
+        """Return what the stack was told of the model that a worker is of; nothing where it has no such model."""
+        entry = self.of(key)
+        if entry is None:
+            return self.models[self._default] if len(self.models) == 1 else ModelSettings()
+        return self.models[entry.name]

@@ -1,12 +1,12 @@
-"""The orchestrator's side of the describer: submissions wait for it to know the model and to count their tokens."""
+"""The orchestrator's side of the describers: submissions wait for them to know the models and to count their tokens."""
 
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from orchestrator.dispatch.catalogue import Catalogue
+from orchestrator.dispatch.catalogue import Catalogue, CatalogueEntry
 from orchestrator.dispatch.lora_book import question_of
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
@@ -62,13 +62,17 @@ class Question:
 
 @dataclass(slots=True)
 class DescriberLink:
-    """`expected`: the stack has a describer, and takes no job that it has not looked at."""
+    """The link to the describer of a model, known by its `name`.
+
+    `expected`: the stack has it, and takes no job that it has not looked at.
+    """
 
     outbox: Outbox
     catalogue: Catalogue
     expected: bool
+    name: str = ""
     pid: int = 0  # of the describer that is here; 0: none is
-    _identity: bytes = b""
+    identity: bytes = b""  # of its socket; empty: none is here
     _heard: float = 0.0  # monotonic seconds
     _last_pid: int = 0  # of the describer that was here last
     _number: int = 0
@@ -81,7 +85,7 @@ class DescriberLink:
         """Take in a describer that has found the model to be whole; what its predecessor left open is asked again."""
         new = hello.pid != self._last_pid
         self._last_pid = hello.pid
-        self._identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
+        self.identity, self.pid, self._heard = identity, hello.pid, time.monotonic()
         self.catalogue.learn(hello)
         if new and (oldest := next(iter(self._open.values()), None)) and oldest.asked:  # answers come in order
             oldest.ended += 1
@@ -96,18 +100,26 @@ class DescriberLink:
         """Answer a question that ends the process that is asked."""
         match of:
             case Template():
-                self.catalogue.default().routes.learn(of, Route())
+                self._entry.routes.learn(of, Route())
             case LoraRequest(name=name):
                 reason = f"LoRA {name!r}: looking at its file ended the process that does so"
-                self.catalogue.loras.learn(of, FoundLora(request=number, reason=reason), for_good=True)
+                self._entry.loras.learn(of, FoundLora(request=number, reason=reason), for_good=True)
             case None:
-                self.catalogue.loras.list(())
+                self._entry.loras.list(())
             case texts:
                 self._failed[texts] = "counting its tokens ended the process that does so"
 
+    @property
+    def _known(self) -> bool:
+        return any(entry.name == self.name for entry in self.catalogue.entries)
+
+    @property
+    def _entry(self) -> CatalogueEntry:
+        return self.catalogue.entry(self.name)
+
     def is_here(self, identity: bytes) -> bool:
         """Return whether a message is the present describer's; it is a sign of life."""
-        if identity != self._identity:
+        if identity != self.identity:
             return False
         self._heard = time.monotonic()
         return True
@@ -115,7 +127,7 @@ class DescriberLink:
     def gone(self, pid: int) -> None:
         """Forget the describer if the process that has ended is its own."""
         if pid == self.pid:
-            self._identity, self.pid = b"", 0
+            self.identity, self.pid = b"", 0
 
     def silent(self) -> int:
         """Return the describer's process number if it has been silent for too long; it counts as gone then. Else 0."""
@@ -132,17 +144,17 @@ class DescriberLink:
 
         BadRequest, QueueFull.
         """
-        if self.catalogue.known is None:
+        if not self._known:
             return False
         if not self.expected:
             return True
         wanted = dict.fromkeys(question_of(lora) for request in requests for lora in request.loras)
         if len(wanted) > MAX_DIFFERENT:
             raise BadRequest(f"{len(wanted)} different LoRAs are named.", f"Name {MAX_DIFFERENT} at most at once.")
-        missing = [lora for lora in wanted if not self.catalogue.loras.knows(lora, since)]
+        missing = [lora for lora in wanted if not self._entry.loras.knows(lora, since)]
         for lora in missing:
             self._ask_once(lora, principal)
-        if missing or not (texts := tuple(self.catalogue.uncounted(requests))):
+        if missing or not (texts := tuple(self._entry.uncounted(requests))):
             return not missing
         if reason := self._failed.pop(texts, ""):
             raise BadRequest(f"The model's tokenizer fails at this prompt: {reason}.", "Change the prompt.")
@@ -151,7 +163,9 @@ class DescriberLink:
 
     def list_loras(self, principal: Principal) -> bool:
         """Return whether the list of LoRAs is fresh; else it is asked for."""
-        if self.catalogue.loras.listed is not None or not self.expected:
+        if not self._known:
+            return False
+        if self._entry.loras.listed is not None or not self.expected:
             return True
         self._ask_once(None, principal)
         return False
@@ -162,7 +176,7 @@ class DescriberLink:
             if not self._too_many(principal):
                 self._ask_once(template, principal)
             else:  # a sweep of more than there is time for
-                self.catalogue.default().routes.learn(template, Route())
+                self._entry.routes.learn(template, Route())
 
     def _too_many(self, principal: Principal) -> bool:
         own = sum(question.principal == principal for question in self._open.values())
@@ -182,7 +196,7 @@ class DescriberLink:
     def _ask_next(self) -> None:
         """Ask what comes next, of the principal whose last question was asked longest ago."""
         asked = sum(question.asked for question in self._open.values())
-        while self._identity and asked < MOST_ASKED:
+        while self.identity and asked < MOST_ASKED:
             waiting = [(number, question) for number, question in self._open.items() if not question.asked]
             if not waiting:
                 return
@@ -190,7 +204,7 @@ class DescriberLink:
             self._turn += 1
             self._turns[question.principal] = self._turn
             question.asked, asked = True, asked + 1
-            self.outbox.to_worker(self._identity, question.message(number))
+            self.outbox.to_worker(self.identity, question.message(number))
 
     def _answered(self, number: int) -> Question | None:
         """Return the question of an answer, None if it is no longer open, and ask the next."""
@@ -205,19 +219,60 @@ class DescriberLink:
         if counts.reason or len(counts.counts) != len(question.of):
             self._failed[question.of] = counts.reason or "it counted others"
         else:
-            self.catalogue.default().tokens.learn(question.of, counts.counts)
+            self._entry.tokens.learn(question.of, counts.counts)
 
     def looked(self, looked: Looked) -> None:
         question = self._answered(looked.request)
         if question is not None and isinstance(question.of, Template):
-            self.catalogue.default().routes.learn(question.of, looked.route)
+            self._entry.routes.learn(question.of, looked.route)
 
     def found_lora(self, found: FoundLora) -> None:
         question = self._answered(found.request)
         if question is not None and isinstance(question.of, LoraRequest):
-            self.catalogue.loras.learn(question.of, found)
+            self._entry.loras.learn(question.of, found)
 
     def listed_loras(self, known: KnownLoras) -> None:
         question = self._answered(known.request)
         if question is not None and question.of is None:
-            self.catalogue.loras.list(known.loras)
+            self._entry.loras.list(known.loras)
+
+
+class DescriberLinks:
+    """The links to the describers of all models of the stack."""
+
+    def __init__(self, outbox: Outbox, catalogue: Catalogue, expected: bool) -> None:
+        self._catalogue = catalogue
+        self._links = {name: DescriberLink(outbox, catalogue, expected, name) for name in catalogue.models}
+
+    def __iter__(self) -> Iterator[DescriberLink]:
+        return iter(self._links.values())
+
+    def of(self, model: str | None) -> DescriberLink:
+        """Return the link to the describer of the model that a request names; NotFound."""
+        return self._links[self._catalogue.name(model)]
+
+    def hello(self, identity: bytes, hello: DescriberHello) -> None:
+        """Take in a describer of a model of this stack."""
+        if hello.name in self._links:
+            self._links[hello.name].hello(identity, hello)
+
+    def here(self, identity: bytes) -> DescriberLink | None:
+        """Return the link to the describer whose message this is; it is a sign of life."""
+        return next((link for link in self if link.is_here(identity)), None)
+
+    def ready_for(self, requests: Sequence[JobRequest], principal: Principal, since: float = math.inf) -> bool:
+        """Return whether requests can be judged now; what is missing is asked of each one's describer."""
+        by_model: dict[str, list[JobRequest]] = {}
+        for request in requests:
+            by_model.setdefault(self._catalogue.name(request.model), []).append(request)
+        ready = [self._links[name].ready_for(of_it, principal, since) for name, of_it in by_model.items()]
+        return all(ready)
+
+    def look_at(self, templates: Mapping[Template, str], principal: Principal) -> None:
+        """Have it found out what jobs of these begin with, each of a model by its name."""
+        for template, name in templates.items():
+            self._links[name].look_at([template], principal)
+
+    def gone(self, pid: int) -> None:
+        for link in self:
+            link.gone(pid)

@@ -65,11 +65,12 @@ class Engine:
     ) -> None:
         """`weight_of` an owner of jobs says how much of the workers' time it has beside others."""
         self.store, self.outbox, self.settings = store, outbox, settings
-        self.fleet, self.subscriptions, self.catalogue = Fleet(), Subscriptions(), Catalogue(store)
+        self.fleet, self.subscriptions = Fleet(), Subscriptions()
+        self.catalogue = Catalogue(store, settings.models)
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
         self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of))
-        self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, settings.keep_alive, store)
+        self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, self._keep_alive, store)
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
@@ -81,6 +82,9 @@ class Engine:
             self._adopt(job._replace(attempts=job.attempts + LOST_NUMBERS))
         if self.job_queue.jobs:
             self.dispatch.hold()
+
+    def _keep_alive(self, worker: Worker) -> float | None:
+        return self.catalogue.settings(worker.model).keep_alive.get(worker.hello.stage)
 
     # -- what has happened to a job -------------------------------------------------------------
 
@@ -255,7 +259,8 @@ class Engine:
 
     def _skip_text_if_known(self, job: LiveJob) -> LiveJob:
         """Skip the text stage where the prompt's embeddings are there."""
-        known = self.catalogue.known.routes.get(job.template) if self.catalogue.known else None
+        entry = self.catalogue.of(job.model)
+        known = entry.routes.get(job.template) if entry else None
         # Where no job has shown it yet, a guess; the worker knows better.
         following: Stage | None = "vae" if job.recipe.images or job.recipe.videos else USUAL_NEXT[FIRST]
         if known and known.following:
@@ -353,9 +358,9 @@ class Engine:
     def _can_be_shared(self, worker: Worker, job: LiveJob, result: Result) -> bool:
         """Return whether what a first visit has left is that of the job's text key; what it shows is noted."""
         fits = False
-        if self.catalogue.known and result.next:
+        if (entry := self.catalogue.of(job.model)) and result.next:
             learns = not worker.process.key
-            fits = self.catalogue.known.routes.seen(job.template, result.next, result.calls, learns)
+            fits = entry.routes.seen(job.template, result.next, result.calls, learns)
         return fits or job.text_key.startswith(WHOLE)
 
     def _share_embeddings(self, job: LiveJob) -> None:

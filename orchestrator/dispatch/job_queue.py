@@ -1,4 +1,4 @@
-"""Unfinished jobs: by their ids, by the text that they share, waiting at their stages or for a moment, and counted."""
+"""Unfinished jobs: by their ids and the text that they share, waiting at stages or for a moment, and counted."""
 
 from collections import Counter
 from collections.abc import Container
@@ -7,7 +7,7 @@ from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.task_seconds import TaskSeconds
-from orchestrator.job import LiveJob
+from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import Principal, kept_name
 from orchestrator.scheduling.fair_shares import FairShares
 from orchestrator.storage.job_store import Store
@@ -27,6 +27,7 @@ class JobQueue:
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}
+        self.by_model: Counter[ModelKey] = Counter()
         self._inputs: Counter[str] = Counter()  # jobs that begin from a picture, by its name
 
     def find(self, job_id: str) -> LiveJob | None:
@@ -58,6 +59,7 @@ class JobQueue:
         self._quotas.add(job)
         self._shares.add(job.owner)
         self._by_text.setdefault(job.text_key, set()).add(job.id)
+        self.by_model[job.model] += 1
         self._inputs.update(_inputs_of(job))
         self.queues.add(job)
 
@@ -87,6 +89,7 @@ class JobQueue:
         del self.jobs[job.id]
         self._shares.remove(job.owner)
         self._quotas.add(job, -1)
+        self.by_model[job.model] -= 1
         for name in _inputs_of(job):
             self._inputs[name] -= 1
             if not self._inputs[name]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.memory_accounts import MemoryAccounts
@@ -40,7 +40,7 @@ SHORTER = 0.99  # of the shortest that a step took, before it is worth rememberi
 
 
 class Leasing:
-    """`keep_alive` is in seconds by stage, none for ever; `store` keeps what is learned."""
+    """`keep_alive` gives a worker's, in seconds, None for ever; `store` keeps what is learned."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Leasing:
         fleet: Fleet,
         queues: StageQueues,
         patience: float,
-        keep_alive: Mapping[Stage, float],
+        keep_alive: Callable[[Worker], float | None],
         store: Store,
     ) -> None:
         self.ledger, self._fleet, self._queues = ledger, fleet, queues
@@ -157,7 +157,7 @@ class Leasing:
             if holdings is None or holdings[0].gpu not in gpus:
                 continue
             demands = {holding.gpu: self._demand(worker, holding) for holding in holdings}
-            stage, keep = worker.hello.stage, self._keep_alive.get(worker.hello.stage)
+            stage, keep = worker.hello.stage, self._keep_alive(worker)
             resting = None if keep is None else self._fleet.resting_since(worker)
             found.append(
                 LeasedWorker(

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from orchestrator.gpu_driver import GpuInfo
 from orchestrator.planning.calibration import Measurements
 from orchestrator.planning.gpu_budgets import accounts, check_budgets
-from orchestrator.planning.hardware import this_hardware
-from orchestrator.planning.host_memory import locked_by_stage, locked_bytes
+from orchestrator.planning.hardware import free_memory, this_hardware
+from orchestrator.planning.host_memory import RESERVE, locked_by_stage, locked_bytes
 from orchestrator.planning.model_profile import NoProfile, find_profile
 from orchestrator.planning.placement import SEVERAL, Kind, Post, another, candidates, speedups_of, stand_ins
 from orchestrator.planning.planner import Plan, check, choose
@@ -24,7 +24,10 @@ DRIVERS = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/dxg", "/dev/kfd")  # of GP
 
 @dataclass(frozen=True, slots=True)
 class StackPlan:
-    """`plan` is None where no GPU is used, or where `unplanned` says why there is none."""
+    """The plan of one model of a stack, as if it were alone.
+
+    `plan` is None where no GPU is used, or where `unplanned` says why there is none.
+    """
 
     dtype: str  # of all stages
     posts: tuple[Post, ...]
@@ -34,6 +37,7 @@ class StackPlan:
     unplanned: str = ""
     description: ModelDescription | None = None  # of the model, where it was found
     spare: tuple[Post, ...] = ()  # places of stages that have no worker now, should they get one
+    weights: int = 0  # bytes, where they are known
 
     def fixed(self) -> dict[Stage, int]:
         """Stages whose memory is planned in advance, and how many workers each may have."""
@@ -45,14 +49,45 @@ class StackPlan:
         return another((*self.posts, *self.spare), stage, index)
 
 
+@dataclass(frozen=True, slots=True)
+class PlannedModel:
+    """A model of a stack: its name, its own configuration, and where its workers go."""
+
+    name: str
+    config: StackConfig
+    plan: StackPlan
+
+
+def plan_models(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> tuple[PlannedModel, ...]:
+    """Plan each model of a stack, the default one first; what plan_stack raises.
+
+    Each is planned as if it had the GPUs for itself, since those that are asked for take turns. Memory of the host is
+    shared out by their weights where not all fit.
+    """
+    found = {name: plan_stack(alone, gpus, measurements) for name, alone in config.each().items()}
+    room = max(1, (config.host_memory or free_memory()) - RESERVE)
+    weights = sum(plan.weights for plan in found.values())
+    if len(found) > 1 and weights > room:
+        for name, alone in config.each().items():
+            share = RESERVE + room * found[name].weights // weights
+            found[name] = plan_stack(alone.model_copy(update={"host_memory": share}), gpus, measurements)
+    if len(found) > 1:
+        posts = [post for plan in found.values() for post in (*plan.posts, *plan.spare)]
+        playing = sorted({gpu for alone in config.each().values() for gpu in stand_ins(alone)})
+        hardware = this_hardware(gpus, config.gpus, playing, config.host_memory)
+        shared = accounts(posts, hardware, gpus)
+        found = {name: replace(plan, accounts=shared) for name, plan in found.items()}
+    return tuple(PlannedModel(name, alone, found[name]) for name, alone in config.each().items())
+
+
 def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> StackPlan:
-    """Place a stack's workers by the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+    """Place a model's workers by the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
     dtype = stack_dtype(config, bool(gpus))
     check_devices(config, gpus)
     check_budgets(config, gpus)
     hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory)
     check(config, hardware)
-    plan, unplanned, description, limited = None, "", None, False
+    plan, unplanned, description, limited, weights = None, "", None, False, 0
     posts = first(config, gpus)
     if any(post.gpus for post in posts):
         try:
@@ -60,7 +95,7 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
         except NoProfile as error:
             unplanned = error.message
         else:
-            description = profile.model
+            description, weights = profile.model, sum(stage.weights for stage in profile.stages)
             known = measurements.of(hardware, profile, config.speedups())
             plan = choose(config, profile, known, measurements.terms(config, profile))
             locked = locked_by_stage(profile, plan.prediction.work, hardware.ram)
@@ -71,8 +106,9 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     spare = tuple(replace(post, locked=0 if limited else None) for post in spare)
     speedups = canonical((*config.speedups(), *speedups_of(posts)))
     return StackPlan(
-        dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, description, spare
-    )
+        dtype, posts, accounts((*posts, *spare), hardware, gpus), speedups, plan, unplanned, description, spare,
+        weights,
+    )  # fmt: skip
 
 
 def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from orchestrator.dispatch.admission import NotLookedAt
-from orchestrator.dispatch.describer_link import DescriberLink
+from orchestrator.dispatch.describer_link import DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
 from orchestrator.principal import LocalUser, Principal, job_id_of
 from orchestrator.server.housekeeping import MOST_FORGOTTEN
 from orchestrator.server.lora_uploads import LoraUploads
+from orchestrator.server.model_rests import ModelRests
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.version import VERSION
 from protocol import wire
@@ -29,11 +30,14 @@ from protocol.messages.client import (
     FetchPictures,
     GetJobs,
     GetLoras,
+    GetModels,
     GetStack,
     GetWorkers,
     Jobs,
+    LoadModel,
     LoraHere,
     Loras,
+    Models,
     OfferLora,
     Pictures,
     PutLora,
@@ -49,7 +53,7 @@ from protocol.messages.client import (
 from protocol.messages.common import Error, Message
 from protocol.pictures import check_picture
 from protocol.tensors import Buffer, Tensor
-from protocol.views import WorkerView
+from protocol.views import ModelView, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ MOST_OF_A_KEY, PARKED_BYTES = 100, 64 << 20  # of one key's, and of the pictures
 MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
-ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage)
+ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage, LoadModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +87,15 @@ def error_message(error: TriptychError, request: int = 0) -> Error:
 
 class ClientRequests:
     def __init__(
-        self, engine: Engine, describer: DescriberLink, supervisor: SupervisorLink, uploads: LoraUploads
+        self,
+        engine: Engine,
+        describers: DescriberLinks,
+        supervisor: SupervisorLink,
+        uploads: LoraUploads,
+        rests: ModelRests,
     ) -> None:
-        self.engine, self._describer, self._supervisor, self._uploads = engine, describer, supervisor, uploads
+        self.engine, self._describers, self._supervisor = engine, describers, supervisor
+        self._uploads, self._rests = uploads, rests
         # By client and question, until they can be judged.
         self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...], float]] = {}
         self._started = time.time()
@@ -202,15 +212,22 @@ class ClientRequests:
                 self._supervisor.check(stage)
                 self._supervisor.restart(stage)
                 self._reply(client, Done(request=number))
-            case Scale(stage=stage, count=count):
+            case GetModels():
+                self._reply(client, Models(request=number, models=self._models()))
+            case LoadModel(model=model, load=load):
+                self._supervisor.check()
+                (self._rests.load if load else self._rests.unload)(engine.catalogue.name(model))
+                self._reply(client, Done(request=number))
+            case Scale(model=model, stage=stage, count=count):
                 self._supervisor.check(stage)
-                most = self.engine.settings.fixed.get(stage)
+                name = engine.catalogue.name(model)
+                most = engine.catalogue.models[name].fixed.get(stage)
                 if most is not None and count > most:
                     raise BadRequest(
                         f"The memory of {stage} workers is planned in advance, for {most} of them.",
                         f"Start the stack with --workers {stage}={count}, which plans for that.",
                     )
-                self._supervisor.scale(stage, count)
+                self._supervisor.scale(name, stage, count)
                 self._reply(client, Done(request=number))
             case _:
                 raise BadRequest(f"A message of kind {question.kind!r} is not a question.")
@@ -232,20 +249,20 @@ class ClientRequests:
 
     def _submit(self, peer: Peer, submit: Submit, tensors: tuple[Tensor, ...], since: float | None = None) -> None:
         """Accept or judge jobs, which have waited `since` then to be judged (None: they are new)."""
-        since = self.engine.catalogue.loras.now() if since is None else since
+        since = time.monotonic() if since is None else since
         self._uploads.check(peer.principal, [lora for request in submit.jobs for lora in request.loras])
-        if not self._describer.ready_for(submit.jobs, peer.principal, since):
+        if not self._describers.ready_for(submit.jobs, peer.principal, since):
             self._park(peer, submit, tensors, since)
             return
         try:
             self._judge_or_accept(peer, submit, {tensor.name: tensor for tensor in tensors})
         except NotLookedAt as missing:
-            self._describer.look_at(missing.templates, peer.principal)
+            self._describers.look_at(missing.templates, peer.principal)
             self._park(peer, submit, tensors, since)
 
     def _list_loras(self, peer: Peer, question: GetLoras) -> None:
-        if self._describer.list_loras(peer.principal):
-            known = self.engine.catalogue.loras.listed or ()
+        if self._describers.of(question.model).list_loras(peer.principal):
+            known = self.engine.catalogue.entry(question.model).loras.listed or ()
             self._reply(peer.identity, Loras(request=question.request, loras=known))
         else:
             self._park(peer, question, (), 0.0)
@@ -325,6 +342,19 @@ class ClientRequests:
         return Collected(
             request=number, jobs=len(gone), bytes=held - sum(self.engine.store.artifacts.bytes_of.values())
         )
+
+    def _models(self) -> tuple[ModelView, ...]:
+        default = self.engine.catalogue.known
+        entries = sorted(self.engine.catalogue.entries, key=lambda entry: (entry != default, entry.name))
+        return tuple(
+            ModelView(
+                name=entry.name, model=entry.description.model, revision=entry.description.revision,
+                pipeline=entry.description.pipeline, dtype=entry.dtype, speedups=entry.speedups,
+                video=entry.description.video is not None, resting=self._rests.rests(entry.name),
+                jobs=self.engine.job_queue.by_model[entry.key],
+            )
+            for entry in entries
+        )  # fmt: skip
 
     def _stack(self, number: int) -> Stack:
         engine, entry = self.engine, self.engine.catalogue.known

@@ -16,7 +16,7 @@ from types import FrameType
 import zmq
 
 from orchestrator.access import AllowedKeys, KeyFolder
-from orchestrator.dispatch.describer_link import DescriberLink
+from orchestrator.dispatch.describer_link import DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
@@ -26,6 +26,7 @@ from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.housekeeping import Housekeeping
 from orchestrator.server.inbox import Inbox, Received
 from orchestrator.server.lora_uploads import LoraUploads
+from orchestrator.server.model_rests import ModelRests
 from orchestrator.server.sockets import Sockets
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.server.worker_requests import HEARTBEAT_SECONDS, WorkerRequests
@@ -63,14 +64,15 @@ class Server:
         keys = KeyFolder(folder.keys)
         allowed = AllowedKeys(keys)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
-        describer = DescriberLink(self.outbox, self.engine.catalogue, settings.describer)
+        describers = DescriberLinks(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
         self._uploads = LoraUploads(folder.loras, settings.lora_cache, settings.disk_floor)
-        self._clients = ClientRequests(self.engine, describer, self._supervisor, self._uploads)
+        self._rests = ModelRests(self.engine, self._supervisor)
+        self._clients = ClientRequests(self.engine, describers, self._supervisor, self._uploads, self._rests)
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.doors.pids
         self._workers = WorkerRequests(
-            self.engine, describer, self._supervisor, self._clients, door_pids, self._uploads.part
+            self.engine, describers, self._supervisor, self._clients, self._rests, door_pids, self._uploads.part
         )
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
@@ -95,6 +97,7 @@ class Server:
                 self._end_floods()
                 self._supervisor.replace(self.engine.dispatch.to_restart)
                 self._supervisor.roll()
+                self._rests.see_to_it()
                 self._probe()
                 self._settle()
                 self._sockets.counted.tell()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from orchestrator.dispatch.fleet import Fleet
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import NotFound
-from protocol.messages.supervisor import KillProcess, Processes, RestartProcess, SetScale
+from protocol.messages.supervisor import KillProcess, Processes, RestartProcess, SetScale, WakeModel
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
@@ -37,7 +37,7 @@ class SupervisorLink:
 
     # -- what it is to do -----------------------------------------------------------------------
 
-    def check(self, stage: Stage) -> None:
+    def check(self, stage: Stage = "denoise") -> None:
         """Raise NotFound where there is no supervisor, so that workers are started by hand."""
         if self._identity is None:
             raise NotFound(
@@ -45,8 +45,12 @@ class SupervisorLink:
                 f"Start workers by hand: triptych worker {stage} --connect ENDPOINT.",
             )
 
-    def scale(self, stage: Stage, count: int) -> None:
-        self._tell(SetScale(stage=stage, count=count))
+    def scale(self, model: str, stage: Stage, count: int) -> None:
+        self._tell(SetScale(model=model, stage=stage, count=count))
+
+    def wake(self, model: str, rest: bool = False) -> None:
+        """Have a model's workers started, or ended until it is asked for again."""
+        self._tell(WakeModel(model=model, rest=rest))
 
     def kill(self, pid: int, reason: str) -> None:
         """Have the supervisor end a process of its own; nothing happens if it isn't one, or there is no supervisor."""
@@ -86,6 +90,6 @@ class SupervisorLink:
             self._rolling.popleft()
             self._under_way = None
 
-    def _tell(self, message: RestartProcess | SetScale | KillProcess) -> None:
+    def _tell(self, message: RestartProcess | SetScale | WakeModel | KillProcess) -> None:
         if self._identity is not None:
             self._outbox.to_worker(self._identity, message)

@@ -5,12 +5,13 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 
-from orchestrator.dispatch.describer_link import DescriberLink
+from orchestrator.dispatch.describer_link import DescriberLink, DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import ProcessId, Worker
 from orchestrator.principal import LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
 from orchestrator.server.door_sockets import behind_a_door
+from orchestrator.server.model_rests import ModelRests
 from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
@@ -45,15 +46,16 @@ class WorkerRequests:
     def __init__(
         self,
         engine: Engine,
-        describer: DescriberLink,
+        describers: DescriberLinks,
         supervisor: SupervisorLink,
         clients: ClientRequests,
+        rests: ModelRests,
         door_pids: Callable[[], Sequence[int]],
         lora_part: Callable[[str, int], tuple[int, bytes]] = lambda digest, offset: (0, b""),
     ) -> None:
         """`lora_part` gives how many bytes a LoRA's file has, 0 if it is gone, and some of them from an offset on."""
-        self._door_pids, self._lora_part = door_pids, lora_part
-        self._engine, self._describer, self._supervisor, self._clients = engine, describer, supervisor, clients
+        self._door_pids, self._lora_part, self._rests = door_pids, lora_part, rests
+        self._engine, self._describers, self._supervisor, self._clients = engine, describers, supervisor, clients
 
     def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
         """Do what a message wants; whatever it is, the others go on."""
@@ -80,29 +82,33 @@ class WorkerRequests:
                 self._supervisor.hello(identity)
                 self._answer(identity, Beat(proven=self._proven()))
             case DescriberHello() as hello:
-                self._describer.hello(identity, hello)
+                self._describers.hello(identity, hello)
                 log.info("%s is whole: %s", hello.model.model, hello.model.pipeline)
                 self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
                 self._clients.unpark()
-            case TokenCounts() as counts if self._describer.is_here(identity):
-                self._describer.counted(counts)
-                self._clients.unpark()
-            case Looked() as looked if self._describer.is_here(identity):
-                self._describer.looked(looked)
-                self._clients.unpark()
-            case FoundLora() as found if self._describer.is_here(identity):
-                self._describer.found_lora(found)
-                self._clients.unpark()
-            case KnownLoras() as known if self._describer.is_here(identity):
-                self._describer.listed_loras(known)
-                self._clients.unpark()
-            case Heartbeat() if self._describer.is_here(identity):
-                self._answer(identity, Beat())
+            case message if (link := self._describers.here(identity)) is not None:
+                self._from_describer(link, message)
             case Processes() as processes if self._supervisor.is_here(identity):
                 self._supervisor.keeps(processes)
+                self._rests.told(processes.resting)
                 self._bury(processes.exited_pids, processes.stopped_pids)
             case _:
                 self._from_worker(identity, envelope)
+
+    def _from_describer(self, link: DescriberLink, message: Message) -> None:
+        match message:
+            case TokenCounts() as counts:
+                link.counted(counts)
+            case Looked() as looked:
+                link.looked(looked)
+            case FoundLora() as found:
+                link.found_lora(found)
+            case KnownLoras() as known:
+                link.listed_loras(known)
+            case Heartbeat():
+                self._answer(link.identity, Beat())
+                return
+        self._clients.unpark()
 
     def _from_worker(self, identity: bytes, envelope: wire.Envelope) -> None:
         engine = self._engine
@@ -167,7 +173,7 @@ class WorkerRequests:
     def _proven(self) -> tuple[int, ...]:
         """Processes of this host that work."""
         pids = [worker.hello.pid for worker in self._engine.fleet if worker.process[:2] == HERE and worker.proven]
-        describers = [self._describer.pid] if self._describer.pid else []
+        describers = [link.pid for link in self._describers if link.pid]
         return (*pids, *describers, *self._door_pids())
 
     # -- those that are gone --------------------------------------------------------------------
@@ -179,7 +185,7 @@ class WorkerRequests:
             for worker in self._engine.fleet.of_process(process):
                 self._engine.bury(worker, blameless=pid in stopped)
             self._engine.leasing.buried(process)
-            self._describer.gone(pid)
+            self._describers.gone(pid)
 
     def unreachable(self, identity: bytes) -> None:
         """Count a peer as gone that a message could not be sent to: a worker that is gone loses its task."""
@@ -218,7 +224,7 @@ class WorkerRequests:
 
         for worker in filter(heard, self._engine.fleet.silent()):
             self._give_up(worker, "fell silent")
-        if pid := self._describer.silent():
+        for pid in filter(None, [link.silent() for link in self._describers]):
             self._supervisor.kill(pid, "fell silent")
         late = self._engine.deadlines.overdue(self._engine.fleet)
         for worker, seconds in ((worker, seconds) for worker, seconds in late if heard(worker)):

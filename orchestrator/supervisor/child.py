@@ -61,6 +61,7 @@ class Child:
     ever_proven: bool = False  # it, or one before it
     forked: bool = False  # by the fork server, if there is one
     essential: bool = False  # started again after any end, once it has worked
+    model: str = ""  # by its name in the stack; empty: it is of no model
     verdict: str = ""  # why it is being killed
     stopped: float = 0.0  # monotonic seconds, since when it stands still by a signal; 0: it doesn't
     process: Process | None = None
@@ -172,8 +173,9 @@ class Child:
     def view(self) -> ProcessView:
         pid = self.process.pid if self.process else None
         return ProcessView(
-            name=self.name, stage=self.stage, pid=pid, state=self.state, restarts=self.restarts, reason=self.reason
-        )
+            name=self.name, stage=self.stage, model=self.model, pid=pid, state=self.state, restarts=self.restarts,
+            reason=self.reason,
+        )  # fmt: skip
 
     def open_log(self) -> BinaryIO:
         """Open the log to append to; its folder is made again if somebody has removed it."""

@@ -1,32 +1,51 @@
 """The processes of one stack: the orchestrator, the fork server, the describer, and the workers of each stage."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.access import KeyFolder
 from orchestrator.planning.placement import Post
-from orchestrator.planning.stack_plan import StackPlan
+from orchestrator.planning.stack_plan import PlannedModel
 from orchestrator.pulse import PULSE, PulseWatch
-from orchestrator.settings import DoorSpec, JobSettings, OrchestratorSettings, OrchestratorSpec, StackConfig
+from orchestrator.settings import (
+    DoorSpec,
+    JobSettings,
+    ModelSettings,
+    OrchestratorSettings,
+    OrchestratorSpec,
+    StackConfig,
+)
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
 from orchestrator.supervisor.fork_server import ForkServer
 from protocol.curve_keys import Role
+from protocol.messages.supervisor import RestingModel
 from protocol.stages import STAGES, Stage
 from protocol.views import ProcessView
 from protocol.worker_spec import DescriberSpec, WorkerSpec
 
 GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
+Team = tuple[str, Stage]  # a model's workers of a stage
 
 
 class Children:
-    """`lifeline` is the read end of the pipe by which they notice that the supervisor has ended."""
+    """`lifeline` is the read end of the pipe by which they notice that the supervisor has ended.
+
+    The workers of the default model are started at once, those of others when they are asked for.
+    """
 
     def __init__(
-        self, folder: StackFolder, config: StackConfig, plan: StackPlan, lifeline: int, forks: ForkServer
+        self,
+        folder: StackFolder,
+        config: StackConfig,
+        models: Sequence[PlannedModel],
+        lifeline: int,
+        forks: ForkServer,
     ) -> None:
-        self._folder, self._config, self._plan, self._lifeline, self.forks = folder, config, plan, lifeline, forks
+        self._folder, self._config, self._lifeline, self.forks = folder, config, lifeline, forks
+        self._models = {model.name: model for model in models}
+        self.default = models[0].name
         self._endpoints = folder.local_endpoints()
         self._guarded = KeyFolder(folder.keys).exists  # as of the stack's start, for all of its processes
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
@@ -34,17 +53,20 @@ class Children:
         self.orchestrator.descriptors = (self.pulse.descriptor,)
         self.orchestrator.environment[PULSE] = str(self.pulse.descriptor)
         self.doors = [self._door(role) for role, _ in config.remote()]
-        self.describer = self._child("describer", "workers.runtime", self._describer_spec(), forked=True)
-        self.describer.essential = True
-        self.workers: dict[Stage, list[Child]] = {stage: [] for stage in STAGES}
-        for post in plan.posts:
-            self._add(post, len(self.workers[post.stage]) + 1)
+        self.describers = [self._describer(model) for model in models]
+        self.workers: dict[Team, list[Child]] = {(name, stage): [] for name in self._models for stage in STAGES}
+        self._resting = {  # numbers of workers by stage, of models that rest
+            model.name: {stage: sum(post.stage == stage for post in model.plan.posts) for stage in STAGES}
+            for model in models
+        }
+        self._failed: dict[str, str] = {}  # why workers of models that rest could not be started
         self.leaving: list[tuple[Child, float]] = []  # scaled away or restarted, and when to kill
+        self.wake(self.default)
 
     def __iter__(self) -> Iterator[Child]:
-        yield from (self.orchestrator, self.forks.child, *self.doors, self.describer)
-        for stage in STAGES:
-            yield from self.workers[stage]
+        yield from (self.orchestrator, self.forks.child, *self.doors, *self.describers)
+        for team in self.workers.values():
+            yield from team
 
     @property
     def endpoint(self) -> str:
@@ -60,12 +82,12 @@ class Children:
     # -- what each is started with --------------------------------------------------------------
 
     def _orchestrator_spec(self) -> OrchestratorSpec:
-        config, plan = self._config, self._plan
-        keep_alive = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
+        config = self._config
         given = {name: getattr(config, name) for name in JobSettings.model_fields}
         settings = OrchestratorSettings(
-            **given, fixed=plan.fixed(), keep_alive=keep_alive, gpus=plan.accounts, describer=True
-        )
+            **given, models=tuple(map(settings_of, self._models.values())),
+            gpus=self._models[self.default].plan.accounts, describer=True,
+        )  # fmt: skip
         clients, workers = self._endpoints.clients, self._endpoints.workers
         doors = {role: self._folder.door_endpoint(role) for role, _ in config.remote()}
         return OrchestratorSpec(
@@ -85,24 +107,31 @@ class Children:
         door.essential = True
         return door
 
-    def _describer_spec(self) -> DescriberSpec:
-        stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in self._plan.posts))
-        folder = self._config.lora_folder
-        return DescriberSpec(
-            endpoint=self._endpoints.workers, model=self._config.model_spec(),
-            dtype=self._plan.dtype, stages=stages, speedups=self._plan.speedups,
-            loras=str(self._folder.loras.resolve()), lora_folder=folder and str(Path(folder).expanduser().resolve()),
-            lora_aliases=tuple(self._config.loras.items()),
+    def _describer(self, model: PlannedModel) -> Child:
+        config, plan = model.config, model.plan
+        stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in plan.posts))
+        folder = config.lora_folder
+        spec = DescriberSpec(
+            name=model.name, endpoint=self._endpoints.workers, model=config.model_spec(), dtype=plan.dtype,
+            stages=stages, speedups=plan.speedups, loras=str(self._folder.loras.resolve()),
+            lora_folder=folder and str(Path(folder).expanduser().resolve()), lora_aliases=tuple(config.loras.items()),
         )  # fmt: skip
+        child = self._child(f"{self._prefix(model.name)}describer", "workers.runtime", spec, forked=True)
+        child.essential, child.model = True, model.name
+        return child
 
-    def _worker_spec(self, post: Post, name: str) -> WorkerSpec:
-        config = self._config
+    def _prefix(self, model: str) -> str:
+        """Return what the names of a model's processes begin with, where there are several models."""
+        return f"{model}-" if len(self._models) > 1 else ""
+
+    def _worker_spec(self, model: PlannedModel, post: Post, name: str) -> WorkerSpec:
+        config, plan = model.config, model.plan
         return WorkerSpec(
             stage=post.stage, name=name, endpoint=self._endpoints.workers, model=config.model_spec(),
-            description=self._plan.description, device=post.device, dtype=self._plan.dtype,
+            description=plan.description, device=post.device, dtype=plan.dtype,
             visible_gpus=post.gpus if post.gpus and post.device == "cuda" else None,
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
-            cut=post.cut, jobs=post.jobs, speedups=self._plan.speedups,
+            cut=post.cut, jobs=post.jobs, speedups=plan.speedups,
             checkpoint_seconds=config.checkpoint if post.stage == "denoise" and config.keep else None,
             cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked, loras=str(self._folder.loras.resolve()),
         )  # fmt: skip
@@ -148,22 +177,55 @@ class Children:
             return self.forks.succeed()
         return self.forks.spawn(child, report) if child.forked else None
 
-    def _add(self, post: Post, number: int) -> None:
-        name = f"{post.stage}-{number}"
-        forked = not self._config.stage(post.stage).quantize  # whose library can't be imported before a fork
-        child = self._child(name, "workers.runtime", self._worker_spec(post, name), forked=forked)
-        self.workers[post.stage].append(child)
+    def _add(self, model: PlannedModel, post: Post, number: int) -> None:
+        name = f"{self._prefix(model.name)}{post.stage}-{number}"
+        forked = not model.config.stage(post.stage).quantize  # whose library can't be imported before a fork
+        child = self._child(name, "workers.runtime", self._worker_spec(model, post, name), forked=forked)
+        child.model = model.name
+        self.workers[model.name, post.stage].append(child)
 
-    def scale(self, stage: Stage, count: int) -> None:
-        """Let a stage have so many workers from now on."""
-        children = self.workers[stage]
+    def scale(self, model: str, stage: Stage, count: int) -> None:
+        """Let a model have so many workers of a stage from now on."""
+        if model in self._resting:
+            self._resting[model][stage] = count
+            return
+        planned, children = self._models[model], self.workers[model, stage]
         while len(children) > count:
             self._dismiss(children.pop())
-        taken = {child.name for child in children}
-        free = (n for n in range(1, 1 << 20) if f"{stage}-{n}" not in taken)
+        start = len(self._prefix(model)) + len(stage) + 1
+        taken = {int(child.name[start:]) for child in children}
+        free = (n for n in range(1, 1 << 20) if n not in taken)
         while len(children) < count:
             number = next(free)
-            self._add(self._plan.post(stage, number - 1), number)
+            self._add(planned, planned.plan.post(stage, number - 1), number)
+
+    def knows(self, model: str) -> bool:
+        return model in self._models
+
+    @property
+    def resting(self) -> tuple[RestingModel, ...]:
+        """The models that have no processes but their describers, until they are asked for."""
+        return tuple(RestingModel(name=name, reason=self._failed.get(name, "")) for name in self._resting)
+
+    def wake(self, model: str) -> bool:
+        """Let a model's workers be started; return whether it rested."""
+        counts = self._resting.pop(model, None)
+        self._failed.pop(model, None)
+        for stage, count in (counts or {}).items():
+            self.scale(model, stage, count)
+        return counts is not None
+
+    def rest(self, model: str, reason: str = "") -> bool:
+        """End a model's workers in good order, for a `reason` where they can't work; return whether it had any."""
+        if model in self._resting:
+            return False
+        counts = {stage: len(self.workers[model, stage]) for stage in STAGES}
+        for stage in STAGES:
+            self.scale(model, stage, 0)
+        self._resting[model] = counts
+        if reason:
+            self._failed[model] = reason
+        return True
 
     def restart(self, name: str) -> bool:
         """End a worker's process in good order, so that another is started; False where there is no such worker."""
@@ -183,3 +245,12 @@ class Children:
         for child in self:
             if child.process is not None and child.process.pid in pids:
                 child.proven = child.ever_proven = True
+
+
+def settings_of(model: PlannedModel) -> ModelSettings:
+    """Return what the orchestrator has to know of a model."""
+    config = model.config
+    kept = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
+    return ModelSettings(
+        name=model.name, model=config.model, fixed=model.plan.fixed(), keep_alive=kept, rest_after=config.rest_after
+    )

@@ -11,7 +11,7 @@ import zmq
 from protocol import wire
 from protocol.errors import TriptychError
 from protocol.messages.common import Message
-from protocol.messages.supervisor import TO_SUPERVISOR, Processes, SupervisorHello
+from protocol.messages.supervisor import TO_SUPERVISOR, Processes, RestingModel, SupervisorHello
 from protocol.sockets import dealer, new_identity, receive, send
 from protocol.views import ProcessView
 
@@ -27,6 +27,7 @@ class OrchestratorLink:
         self.socket: zmq.Socket[bytes] | None = None
         self._said_hello = 0.0  # monotonic seconds
         self._ended: list[int] = []  # process numbers that the orchestrator was not told of yet
+        self._resting: tuple[RestingModel, ...] = ()  # models, as last told
         self._stopped: list[int] = []  # of them, those that stood still by a signal, which no task can have ended
 
     def ended(self, pid: int) -> None:
@@ -39,16 +40,17 @@ class OrchestratorLink:
         """Say hello at once, since another orchestrator comes."""
         self._said_hello = 0.0
 
-    def tell(self, views: Sequence[ProcessView]) -> None:
-        """Say hello with all processes, once a second, or at once where one has ended."""
+    def tell(self, views: Sequence[ProcessView], resting: tuple[RestingModel, ...] = ()) -> None:
+        """Say hello with all processes and the models that rest: once a second, or at once where something changed."""
         now = time.monotonic()
-        if not self._ended and now - self._said_hello < HELLO_SECONDS:
+        if not self._ended and resting == self._resting and now - self._said_hello < HELLO_SECONDS:
             return
+        self._resting = resting
         self._said_hello = now
         if self.socket is None:
             self.socket = dealer(self._context, self._endpoint, new_identity())
         ended, stopped = tuple(self._ended), tuple(pid for pid in self._stopped if pid in self._ended)
-        told = Processes(processes=tuple(views), exited_pids=ended, stopped_pids=stopped)
+        told = Processes(processes=tuple(views), exited_pids=ended, stopped_pids=stopped, resting=resting)
         if self._say(SupervisorHello(pid=os.getpid())) and self._say(told):
             self._stopped = [pid for pid in self._stopped if pid not in ended]
             self._ended.clear()

@@ -19,7 +19,7 @@ import zmq
 
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.planning.calibration import measurements_in
-from orchestrator.planning.stack_plan import plan_stack
+from orchestrator.planning.stack_plan import plan_models
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import UNUSABLE, Child
@@ -28,8 +28,7 @@ from orchestrator.supervisor.fork_server import new_fork_server
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
 from protocol.errors import TriptychError
 from protocol.messages.common import Beat, Message
-from protocol.messages.supervisor import KillProcess, RestartProcess, SetScale
-from protocol.stages import STAGES
+from protocol.messages.supervisor import KillProcess, RestartProcess, SetScale, WakeModel
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a person hears of what matters by notices
@@ -50,7 +49,7 @@ class Supervisor:
         forks = new_fork_server(folder, self._lifeline)
         forks.start_ahead()
         try:
-            self.plan = plan_stack(config, list_gpus(), measurements_in(folder))
+            self.models = plan_models(config, list_gpus(), measurements_in(folder))
         except BaseException:
             forks.end()
             os.close(self._life)
@@ -61,7 +60,7 @@ class Supervisor:
         self._bell.setblocking(False)
         self._signal = 0
         self._done = False  # what it was for is done
-        self._children = Children(folder, config, self.plan, self._lifeline, forks)
+        self._children = Children(folder, config, self.models, self._lifeline, forks)
         self._link = OrchestratorLink(self._children.endpoint)
         self._lock: TextIO | None = None
         self._looked_down = 0.0  # monotonic seconds of the last look at the folder
@@ -184,28 +183,38 @@ class Supervisor:
 
         The describer is heard first: it says what is wrong with a model better than a worker that fails to load it.
         """
-        orchestrator, describer = self._children.orchestrator, self._children.describer
-        doors = self._children.doors
-        groups = [[orchestrator], *([door] for door in doors), [describer]]
-        if describer.ever_proven:
-            groups += self._children.workers.values()
+        children = self._children
+        needed = [children.orchestrator, *children.doors, *children.describers]
+        sound = {describer.model for describer in children.describers if describer.ever_proven}
+        groups = [[child] for child in needed]
+        groups += [team for (model, _), team in children.workers.items() if model in sound]
         for group in groups:
-            needed = group[0] in (orchestrator, *doors, describer) if group else False
-            hopeless = [child for child in group if not child.wanted and (needed or not child.ever_proven)]
-            if hopeless and len(hopeless) == len(group):
-                raise why(hopeless[0])
+            hopeless = [child for child in group if not child.wanted and (child in needed or not child.ever_proven)]
+            if not hopeless or len(hopeless) < len(group):
+                continue
+            child = hopeless[0]
+            if child in needed or child.model == children.default:
+                raise why(child)
+            self.notice(f"{child.model} can't be run: {child.reason}")
+            children.rest(child.model, str(why(child)))
 
     def _converse(self) -> None:
         """Tell what runs, and do what the orchestrator wants done."""
-        self._link.tell(self._children.views())
+        self._link.tell(self._children.views(), self._children.resting)
         for message in self._link.hear():
             self._obey(message)
 
     def _obey(self, message: Message) -> None:
         match message:
-            case SetScale(stage=stage, count=count):
-                self.notice(f"{stage}: {len(self._children.workers[stage])} → {count} workers")
-                self._children.scale(stage, count)
+            case SetScale(model=model, stage=stage, count=count) if self._children.knows(model):
+                self.notice(f"{stage}: {len(self._children.workers[model, stage])} → {count} workers")
+                self._children.scale(model, stage, count)
+            case WakeModel(model=model, rest=True) if self._children.knows(model):
+                if self._children.rest(model):
+                    self.notice(f"{model} rests: its workers end until it is asked for")
+            case WakeModel(model=model) if self._children.knows(model):
+                if self._children.wake(model):
+                    self.notice(f"{model} is asked for: its workers are started")
             case RestartProcess(name=name):
                 if self._children.restart(name):
                     self.notice(f"restarting {name}")
@@ -222,10 +231,10 @@ class Supervisor:
         """Stop workers first, so that they hand back what they have; the orchestrator commits and goes last."""
         self.notice("stopping")
         children, deadline = self._children, time.monotonic() + GRACE_SECONDS
-        workers = [child for stage in STAGES for child in children.workers[stage]]
+        workers = [child for team in children.workers.values() for child in team]
         leaving = [child for child, _ in children.leaving]
         for group in (
-            [*workers, *leaving, children.describer],
+            [*workers, *leaving, *children.describers],
             [children.orchestrator, *children.doors, children.forks.child],
         ):
             for child in group:

@@ -25,12 +25,15 @@ from protocol.messages.client import (
     FetchPictures,
     GetJobs,
     GetLoras,
+    GetModels,
     GetStack,
     GetWorkers,
     JobEvent,
     Jobs,
+    LoadModel,
     LoraHere,
     Loras,
+    Models,
     OfferLora,
     Pictures,
     PutLora,
@@ -47,6 +50,7 @@ from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
 from protocol.pictures import pictures_among
 from protocol.stages import Stage
 from protocol.tensors import Tensor
+from protocol.views import ModelView
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -144,9 +148,17 @@ class Calls:
         assert isinstance(message, LoraHere)
         return message.bytes
 
-    async def loras(self) -> list[LoraInfo]:
-        """The LoRAs that have a name in the stack."""
-        return list((await self._message(Loras, GetLoras)).loras)
+    async def loras(self, model: str | None = None) -> list[LoraInfo]:
+        """The LoRAs that have a name in the stack, of its default model or another; NotFound."""
+        return list((await self._message(Loras, GetLoras, model=model)).loras)
+
+    async def models(self) -> list[ModelView]:
+        """The stack's models that are known, the default one first."""
+        return list((await self._message(Models, GetModels)).models)
+
+    async def load_model(self, model: str, load: bool = True) -> None:
+        """Start a model's workers; or, with `load` False, end them until a job asks for it. NotFound, Conflict."""
+        await self._link.ask(LoadModel, None, model=model, load=load)
 
     async def job(self, job_id: str) -> Job:
         """Return a job as it stands; NotFound."""
@@ -232,9 +244,9 @@ class Calls:
         """Replace a stage's workers, one after the other; the tasks that they have go on elsewhere."""
         await self._link.ask(Restart, None, stage=stage)
 
-    async def scale(self, stage: Stage, count: int) -> None:
-        """Keep `count` workers of a stage from now on."""
-        await self._link.ask(Scale, None, stage=stage, count=count)
+    async def scale(self, stage: Stage, count: int, model: str | None = None) -> None:
+        """Keep `count` workers of a stage from now on, of the default model or another."""
+        await self._link.ask(Scale, None, stage=stage, count=count, model=model)
 
     async def drain(self, stage: Stage, on: bool = True) -> None:
         """Give a stage's workers nothing more to do, or, with `on` False, again."""

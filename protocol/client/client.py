@@ -29,6 +29,7 @@ from protocol.messages.client import JobEvent, Question, Stack, Workers
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
 from protocol.tensors import Tensor
+from protocol.views import ModelView
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -167,9 +168,17 @@ class Client:
         """Send a LoRA's file, as `loras_of` finds it, unless the stack has it: jobs name it by its digest."""
         run(self._calls.send_lora(file))
 
-    def loras(self) -> list[LoraInfo]:
-        """The LoRAs that have a name in the stack."""
-        return run(self._calls.loras())
+    def loras(self, model: str | None = None) -> list[LoraInfo]:
+        """The LoRAs that have a name in the stack, of its default model or another; NotFound."""
+        return run(self._calls.loras(model))
+
+    def models(self) -> list[ModelView]:
+        """The stack's models that are known, the default one first."""
+        return run(self._calls.models())
+
+    def load_model(self, model: str, load: bool = True) -> None:
+        """Start a model's workers; or, with `load` False, end them until a job asks for it. NotFound, Conflict."""
+        run(self._calls.load_model(model, load))
 
     def job(self, job_id: str) -> Job:
         """Return a job as it stands; NotFound."""
@@ -225,9 +234,9 @@ class Client:
         """Replace a stage's workers, one after the other; the tasks that they have go on elsewhere."""
         run(self._calls.restart(stage))
 
-    def scale(self, stage: Stage, count: int) -> None:
-        """Keep `count` workers of a stage from now on."""
-        run(self._calls.scale(stage, count))
+    def scale(self, stage: Stage, count: int, model: str | None = None) -> None:
+        """Keep `count` workers of a stage from now on, of the default model or another."""
+        run(self._calls.scale(stage, count, model))
 
     def drain(self, stage: Stage, on: bool = True) -> None:
         """Give a stage's workers nothing more to do, or, with `on` False, again."""

@@ -10,7 +10,9 @@ from protocol.lora import LoraInfo
 from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
 from protocol.model import ModelDescription
 from protocol.stages import Stage
-from protocol.views import ProcessView, WorkerView
+from protocol.views import ModelView, ProcessView, WorkerView
+
+ModelOf = Annotated[str, Field(max_length=4096)] | None  # its name in the stack; None: the default one
 
 
 class Question(Message):
@@ -79,6 +81,7 @@ class Restart(Question):
 
 class Scale(Question):
     kind = "scale"
+    model: ModelOf = None
     stage: Stage
     count: Annotated[int, Field(ge=0, le=1024)]
 
@@ -100,6 +103,19 @@ class CollectGarbage(Question):
 
 class GetLoras(Question):
     kind = "get-loras"
+    model: ModelOf = None
+
+
+class GetModels(Question):
+    kind = "get-models"
+
+
+class LoadModel(Question):
+    """Start the workers of a model; or, with `load` False, end them until a job asks for it."""
+
+    kind = "load-model"
+    model: ModelOf
+    load: bool = True
 
 
 class OfferLora(Question):
@@ -159,7 +175,7 @@ class Workers(Message):
 
 
 class Stack(Message):
-    """The stack itself: its version, its model once known, and how many jobs stand where."""
+    """The stack itself: its version, its default model once known, and how many jobs stand where."""
 
     kind = "stack"
     request: Count
@@ -187,6 +203,14 @@ class Loras(Message):
     kind = "loras"
     request: Count
     loras: tuple[LoraInfo, ...]
+
+
+class Models(Message):
+    """The models of the stack that are known, the default one first."""
+
+    kind = "models"
+    request: Count
+    models: tuple[ModelView, ...]
 
 
 class LoraHere(Message):
@@ -218,9 +242,11 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Drain,
     CollectGarbage,
     GetLoras,
+    GetModels,
+    LoadModel,
     OfferLora,
     PutLora,
 )
 TO_CLIENT: tuple[type[Message], ...] = (
-    Jobs, JobEvent, Pictures, Workers, Stack, Collected, Loras, LoraHere, Done, Error,
+    Jobs, JobEvent, Pictures, Workers, Stack, Collected, Loras, Models, LoraHere, Done, Error,
 )  # fmt: skip

@@ -9,6 +9,7 @@ from protocol.gpu_memory import Lease
 from protocol.job import JobId
 from protocol.stages import Stage
 
+MOST_MODELS = 256  # of a stack
 MAX_JOBS = 1024  # in one Submit, and ids in one question
 MAX_PARTS = 4096  # of a job's pictures
 MOST_LISTED = 100  # jobs in one answer that weren't asked for by id

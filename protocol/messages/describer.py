@@ -18,6 +18,7 @@ class DescriberHello(Message):
     """First word of the process without weights: it has found the model to be whole, and says what it takes."""
 
     kind = "describer-hello"
+    name: Annotated[str, Field(max_length=64)] = ""  # of the model in the stack
     pid: Count
     dtype: Name  # of the stack
     speedups: Annotated[tuple[Name, ...], Field(max_length=16)] = ()

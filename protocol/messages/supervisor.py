@@ -4,7 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.messages.common import Beat, Count, Error, Line, Message, Name
+from protocol.data import Data
+from protocol.messages.common import MOST_MODELS, Beat, Count, Error, Line, Message, Name
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
@@ -14,6 +15,13 @@ class SupervisorHello(Message):
     pid: Count
 
 
+class RestingModel(Data):
+    """A model that has no workers for now."""
+
+    name: str  # in the stack
+    reason: str = ""  # why they could not be started, when they were last asked for
+
+
 class Processes(Message):
     """All processes that the supervisor keeps, whenever one changes."""
 
@@ -21,12 +29,22 @@ class Processes(Message):
     processes: Annotated[tuple[ProcessView, ...], Field(max_length=4096)]
     exited_pids: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
     stopped_pids: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()  # of them, which no task can have ended
+    resting: Annotated[tuple[RestingModel, ...], Field(max_length=MOST_MODELS)] = ()
 
 
 class SetScale(Message):
     kind = "set-scale"
+    model: str  # by its name in the stack
     stage: Stage
     count: Annotated[int, Field(ge=0, le=1024)]
+
+
+class WakeModel(Message):
+    """Start the workers of a model; or, with `rest`, end them until it is asked for again."""
+
+    kind = "wake-model"
+    model: str
+    rest: bool = False
 
 
 class RestartProcess(Message):
@@ -45,4 +63,4 @@ class KillProcess(Message):
 
 
 FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes)
-TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, RestartProcess, KillProcess, Beat, Error)
+TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, WakeModel, RestartProcess, KillProcess, Beat, Error)

@@ -243,7 +243,7 @@ def serve(spec: DescriberSpec) -> None:
     """Be the describer of a stack, until told to stop; ModelMissing where the model is not whole."""
     source, description = examine(spec.model, spec.dtype, spec.stages)
     log.info("%s is whole: %s", spec.model.name, description.pipeline)
-    hello = DescriberHello(pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
+    hello = DescriberHello(name=spec.name, pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
     loras = lora_files(source, spec)
     describer = Describer(spec.endpoint, hello, token_counter(source), looker(source, spec.dtype), loras)
     for number in (signal.SIGTERM, signal.SIGINT):
