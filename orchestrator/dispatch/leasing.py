@@ -12,7 +12,7 @@ from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import KEPT_BETWEEN_STEPS
 from orchestrator.memory.ledger import Holding, Ledger
 from orchestrator.memory.task_keys import step_key
-from orchestrator.scheduling.scheduler import Place, decide
+from orchestrator.scheduling.scheduler import decide
 from orchestrator.scheduling.snapshot import (
     NOTHING,
     Action,
@@ -21,6 +21,7 @@ from orchestrator.scheduling.snapshot import (
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    Place,
     ReturnLoan,
     Snapshot,
     TakeLoan,

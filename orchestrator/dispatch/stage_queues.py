@@ -9,6 +9,7 @@ from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import Principal
 from orchestrator.scheduling.fair_shares import FairShares
+from orchestrator.scheduling.snapshot import Line
 from protocol.stages import Stage
 
 Entry = tuple[tuple[int, int, int], str, float]  # a job's order, its id, and the seconds that its task may take
@@ -25,12 +26,12 @@ class StageQueues:
         self._seconds = seconds or TaskSeconds(self._shares)
         self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
-        self.depth: Counter[tuple[Stage, int]] = Counter()  # by stage and distance to the end
+        self.depth: Counter[Line] = Counter()
 
     def add(self, job: LiveJob) -> None:
         own = self._lists.setdefault((job.stage, job.model), {}).setdefault(job.owner, [])
         bisect.insort(own, (job.order, job.id, self._seconds.expected(job)))
-        self.depth[job.stage, job.distance] += 1
+        self.depth[job.stage, job.model, job.distance] += 1
         self._since[job.id] = time.monotonic()
 
     def remove(self, job: LiveJob) -> None:
@@ -42,7 +43,7 @@ class StageQueues:
             del entries[at]
             if not entries:
                 del owners[job.owner]
-            self.depth[job.stage, job.distance] -= 1
+            self.depth[job.stage, job.model, job.distance] -= 1
             del self._since[job.id]
 
     def since(self, job_id: str) -> float:

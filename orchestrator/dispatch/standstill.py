@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.scheduling.scheduler import Place, decide, startable
-from orchestrator.scheduling.snapshot import Action, Assign, GpuSpace, LeasedWorker, Snapshot
+from orchestrator.scheduling.scheduler import decide, startable
+from orchestrator.scheduling.snapshot import Action, Assign, GpuSpace, LeasedWorker, Place, Snapshot
 
 TICK_SECONDS = 0.5
 MEETINGS = 20  # of one state while leases change

@@ -15,8 +15,7 @@ from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob
 from orchestrator.principal import kept_name
-from orchestrator.scheduling.scheduler import Place
-from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
+from orchestrator.scheduling.snapshot import Assign, ChangeLease, Place, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
 from protocol.job import Recipe
 from protocol.messages.worker import AHEAD, MOST_AHEAD, MOST_PROMPTS, Task

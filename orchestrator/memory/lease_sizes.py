@@ -5,6 +5,9 @@ one, the largest whose tasks take longer than a moment, works in what the rest l
 that little beside it, as long as the largest still has a quarter of its weights in place: streaming the rest costs
 little up to there. Workers that find no room take turns.
 
+Of several that lend, which are the denoisers of several models, all stay where there is room for all of each; else they
+take turns, since streaming most of a model in every step costs more than a copy of it at each turn.
+
 Those whose tasks take a moment hold nothing beside a largest one that lends: they borrow from it, between two of its
 steps, what they need, and the rest of the time it has all that they would hold.
 """
@@ -76,8 +79,11 @@ def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSiz
         return rest | turns | {name: LeaseSize(size, size) for name, size in taken.items()}
     largest = largest_of(needs)
     main = needs[largest]
+    rivals = {name: need for name, need in needs.items() if name != largest and need.lends and main.lends}
+    if rivals and (together := all_denoisers_in(available, needs, largest, rivals)):
+        return together
     left = available - main.workspace - max(main.least, int(main.weights * LEAST_IN_PLACE))
-    beside = {name: need for name, need in needs.items() if name != largest}
+    beside = {name: need for name, need in needs.items() if name != largest and name not in rivals}
     momentary = {name for name, need in beside.items() if need.momentary and main.lends}
     lent = available - main.between_steps - sum(smallest_first(left, beside, momentary).values())
     borrow = {name for name in momentary if needs[name].small <= lent}
@@ -90,6 +96,19 @@ def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSiz
             turn = min(turn, need.whole)
         found[name] = LeaseSize(shared.get(name, 0), turn, name in borrow)
     return found
+
+
+def all_denoisers_in(
+    available: int, needs: Mapping[str, Need], largest: str, rivals: Mapping[str, Need]
+) -> dict[str, LeaseSize] | None:
+    """Return the sizes where the largest and all its rivals stay, whole; None where that leaves others no room."""
+    left = available - sum(need.whole for need in rivals.values())
+    rest = lease_sizes(left, {name: need for name, need in needs.items() if name not in rivals})
+    others = sum(size.shared for name, size in rest.items() if name != largest)
+    if needs[largest].whole + others > left or not all(size.exclusive for size in rest.values()):
+        return None
+    stay = {name: needs[name].whole for name in (largest, *rivals)}
+    return rest | {name: LeaseSize(whole, whole) for name, whole in stay.items()}
 
 
 def largest_of(needs: Mapping[str, Need]) -> str:

@@ -9,24 +9,24 @@ is in, one comes in where that displaces least. A worker on several GPUs comes i
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from orchestrator.job import ModelKey
 from orchestrator.scheduling.snapshot import (
     Action,
     Assign,
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    Line,
+    Place,
     Snapshot,
     WaitingTask,
     Want,
+    line_of,
     slots_ahead,
     waiting_at,
 )
 from orchestrator.scheduling.swaps import Swaps
 from protocol.gpu_memory import GpuId
-from protocol.stages import TRAITS, Stage
-
-Place = tuple[Stage, ModelKey]
+from protocol.stages import TRAITS
 
 
 def decide(snapshot: Snapshot) -> list[Action]:
@@ -35,18 +35,18 @@ def decide(snapshot: Snapshot) -> list[Action]:
     wants: list[Want] = []
     working: set[str] = set()  # holders with a task now or in their queue
     busiest: set[str] = set()  # with several
-    started: Counter[tuple[Stage, int]] = Counter()
+    started: Counter[Line] = Counter()
     for place in places_of(snapshot):
         tasks = startable(snapshot.waiting.get(place, ()), snapshot, started)
         idle = [worker for worker in snapshot.idle if (worker.stage, worker.model) == place]
         given, left = pair(idle, tasks, snapshot.holders)
         assigned += given
         jobs = {action.job for action in given}
-        started.update((task.stage, task.distance) for task in tasks if task.job in jobs)
+        started.update(line_of(task) for task in tasks if task.job in jobs)
         holding = {worker.id: worker.holder for worker in idle}
         busy = {holding[action.worker] for action in given}
         working |= busy
-        if waiting_at(place[0], snapshot) > len(given):
+        if waiting_at(place, snapshot) > len(given):
             busiest |= busy
         if left:
             working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
@@ -68,25 +68,24 @@ def decide(snapshot: Snapshot) -> list[Action]:
 
 
 def places_of(snapshot: Snapshot) -> list[Place]:
-    """Stages of models that have workers, the one whose first task is nearest to its end first."""
+    """Stages of models that have workers: whose first task is nearest to its end, then whose has waited longest."""
     places = {(w.stage, w.model) for w in snapshot.idle} | {(h.stage, h.model) for h in snapshot.holders.values()}
 
-    def distance(place: Place) -> int:
+    def turn(place: Place) -> tuple[int, float, str]:
         tasks = snapshot.waiting.get(place)
-        return tasks[0].distance if tasks else TRAITS[place[0]].distance
+        distance, waited = (tasks[0].distance, tasks[0].waited) if tasks else (TRAITS[place[0]].distance, 0.0)
+        return distance, -waited, str(place)
 
-    return sorted(places, key=lambda place: (distance(place), str(place)))
+    return sorted(places, key=turn)
 
 
-def startable(
-    tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping[tuple[Stage, int], int]
-) -> list[WaitingTask]:
+def startable(tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping[Line, int]) -> list[WaitingTask]:
     """The tasks of a place that may start, so many of each kind having been started already."""
     left: dict[int, int] = {}  # by distance
     found: list[WaitingTask] = []
     for task in tasks:
         if task.distance not in left:
-            left[task.distance] = slots_ahead(task, snapshot) - started.get((task.stage, task.distance), 0)
+            left[task.distance] = slots_ahead(task, snapshot) - started.get(line_of(task), 0)
         if left[task.distance] > 0:
             left[task.distance] -= 1
             found.append(task)

@@ -10,7 +10,9 @@ from protocol.stages import STAGES, TRAITS, Stage
 
 NOTHING = Lease(bytes=0, weight_bytes=0)
 UNLIMITED = 1 << 30  # tasks
-Depth = Mapping[tuple[Stage, int], int]  # jobs that wait, by stage and by distance to their end
+Place = tuple[Stage, ModelKey]
+Line = tuple[Stage, ModelKey, int]  # of those that wait at a place: as many visits from their end
+Depth = Mapping[Line, int]  # jobs that wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ class GpuSpace:
 class Snapshot:
     """`waiting` and `idle` in the order in which they should be served; `depth` counts all that wait."""
 
-    waiting: Mapping[tuple[Stage, ModelKey], Sequence[WaitingTask]]
+    waiting: Mapping[Place, Sequence[WaitingTask]]
     idle: Sequence[IdleWorker]
     depth: Depth
     holders: Mapping[str, LeasedWorker] = field(default_factory=dict)  # by id
@@ -154,14 +156,19 @@ class Want:
 
 
 def slots_ahead(task: WaitingTask, snapshot: Snapshot) -> int:
-    """Return how many tasks like this one may start, before too many jobs wait that are nearer to their end.
+    """Return how many tasks like this one may start, before too many of its model's jobs wait nearer to their end.
 
     The tasks nearest to the end are never held up, so some job can always go on.
     """
-    nearer = sum(count for (_, distance), count in snapshot.depth.items() if distance < task.distance)
+    lines = snapshot.depth.items()
+    nearer = sum(count for (_, model, distance), count in lines if model == task.model and distance < task.distance)
     return snapshot.ahead[task.stage] - nearer if nearer else UNLIMITED
 
 
-def waiting_at(stage: Stage, snapshot: Snapshot) -> int:
-    """Return how many jobs wait at a stage."""
-    return sum(count for (at, _), count in snapshot.depth.items() if at == stage)
+def line_of(task: WaitingTask) -> Line:
+    return task.stage, task.model, task.distance
+
+
+def waiting_at(place: Place, snapshot: Snapshot) -> int:
+    """Return how many jobs wait at a stage of a model."""
+    return sum(count for (stage, model, _), count in snapshot.depth.items() if (stage, model) == place)

@@ -123,9 +123,13 @@ class Swaps:
         return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
-        """Return a sort key: tasks that waited too long first, by how long; else those nearest to their end."""
+        """Return a sort key: tasks that waited too long first, else those nearest to their end.
+
+        Of those that waited too long first the one whose worker has been out for longest meanwhile: no model or stage
+        comes behind all the jobs of another that came before its own.
+        """
         late = self._overdue(want)
-        return not late, -want.task.waited if late else 0.0, want.task.distance
+        return not late, -min(want.task.waited, want.holder.held) if late else 0.0, want.task.distance
 
     def _overdue(self, want: Want) -> bool:
         return want.task.waited > self.patience
@@ -176,7 +180,7 @@ class Swaps:
             lender = max(lenders, key=lambda holder: (holder.id not in self.working, holder.lendable, holder.id))
             if self._goes_first(lender, want):
                 return True
-            many = waiting_at(want.task.stage, self.snapshot) >= MANY
+            many = waiting_at((want.task.stage, want.task.model), self.snapshot) >= MANY
             size = max(need.small, min(need.whole, has + lender.lendable)) if many else need.small
             self.loans.append(TakeLoan(lender.id, size - has))
             self.yielding.add(lender.id)

@@ -43,7 +43,9 @@ MUTANTS = (
     Mutant(f"{DISPATCH}/transitions.py", "records=tuple(earlier)", "records=job.records", QUEUES),
     Mutant("orchestrator/job.py", "return -self.priority,", "return self.priority,", QUEUES),
     Mutant(f"{DISPATCH}/job_queue.py", "            self._delays.drop(before.id)\n", "", QUEUES),
-    Mutant(f"{DISPATCH}/stage_queues.py", "            self.depth[job.stage, job.distance] -= 1\n", "", QUEUES),
+    Mutant(
+        f"{DISPATCH}/stage_queues.py", "            self.depth[job.stage, job.model, job.distance] -= 1\n", "", QUEUES
+    ),
     Mutant(
         f"{DISPATCH}/fleet.py",
         'first.state in ("idle", "busy")',

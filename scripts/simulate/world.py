@@ -204,7 +204,7 @@ class World:
             for stage, queue in self.queues.items()
             if queue
         }
-        depth = {(stage, TRAITS[stage].distance): len(queue) for stage, queue in self.queues.items()}
+        depth = {(stage, MODEL, TRAITS[stage].distance): len(queue) for stage, queue in self.queues.items()}
         holders = {w.id: self._as_of_now(w) for w in here}
         spaces = {gpu: GpuSpace(self.available[gpu], self.free[gpu]) for gpu in gpus}
         for action in decide(Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience)):

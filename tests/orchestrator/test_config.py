@@ -34,6 +34,7 @@ def test_without_flags_all_is_as_the_fields_say() -> None:
     ("flag", "name", "value"),
     [
         (["--model", "m"], "model", "m"), (["-m", "m"], "model", "m"), (["--revision", "r"], "revision", "r"),
+        (["--rest-after", "2m"], "rest_after", 120.0),
         (["--dtype", "float16"], "dtype", "float16"), (["--placement", "split"], "placement", "split"),
         (["--optimize", "latency"], "optimize", "latency"), (["--compile"], "compile", True),
         (["--attention", "flash"], "attention", "flash"), (["--fuse-qkv"], "fuse_qkv", True),
@@ -71,7 +72,7 @@ def test_stages_have_settings_of_their_own(flag: list[str], stages: dict[str, An
 
 
 def test_every_setting_has_a_flag_and_a_meaning() -> None:
-    for settings, without in ((StackConfig, {"stages"}), (StageConfig, set())):
+    for settings, without in ((StackConfig, {"stages", "models"}), (StageConfig, set())):
         flags = {name: (field, flag) for name, field, flag in flags_of(settings)}
         assert flags.keys() == settings.model_fields.keys() - without
         assert all(field.description for field, _ in flags.values())
@@ -85,6 +86,48 @@ def test_the_orchestrators_settings_are_those_of_the_stack() -> None:
         )
 
 
+def test_several_models_have_settings_of_their_own_over_those_of_the_stack(tmp_path: Path) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(
+        'dtype = "bfloat16"\nloras.ink = "i"\n[stages.text]\ndevice = "cpu"\nkeep_alive = 7\n'
+        '[models.big]\nmodel = "owner/big"\nrevision = "r"\nsteps = 8\n'
+        '[models.small]\ndtype = "float32"\nloras = {}\nrest_after = "1m"\nstages.text.keep_alive = 9\n'
+    )
+    found = load_config(path, {"steps": 4}, {}).each()
+    assert list(found) == ["big", "small"]
+    big, small = found["big"], found["small"]
+    assert (big.model, big.revision, big.dtype, big.steps, big.loras) == ("owner/big", "r", "bfloat16", 8, {"ink": "i"})
+    assert (small.model, small.revision, small.dtype, small.steps, small.loras) == ("small", None, "float32", 4, {})
+    assert (big.rest_after, small.rest_after) == (None, 60.0)
+    assert [(one.stage("text").device, one.stage("text").keep_alive) for one in found.values()] == [
+        ("cpu", 7.0),
+        ("cpu", 9.0),
+    ]
+    assert list(load_config(path, {"model": "small"}, {}).each()) == ["small", "big"]
+    for one in found.values():
+        assert one.each() == {one.model.rpartition("/")[2]: one}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "models"),
+    [
+        (["-m", "owner/Big.1", "-m", "demo"], {"Big.1": "owner/Big.1", "demo": "demo"}),
+        (["-m", "small=demo", "-m", "demo"], {"small": "demo", "demo": "demo"}),
+        (["-m", "small=demo"], {"small": "demo"}),
+        (["-m", "./a=b/c"], {"c": "./a=b/c"}),
+        (["-m", "/models/my model/"], {"my-model": "/models/my model/"}),
+    ],
+)
+def test_models_are_named_by_flags(arguments: list[str], models: dict[str, str]) -> None:
+    assert {name: one.model for name, one in given(*arguments).each().items()} == models
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(BadRequest, match="Two models are called 'demo': a/demo and b/demo") as refused:
+        given("-m", "a/demo", "-m", "b/demo")
+    assert "--model NAME=b/demo" in refused.value.hint
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "stack.toml"
     path.write_text('model = "file"\nqueue_limit = 5\n[stages.text]\ndevice = "cpu"\nkeep_alive = 7\n')
@@ -96,7 +139,14 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("models = 'x'", "Known settings are"), ("[stages.txt]\ndevice = 'cpu'", "there is no such stage"),
+        ("modes = 'x'", "Known settings are"), ("models = 'x'", "'models' is not valid"),
+        ("model = 'x'\n[models.a]", "none of the models a"), ("[models.'a b']", "letters, digits"),
+        ("revision = 'r'\n[models.a]", "revision is a single model's"),
+        ("[models.a]\nmode = 'x'", "Known settings are"),
+        ("[models.a.stages.text]\ndevice = 'gpu'", "'gpu' is no device"),
+        ("[models.a.stages.txt]\ndevice = 'cpu'", "there is no such stage"),
+        ("[models.a.models.b]", "Known settings are"),
+        ("[stages.txt]\ndevice = 'cpu'", "there is no such stage"),
         ("[stages.text]\ndevice = 'gpu'", "'gpu' is no device"), ("queue_limit = 0", "'queue_limit' is not valid"),
         ("keep_jobs = 'soon'", "is not a duration"), ("x = ", "is not valid TOML"),
     ],

@@ -7,8 +7,9 @@ import pytest
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.quotas import Quotas
+from orchestrator.job import ModelKey
 from orchestrator.principal import LOCAL_USER, KeyHolder, from_column, to_column
-from orchestrator.settings import OrchestratorSettings
+from orchestrator.settings import ModelSettings, OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from orchestrator.token_bucket import TokenBucket
 from protocol.errors import NotFound, QueueFull
@@ -78,7 +79,6 @@ def test_a_bucket_fills_at_its_rate_and_no_further() -> None:
 def test_requests_are_judged_by_the_model_that_was_told_of_last(tmp_path: Path) -> None:
     catalogue = Catalogue(Store(None, tmp_path))
     assert catalogue.known is None
-    assert catalogue.uncounted([REQUEST]) == []
     with pytest.raises(NotFound):
         catalogue.default()
     other = MODEL.model_copy(update={"model": "other"})
@@ -87,18 +87,36 @@ def test_requests_are_judged_by_the_model_that_was_told_of_last(tmp_path: Path) 
     assert (catalogue.default().description, catalogue.default().dtype) == (MODEL, "bfloat16")
 
 
+def test_a_request_names_a_model_by_its_name_or_as_the_stack_was_told_of_it(tmp_path: Path) -> None:
+    models = (ModelSettings(name="a", model=MODEL.model), ModelSettings(name="b", model="owner/b"))
+    catalogue = Catalogue(Store(None, tmp_path), models)
+    found = MODEL.model_copy(update={"model": "/cache/b", "revision": "2"})
+    for name, model in (("a", MODEL), ("b", found)):
+        catalogue.learn(DescriberHello(name=name, pid=1, dtype="float32", model=model))
+    for named, name in ((None, "a"), ("", "a"), ("a", "a"), (MODEL.model, "a"), ("b", "b"), ("owner/b", "b")):
+        assert catalogue.entry(named).name == name
+    assert catalogue.entry("/cache/b").name == "b"
+    with pytest.raises(NotFound, match="no model 'c'") as refused:
+        catalogue.entry("c")
+    assert "a, b" in refused.value.hint
+    key = catalogue.entry("b").key
+    assert catalogue.of(key) == catalogue.entry("b")
+    assert catalogue.settings(key).model == "owner/b"
+    assert catalogue.of(ModelKey.of("3", "float32", ())) is None
+
+
 def test_tokens_are_counted_once_and_anew_for_another_model(tmp_path: Path) -> None:
     catalogue = Catalogue(Store(None, tmp_path))
     hello = DescriberHello(pid=1, dtype="float32", model=MODEL)
     catalogue.learn(hello)
     long = JobRequest(prompt="é" * 100)
-    assert catalogue.uncounted([long, long]) == [long.prompt]
+    assert catalogue.default().uncounted([long, long]) == [long.prompt]
     catalogue.default().tokens.learn([long.prompt], [7])
     catalogue.learn(hello)
-    assert catalogue.uncounted([long]) == []
+    assert catalogue.default().uncounted([long]) == []
     assert catalogue.default().tokens.count(long.prompt) == 7
     catalogue.learn(hello.model_copy(update={"dtype": "bfloat16"}))
-    assert catalogue.uncounted([long]) == [long.prompt]
+    assert catalogue.default().uncounted([long]) == [long.prompt]
 
 
 def test_principals_are_kept_as_their_keys_names() -> None:

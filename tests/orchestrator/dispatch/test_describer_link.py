@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from orchestrator.dispatch.catalogue import CatalogueEntry, Routes
+from orchestrator.dispatch.catalogue import Routes, Tokens
 from orchestrator.dispatch.describer_link import MOST_ASKED, MOST_OF_A_KEY, DescriberLink
+from orchestrator.dispatch.lora_book import LoraBook
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.principal import KeyHolder
 from protocol.errors import BadRequest, QueueFull
@@ -18,13 +19,14 @@ from tests.protocol.test_recipe import recipe
 
 
 def describer_link() -> DescriberLink:
-    entry = CatalogueEntry(MODEL, "float32", ())
-    catalogue: Any = SimpleNamespace(
-        known=entry,
-        learn=lambda _: None,
+    entry = SimpleNamespace(
+        name="",
+        routes=Routes(),
+        loras=LoraBook(),
+        tokens=Tokens(),
         uncounted=lambda requests: [r.prompt for r in requests],
-        default=lambda: entry,
     )
+    catalogue: Any = SimpleNamespace(entries=[entry], learn=lambda _: None, entry=lambda _: entry)
     return DescriberLink(Outbox(), catalogue, expected=True)
 
 
@@ -44,7 +46,7 @@ def test_only_the_prompt_that_a_describer_had_in_hand_is_blamed_for_its_end() ->
 
 def test_a_template_is_looked_at_once_and_one_that_ends_describers_has_no_route() -> None:
     link, hello = describer_link(), DescriberHello(pid=1, dtype="float32", speedups=(), model=MODEL)
-    routes = link.catalogue.default().routes
+    routes = link.catalogue.entry("").routes
     one, other = (Template.of(recipe(steps=steps), ()) for steps in (1, 2))
     link.hello(b"1", hello)
     link.look_at([one, one, other])

@@ -48,8 +48,8 @@ def check_moves(data: st.DataObject, jobs: JobQueue) -> None:
         delayed = [id for id in live if id in jobs._delays]
         assert sorted([*queued, *delayed]) == sorted(id for id, job in live.items() if job.waits)
         assert +jobs.queues.depth == {
-            place: sum((j.stage, j.distance) == place for i, j in live.items() if i in queued)
-            for place in {(live[i].stage, live[i].distance) for i in queued}
+            line: sum((j.stage, j.model, j.distance) == line for i, j in live.items() if i in queued)
+            for line in {(live[i].stage, live[i].model, live[i].distance) for i in queued}
         }
         states = [job.state for job in live.values()]
         assert {state: n for state, n in jobs.counts.items() if n} == {s: states.count(s) for s in set(states)}
@@ -66,7 +66,7 @@ def test_the_order_is_by_priority_then_nearest_to_the_end_then_by_age() -> None:
     queues.remove(nearer)
     queues.remove(nearer)  # which isn't there any more
     assert queues.at("text", old.model) == 3
-    assert queues.depth["text", 1] == 0
+    assert queues.depth["text", old.model, 1] == 0
 
 
 def test_jobs_wait_longer_after_each_failure_and_a_dropped_one_never_comes_back() -> None:

@@ -197,7 +197,7 @@ def test_memory_of_a_worker_that_fell_away_counts_until_its_process_is_gone(stat
 
 
 def test_a_lease_that_fails_counts_as_a_failure_of_what_waited_for_it(state: Path) -> None:
-    with orchestrator(state, **one_gpu(13 * GB), keep_alive={"text": 1000}) as running:
+    with orchestrator(state, **one_gpu(13 * GB), models=[{"keep_alive": {"text": 1000}}]) as running:
         text = leased(running, "text", TEXT)
         client = running.client()
         job = client.submit("a cat", seed=1)
@@ -224,7 +224,7 @@ def test_a_restarted_orchestrator_learns_from_its_workers_what_they_hold(state: 
 
 
 def test_an_idle_stage_gives_back_its_memory_after_keep_alive(state: Path) -> None:
-    with orchestrator(state, **one_gpu(13 * GB), keep_alive={"text": 0}) as running:
+    with orchestrator(state, **one_gpu(13 * GB), models=[{"keep_alive": {"text": 0}}]) as running:
         text = leased(running, "text", TEXT)
         running.client().submit_many([JobRequest(prompt=f"a cat {i}", seed=i) for i in range(2)])
         assert text.obey().leases[0].bytes

@@ -315,7 +315,7 @@ def test_the_smallest_input_of_leases_that_spin(tmp_path: Path) -> None:
     }
     idle = [IdleWorker(stage, stage, KEY) for stage in STAGES]
     waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 2, 5000 * MB)]}
-    snapshot = Snapshot(waiting, idle, {("denoise", 2): 1}, holders, {0: GpuSpace(available, available)})
+    snapshot = Snapshot(waiting, idle, {("denoise", KEY, 2): 1}, holders, {0: GpuSpace(available, available)})
     (lend,) = decide(snapshot)
     assert isinstance(lend, ChangeLease)
     assert (lend.worker, lend.bytes) == ("denoise", available)
@@ -374,7 +374,7 @@ def test_a_long_patience_is_waited_for() -> None:
     spaces = {0: GpuSpace(3 * GB, 3 * GB)}
     waiting = {("denoise", KEY): [WaitingTask("a", "denoise", KEY, 2, GB)]}
     snapshot = Snapshot(
-        waiting, [IdleWorker("d", "denoise", KEY)], {("denoise", 2): 1}, {"d": holder}, spaces, patience=500
+        waiting, [IdleWorker("d", "denoise", KEY)], {("denoise", KEY, 2): 1}, {"d": holder}, spaces, patience=500
     )
     assert quiet_ticks(snapshot, {"d"}) * TICK_SECONDS > 500
 

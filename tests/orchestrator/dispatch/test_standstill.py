@@ -27,7 +27,7 @@ def snapshot(available: int) -> Snapshot:
     task = WaitingTask("j", "vae", MODEL, 1, workspace=50)
     gpus = {GPU: GpuSpace(available, 0)}
     idle = [IdleWorker("w", "vae", MODEL)]
-    return Snapshot({PLACE: [task]}, idle, {("vae", 1): 1}, {"w": holder}, gpus)
+    return Snapshot({PLACE: [task]}, idle, {(*PLACE, 1): 1}, {"w": holder}, gpus)
 
 
 def looks(standstill: Standstill, clock: Clock, seconds: float, acts: bool, available: int = 1000) -> int:

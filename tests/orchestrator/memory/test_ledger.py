@@ -21,6 +21,7 @@ from orchestrator.scheduling.snapshot import (
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    Line,
     ReturnLoan,
     Snapshot,
     TakeLoan,
@@ -113,6 +114,7 @@ class World:
     now: int = 0
     done: list[str] = field(default_factory=list)
     swaps: int = 0
+    came_in: Counter[str] = field(default_factory=Counter)  # times, by worker
     patience: float = 30.0
     lasting: bool = False
     ahead: dict[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
@@ -121,6 +123,7 @@ class World:
     lent: int = 0  # loans that there were
     unable: set[str] = field(default_factory=set)  # to lend, as it turns out
     cannot_lend: set[str] = field(default_factory=set)  # as is known
+    of: dict[str, str] = field(default_factory=dict)  # by job: the model, whose workers are named 'stage/model'
 
     def __post_init__(self) -> None:
         self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
@@ -128,8 +131,12 @@ class World:
     def stage(self, worker: str) -> Stage:
         return next(stage for stage in STAGES if worker.startswith(stage))
 
-    def workspace(self, stage: Stage) -> int:
-        return next(need.workspace for worker, need in self.needs.items() if worker.startswith(stage))
+    def model(self, worker: str) -> ModelKey:
+        return model_key(worker.partition("/")[2])
+
+    def workspace(self, stage: Stage, model: str = "") -> int:
+        mine = [need for w, need in self.needs.items() if w.startswith(stage) and w.partition("/")[2] == model]
+        return mine[0].workspace
 
     def booked(self) -> dict[str, tuple[int, ...]]:
         coming = {worker: doing.leases for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
@@ -158,7 +165,7 @@ class World:
             w: LeasedWorker(
                 w,
                 self.stage(w),
-                MODEL,
+                self.model(w),
                 {
                     gpu: GpuDemand(self._need(w, held), size, held.weight_bytes)
                     for gpu, held, size in zip(self.gpus[w], self.held[w], booked[w], strict=True)
@@ -172,21 +179,24 @@ class World:
             )
             for w in self.needs
         }
-        waiting = {
-            (stage, MODEL): sorted(
-                (WaitingTask(j, stage, MODEL, self.distance(j, stage), ws, self.now - since) for j, ws, since in queue),
-                key=lambda task: task.distance,
-            )
-            for stage, queue in self.queues.items()
-        }
+        waiting: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
+        for stage, queue in self.queues.items():
+            for j, ws, since in queue:
+                model = model_key(self.of.get(j, ""))
+                task = WaitingTask(j, stage, model, self.distance(j, stage), ws, self.now - since)
+                waiting.setdefault((stage, model), []).append(task)
+        for tasks in waiting.values():
+            tasks.sort(key=lambda task: task.distance)
         swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
         idle = [
-            IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), MODEL, w)
+            IdleWorker(f"{w}.{hand}" if hand else w, self.stage(w), self.model(w), w)
             for w in self.needs
             for hand in range(self.hands(w))
             if (w, hand) not in self.busy and w not in swapping and w not in self.loans
         ]
-        depth = Counter((stage, self.distance(j, stage)) for stage, queue in self.queues.items() for j, *_ in queue)
+        depth: Counter[Line] = Counter()
+        for place, tasks in waiting.items():
+            depth.update((*place, task.distance) for task in tasks)
         spaces = {gpu: GpuSpace(size, size - self.on(gpu)) for gpu, size in self.available.items()}
         return Snapshot(waiting, idle, depth, holders, spaces, self.patience, self.ahead)
 
@@ -252,6 +262,7 @@ class World:
     def _lend(self, snapshot: Snapshot, lend: ChangeLease) -> None:
         need = self.needs[lend.worker]
         self.swaps += lend.bytes > 0
+        self.came_in[lend.worker] += bool(lend.bytes and not any(lease.bytes for lease in self.held[lend.worker]))
         for lease in lend.leases:
             assert lease.weight_bytes <= lease.bytes
             assert (lease.bytes > 0) == (lend.bytes > 0), "on some of its GPUs only"
@@ -260,7 +271,7 @@ class World:
             others = [h for h in snapshot.holders.values() if h.id != lend.worker]
             here = [h for h in others if {*h.demands} & {*self.gpus[lend.worker]}]
             busy = {worker for worker, _ in self.busy}
-            blocked = [h for h in here if snapshot.waiting.get((h.stage, MODEL)) and h.id not in busy]
+            blocked = [h for h in here if snapshot.waiting.get((h.stage, h.model)) and h.id not in busy]
             assert blocked or self.loans, f"{lend.worker} was sent away for nobody"
         self.busy[lend.worker, 0] = lend
 
@@ -283,7 +294,12 @@ class World:
         if following is None:
             self.done.append(job)
         else:
-            self.queues.setdefault(following, []).append((job, self.workspace(following), self.now))
+            space = self.workspace(following, self.of.get(job, ""))
+            self.queues.setdefault(following, []).append((job, space, self.now))
+
+
+def model_key(name: str) -> ModelKey:
+    return ModelKey(name, "bfloat16") if name else MODEL
 
 
 @st.composite
@@ -392,6 +408,83 @@ def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> No
         world.tick()
     assert "t0" in world.done or any(job == "t0" for job, *_ in world.queues.get("vae", []))
     assert world.done
+
+
+@st.composite
+def models_on_one_gpu(draw: st.DrawFn) -> World:
+    """Two or three models, each of whose workers can do its tasks with the GPU to itself."""
+    wanted: dict[str, Need] = {}
+    for model in "abc"[: draw(st.integers(2, 3))]:
+        for stage in STAGES:
+            traits = TRAITS[stage]
+            wanted[f"{stage}/{model}"] = replace(draw(needs()), lends=traits.lends, momentary=traits.momentary)
+    least = max(need.small for need in wanted.values())
+    available = draw(st.integers(least, least + sum(need.whole for need in wanted.values())))
+    return World({0: available}, wanted, dict.fromkeys(wanted, (0,)), patience=draw(st.sampled_from([3.0, 30.0])))
+
+
+@examples(200)
+@given(world=models_on_one_gpu(), jobs=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=16))
+def test_jobs_of_several_models_all_get_done(world: World, jobs: list[tuple[int, int]]) -> None:
+    models = sorted({worker.partition("/")[2] for worker in world.needs})
+    for number, (at, which) in enumerate(sorted(jobs)):
+        while world.now < at:
+            world.tick()
+        model = world.of[f"j{number}"] = models[which % len(models)]
+        world.queues.setdefault("text", []).append((f"j{number}", world.workspace("text", model), world.now))
+    for _ in range(3000):
+        if len(world.done) == len(jobs):
+            break
+        world.tick()
+    assert sorted(world.done) == sorted(f"j{number}" for number in range(len(jobs)))
+
+
+@examples(100)
+@given(world=models_on_one_gpu(), jobs=st.integers(1, 8))
+def test_a_model_is_drained_before_another_comes_in(world: World, jobs: int) -> None:
+    """Jobs of several models in turns have each denoiser come in once, as the same jobs sorted by model."""
+    world.patience = 1e9
+    models = sorted({worker.partition("/")[2] for worker in world.needs})
+    for number in range(jobs * len(models)):
+        model = world.of[f"j{number}"] = models[number % len(models)]
+        world.queues.setdefault("text", []).append((f"j{number}", world.workspace("text", model), 0))
+    for _ in range(4000):
+        if len(world.done) == jobs * len(models):
+            break
+        world.tick()
+    assert len(world.done) == jobs * len(models)
+    assert all(world.came_in[f"denoise/{model}"] == 1 for model in models)
+
+
+@examples(100)
+@given(world=models_on_one_gpu(), every=st.integers(1, 3), start=st.integers(0, 100))
+def test_no_model_starves_beside_another_that_always_has_jobs(world: World, every: int, start: int) -> None:
+    world.patience = 20.0
+    for number in range(600):
+        if number % every == 0:
+            world.of[f"d{number}"] = "a"
+            world.queues.setdefault("denoise", []).append((f"d{number}", world.workspace("denoise", "a"), world.now))
+        if number == start:
+            world.of["one"] = "b"
+            world.queues.setdefault("text", []).append(("one", world.workspace("text", "b"), world.now))
+        world.tick()
+    assert "one" in world.done
+    assert any(job != "one" for job in world.done)
+
+
+def test_two_denoisers_take_turns_unless_both_fit_whole() -> None:
+    both = {f"{stage}/a": need for stage, need in LENDING.items()}
+    both["denoise/b"] = replace(LENDING["denoise"], weights=5 * GB)
+    found = lease_sizes(int(14.5 * GB), both)
+    assert (found["denoise/a"].shared, found["denoise/b"].shared) == (0, 0)
+    assert found["denoise/a"].exclusive == int(14.5 * GB)
+    assert found["denoise/b"].exclusive == both["denoise/b"].whole
+    assert found["vae/a"].borrows
+    large = lease_sizes(32 * GB, both)
+    assert {name: size.shared for name, size in large.items() if name.startswith("denoise")} == {
+        name: both[name].whole for name in ("denoise/a", "denoise/b")
+    }
+    assert (large["text/a"].borrows, large["vae/a"].borrows) == (True, True)
 
 
 def test_a_cached_prompt_swaps_nothing_and_text_streams_beside() -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from orchestrator.job import ModelKey
 from orchestrator.scheduling.scheduler import decide
-from orchestrator.scheduling.snapshot import IdleWorker, Snapshot, WaitingTask, slots_ahead
+from orchestrator.scheduling.snapshot import IdleWorker, Snapshot, WaitingTask, line_of, slots_ahead
 from protocol.stages import STAGES, Stage
 
 MODELS = (ModelKey("a", "float32"), ModelKey("a", "bfloat16"), ModelKey("b", "float32"))
@@ -22,7 +22,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model, draw(st.integers(1, 6))))
     for tasks in waiting.values():
         tasks.sort(key=lambda task: task.distance)
-    depth = {(stage, distance): draw(st.integers(0, 100)) for stage in STAGES for distance in range(1, 7)}
+    lines = [(stage, model, distance) for stage in STAGES for model in MODELS for distance in range(1, 7)]
+    depth = {line: draw(st.integers(0, 100)) for line in lines}
     return Snapshot(waiting, idle, depth)
 
 
@@ -42,12 +43,12 @@ def test_no_worker_idles_beside_work_unless_too_many_wait_nearer_to_the_end(snap
     actions = decide(snapshot)
     busy, given_out = {a.worker for a in actions}, {a.job for a in actions}
     tasks = {task.job: task for queue in snapshot.waiting.values() for task in queue}
-    started = Counter((tasks[a.job].stage, tasks[a.job].distance) for a in actions)
+    started = Counter(line_of(tasks[a.job]) for a in actions)
     for worker in snapshot.idle:
         left = [t for t in snapshot.waiting.get((worker.stage, worker.model), ()) if t.job not in given_out]
         if worker.id not in busy:
             for task in left:
-                assert started[task.stage, task.distance] >= slots_ahead(task, snapshot)
+                assert started[line_of(task)] >= slots_ahead(task, snapshot)
 
 
 @given(snapshots())

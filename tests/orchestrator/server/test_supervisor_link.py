@@ -79,8 +79,8 @@ def test_without_a_supervisor_it_is_said_and_nothing_is_sent() -> None:
     assert told(outbox) == []
     link.hello(b"s")
     link.check("text")
-    link.scale("text", 2)
+    link.scale("m", "text", 2)
     link.kill(1, "why")
-    assert told(outbox) == [SetScale(stage="text", count=2), KillProcess(pid=1, reason="why")]
+    assert told(outbox) == [SetScale(model="m", stage="text", count=2), KillProcess(pid=1, reason="why")]
     link.gone()
     assert not link.is_here(b"s")

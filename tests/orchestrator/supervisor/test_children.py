@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.planning.placement import Post
-from orchestrator.planning.stack_plan import StackPlan
+from orchestrator.planning.stack_plan import PlannedModel, StackPlan
 from orchestrator.settings import OrchestratorSpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.children import Children
@@ -30,7 +30,7 @@ def children(state: Path) -> Iterator[Children]:
     config = StackConfig(model="m", revision="r", checkpoint=0.5, queue_limit=7, stages={"text": {"keep_alive": 3}})
     plan = StackPlan("bfloat16", POSTS, {}, ("denoise:compile",))
     reading, writing = os.pipe()
-    yield Children(folder, config, plan, reading, new_fork_server(folder, reading))
+    yield Children(folder, config, [PlannedModel("m", config, plan)], reading, new_fork_server(folder, reading))
     os.close(reading)
     os.close(writing)
 
@@ -62,39 +62,76 @@ def test_a_stage_that_quantizes_starts_by_itself(state: Path) -> None:
     folder = StackFolder(state / "q")
     folder.create()
     config = StackConfig(model="m", stages={"denoise": {"quantize": "fp8"}})
-    found = Children(folder, config, StackPlan("bfloat16", POSTS, {}, ()), 0, new_fork_server(folder, 0))
-    assert [child.forked for stage in STAGES for child in found.workers[stage]] == [True, False, True]
+    model = PlannedModel("m", config, StackPlan("bfloat16", POSTS, {}, ()))
+    found = Children(folder, config, [model], 0, new_fork_server(folder, 0))
+    assert [child.forked for stage in STAGES for child in found.workers["m", stage]] == [True, False, True]
 
 
 def test_the_orchestrator_gets_the_settings_and_the_describer_the_stages(children: Children) -> None:
     orchestrator = OrchestratorSpec.model_validate_json(children.orchestrator.spec)
-    assert (orchestrator.settings.queue_limit, orchestrator.settings.keep_alive) == (7, {"text": 3.0})
-    assert orchestrator.settings.fixed == {"denoise": 1}
+    (model,) = orchestrator.settings.models
+    assert (orchestrator.settings.queue_limit, model.name, model.keep_alive) == (7, "m", {"text": 3.0})
+    assert model.fixed == {"denoise": 1}
     assert orchestrator.settings.describer
-    describer = PROCESS_SPEC.validate_json(children.describer.spec)
+    (describing,) = children.describers
+    describer = PROCESS_SPEC.validate_json(describing.spec)
     assert isinstance(describer, DescriberSpec)
+    assert describer.name == "m"
     assert describer.stages == ("text", "denoise", "vae")
 
 
 def test_scaling_takes_the_last_and_gives_free_names(children: Children) -> None:
     def names() -> list[str]:
-        return [child.name for child in children.workers["text"]]
+        return [child.name for child in children.workers["m", "text"]]
 
-    children.scale("text", 3)
+    children.scale("m", "text", 3)
     assert names() == ["text-1", "text-2", "text-3"]
-    del children.workers["text"][0]
-    children.scale("text", 3)
+    del children.workers["m", "text"][0]
+    children.scale("m", "text", 3)
     assert names() == ["text-2", "text-3", "text-1"]
-    children.scale("text", 1)
+    children.scale("m", "text", 1)
     assert names() == ["text-2"]
     assert not children.leaving
     assert spec(children, "text-2").leased_gpus == (0,)
 
 
 def test_a_restart_is_of_workers_alone_and_forgives(children: Children) -> None:
-    (worker,) = children.workers["vae"]
+    (worker,) = children.workers["m", "vae"]
     worker.wanted, worker.failures, worker.start_at = False, 4, 1e12
     assert children.restart("vae-1")
     assert not children.restart("orchestrator")
     assert not children.restart("vae-9")
     assert (worker.wanted, worker.failures, worker.start_at) == (True, 0, 0.0)
+
+
+def test_of_several_models_the_first_one_has_workers_and_others_when_they_are_asked_for(state: Path) -> None:
+    folder = StackFolder(state / "several")
+    folder.create()
+    config = StackConfig.model_validate({"models": {"a": {"rest_after": 60}, "b": {"model": "x/y", "revision": "r"}}})
+    models = [PlannedModel(name, alone, StackPlan("float32", POSTS, {}, ())) for name, alone in config.each().items()]
+    found = Children(folder, config, models, 0, new_fork_server(folder, 0))
+
+    def names() -> list[str]:
+        return [child.name for child in found if child.stage]
+
+    assert names() == ["a-text-1", "a-denoise-1", "a-vae-1"]
+    assert [child.name for child in found.describers] == ["a-describer", "b-describer"]
+    orchestrator = OrchestratorSpec.model_validate_json(found.orchestrator.spec)
+    assert [(m.name, m.model, m.rest_after) for m in orchestrator.settings.models] == [
+        ("a", "a", 60.0),
+        ("b", "x/y", None),
+    ]
+    assert [model.name for model in found.resting] == ["b"]
+    found.scale("b", "vae", 2)  # once it is asked for
+    assert found.wake("b")
+    assert not found.wake("b")
+    assert names()[3:] == ["b-text-1", "b-denoise-1", "b-vae-1", "b-vae-2"]
+    assert spec(found, "b-text-1").model == ModelSpec(name="x/y", revision="r")
+    assert found.rest("a")
+    assert not found.rest("a")
+    assert found.rest("b", "it can't be loaded")
+    assert names() == []
+    assert {model.name: model.reason for model in found.resting} == {"a": "", "b": "it can't be loaded"}
+    assert found.wake("b")
+    assert [(model.name, model.reason) for model in found.resting] == [("a", "")]
+    assert len(names()) == 4
