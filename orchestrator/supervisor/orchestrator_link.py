@@ -45,13 +45,13 @@ class OrchestratorLink:
         now = time.monotonic()
         if not self._ended and resting == self._resting and now - self._said_hello < HELLO_SECONDS:
             return
-        self._resting = resting
         self._said_hello = now
         if self.socket is None:
             self.socket = dealer(self._context, self._endpoint, new_identity())
         ended, stopped = tuple(self._ended), tuple(pid for pid in self._stopped if pid in self._ended)
         told = Processes(processes=tuple(views), exited_pids=ended, stopped_pids=stopped, resting=resting)
         if self._say(SupervisorHello(pid=os.getpid())) and self._say(told):
+            self._resting = resting
             self._stopped = [pid for pid in self._stopped if pid not in ended]
             self._ended.clear()
 

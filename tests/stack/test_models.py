@@ -1,0 +1,164 @@
+"""Several models in one stack: in turns on one GPU, started when they are asked for, and resting."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from protocol.errors import BadRequest, Conflict, JobFailed, NotFound
+from protocol.job import JobRequest
+from tests import tiny
+from tests.stack.test_leases import weights
+from tests.stack.test_stack import until
+from tests.stacks import RunningStack, running_stack, triptych
+from tests.tiny import plain
+
+SIZE = {"width": 32, "height": 32, "steps": 3}
+PLAIN = {"width": 32, "height": 32, "num_inference_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "flux": tiny.save(tiny.flux(depth=8), folder / "flux"),
+        "sd": tiny.save(tiny.sd15(), folder / "sd"),
+    }
+
+
+@pytest.fixture
+def two(state: Path, folders: dict[str, Path]) -> Iterator[RunningStack]:
+    """A stack of both, without GPUs."""
+    with running_stack(state, *named(folders), "--device", "cpu") as running:
+        yield running
+
+
+def named(folders: dict[str, Path]) -> list[str]:
+    return [text for name, folder in folders.items() for text in ("--model", f"{name}={folder}")]
+
+
+def resting(stack: RunningStack) -> dict[str, bool]:
+    return {model.name: model.resting for model in stack.client.models()}
+
+
+def names(stack: RunningStack) -> set[str]:
+    return {worker.name for worker in stack.client.workers().workers}
+
+
+@pytest.mark.parametrize("share", [0.7, pytest.param(1.2, marks=pytest.mark.all)])
+def test_jobs_of_two_models_in_turns_are_equal_and_no_budget_is_passed(
+    folders: dict[str, Path], state: Path, share: float
+) -> None:
+    jobs = [("flux" if number % 2 else "sd", f"a red circle {number}", number) for number in range(6)]
+    wanted = [plain(folders[name], prompt=prompt, seed=seed, **PLAIN) for name, prompt, seed in jobs]
+    with running_stack(
+        state / "size", "--model", str(folders["flux"]), "--device", "cpu:0", "--budget", "0=1GB"
+    ) as one:
+        budget = int(weights(until(one, lambda w: all(worker.residency for worker in w.workers)), "denoise") * share)
+    with running_stack(state / "two", *named(folders), "--device", "cpu:0", "--budget", f"0={budget}B") as stack:
+        until(stack, lambda _: resting(stack) == {"flux": False, "sd": True})
+        made = stack.client.submit_many(
+            [JobRequest(model=name, prompt=prompt, seed=seed, **SIZE) for name, prompt, seed in jobs]
+        )
+        for job, picture in zip(made, wanted, strict=True):
+            while stack.client.job(job.id).finished is None:
+                assert sum(sum(worker.lease_bytes) for worker in stack.client.workers().workers) <= budget
+            assert torch.equal(stack.pictures(job.id), picture)
+        assert resting(stack) == {"flux": False, "sd": False}
+        assert {job.recipe.model for job in made} == {str(folder) for folder in folders.values()}
+
+
+def test_a_model_starts_when_it_is_asked_for_and_rests_when_told_to(
+    two: RunningStack, folders: dict[str, Path]
+) -> None:
+    assert names(two) == {"flux-text-1", "flux-denoise-1", "flux-vae-1"}
+    _, picture = two.picture("a star", model=str(folders["sd"]), seed=1, **SIZE)
+    assert torch.equal(picture, plain(folders["sd"], prompt="a star", seed=1, **PLAIN))
+    assert names(two) == {f"{model}-{stage}-1" for model in folders for stage in ("text", "denoise", "vae")}
+    shown = triptych("models", "--json", folder=two.folder)
+    assert [(m["name"], m["pipeline"], m["resting"]) for m in json.loads(shown.stdout)] == [
+        ("flux", "FluxPipeline", False),
+        ("sd", "StableDiffusionPipeline", False),
+    ]
+    assert triptych("models", "unload", "flux", folder=two.folder).returncode == 0
+    until(two, lambda w: {worker.name.partition("-")[0] for worker in w.workers} == {"sd"})
+    assert resting(two) == {"flux": True, "sd": False}
+    two.client.scale("vae", 2, "flux")  # for when it is asked for
+    assert triptych("models", "load", "flux", folder=two.folder).returncode == 0
+    until(two, lambda w: sum(worker.name.startswith("flux-vae") for worker in w.workers) == 2)
+    assert "flux" in triptych("models", folder=two.folder).stdout
+    two.client.load_model("sd", load=False)
+    _, picture = two.picture("a star", model="sd", seed=2, **SIZE)
+    assert torch.equal(picture, plain(folders["sd"], prompt="a star", seed=2, **PLAIN))
+
+
+def test_a_model_without_jobs_rests_after_a_while_and_comes_again(state: Path, folders: dict[str, Path]) -> None:
+    config = state / "stack.toml"
+    tables = [f'[models.{name}]\nmodel = "{folder}"\nrest_after = 0.2\n' for name, folder in folders.items()]
+    config.write_text('model = "sd"\n' + "".join(tables))
+    with running_stack(state / "s", "--config", str(config), "--device", "cpu") as stack:
+        until(stack, lambda w: not w.workers)
+        for name, folder in folders.items():
+            _, picture = stack.picture("a star", model=None if name == "sd" else name, seed=3, **SIZE)
+            assert torch.equal(picture, plain(folder, prompt="a star", seed=3, **PLAIN))
+
+
+def test_what_is_wrong_with_a_models_name_or_its_jobs_is_said_at_once(two: RunningStack, tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="no model 'sdxl' in this stack"):
+        two.client.submit("a star", model="sdxl")
+    with pytest.raises(BadRequest, match="takes no distilled guidance"):
+        two.client.submit("a star", model="sd", guidance=3.0)
+    refused = triptych("submit", "a star", "--model", "sdxl", folder=two.folder)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert "flux, sd" in refused.stderr
+    two.client.drain("vae")
+    job = two.client.submit("a star", **SIZE)
+    with pytest.raises(Conflict, match="flux has an unfinished job"):
+        two.client.load_model("flux", load=False)
+    two.client.cancel(job.id)
+    two.client.drain("vae", on=False)
+    with pytest.raises(NotFound, match="no model 'sdxl'"):
+        two.client.load_model("sdxl")
+
+
+def test_files_are_made_again_by_the_model_that_made_them(two: RunningStack, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "model": "sd", "seed": 1}\n{"prompt": "b", "seed": 2}\n')
+    made = triptych("submit", "--prompts", str(prompts), "--size", "32x32", "--steps", "2", "-o", f"{tmp_path}/first/",
+                    folder=two.folder)  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    files = sorted(Path(path) for path in made.stdout.split())
+    again = triptych("retry", *map(str, files), "-o", f"{tmp_path}/second/", folder=two.folder)
+    assert again.returncode == 0, again.stderr
+    assert len(files) == 2
+    assert {job.recipe.model.rpartition("/")[2] for job in two.client.jobs()[:2]} == {"flux", "sd"}
+    from PIL import Image
+
+    first = sorted(Image.open(file).tobytes() for file in files)
+    assert first == sorted(Image.open(file).tobytes() for file in (tmp_path / "second").iterdir())
+
+
+def test_a_model_that_can_no_longer_be_loaded_costs_the_others_nothing(
+    state: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(folders["sd"], tmp_path / "sd")
+    file = next((broken / "unet").glob("*.safetensors"))
+    with running_stack(state, *named({"flux": folders["flux"], "sd": broken}), "--device", "cpu") as stack:
+        until(stack, lambda w: len(stack.client.models()) == 2)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        job = stack.client.submit("a star", model="sd", **SIZE)
+        with pytest.raises(JobFailed, match="sd can't be run"):
+            stack.client.wait(job.id, timeout=60)
+        assert resting(stack) == {"flux": False, "sd": True}
+        _, picture = stack.picture("a star", seed=1, **SIZE)
+        assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
+        file.write_bytes(whole)
+        stack.client.retry(job.id)
+        stack.client.wait(job.id, timeout=60)
+        assert torch.equal(
+            stack.pictures(job.id), plain(broken, prompt="a star", seed=stack.client.job(job.id).recipe.seed, **PLAIN)
+        )
