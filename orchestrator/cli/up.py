@@ -24,6 +24,7 @@ from protocol.client.client import Client
 from protocol.client.endpoints import published
 from protocol.errors import NoStack, TriptychError
 from protocol.job import JobRequest
+from protocol.messages.client import Workers
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
@@ -84,7 +85,7 @@ class Announcer:
         wanted = sum(post.jobs for post in default.plan.posts)
         wait_for_stack(folder)
         with contextlib.suppress(TriptychError), Client(folder) as client:
-            while sum(worker.state != "loading" for worker in client.workers().workers) < wanted:
+            while not all_here(client.workers(), wanted):
                 time.sleep(POLL_SECONDS)
             self.arrived()
             seconds = time.monotonic() - self.start
@@ -99,6 +100,11 @@ class Announcer:
                 seconds = time.monotonic() - self.start
                 said = {"state": str(folder), "clients": published(folder).clients, "seconds": seconds}
                 print(json.dumps(said), flush=True)
+
+
+def all_here(found: Workers, wanted: int) -> bool:
+    """Return whether so many workers have loaded, and the orchestrator knows its supervisor."""
+    return bool(found.processes) and sum(worker.state != "loading" for worker in found.workers) >= wanted
 
 
 def make_first(client: Client, config: StackConfig) -> None:

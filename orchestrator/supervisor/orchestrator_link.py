@@ -54,6 +54,8 @@ class OrchestratorLink:
             self._resting = resting
             self._stopped = [pid for pid in self._stopped if pid not in ended]
             self._ended.clear()
+        else:
+            self._said_hello = 0.0  # nobody listens there yet
 
     def hear(self) -> Iterator[Message]:
         """Yield what the orchestrator has said since the last call."""

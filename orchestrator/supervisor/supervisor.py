@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a person hears of what matters by notices
 
 STOPPED_SECONDS = 0.5  # that a process may stand still by a signal
+KNOCK_SECONDS = 0.1  # between two tries to reach an orchestrator that only comes up
 DEAF_SECONDS = 10.0  # that the orchestrator may leave the supervisor without an answer
 Notice = Callable[[str], None]
 
@@ -124,7 +125,9 @@ class Supervisor:
         due = [child.stopped + STOPPED_SECONDS for child in self._children if child.stopped]
         if (next_start := self._children.next_due()) is not None:
             due.append(next_start)
-        left = min([HELLO_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)])
+        left = min(
+            [HELLO_SECONDS if self._answered else KNOCK_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)]
+        )
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)
         if self._link.socket is not None:
