@@ -7,12 +7,14 @@ Every job that was accepted must end with the picture that an undisturbed stack 
 and SIGSTOP of each process, the supervisor included, one or two at a time, and bytes changed in what lies on disk. The
 recovery time of a fault is that until another process stands, ready, in the place of the one that was hit. With --peers
 two hostile clients and a hostile worker (hostile.py) do what they should not meanwhile, each with a key of its own.
-With --loras half of the jobs name one or two of so many LoRAs of random weights.
+With --loras half of the jobs name one or two of so many LoRAs of random weights. With --models 2 half of them are of a
+second model, which differs in its schedule, by workers of its own.
 """
 
 import hashlib
 import json
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -65,15 +67,16 @@ class Account:
     )
 
 
-def recipes(rng: random.Random, count: int, loras: Sequence[str] = ()) -> list[JobRequest]:
+def recipes(rng: random.Random, count: int, loras: Sequence[str] = (), models: Sequence[str] = ()) -> list[JobRequest]:
     """Make jobs, every third of which begins from a picture, and every sixth with a mask besides.
 
-    Of those with even numbers each names one or two of the `loras`.
+    Of those with even numbers each names one or two of the `loras`. They are of all `models` in turns.
     """
     image, mask = (picture.name for picture in PICTURES)
     return [
         JobRequest(
             prompt=f"a {rng.choice(WORDS[0])} {rng.choice(WORDS[1])}", seed=rng.randrange(1000), width=64, height=64,
+            model=models[number // 2 % len(models)] if models else None,
             steps=rng.choice((6, 10, 20)), num_images=rng.choice((1, 1, 2)), images=() if number % 3 else (image,),
             mask=None if number % 6 else mask,
             loras=() if number % 2 or not loras else tuple(
@@ -83,6 +86,14 @@ def recipes(rng: random.Random, count: int, loras: Sequence[str] = ()) -> list[J
         )
         for number in range(count)
     ]  # fmt: skip
+
+
+def another_model(folder: Path) -> Path:
+    """Copy the demo model, with another schedule."""
+    shutil.copytree(MODEL, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"shift": 2.5}))
+    return folder
 
 
 def write_loras(folder: Path, count: int, rng: random.Random) -> list[str]:
@@ -214,7 +225,7 @@ class Trouble:
         self._account.recoveries.setdefault(kind, []).extend(seconds)
 
     def _one_of(self, stage: str) -> str:
-        return self._rng.choice([name for name in self._names if name.startswith(stage)])
+        return self._rng.choice([name for name in self._names if stage in name.split("-")])
 
     def _hit(self, name: str, number: signal.Signals, results: list[float]) -> None:
         saboteur = Saboteur(self._stack, self._rng)
@@ -256,26 +267,31 @@ PLACES = {  # options of `triptych up`
 @click.option(
     "--loras", type=click.IntRange(0, 100), default=0, show_default=True, help="So many, in half of the jobs."
 )
+@click.option("--models", type=click.IntRange(1, 2), default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def main(minutes: float, seed: int, pause: float, place: str, peers: bool, loras: int, as_json: bool) -> None:
+def main(
+    minutes: float, seed: int, pause: float, place: str, peers: bool, loras: int, models: int, as_json: bool
+) -> None:
     """Random load, random faults, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        report = soak(Path(folder), minutes * 60, seed, pause, place, peers, loras)
+        report = soak(Path(folder), minutes * 60, seed, pause, place, peers, loras, models)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)
 
 
 def soak(
-    folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool, loras: int = 0
+    folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool, loras: int = 0, models: int = 1
 ) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
     named = write_loras(folder / "files", loras, rng) if loras else []
     options = ["--loras", str(folder / "files")] if named else []
+    if models > 1:
+        options += ["--model", "demo", "--model", f"other={another_model(folder / 'other')}"]
     hostile = HostilePeers(folder) if peers else None
     stack = Stack(folder, [*PLACES[place], *options, *(hostile.let_in() if hostile else [])])
     stack.wait_ready()
-    pool = recipes(rng, 24, named)
+    pool = recipes(rng, 24, named, ("demo", "other") if models > 1 else ())
     with Client(stack.state, timeout=60) as client:
         wanted = {}
         for request in pool:
