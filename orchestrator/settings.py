@@ -192,13 +192,18 @@ class ModelConfig(Settings):
 
     model: Annotated[
         str,
-        Field(description="A folder, a hub id, or demo (draws shapes). Give several for a stack of several models."),
+        Field(description="A folder, a hub id, a .safetensors file, or demo (draws shapes). Several: of one stack."),
         Flag("--model", "[NAME=]MODEL", short="-m"),
     ] = "demo"
     revision: Annotated[
         str | None,
         Field(description="Branch, tag or commit of a hub model."),
         Flag("--revision", "REVISION", "the newest"),
+    ] = None
+    base: Annotated[
+        str | None,
+        Field(description="Of a model that is one file: the model whose configuration it goes by."),
+        Flag("--base", "MODEL", "by the file's tensors, as diffusers finds it"),
     ] = None
     controlnet: Annotated[
         str | None,

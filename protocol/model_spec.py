@@ -9,21 +9,24 @@ from pydantic import Field
 from protocol.data import Data
 
 DEMO = "demo"
-PARTS = ("revision", "controlnet", "ip_adapter", "transformer")  # of a model, beside its name
+PARTS = ("revision", "base", "controlnet", "ip_adapter", "transformer")  # of a model, beside its name
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
 
 
 def name_of(model: str) -> str:
     """Return the name of a model that was given none: the last part of its folder or hub id."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(model).name).strip("-_.")[:64] or "model"
+    return (
+        re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(model).name.removesuffix(".safetensors")).strip("-_.")[:64] or "model"
+    )
 
 
 class ModelSpec(Data):
     """A model and what is added to it; each a folder, a file or a hub id."""
 
-    name: str = DEMO  # a folder, a hub id, or demo
+    name: str = DEMO  # a folder, a hub id, a file of safetensors, or demo
     revision: str | None = None  # of a hub model: branch, tag or commit
+    base: str | None = None  # of a file: the model whose configuration it goes by, a folder or a hub id
     controlnet: str | None = None  # for jobs that bring a control image
     ip_adapter: str | None = None  # weights, as a path or OWNER/NAME/PATH on the hub
     transformer: str | None = None  # the denoiser's weights in one file, likewise

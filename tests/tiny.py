@@ -44,15 +44,15 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=list(pieces.items()), extra_ids=0, model_max_length=512)
 
 
-def clip(projection: bool = False, layers: int = 2) -> Any:
+def clip(projection: bool = False, layers: int = 2, width: int = 32) -> Any:
     size = len(clip_tokenizer())
     config = CLIPTextConfig(
         vocab_size=size,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=37,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        projection_dim=32,
+        projection_dim=width,
         bos_token_id=size - 2,
         eos_token_id=size - 1,
         pad_token_id=size - 1,
@@ -153,7 +153,8 @@ def sd15() -> StableDiffusionPipeline:
     )
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(second: int = 32) -> StableDiffusionXLPipeline:
+    """`second` is the width of its second text encoder."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -162,7 +163,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         layers_per_block=1,
         sample_size=SIZE // 2,
         norm_num_groups=4,
-        cross_attention_dim=64,
+        cross_attention_dim=32 + second,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4),
@@ -170,12 +171,12 @@ def sdxl() -> StableDiffusionXLPipeline:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         transformer_layers_per_block=(1, 1),
-        projection_class_embeddings_input_dim=80,
+        projection_class_embeddings_input_dim=48 + second,
     )
     return StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip(),
-        text_encoder_2=clip(projection=True),
+        text_encoder_2=clip(projection=True, width=second),
         tokenizer=clip_tokenizer(),
         tokenizer_2=clip_tokenizer(),
         unet=unet.eval(),

@@ -116,6 +116,7 @@ def test_several_models_have_settings_of_their_own_over_those_of_the_stack(tmp_p
         (["-m", "small=demo"], {"small": "demo"}),
         (["-m", "./a=b/c"], {"c": "./a=b/c"}),
         (["-m", "/models/my model/"], {"my-model": "/models/my model/"}),
+        (["-m", "/models/own.safetensors"], {"own": "/models/own.safetensors"}),
     ],
 )
 def test_models_are_named_by_flags(arguments: list[str], models: dict[str, str]) -> None:

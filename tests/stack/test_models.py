@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from protocol.errors import BadRequest, Conflict, JobFailed, NotFound
 from protocol.job import JobRequest
 from tests import tiny
+from tests.originals import sd15_tensors, write
 from tests.stack.test_leases import weights
 from tests.stack.test_stack import until
 from tests.stacks import RunningStack, running_stack, triptych
@@ -162,3 +164,17 @@ def test_a_model_that_can_no_longer_be_loaded_costs_the_others_nothing(
         assert torch.equal(
             stack.pictures(job.id), plain(broken, prompt="a star", seed=stack.client.job(job.id).recipe.seed, **PLAIN)
         )
+
+
+def test_a_file_is_a_model_beside_another(state: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    trained = tiny.sd15()
+    for parameter in trained.unet.parameters():
+        parameter.data = parameter.data * 1.1
+    file = write(sd15_tensors(trained), tmp_path / "own.safetensors")
+    config = tmp_path / "stack.toml"
+    tables = f'[models.flux]\nmodel = "{folders["flux"]}"\n[models.own]\nmodel = "{file}"\nbase = "{folders["sd"]}"\n'
+    config.write_text(tables)
+    with running_stack(state, "--config", str(config), "--device", "cpu") as stack:
+        _, picture = stack.picture("a star", model="own", seed=1, **SIZE)
+        wanted = StableDiffusionPipeline.from_single_file(str(file), config=str(folders["sd"]), dtype=torch.float32)
+        assert torch.equal(picture, tiny.picture_of(wanted, prompt="a star", seed=1, **PLAIN))

@@ -43,6 +43,7 @@ from workers.models.skeleton import (
     added_names,
     component_class,
     expected_components,
+    on_meta,
     pipeline_class,
     plain_settings,
     quiet,
@@ -288,6 +289,9 @@ def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
     """Bytes of a component's weights once loaded as `dtype`, from the headers of its files; ModelMissing."""
     if name in source.single and source.single[name].suffix.lower() == GGUF:
         return source.single[name].stat().st_size
+    if name in source.single:  # which may hold others, too
+        parts: Any = on_meta(source, name)
+        return sum(parameter.numel() * dtype.itemsize for parameter in parts.parameters())
     try:
         tensors = headers_of(files_of(source, name))
     except Damaged as error:
@@ -301,6 +305,8 @@ def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) 
     found: list[Path] = []
     for name in names:
         with contextlib.suppress(Damaged):  # loading will tell
+            if len(source.single) > 1 and name in source.single:
+                continue  # other stages' weights lie in the same file
             for path in files_of(source, name).paths:
                 if all(tensor.dtype == kind for tensor in header_of(path).values()):
                     found.append(path)

@@ -1,14 +1,15 @@
 """The source of a model: its files, and which of them a stage needs.
 
-A model is a folder in the diffusers layout, a hub repo id, or `demo`, the one that ships with Triptych. Whatever it
-was, it becomes a local folder here, with only this stage's weights downloaded.
+A model is a folder in the diffusers layout, a hub repo id, a file of safetensors beside the configuration of another,
+or `demo`, the one that ships with Triptych. Whatever it was, it becomes a local folder here, with only this stage's
+weights downloaded.
 """
 
 import contextlib
 import hashlib
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,6 +23,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 LORAS = "loras"  # name of a folder of LoRAs in a model's own, which is no part of it
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
 DENOISERS, GGUF, PICKLES = ("transformer", "unet"), ".gguf", (".ckpt", ".pt", ".pth", ".bin")
+NOT_IN_FILES = ("safety_checker",)  # components that diffusers leaves out of a model that is one file
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
 INDEX_FILES = ("model_index.json", "modular_model_index.json")
@@ -75,7 +77,13 @@ def stages_of(component: str) -> tuple[Stage, ...]:
 
 def locate(spec: ModelSpec, stage: Stage | None) -> Source:
     """Find or download what a stage needs, without a stage no weights; ModelMissing with what to do about it."""
-    source = locate_model(spec.name, spec.revision, stage)
+    path = Path(spec.name).expanduser()
+    if path.is_file():
+        source = of_file(spec.name, path.resolve(), spec.base, stage)
+    elif spec.base:
+        raise ModelMissing(f"{spec.name!r} is no file, and needs no base.", "Leave --base out.")
+    else:
+        source = locate_model(spec.name, spec.revision, stage)
     if spec.transformer:
         source = with_transformer(source, spec.transformer, stage)
     if spec.controlnet:
@@ -83,25 +91,45 @@ def locate(spec: ModelSpec, stage: Stage | None) -> Source:
     return with_ip_adapter(source, spec.ip_adapter, stage) if spec.ip_adapter else source
 
 
-def locate_model(model: str, revision: str | None, stage: Stage | None) -> Source:
-    """Find or download what a stage needs of a model itself; ModelMissing."""
+def of_file(given: str, path: Path, base: str | None, stage: Stage | None) -> Source:
+    """Return the source of a file that holds a whole model, by the configuration of its base; ModelMissing.
+
+    What the file does not hold, text encoders beside a denoiser say, is the base's own.
+    """
+    from workers.models.single_file import base_of, held_in
+
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise ModelMissing(f"{given!r} is no safetensors file.", "Only those are taken: others hold programs.")
+    if suffix == GGUF:
+        raise ModelMissing(
+            f"{given!r} holds a denoiser alone.", f"Name the model that it is for: --model MODEL --transformer {given}"
+        )
+    if suffix != ".safetensors":
+        raise ModelMissing(f"{given!r} is no model.", "Give a folder, a hub id or a .safetensors file.")
+    with explained(given, path.parent):
+        base = base or base_of(path)
+        small = locate_model(base, None, None)
+        index = {name: entry for name, entry in small.index.items() if name not in NOT_IN_FILES}
+        held = held_in(path, replace(small, model=given, index=index))
+        source = locate_model(base, small.revision if "/" in base else None, stage, held) if stage else small
+        revision = f"{small.revision}+{file_fingerprint(path)}"
+    return replace(source, model=given, revision=revision, index=index, single=dict.fromkeys(held, path))
+
+
+def locate_model(model: str, revision: str | None, stage: Stage | None, without: Collection[str] = ()) -> Source:
+    """Find or download what a stage needs of a model itself, but for the weights of some components; ModelMissing."""
     if model == DEMO:
         return read(model, DEMO_FOLDER, None)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return read(model, folder.resolve(), None)
-    if folder.is_file():
-        raise ModelMissing(
-            f"{model!r} is a single file.",
-            "Make a folder of it in the diffusers layout: StableDiffusionPipeline.from_single_file(FILE)"
-            ".save_pretrained(FOLDER)",
-        )
     if not REPO_ID.fullmatch(model):
         raise ModelMissing(
             f"There is no model {model!r}.",
             "Give a folder in the diffusers layout, a hub id such as black-forest-labs/FLUX.1-dev, or demo.",
         )
-    snapshot = download(model, revision, stage)
+    snapshot = download(model, revision, stage, without)
     return read(model, snapshot, snapshot.name)
 
 
@@ -295,14 +323,17 @@ def lacks(folder: Path) -> bool:
     return not any(folder.glob("*.safetensors"))
 
 
-def download(repo: str, revision: str | None, stage: Stage | None) -> Path:
-    """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already."""
+def download(repo: str, revision: str | None, stage: Stage | None, without: Collection[str] = ()) -> Path:
+    """This stage's files of a hub repo, in the Hugging Face cache; nothing if they are there already.
+
+    Weights of the components `without` are left out.
+    """
     small = [*INDEX_FILES, "triptych.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]
     with hub_errors(repo, revision):
         base = snapshot(repo, revision, small)
         if stage is None:
             return base
-        components = read(repo, base, base.name).components(stage)
+        components = read(repo, base, base.name).components(stage) - {*without}
         weights = [f"{name}/*.safetensors" for name in components]
         snapshot(repo, base.name, [*small, *weights])
         # A component that has variants alone, such as fp16, comes with those.

@@ -143,6 +143,7 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.option("--revision")
+@click.option("--base")
 @click.option("--controlnet")
 @click.option("--ip-adapter")
 @click.option("--transformer")

@@ -277,6 +277,7 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model")
 @click.option("--revision")
+@click.option("--base")
 @click.option("--controlnet")
 @click.option("--ip-adapter")
 @click.option("--transformer")
