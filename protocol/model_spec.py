@@ -16,9 +16,8 @@ ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
 
 def name_of(model: str) -> str:
     """Return the name of a model that was given none: the last part of its folder or hub id."""
-    return (
-        re.sub(r"[^A-Za-z0-9_.-]+", "-", PurePath(model).name.removesuffix(".safetensors")).strip("-_.")[:64] or "model"
-    )
+    name = PurePath(model).name.removesuffix(".safetensors")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-_.")[:64] or "model"
 
 
 class ModelSpec(Data):

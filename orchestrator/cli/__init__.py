@@ -34,6 +34,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "logs": ("orchestrator.cli.logs", "logs", "Show the logs of a stack."),
     "plan": ("orchestrator.cli.plan", "plan", "What a stack would do on these GPUs, or on others."),
     "doctor": ("orchestrator.cli.doctor", "doctor", "Check this machine, and say what to run next."),
+    "pull": ("workers.pull", "pull", "Download a model from the hub, before a stack needs it."),
     "worker": ("workers.command", "worker", "Run one stage worker: in a stack, or alone for debugging."),
     "completion": ("orchestrator.cli.completion", "completion", "Print the shell completion script."),
 }

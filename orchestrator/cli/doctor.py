@@ -13,17 +13,25 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.options import json_option, state_folder, state_option
+from orchestrator.cli.plan_words import summary
 from orchestrator.gpu_driver import list_gpus
+from orchestrator.planning.calibration import Measurements
 from orchestrator.planning.hardware import all_memory
 from orchestrator.planning.host_memory import RESERVE
+from orchestrator.planning.model_profile import find_profile
+from orchestrator.planning.stack_plan import plan_stack, stack_dtype
+from orchestrator.settings import StackConfig
 from orchestrator.short_process import EndedWithoutAnswer, answer_of
 from protocol.client.client import Client
 from protocol.errors import TriptychError
+from protocol.model import ModelDescription
 from protocol.units import format_bytes
 
 PACKAGES = ("triptych", "torch", "diffusers", "transformers", "accelerate", "pyzmq", "safetensors")
 VARIANT = re.compile(r"\.(fp16|bf16|non_ema)\b")  # in names of files that are there beside those that are loaded
 LOW_DISK = 5_000_000_000
+ASK_SECONDS = 10.0
+DEMO_CARD = Path(__file__).parents[2] / "workers" / "demo_model"
 LEAST_FILES = 1024  # open at once, with some clients
 
 
@@ -103,11 +111,18 @@ def disk(folder: Path) -> Finding:
 
 
 def model_findings(model: str) -> list[Finding]:
-    """Check that the model's files are here and whole, or could be had; ask the hub only for what isn't."""
+    """Check that the model's files are here and whole, or could be had, and tell what it is."""
+    found = files_of(model)
+    return [*found, *about(model)] if all(finding.good for finding in found) else found
+
+
+def files_of(model: str) -> list[Finding]:
+    """Find a model's files, and what is wrong with them; ask the hub only for what isn't here."""
     if model == "demo":
         return [Finding("model", "demo ships with Triptych")]
     if Path(model).expanduser().exists():
-        return examined(model, f"{model} is a folder in the diffusers layout")
+        kind = "a file" if Path(model).expanduser().is_file() else "a folder in the diffusers layout"
+        return examined(model, f"{model} is {kind}")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -147,6 +162,55 @@ def beside_memory(folder: Path, memory: int) -> list[Finding]:
     return [Finding("weights", text, warns=True)]
 
 
+def about(model: str) -> list[Finding]:
+    """Tell what a model is and makes, how large it is, its licence, and what it would do here; nothing is loaded."""
+    gpus, config = list_gpus(), StackConfig(model=model)
+    try:
+        profile = find_profile(config, stack_dtype(config, bool(gpus)))
+    except TriptychError as error:
+        return [Finding("family", f"can't be told: {error.message}", warns=True)]
+    sizes = ", ".join(f"{stage.stage} {format_bytes(stage.weights)}" for stage in profile.stages)
+    found = [
+        Finding("family", f"{profile.model.pipeline}: {tasks(profile.model)}"),
+        Finding("weights", f"{sizes}, in {profile.recipe.dtype}"),
+        Finding("licence", licence(model) or "not said; look at its page", warns=not licence(model)),
+    ]
+    if gpus:
+        try:
+            plan = plan_stack(config, gpus, Measurements()).plan
+            found.append(Finding("here", summary(plan) if plan else "on the CPU"))
+        except TriptychError as error:
+            found.append(Finding("here", error.message, False))
+    return found
+
+
+def tasks(model: ModelDescription) -> str:
+    """'pictures of a prompt, of pictures (--image), with a mask (--mask)'."""
+    of = {
+        "a prompt": model.prompt, "pictures (--image)": model.image, "a picture and a mask (--mask)": model.inpaint,
+        "a control image (--control-image)": model.control or model.controlled,
+        "a picture for its IP-Adapter (--ip-image)": model.ip_adapter, "a video (--video)": model.of_video,
+    }  # fmt: skip
+    made = "videos" if model.video else "pictures"
+    return f"makes {made} of {', '.join(name for name, can in of.items() if can)}"
+
+
+def licence(model: str) -> str:
+    """Return the licence that a model's card names, in its folder or on the hub; empty where it names none."""
+    from huggingface_hub import ModelCard, ModelInfo, model_info
+
+    folder = DEMO_CARD if model == "demo" else Path(model).expanduser()
+    try:
+        if folder.exists():
+            data = ModelCard.load(folder / "README.md").data.to_dict()
+        else:
+            found: ModelInfo = model_info(model, timeout=ASK_SECONDS)
+            data = found.card_data.to_dict() if found.card_data else {}
+    except Exception:  # no card, no network, or a card that nobody can read
+        return ""
+    return str(data.get("license_name") or data.get("license") or "")
+
+
 def running(folder: Path) -> Finding:
     try:
         with Client(folder, timeout=2) as client:
@@ -161,7 +225,7 @@ def next_command(findings: list[Finding], model: str) -> str:
     prompt = '"a large red circle at the top left and a small blue star on a yellow background"'
     if not what["model"].good:
         on_hub = "/" in model and not Path(model).exists()
-        return f"hf download {model}" if on_hub else "triptych doctor --model black-forest-labs/FLUX.1-schnell"
+        return f"triptych pull {model}" if on_hub else "triptych doctor --model black-forest-labs/FLUX.1-schnell"
     if what["stack"].text.startswith("running"):
         return f"triptych submit {prompt} -o picture.png"
     return f"triptych run {prompt} -o picture.png" + (f" --model {model}" if model != "demo" else "")

@@ -161,7 +161,7 @@ def waiting_is_told(models: Sequence[str], quiet: bool = False) -> Iterator[Call
         while not over.wait(pause):
             pause = NEXT_WORD_SECONDS
             say(f"still waiting for {' and '.join(hub)}: files are looked up at the hub, or downloaded "
-                "(HF_HUB_OFFLINE=1 uses only those that are here; --debug and 'triptych logs' say more)")  # fmt: skip
+                "(HF_HUB_OFFLINE=1 uses those that are here; 'triptych pull' shows a download's progress)")  # fmt: skip
 
     hub = [model for model in models if "/" in model and not os.path.exists(os.path.expanduser(model))]
     if hub and not quiet:

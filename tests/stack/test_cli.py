@@ -182,6 +182,12 @@ def test_doctor_ends_in_the_next_command(stack: RunningStack, state: Path) -> No
     done = triptych("doctor", folder=state)
     assert done.returncode == 0, done.stdout
     assert done.stdout.splitlines()[-1].startswith("Next: triptych run ")
+    for line in (
+        "ok  family: FluxPipeline: makes pictures of a prompt, pictures (--image), a picture and a mask (--mask)",
+        "ok  weights: text 5.9 MB, denoise 25.1 MB, vae 7.5 MB, in float32",
+        "ok  licence: apache-2.0",
+    ):
+        assert line in done.stdout.splitlines()
     assert json.loads(triptych("doctor", "--json", folder=stack.folder).stdout)["next"].startswith("triptych submit ")
     missing = triptych("doctor", "--model", "nobody/nothing-here", folder=state)
     assert missing.returncode == 1

@@ -7,7 +7,9 @@ weights downloaded.
 
 import contextlib
 import hashlib
+import logging
 import re
+import shutil
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +19,12 @@ from typing import Any
 from protocol.errors import ModelMissing
 from protocol.model_spec import DEMO, ModelSpec
 from protocol.stages import SHARED_COMPONENTS, STAGES, TRAITS, Stage
+from protocol.units import format_bytes
 from workers.models.weight_files import Damaged, check_file, read_json
 
+log = logging.getLogger(__name__)
+
+LEAST_LEFT = 1_000_000_000  # bytes of a disk that a download leaves
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 LORAS = "loras"  # name of a folder of LoRAs in a model's own, which is no part of it
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
@@ -344,10 +350,39 @@ def download(repo: str, revision: str | None, stage: Stage | None, without: Coll
 
 
 def snapshot(repo: str, revision: str | None, patterns: list[str], skip: tuple[str, ...] = SKIP) -> Path:
-    """Return the folder of a hub repo's files that fit some patterns, downloaded where they aren't there."""
+    """Return the folder of a hub repo's files that fit some patterns, downloaded where they aren't there.
+
+    What a download that was cut off has left is gone on with. ModelMissing where the disk has no room for weights.
+    """
     from huggingface_hub import snapshot_download
 
+    if any(pattern.endswith(".safetensors") for pattern in patterns):
+        check_room(repo, revision, patterns, skip)
     return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*skip] or None))
+
+
+def check_room(repo: str, revision: str | None, patterns: list[str], skip: tuple[str, ...]) -> None:
+    """Raise ModelMissing where the cache's disk has too little room for what is yet to be downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns, ignore_patterns=[*skip] or None, dry_run=True
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return  # the download itself says what is wrong, or needs no network
+    wanted = sum(file.file_size or 0 for file in files if file.will_download)
+    cache = Path(HF_HUB_CACHE).expanduser()
+    free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
+    if wanted > free - LEAST_LEFT:
+        raise ModelMissing(
+            f"{repo!r} takes {format_bytes(wanted)} more; the disk of {str(cache)!r} has {format_bytes(free)} free.",
+            "Make room there, or set HF_HOME to a folder on another disk.",
+        )
+    if wanted:
+        log.info("downloading %s of %s", format_bytes(wanted), repo)
 
 
 @contextlib.contextmanager
@@ -375,5 +410,5 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelMissing(
             f"{repo!r} is not in the Hugging Face cache and can't be downloaded.",
-            f"With a network: hf download {repo}. HF_HUB_OFFLINE must not be set for that.",
+            f"With a network: triptych pull {repo}. HF_HUB_OFFLINE must not be set for that.",
         ) from error

@@ -101,7 +101,12 @@ def z_image(tmp_path_factory: pytest.TempPathFactory) -> Base:
     return made(tiny_families.z_image(), tmp_path_factory.mktemp("z_image"))
 
 
-CASES = [("flux", as_diffusers_names), ("z_image", as_its_makers_named_them), ("flux", as_gguf)]
+def as_fp8(weights: dict[str, torch.Tensor], folder: Path) -> Path:
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in weights.items()}, folder / "fp8.safetensors")
+    return folder / "fp8.safetensors"
+
+
+CASES = [("flux", as_diffusers_names), ("flux", as_fp8), ("z_image", as_its_makers_named_them), ("flux", as_gguf)]
 
 
 def plain(base: Base, file: Path) -> torch.Tensor:
@@ -130,7 +135,7 @@ def test_a_file_gives_the_bits_of_from_single_file(
     assert not torch.equal(wanted, tiny.plain(base.folder, num_inference_steps=2, **ASKED))
 
 
-@pytest.mark.parametrize(("family", "write"), CASES[1:])
+@pytest.mark.parametrize(("family", "write"), CASES[2:])
 def test_in_leases_mapped_weights_are_streamed_and_quantized_ones_are_in(
     request: pytest.FixtureRequest, tmp_path: Path, family: str, write: Write
 ) -> None:
