@@ -350,7 +350,13 @@ class StackConfig(JobSettings, ModelConfig):
         for stage, settings in own.stages.items():
             said = {field: getattr(settings, field) for field in settings.model_fields_set}
             stages[stage] = self.stage(stage).model_copy(update=said)
-        return self.model_copy(update={"model": name} | given | {"stages": stages, "models": {}})
+        parts = dict.fromkeys(PARTS)  # of the stack's only model, where it has but one: no other's
+        return self.model_copy(update=parts | {"model": name} | given | {"stages": stages, "models": {}})
+
+    def beside(self, name: str, spec: ModelSpec) -> "StackConfig":
+        """Return the configuration of a model that comes to a running stack, as if it were alone."""
+        given = {part: value for part in PARTS if (value := getattr(spec, part)) is not None}
+        return self._alone(name, ModelConfig(model=spec.name, **given))
 
 
 class AccountSettings(Settings):

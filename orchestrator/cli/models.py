@@ -8,10 +8,14 @@ from pathlib import Path
 import click
 
 from orchestrator.cli.options import json_option, quiet_option, state_folder, state_option
+from orchestrator.cli.stack_options import parse_models
 from orchestrator.cli.table import print_lines, print_table
 from protocol.client.client import Client
+from protocol.model_spec import ModelSpec
 from protocol.units import format_bytes
 from protocol.views import ComponentView, ModelView, WorkerView
+
+PLAN_SECONDS = 600.0  # to look at a model, a download of its configuration included
 
 
 @click.group(invoke_without_command=True)
@@ -89,3 +93,37 @@ def unload(name: str, state: Path | None) -> None:
     with Client(state_folder(state)) as client:
         client.load_model(name, load=False)
     print(f"{name} rests.", file=sys.stderr)
+
+
+@models.command()
+@click.argument("model", metavar="[NAME=]MODEL")
+@click.option("--revision", help="Branch, tag or commit of a hub model.")
+@click.option("--base", metavar="MODEL", help="Of a model that is one file: whose configuration it goes by.")
+@click.option("--controlnet", metavar="MODEL", help="A ControlNet for jobs with a control image.")
+@click.option("--ip-adapter", metavar="FILE", help="An IP-Adapter's weights.")
+@click.option("--transformer", metavar="FILE", help="The denoiser's weights in one file.")
+@state_option
+def add(model: str, state: Path | None, **parts: str | None) -> None:
+    """Add MODEL to the running stack, as long as that runs. Its other settings are the stack's; it rests until used."""
+    ((name, given),) = parse_models((model,), named=True)["models"].items()
+    print(f"Looking at {given['model']} …", file=sys.stderr)
+    spec = ModelSpec(name=found(given["model"]), **{part: text and found(text) for part, text in parts.items()})
+    with Client(state_folder(state)) as client:
+        client.add_model(name, spec, PLAN_SECONDS)
+    print(f"{name} is here: triptych submit --model {name} …", file=sys.stderr)
+
+
+def found(text: str) -> str:
+    """Return what names a file or a folder of this shell's, so that the stack finds it, too; else the text."""
+    path = Path(text).expanduser()
+    return str(path.resolve()) if path.exists() else text
+
+
+@models.command()
+@click.argument("name")
+@state_option
+def remove(name: str, state: Path | None) -> None:
+    """Remove the model NAME, which has no unfinished jobs, from the running stack."""
+    with Client(state_folder(state)) as client:
+        client.remove_model(name)
+    print(f"{name} is removed.", file=sys.stderr)

@@ -89,14 +89,14 @@ def stack_config(options: dict[str, Any]) -> StackConfig:
     return config
 
 
-def parse_models(values: tuple[str, ...]) -> dict[str, Any]:
-    """'MODEL', or NAME=MODEL; of several the first one is the default."""
+def parse_models(values: tuple[str, ...], named: bool = False) -> dict[str, Any]:
+    """'MODEL', or NAME=MODEL; of several the first is the default. A single one gets a name if it is to be `named`."""
     found: dict[str, dict[str, str]] = {}
     for value in values:
         name, equals, model = value.partition("=")
-        named = bool(equals and model) and re.fullmatch(MODEL_NAME, name) is not None
-        name, model = (name, model) if named else (name_of(value), value)
-        if len(values) == 1 and not named:
+        says = bool(equals and model) and re.fullmatch(MODEL_NAME, name) is not None
+        name, model = (name, model) if says else (name_of(value), value)
+        if len(values) == 1 and not (says or named):
             return {"model": value}
         if name in found:
             raise BadRequest(

@@ -123,6 +123,18 @@ class Catalogue:
             self._entries[name] = entry
             self._store.remember_model(hello.model)
 
+    def add(self, model: ModelSettings) -> None:
+        """Add a model that is known once its describer has found it."""
+        self.models[model.name] = model
+
+    def remove(self, name: str) -> None:
+        del self.models[name]
+        self._entries.pop(name, None)
+
+    @property
+    def default_name(self) -> str:
+        return self._default
+
     @property
     def entries(self) -> Collection[CatalogueEntry]:
         """The models that are known."""

@@ -241,11 +241,19 @@ class DescriberLinks:
     """The links to the describers of all models of the stack."""
 
     def __init__(self, outbox: Outbox, catalogue: Catalogue, expected: bool) -> None:
-        self._catalogue = catalogue
-        self._links = {name: DescriberLink(outbox, catalogue, expected, name) for name in catalogue.models}
+        self._outbox, self._catalogue, self._expected = outbox, catalogue, expected
+        self._links: dict[str, DescriberLink] = {}
+        for name in catalogue.models:
+            self.add(name)
 
     def __iter__(self) -> Iterator[DescriberLink]:
         return iter(self._links.values())
+
+    def add(self, name: str) -> None:
+        self._links.setdefault(name, DescriberLink(self._outbox, self._catalogue, self._expected, name))
+
+    def remove(self, name: str) -> None:
+        self._links.pop(name, None)
 
     def of(self, model: str | None) -> DescriberLink:
         """Return the link to the describer of the model that a request names; NotFound."""

@@ -16,12 +16,14 @@ from orchestrator.server.housekeeping import MOST_FORGOTTEN
 from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.model_rests import ModelRests
 from orchestrator.server.supervisor_link import SupervisorLink
+from orchestrator.settings import ModelSettings
 from orchestrator.version import VERSION
 from protocol import wire
 from protocol.errors import BadRequest, Conflict, Forbidden, NotFound, QueueFull, StateUnusable, TriptychError
 from protocol.lora import LORA_PART_BYTES
 from protocol.messages.client import (
     FROM_CLIENT,
+    AddModel,
     Cancel,
     Collected,
     CollectGarbage,
@@ -42,6 +44,7 @@ from protocol.messages.client import (
     Pictures,
     PutLora,
     Question,
+    RemoveModel,
     Restart,
     Retry,
     Scale,
@@ -51,6 +54,7 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import Error, Message
+from protocol.messages.supervisor import ModelAdded
 from protocol.pictures import check_picture
 from protocol.tensors import Buffer, Tensor
 from protocol.views import ModelView, WorkerView
@@ -62,7 +66,7 @@ MOST_OF_A_KEY, PARKED_BYTES = 100, 64 << 20  # of one key's, and of the pictures
 MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
-ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage, LoadModel)
+ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage, LoadModel, AddModel, RemoveModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ class ClientRequests:
         self._uploads, self._rests = uploads, rests
         # By client and question, until they can be judged.
         self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...], float]] = {}
+        self._adding: dict[str, set[tuple[Peer, int]]] = {}  # by the names of models that are being added
         self._started = time.time()
 
     def handle(self, client: bytes, principal: Principal, frames: list[Buffer]) -> None:
@@ -149,6 +154,7 @@ class ClientRequests:
 
     def unpark(self) -> None:
         """Take the submissions that waited for more to be known of the model or of prompts, if they can be judged."""
+        self._tell_added()
         parked, self._parked = self._parked, {}
         for (peer, _), (question, tensors, since) in parked.items():
             with self._told(peer, question):
@@ -211,6 +217,14 @@ class ClientRequests:
             case Restart(stage=stage):
                 self._supervisor.check(stage)
                 self._supervisor.restart(stage)
+                self._reply(client, Done(request=number))
+            case AddModel(model=name, spec=spec):
+                self._supervisor.check()
+                self._adding.setdefault(name, set()).add((peer, number))
+                self._supervisor.add_model(name, spec)
+            case RemoveModel(model=name):
+                self._supervisor.check()
+                self._remove_model(name)
                 self._reply(client, Done(request=number))
             case GetModels():
                 self._reply(client, Models(request=number, models=self._models()))
@@ -342,6 +356,39 @@ class ClientRequests:
         return Collected(
             request=number, jobs=len(gone), bytes=held - sum(self.engine.store.artifacts.bytes_of.values())
         )
+
+    def model_added(self, added: ModelAdded) -> None:
+        """Take in a model that the supervisor has planned for, or why it couldn't: those who wanted it are told."""
+        catalogue = self.engine.catalogue
+        if added.settings:
+            catalogue.add(ModelSettings.model_validate_json(added.settings))
+            self._describers.add(added.model)
+            self._tell_added()
+            return
+        if added.lost and added.model in catalogue.models and added.model != catalogue.default_name:
+            catalogue.remove(added.model)
+            self._describers.remove(added.model)
+        for peer, number in self._adding.pop(added.model, ()):
+            self._reply(peer.identity, Error(request=number, code=added.code, message=added.reason, hint=added.hint))
+
+    def _tell_added(self) -> None:
+        """Answer those who have added models that are whole, as their describers say."""
+        for name in {entry.name for entry in self.engine.catalogue.entries} & self._adding.keys():
+            for peer, number in self._adding.pop(name):
+                self._reply(peer.identity, Done(request=number))
+
+    def _remove_model(self, name: str) -> None:
+        """Forget a model that has no unfinished jobs; NotFound, BadRequest, Conflict."""
+        catalogue = self.engine.catalogue
+        if name not in catalogue.models:
+            raise NotFound(f"There is no model {name!r} in this stack.", f"Its models: {', '.join(catalogue.models)}.")
+        if name == catalogue.default_name:
+            raise BadRequest(f"{name} is the stack's default model.", "It ends with the stack.")
+        if any(entry.name == name for entry in catalogue.entries):
+            self._rests.check_unused(name)
+        catalogue.remove(name)
+        self._describers.remove(name)
+        self._supervisor.remove_model(name)
 
     def _models(self) -> tuple[ModelView, ...]:
         default = self.engine.catalogue.known

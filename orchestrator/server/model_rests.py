@@ -18,6 +18,7 @@ class ModelRests:
         self._resting: set[str] = set()  # by name, as the supervisor has told
         self._asked: dict[str, float] = {}  # monotonic seconds when a model that rests was last asked for
         self._used: dict[str, float] = {}  # monotonic seconds when it last had a job
+        self._heard = False  # from a supervisor
 
     def rests(self, name: str) -> bool:
         return name in self._resting
@@ -28,8 +29,9 @@ class ModelRests:
         self._resting = now
         self._asked = {name: at for name, at in self._asked.items() if name in now}
         for model in resting:
-            if model.reason and model.name not in before:
+            if model.reason and model.name not in before and self._heard:
                 self._fail_jobs(model)
+        self._heard = True  # before that a reason may be an old one
 
     def _fail_jobs(self, model: RestingModel) -> None:
         keys = {entry.key for entry in self._engine.catalogue.entries if entry.name == model.name}
@@ -68,9 +70,14 @@ class ModelRests:
 
     def unload(self, model: str) -> None:
         """End a model's workers, as a person wants; NotFound, Conflict while it has jobs."""
+        name = self.check_unused(model)
+        if name not in self._resting:
+            self._supervisor.wake(name, rest=True)
+
+    def check_unused(self, model: str) -> str:
+        """Return a model's name; NotFound, Conflict while it has jobs."""
         entry = self._engine.catalogue.entry(model)
         if count := self._jobs(entry):
             jobs = "an unfinished job" if count == 1 else f"{count} unfinished jobs"
             raise Conflict(f"{entry.name} has {jobs}.", "Wait for their end, or cancel them.")
-        if entry.name not in self._resting:
-            self._supervisor.wake(entry.name, rest=True)
+        return entry.name

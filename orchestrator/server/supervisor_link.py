@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from orchestrator.dispatch.fleet import Fleet
 from orchestrator.dispatch.outbox import Outbox
 from protocol.errors import NotFound
-from protocol.messages.supervisor import KillProcess, Processes, RestartProcess, SetScale, WakeModel
+from protocol.messages.common import Message
+from protocol.messages.supervisor import (
+    AddModel,
+    KillProcess,
+    Processes,
+    RemoveModel,
+    RestartProcess,
+    SetScale,
+    WakeModel,
+)
+from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
@@ -52,6 +62,13 @@ class SupervisorLink:
         """Have a model's workers started, or ended until it is asked for again."""
         self._tell(WakeModel(model=model, rest=rest))
 
+    def add_model(self, model: str, spec: ModelSpec) -> None:
+        """Have a model planned for and added; the answer is ModelAdded."""
+        self._tell(AddModel(model=model, spec=spec))
+
+    def remove_model(self, model: str) -> None:
+        self._tell(RemoveModel(model=model))
+
     def kill(self, pid: int, reason: str) -> None:
         """Have the supervisor end a process of its own; nothing happens if it isn't one, or there is no supervisor."""
         self._tell(KillProcess(pid=pid, reason=reason))
@@ -90,6 +107,6 @@ class SupervisorLink:
             self._rolling.popleft()
             self._under_way = None
 
-    def _tell(self, message: RestartProcess | SetScale | WakeModel | KillProcess) -> None:
+    def _tell(self, message: Message) -> None:
         if self._identity is not None:
             self._outbox.to_worker(self._identity, message)

@@ -17,7 +17,7 @@ from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
 from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, FoundLora, KnownLoras, Looked, TokenCounts
-from protocol.messages.supervisor import FROM_SUPERVISOR, Processes, SupervisorHello
+from protocol.messages.supervisor import FROM_SUPERVISOR, ModelAdded, Processes, SupervisorHello
 from protocol.messages.worker import (
     FROM_WORKER,
     FetchLora,
@@ -92,6 +92,8 @@ class WorkerRequests:
                 self._supervisor.keeps(processes)
                 self._rests.told(processes.resting)
                 self._bury(processes.exited_pids, processes.stopped_pids)
+            case ModelAdded() as added if self._supervisor.is_here(identity):
+                self._clients.model_added(added)
             case _:
                 self._from_worker(identity, envelope)
 

@@ -20,12 +20,15 @@ from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
 from orchestrator.supervisor.fork_server import ForkServer
 from protocol.curve_keys import Role
+from protocol.errors import DoesNotFit
 from protocol.messages.supervisor import RestingModel
+from protocol.model_spec import ModelSpec
 from protocol.stages import STAGES, Stage
 from protocol.views import ProcessView
 from protocol.worker_spec import DescriberSpec, WorkerSpec
 
 GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
+NEXT_TIME = "Start the stack with it: triptych up --model …"
 Team = tuple[str, Stage]  # a model's workers of a stage
 
 
@@ -46,6 +49,7 @@ class Children:
         self._folder, self._config, self._lifeline, self.forks = folder, config, lifeline, forks
         self._models = {model.name: model for model in models}
         self.default = models[0].name
+        self._first = [model.name for model in models]  # those that the stack began with
         self._endpoints = folder.local_endpoints()
         self._guarded = KeyFolder(folder.keys).exists  # as of the stack's start, for all of its processes
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
@@ -121,8 +125,8 @@ class Children:
         return child
 
     def _prefix(self, model: str) -> str:
-        """Return what the names of a model's processes begin with, where there are several models."""
-        return f"{model}-" if len(self._models) > 1 else ""
+        """Return what the names of a model's processes begin with; nothing for a stack's only model."""
+        return f"{model}-" if len(self._first) > 1 or model != self.default else ""
 
     def _worker_spec(self, model: PlannedModel, post: Post, name: str) -> WorkerSpec:
         config, plan = model.config, model.plan
@@ -201,6 +205,47 @@ class Children:
 
     def knows(self, model: str) -> bool:
         return model in self._models
+
+    def came_later(self, model: str) -> bool:
+        """Return whether a model came to the running stack."""
+        return model not in self._first
+
+    @property
+    def models(self) -> tuple[PlannedModel, ...]:
+        return tuple(self._models.values())
+
+    def spec_of(self, model: str) -> ModelSpec | None:
+        return self._models[model].config.model_spec() if model in self._models else None
+
+    def add(self, model: PlannedModel) -> ModelSettings:
+        """Take in a model that comes to the running stack, and rests; return what the orchestrator has to know of it.
+
+        DoesNotFit where it would use GPUs that the stack does not lease.
+        """
+        leased = self._models[self.default].plan.accounts.keys()
+        if other := sorted({gpu for post in model.plan.posts for gpu in post.gpus} - leased):
+            raise DoesNotFit(f"{model.name} would use GPU {other[0]}, which this stack leaves alone.", NEXT_TIME)
+        if any(post.kept for post in model.plan.posts):
+            raise DoesNotFit(f"{model.name} would keep GPU memory that this stack has lent already.", NEXT_TIME)
+        self._models[model.name] = model
+        self.workers |= {(model.name, stage): [] for stage in STAGES}
+        self._resting[model.name] = {stage: sum(post.stage == stage for post in model.plan.posts) for stage in STAGES}
+        self.describers.append(self._describer(model))
+        self.orchestrator.spec = self._orchestrator_spec().model_dump_json()  # for when it is started again
+        return settings_of(model)
+
+    def remove(self, model: str) -> None:
+        """End all processes of a model in good order, and forget it."""
+        self.rest(model)
+        for describer in [child for child in self.describers if child.model == model]:
+            self.describers.remove(describer)
+            self._dismiss(describer)
+        for stage in STAGES:
+            del self.workers[model, stage]
+        self._resting.pop(model, None)
+        self._failed.pop(model, None)
+        del self._models[model]
+        self.orchestrator.spec = self._orchestrator_spec().model_dump_json()
 
     @property
     def resting(self) -> tuple[RestingModel, ...]:

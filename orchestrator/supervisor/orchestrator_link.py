@@ -57,6 +57,11 @@ class OrchestratorLink:
         else:
             self._said_hello = 0.0  # nobody listens there yet
 
+    def say(self, message: Message) -> None:
+        """Say something of which the orchestrator asks again if it is lost."""
+        if self.socket is not None:
+            self._say(message)
+
     def hear(self) -> Iterator[Message]:
         """Yield what the orchestrator has said since the last call."""
         while self.socket is not None:

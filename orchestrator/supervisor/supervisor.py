@@ -7,9 +7,11 @@ so they end with it even if it is killed.
 import contextlib
 import logging
 import os
+import queue
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -19,16 +21,25 @@ import zmq
 
 from orchestrator.gpu_driver import list_gpus
 from orchestrator.planning.calibration import measurements_in
-from orchestrator.planning.stack_plan import plan_models
+from orchestrator.planning.stack_plan import PlannedModel, plan_models, plan_stack
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import UNUSABLE, Child
-from orchestrator.supervisor.children import GRACE_SECONDS, Children
+from orchestrator.supervisor.children import GRACE_SECONDS, Children, settings_of
 from orchestrator.supervisor.fork_server import new_fork_server
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
-from protocol.errors import TriptychError
+from protocol.errors import Conflict, TriptychError
 from protocol.messages.common import Beat, Message
-from protocol.messages.supervisor import KillProcess, RestartProcess, SetScale, WakeModel
+from protocol.messages.supervisor import (
+    AddModel,
+    KillProcess,
+    ModelAdded,
+    RemoveModel,
+    RestartProcess,
+    SetScale,
+    WakeModel,
+)
+from protocol.model_spec import ModelSpec
 
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a person hears of what matters by notices
@@ -36,6 +47,7 @@ log.addHandler(logging.NullHandler())  # a person hears of what matters by notic
 STOPPED_SECONDS = 0.5  # that a process may stand still by a signal
 KNOCK_SECONDS = 0.1  # between two tries to reach an orchestrator that only comes up
 DEAF_SECONDS = 10.0  # that the orchestrator may leave the supervisor without an answer
+MOST_SAID = 1000  # characters of a reason
 Notice = Callable[[str], None]
 
 
@@ -64,6 +76,8 @@ class Supervisor:
         self._children = Children(folder, config, self.models, self._lifeline, forks)
         self._link = OrchestratorLink(self._children.endpoint)
         self._lock: TextIO | None = None
+        self._coming: set[str] = set()  # names of models that are being planned for
+        self._planned: queue.SimpleQueue[tuple[str, PlannedModel | TriptychError]] = queue.SimpleQueue()
         self._looked_down = 0.0  # monotonic seconds of the last look at the folder
         self._looked = 0.0  # monotonic seconds of the last look at what hangs
         self._answered = 0.0  # monotonic seconds of the orchestrator's last answer; 0: it has given none yet
@@ -81,6 +95,7 @@ class Supervisor:
                     self._end_the_hung()
                     self._reap()
                     self._converse()
+                    self._take_planned()
                     self._refuse_hopeless()
             finally:
                 self._shut_down()
@@ -196,6 +211,11 @@ class Supervisor:
             if not hopeless or len(hopeless) < len(group):
                 continue
             child = hopeless[0]
+            if child in children.describers and children.came_later(child.model):
+                self._say_no(child.model, why(child), lost=True)
+                self.notice(f"{child.model} is removed: {child.reason}")
+                children.remove(child.model)
+                return
             if child in needed or child.model == children.default:
                 raise why(child)
             self.notice(f"{child.model} can't be run: {child.reason}")
@@ -218,6 +238,11 @@ class Supervisor:
             case WakeModel(model=model) if self._children.knows(model):
                 if self._children.wake(model):
                     self.notice(f"{model} is asked for: its workers are started")
+            case AddModel(model=model, spec=spec):
+                self._add_model(model, spec)
+            case RemoveModel(model=model) if self._children.knows(model) and model != self._children.default:
+                self.notice(f"{model} is removed")
+                self._children.remove(model)
             case RestartProcess(name=name):
                 if self._children.restart(name):
                     self.notice(f"restarting {name}")
@@ -229,6 +254,50 @@ class Supervisor:
                 self._children.orchestrator.proven = self._children.orchestrator.ever_proven = True
                 self._noticed.clear()
                 self._children.prove(pids)
+
+    def _add_model(self, name: str, spec: ModelSpec) -> None:
+        """Plan for a model beside the loop; one that is here already is said to be."""
+        known = self._children.spec_of(name)
+        if known == spec:
+            model = next(model for model in self._children.models if model.name == name)
+            self._link.say(ModelAdded(model=name, settings=settings_of(model).model_dump_json()))
+        elif known is not None:
+            self._say_no(name, Conflict(f"There is another model {name!r} in this stack.", "Give it another name."))
+        elif name not in self._coming:
+            self._coming.add(name)
+            threading.Thread(target=self._plan_model, args=(name, spec), daemon=True, name="plan").start()
+
+    def _plan_model(self, name: str, spec: ModelSpec) -> None:
+        found: PlannedModel | TriptychError
+        try:
+            alone = self.config.beside(name, spec)
+            found = PlannedModel(name, alone, plan_stack(alone, list_gpus(), measurements_in(self.folder)))
+        except TriptychError as error:
+            found = error
+        except Exception as error:
+            log.exception("%s can't be planned for", name)
+            found = TriptychError(f"{name} can't be planned for: {error}")
+        self._planned.put((name, found))
+        self._bell.send(b"!")
+
+    def _take_planned(self) -> None:
+        """Take in the models that were planned for meanwhile."""
+        while not self._planned.empty():
+            name, found = self._planned.get()
+            self._coming.discard(name)
+            try:
+                if isinstance(found, TriptychError):
+                    raise found
+                settings = self._children.add(found)
+            except TriptychError as error:
+                self._say_no(name, error)
+            else:
+                self.notice(f"{name} is added: {found.config.model}")
+                self._link.say(ModelAdded(model=name, settings=settings.model_dump_json()))
+
+    def _say_no(self, name: str, error: TriptychError, lost: bool = False) -> None:
+        reason, hint = error.message[:MOST_SAID], error.hint[:MOST_SAID]
+        self._link.say(ModelAdded(model=name, code=error.code, reason=reason, hint=hint, lost=lost))
 
     def _shut_down(self) -> None:
         """Stop workers first, so that they hand back what they have; the orchestrator commits and goes last."""

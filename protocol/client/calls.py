@@ -18,6 +18,7 @@ from protocol.errors import BadRequest, WaitTimeout
 from protocol.job import ENDED, Job, JobRequest, JobState
 from protocol.lora import LORA_PART_BYTES, LoraInfo
 from protocol.messages.client import (
+    AddModel,
     Cancel,
     Collected,
     CollectGarbage,
@@ -38,6 +39,7 @@ from protocol.messages.client import (
     Pictures,
     PutLora,
     Question,
+    RemoveModel,
     Restart,
     Retry,
     Scale,
@@ -47,6 +49,7 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
+from protocol.model_spec import ModelSpec
 from protocol.pictures import pictures_among
 from protocol.stages import Stage
 from protocol.tensors import Tensor
@@ -155,6 +158,14 @@ class Calls:
     async def models(self) -> list[ModelView]:
         """The stack's models that are known, the default one first."""
         return list((await self._message(Models, GetModels)).models)
+
+    async def add_model(self, name: str, spec: ModelSpec, timeout: float | None = None) -> None:
+        """Add a model to the running stack; it may have to be looked at for long first. ModelMissing, DoesNotFit, …"""
+        await self._link.ask(AddModel, timeout, model=name, spec=spec)
+
+    async def remove_model(self, name: str) -> None:
+        """Remove a model from the running stack. NotFound, Conflict while it has unfinished jobs."""
+        await self._link.ask(RemoveModel, None, model=name)
 
     async def load_model(self, model: str, load: bool = True) -> None:
         """Start a model's workers; or, with `load` False, end them until a job asks for it. NotFound, Conflict."""

@@ -26,6 +26,7 @@ from protocol.errors import NoStack
 from protocol.job import Job, JobRequest, JobState
 from protocol.lora import LoraInfo
 from protocol.messages.client import JobEvent, Question, Stack, Workers
+from protocol.model_spec import ModelSpec
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
 from protocol.tensors import Tensor
@@ -175,6 +176,14 @@ class Client:
     def models(self) -> list[ModelView]:
         """The stack's models that are known, the default one first."""
         return run(self._calls.models())
+
+    def add_model(self, name: str, spec: ModelSpec, timeout: float | None = None) -> None:
+        """Add a model to the running stack; it may have to be looked at for long first. ModelMissing, DoesNotFit, …"""
+        run(self._calls.add_model(name, spec, timeout))
+
+    def remove_model(self, name: str) -> None:
+        """Remove a model from the running stack. NotFound, Conflict while it has unfinished jobs."""
+        run(self._calls.remove_model(name))
 
     def load_model(self, model: str, load: bool = True) -> None:
         """Start a model's workers; or, with `load` False, end them until a job asks for it. NotFound, Conflict."""

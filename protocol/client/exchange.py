@@ -14,6 +14,7 @@ from protocol.errors import BadRequest, JobCancelled, JobFailed, TriptychError, 
 from protocol.job import Job, JobRequest
 from protocol.messages.client import (
     TO_CLIENT,
+    AddModel,
     Cancel,
     Drain,
     FetchPictures,
@@ -55,6 +56,7 @@ REPEATABLE = (
     GetLoras,
     GetModels,
     LoadModel,
+    AddModel,
     OfferLora,
     PutLora,
 )

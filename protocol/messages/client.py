@@ -9,6 +9,7 @@ from protocol.job import Job, JobId, JobRequest, JobState
 from protocol.lora import LoraInfo
 from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
 from protocol.model import ModelDescription
+from protocol.model_spec import ModelName, ModelSpec
 from protocol.stages import Stage
 from protocol.views import ModelView, ProcessView, WorkerView
 
@@ -116,6 +117,21 @@ class LoadModel(Question):
     kind = "load-model"
     model: ModelOf
     load: bool = True
+
+
+class AddModel(Question):
+    """Add a model to the running stack; a name that is taken by the very same model is no error."""
+
+    kind = "add-a-model"
+    model: ModelName
+    spec: ModelSpec
+
+
+class RemoveModel(Question):
+    """Remove a model from the running stack, which must have no unfinished jobs."""
+
+    kind = "remove-a-model"
+    model: ModelName
 
 
 class OfferLora(Question):
@@ -244,6 +260,8 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     GetLoras,
     GetModels,
     LoadModel,
+    AddModel,
+    RemoveModel,
     OfferLora,
     PutLora,
 )

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from protocol.data import Data
+from protocol.data import Data, Text
 from protocol.messages.common import MOST_MODELS, Beat, Count, Error, Line, Message, Name
+from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
@@ -47,6 +48,33 @@ class WakeModel(Message):
     rest: bool = False
 
 
+class AddModel(Message):
+    """Plan for another model, and start its describer; the answer is ModelAdded."""
+
+    kind = "add-model"
+    model: str  # by which jobs are to name it
+    spec: ModelSpec
+
+
+class ModelAdded(Message):
+    """A model is there, or why it can't be."""
+
+    kind = "model-added"
+    model: str  # by its name in the stack
+    settings: Text = ""  # JSON of the orchestrator's ModelSettings; empty: it is not there
+    lost: bool = False  # it was there, and can't be used after all
+    code: Name = "error"  # of the error
+    reason: Line = ""
+    hint: Line = ""
+
+
+class RemoveModel(Message):
+    """End all processes of a model, and forget it."""
+
+    kind = "remove-model"
+    model: str
+
+
 class RestartProcess(Message):
     """End a worker's process in good order, and start another."""
 
@@ -62,5 +90,7 @@ class KillProcess(Message):
     reason: Line
 
 
-FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes)
-TO_SUPERVISOR: tuple[type[Message], ...] = (SetScale, WakeModel, RestartProcess, KillProcess, Beat, Error)
+FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes, ModelAdded)
+TO_SUPERVISOR: tuple[type[Message], ...] = (
+    SetScale, WakeModel, AddModel, RemoveModel, RestartProcess, KillProcess, Beat, Error,
+)  # fmt: skip

@@ -1,7 +1,9 @@
 """Several models in one stack: in turns on one GPU, started when they are asked for, and resting."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -178,3 +180,34 @@ def test_a_file_is_a_model_beside_another(state: Path, folders: dict[str, Path],
         _, picture = stack.picture("a star", model="own", seed=1, **SIZE)
         wanted = StableDiffusionPipeline.from_single_file(str(file), config=str(folders["sd"]), dtype=torch.float32)
         assert torch.equal(picture, tiny.picture_of(wanted, prompt="a star", seed=1, **PLAIN))
+
+
+def test_models_come_to_a_running_stack_and_go(state: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    with running_stack(state, "--model", str(folders["flux"]), "--device", "cpu") as stack:
+        added = triptych("models", "add", f"sd={folders['sd'].name}", folder=stack.folder, cwd=folders["sd"].parent)
+        assert added.returncode == 0, added.stderr
+        assert resting(stack) == {"flux": False, "sd": True}
+        assert triptych("models", "add", f"sd={folders['sd']}", folder=stack.folder).returncode == 0  # the very same
+        _, picture = stack.picture("a star", model="sd", seed=1, **SIZE)
+        assert torch.equal(picture, plain(folders["sd"], prompt="a star", seed=1, **PLAIN))
+        assert names(stack) == {"text-1", "denoise-1", "vae-1", "sd-text-1", "sd-denoise-1", "sd-vae-1"}
+        taken = triptych("models", "add", f"sd={folders['flux']}", folder=stack.folder)
+        assert "another model 'sd'" in taken.stderr
+        missing = triptych("models", "add", "no=/nowhere", folder=stack.folder)
+        assert (missing.returncode, missing.stderr.count("\n")) == (4, 2), missing.stderr
+        broken = shutil.copytree(folders["sd"], tmp_path / "broken")
+        file = next((broken / "unet").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-100])
+        refused = triptych("models", "add", str(broken), folder=stack.folder)
+        assert (refused.returncode, "cut short" in refused.stderr) == (4, True), refused.stderr
+        assert sorted(resting(stack)) == ["flux", "sd"]
+        os.kill(stack.client.stack().pid, signal.SIGKILL)
+        until(stack, lambda _: sorted(resting(stack)) == ["flux", "sd"])  # another one knows of it, too
+        assert triptych("models", "remove", "flux", folder=stack.folder).returncode == 2
+        assert triptych("models", "remove", "sd", folder=stack.folder).returncode == 0
+        until(stack, lambda w: {worker.name for worker in w.workers} == {"text-1", "denoise-1", "vae-1"})
+        assert sorted(resting(stack)) == ["flux"]
+        with pytest.raises(NotFound):
+            stack.client.submit("a star", model="sd")
+        _, picture = stack.picture("a star", seed=1, **SIZE)
+        assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
