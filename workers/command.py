@@ -161,7 +161,9 @@ def alone(stage: Stage, name: str, options: dict[str, Any]) -> None:
 
 def folder_of(files: Sequence[LoraFile]) -> Path:
     """Return a folder for this process's life in which LoRAs lie by their digests."""
-    folder = Path(tempfile.mkdtemp(prefix="triptych-loras-"))
+    from workers.models.lora_fetch import PREFIX
+
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for file in files:
         (folder / f"{file.digest}.safetensors").symlink_to(file.path.resolve())

@@ -24,7 +24,7 @@ from protocol.lora import Lora
 from protocol.units import format_bytes
 from workers.errors import StageError, WeightsLost, cause_of
 from workers.models.lora_fetch import LoraFolder
-from workers.weights.adapters import is_of_adapter
+from workers.weights.adapters import adapter_parameters, is_of_adapter
 from workers.weights.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -247,7 +247,7 @@ def _load_adapter(
         except (ValueError, KeyError, RuntimeError, TypeError, AttributeError, IndexError) as error:
             raise BadRequest(why_not(error, cls)) from error
     for component, count in found.items():
-        there = [p for key, p in own[component].named_parameters() if f".{name}." in f"{key}."]
+        there = adapter_parameters(own[component], name)
         if len(there) != count:
             raise BadRequest(
                 f"{min(len(there), count)} of its {count} tensors for {component} have a place in this model"

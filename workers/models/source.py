@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -141,11 +141,7 @@ def locate_model(model: str, revision: str | None, stage: Stage | None, without:
 
 def with_transformer(source: Source, given: str, stage: Stage | None) -> Source:
     """Return the source with one file, or one on the hub, for its denoiser's weights; ModelMissing."""
-    path = Path(given).expanduser()
-    if not path.exists() and len(path.parts) > 2 and REPO_ID.fullmatch(repo := "/".join(path.parts[:2])):
-        file = PurePosixPath(*path.parts[2:])
-        with hub_errors(repo, None):
-            path = snapshot(repo, None, [str(file)], skip=()) / file
+    path = file_at(given)
     if path.suffix.lower() in PICKLES:
         raise ModelMissing(f"{given!r} is no safetensors or GGUF file.", "Only those are taken: others hold programs.")
     if not path.is_file() or path.suffix.lower() not in (".safetensors", GGUF):
@@ -159,6 +155,19 @@ def with_transformer(source: Source, given: str, stage: Stage | None) -> Source:
     with explained(given, path.parent):
         revision = file_fingerprint(path)
     return replace(source, revision=f"{source.revision}+{revision}", single={**source.single, name: path.resolve()})
+
+
+def file_at(given: str, beside: Sequence[str] = (), skip: tuple[str, ...] = ()) -> Path:
+    """Return the path of a file, or of OWNER/NAME/FILE on the hub, downloaded with what lies `beside` it; ModelMissing.
+
+    It need not be there.
+    """
+    path = Path(given).expanduser()
+    if path.exists() or len(path.parts) <= 2 or not REPO_ID.fullmatch(repo := "/".join(path.parts[:2])):
+        return path
+    file = PurePosixPath(*path.parts[2:])
+    with hub_errors(repo, None):
+        return snapshot(repo, None, [str(file), *(str(file.parent / part) for part in beside)], skip) / file
 
 
 def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
@@ -196,14 +205,10 @@ def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
 
 def with_ip_adapter(source: Source, given: str, stage: Stage | None) -> Source:
     """Return the source with an IP-Adapter beside it, and its image encoder where the model has none; ModelMissing."""
-    path = Path(given).expanduser()
-    if not path.exists() and len(path.parts) > 2 and REPO_ID.fullmatch(repo := "/".join(path.parts[:2])):
-        file = PurePosixPath(*path.parts[2:])
-        encoders = [str(file.parent / IMAGE_ENCODER / "*.json")]
-        if stage in stages_of(IMAGE_ENCODER):
-            encoders.append(str(file.parent / IMAGE_ENCODER / "*.safetensors"))
-        with hub_errors(repo, None):
-            path = snapshot(repo, None, [str(file), *encoders]) / file
+    beside = [f"{IMAGE_ENCODER}/*.json"]
+    if stage in stages_of(IMAGE_ENCODER):
+        beside.append(f"{IMAGE_ENCODER}/*.safetensors")
+    path = file_at(given, beside, SKIP)
     if not path.is_file() or path.suffix != ".safetensors":
         raise ModelMissing(
             f"There is no IP-Adapter {given!r}.",

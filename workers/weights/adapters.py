@@ -22,6 +22,11 @@ def is_of_adapter(name: str) -> bool:
     return OF_ADAPTER.search(name) is not None
 
 
+def adapter_parameters(module: torch.nn.Module, name: str) -> list[torch.nn.Parameter]:
+    """Return the parameters of an adapter by its name."""
+    return [p for key, p in module.named_parameters() if is_of_adapter(key) and f".{name}." in f"{key}."]
+
+
 def base_of(layer: torch.nn.Module) -> torch.nn.Module:
     """Return a layer itself, or the one that an adapter stands around."""
     base = getattr(layer, "base_layer", layer)
@@ -77,7 +82,7 @@ class AdapterWeights:
 
     def take_in(self, name: str) -> None:
         """Take in an adapter that was loaded: its weights in host memory, page-locked where they go to a GPU."""
-        found = [p for key, p in self.module.named_parameters() if is_of_adapter(key) and f".{name}." in f"{key}."]
+        found = adapter_parameters(self.module, name)
         host = [parameter.data.cpu() for parameter in found]
         if self._device.type == "cuda":
             host = [tensor.pin_memory() for tensor in host]
