@@ -31,7 +31,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orchestrator.settings import StackConfig, StageConfig
+from orchestrator.settings import ModelConfig, StackConfig, StageConfig
 from protocol.errors import BadRequest
 from protocol.stages import STAGES, Stage
 
@@ -63,7 +63,7 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
         if place[:1] == ("models",) and len(place) > 2 and place[2] != "[key]":
             place = place[2:]  # a setting of one of several models is one of a model's
         where, said = ".".join(map(str, fault["loc"])), fault["msg"].removeprefix("Value error, ")
-        fits = _fits(fault["type"], place)
+        fits = _fits(fault["type"], place, place != fault["loc"])
         if place[:1] == ("stages",) and place[-1] == "[key]":
             where, said = where.removesuffix(".[key]"), "there is no such stage"
             fits = f"Stages are {', '.join(STAGES)}."
@@ -77,11 +77,12 @@ def load_config(path: Path | None, flags: dict[str, Any], stage_flags: dict[Stag
         raise BadRequest(f"The setting {where!r} is not valid: {said}.", fits) from error
 
 
-def _fits(kind: str, place: tuple[int | str, ...]) -> str:
+def _fits(kind: str, place: tuple[int | str, ...], of_model: bool) -> str:
     if kind != "extra_forbidden":
         return ""
     of_stage = place[0] == "stages" and len(place) > 2
-    return f"Known settings are {', '.join((StageConfig if of_stage else StackConfig).model_fields)}."
+    known = StageConfig if of_stage else ModelConfig if of_model else StackConfig
+    return f"Known settings are {', '.join(known.model_fields)}."
 
 
 def parse_stage_values(option: str, values: tuple[str, ...], every_stage: bool) -> dict[Stage, str]:

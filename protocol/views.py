@@ -30,6 +30,7 @@ class WorkerView(Data):
     versions: str  # of its libraries
     dtype: str
     model: str
+    revision: str
     speedups: tuple[str, ...]
     job: str | None
     done: int  # tasks since it started
@@ -54,7 +55,9 @@ class ModelView(Data):
     dtype: str
     speedups: tuple[str, ...]
     video: bool  # it makes videos
+    default: bool  # jobs that name no model are for it
     resting: bool  # it has no workers, until a job asks for it
+    reason: str  # why they could not be started when it was last asked for, for the stack's user alone
     jobs: int  # unfinished
 
 

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.2
 def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Path | None) -> None:
     """Show the log of a STAGE, or of all processes in order of time. Works without a running stack, too."""
     folder = StackFolder(state_folder(state)).logs
-    files = sorted(folder.glob(f"*{stage}*.log" if stage else "*.log")) if folder.is_dir() else []
+    files = sorted(path for path in folder.glob("*.log") if is_of(path, stage)) if folder.is_dir() else []
     if not files and not follow:
         raise NotFound(f"There are no logs in {str(folder)!r}.", "Start a stack with 'triptych up', or give --state.")
     found = sorted((record for path in files for record in records(path)), key=lambda record: record[:24])
@@ -36,7 +36,7 @@ def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Pa
     for record in chosen[-lines:] if lines else []:
         print(visible(record, keep="\n\t"))
     if follow:
-        for line in following(folder, f"*{stage}*.log" if stage else "*.log"):
+        for line in following(folder, stage):
             if job is None or f"job={job} " in line:
                 print(visible(line, keep="\n\t"), end="", flush=True)
 
@@ -53,14 +53,19 @@ def records(path: Path) -> Iterator[str]:
         yield "\n".join(current)
 
 
-def following(folder: Path, pattern: str) -> Iterator[str]:
+def is_of(path: Path, stage: str | None) -> bool:
+    """Return whether a log is of a stage's process, whose model's name may stand before it; all are of None."""
+    return stage is None or stage in re.split(r"[-.]", path.name)
+
+
+def following(folder: Path, stage: str | None) -> Iterator[str]:
     """Lines as they come, in files that may only come to be."""
     files: dict[Path, TextIO] = {}
-    for path in folder.glob(pattern):
+    for path in (path for path in folder.glob("*.log") if is_of(path, stage)):
         files[path] = path.open(errors="replace")
         files[path].seek(0, os.SEEK_END)
     while True:
-        for path in folder.glob(pattern):
+        for path in (path for path in folder.glob("*.log") if is_of(path, stage)):
             file = files.get(path) or files.setdefault(path, path.open(errors="replace"))
             if os.fstat(file.fileno()).st_size < file.tell():  # it was put aside, and begins anew
                 file.seek(0)

@@ -44,12 +44,15 @@ def models(context: click.Context, as_json: bool, quiet: bool, state: Path | Non
     else:
         header = ("name", "model", "pipeline", "dtype", "workers", "weights", "came in", "jobs")
         print_table(header, [row(model, workers) for model in found], wide=1)
+        for model in found:
+            if model.reason:
+                print(f"{model.name} can't be run: {model.reason}", file=sys.stderr)
         if not found:
             print("No model is known yet: the stack is loading.", file=sys.stderr)
 
 
 def row(model: ModelView, workers: Sequence[WorkerView]) -> list[str]:
-    own = [w for w in workers if (w.model, w.dtype, w.speedups) == (model.model, model.dtype, model.speedups)]
+    own = [w for w in workers if (w.revision, w.dtype, w.speedups) == (model.revision, model.dtype, model.speedups)]
     parts = [component for worker in own for component in worker.residency]
     loading = any(worker.state == "loading" for worker in own)
     there = "rests" if model.resting else f"{len(own)}, loading" if loading or not own else str(len(own))

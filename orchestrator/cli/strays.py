@@ -12,9 +12,9 @@ MOST = 1000  # jobs that are looked at
 def wanting(job: Job, workers: Sequence[WorkerView], models: Sequence[ModelView]) -> str:
     """Return the model that a job waits for and the stack does not have; empty where it has, or the job has ended."""
     recipe = job.recipe
-    fits = {(worker.model, worker.dtype, worker.speedups) for worker in workers}
-    fits |= {(model.model, model.dtype, model.speedups) for model in models}
-    if job.state in ENDED or not fits or (recipe.model, recipe.dtype, recipe.speedups) in fits:
+    fits = {(worker.revision, worker.dtype, worker.speedups) for worker in workers}
+    fits |= {(model.revision, model.dtype, model.speedups) for model in models}
+    if job.state in ENDED or not fits or (recipe.revision, recipe.dtype, recipe.speedups) in fits:
         return ""
     return f"{recipe.model}, {recipe.dtype}, {', '.join(recipe.speedups) or 'without speedups'}"
 

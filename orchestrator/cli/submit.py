@@ -158,7 +158,7 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
 
 def model_among(models: Sequence[ModelView], name: str | None) -> ModelView | None:
     """Return the model that a request names; None where it is not known, or not yet."""
-    found = [model for model in models if not name or name in (model.name, model.model)]
+    found = [model for model in models if (name in (model.name, model.model) if name else model.default)]
     return found[0] if found else None
 
 
@@ -296,10 +296,11 @@ def asked_again(client: Client, path: Path, anyway: bool, pictures: tuple[Tensor
             f"{str(path)!r} was made with {recipe.model!r} at {recipe.revision}; this stack runs {runs}.",
             f"Start one with: triptych up --model {recipe.model}",
         )
-    model = next((model for model in alike if model.speedups == recipe.speedups), alike[0])
+    same = [model for model in alike if (model.speedups, model.dtype) == (recipe.speedups, recipe.dtype)]
+    model = (same or alike)[0]
     check_same_pictures(path, recipe, pictures)
     if not anyway:
-        workers = [worker for worker in client.workers().workers if worker.model == model.model]
+        workers = [worker for worker in client.workers().workers if worker.revision == model.revision]
         check_same_bits(path, made, model, workers)
     found = set(JobRequest.model_fields) & set(type(recipe).model_fields)
     kept = recipe.model_dump(include=found if recipe.sized else found - {"width", "height"})

@@ -24,7 +24,6 @@ from protocol.client.client import Client
 from protocol.client.endpoints import published
 from protocol.errors import NoStack, TriptychError
 from protocol.job import JobRequest
-from protocol.messages.client import Workers
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
@@ -85,7 +84,7 @@ class Announcer:
         wanted = sum(post.jobs for post in default.plan.posts)
         wait_for_stack(folder)
         with contextlib.suppress(TriptychError), Client(folder) as client:
-            while not all_here(client.workers(), wanted):
+            while not all_here(client, default.name, wanted):
                 time.sleep(POLL_SECONDS)
             self.arrived()
             seconds = time.monotonic() - self.start
@@ -102,9 +101,13 @@ class Announcer:
                 print(json.dumps(said), flush=True)
 
 
-def all_here(found: Workers, wanted: int) -> bool:
-    """Return whether so many workers have loaded, and the orchestrator knows its supervisor."""
-    return bool(found.processes) and sum(worker.state != "loading" for worker in found.workers) >= wanted
+def all_here(client: Client, model: str, wanted: int) -> bool:
+    """Return whether a model has so many workers that have loaded, or rests already; the supervisor must be known."""
+    found = client.workers()
+    pids = {process.pid for process in found.processes if process.model == model}
+    loaded = sum(worker.state != "loading" and worker.pid in pids for worker in found.workers)
+    rests = any(view.resting for view in client.models() if view.name == model)
+    return bool(found.processes) and (loaded >= wanted or rests)
 
 
 def make_first(client: Client, config: StackConfig) -> None:

@@ -12,7 +12,7 @@ from orchestrator.dispatch.outbox import Outbox
 from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
 from protocol.errors import BadRequest, QueueFull
 from protocol.job import JobRequest
-from protocol.lora import MAX_DIFFERENT, LoraRequest
+from protocol.lora import MAX_DIFFERENT, LoraInfo, LoraRequest
 from protocol.messages.common import Message
 from protocol.messages.describer import (
     CountTokens,
@@ -163,12 +163,19 @@ class DescriberLink:
 
     def list_loras(self, principal: Principal) -> bool:
         """Return whether the list of LoRAs is fresh; else it is asked for."""
+        if not self.expected:
+            return True
         if not self._known:
             return False
-        if self._entry.loras.listed is not None or not self.expected:
+        if self._entry.loras.listed is not None:
             return True
         self._ask_once(None, principal)
         return False
+
+    @property
+    def loras_listed(self) -> tuple[LoraInfo, ...]:
+        """The LoRAs as they were last listed."""
+        return (self._entry.loras.listed or ()) if self._known else ()
 
     def look_at(self, templates: Sequence[Template], principal: Principal = LOCAL_USER) -> None:
         """Have it found out what jobs of these begin with."""

@@ -27,7 +27,7 @@ from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from orchestrator.dispatch.task_dispatch import TaskDispatch
 from orchestrator.dispatch.transitions import Event
-from orchestrator.job import LiveJob
+from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.ledger import Account, Ledger
 from orchestrator.principal import Principal
 from orchestrator.scheduling.fair_shares import FairShares
@@ -235,6 +235,11 @@ class Engine:
         if all(w.process == worker.process for w in alike):
             for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
                 self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)
+
+    def fail_waiting(self, model: ModelKey, reason: str) -> None:
+        """Fail all jobs of a model that wait."""
+        for job in [job for job in self.job_queue.jobs.values() if job.waits and job.model == model]:
+            self.dispatch.blame(job, reason, retry=False)
 
     def drain(self, stage: Stage, on: bool) -> None:
         """Give a stage's workers nothing more to do, until told otherwise; it outlives a restart."""

@@ -86,7 +86,7 @@ class Worker:
             id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
             host=self.hello.host, device=self.hello.device, device_kind=self.hello.device_kind,
             versions=self.hello.versions, dtype=self.hello.dtype, model=self.hello.model.model,
-            speedups=self.hello.speedups,
+            revision=self.hello.model.revision, speedups=self.hello.speedups,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
             gpu_bytes=self.gpu_bytes, device_map=self.device_map, residency=self.residency, since=self.since,
             gpus=self.hello.gpus, lease_bytes=self.lease_bytes, context_bytes=self.context_bytes,

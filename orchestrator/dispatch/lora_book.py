@@ -25,9 +25,6 @@ class LoraBook:
         self._answers: OrderedDict[LoraRequest, tuple[float, FoundLora]] = OrderedDict()
         self._listed: tuple[float, tuple[LoraInfo, ...]] | None = None
 
-    def now(self) -> float:
-        return self._clock()
-
     def knows(self, question: LoraRequest, since: float = math.inf) -> bool:
         """Return whether there is a fresh answer, or one that came `since` then."""
         found = self._answers.get(question)

@@ -62,7 +62,10 @@ class LeaseSize:
 
 
 def lease_sizes(available: int, needs: Mapping[str, Need]) -> dict[str, LeaseSize]:
-    """Return each worker's size on a GPU of `available` bytes; all `shared` fit together, with any one `exclusive`."""
+    """Return each worker's size on a GPU of `available` bytes; all `shared` fit together, and with an `exclusive` one.
+
+    Where all denoisers stay, what has a turn beside them may need room that one of them makes.
+    """
     if sum(need.whole for need in needs.values()) <= available:
         return {name: LeaseSize(need.whole, need.whole) for name, need in needs.items()}
     spread = {name: need for name, need in needs.items() if need.spread}

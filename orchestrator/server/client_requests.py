@@ -227,7 +227,7 @@ class ClientRequests:
                 self._remove_model(name)
                 self._reply(client, Done(request=number))
             case GetModels():
-                self._reply(client, Models(request=number, models=self._models()))
+                self._reply(client, Models(request=number, models=self._models(peer)))
             case LoadModel(model=model, load=load):
                 self._supervisor.check()
                 (self._rests.load if load else self._rests.unload)(engine.catalogue.name(model))
@@ -275,8 +275,8 @@ class ClientRequests:
             self._park(peer, submit, tensors, since)
 
     def _list_loras(self, peer: Peer, question: GetLoras) -> None:
-        if self._describers.of(question.model).list_loras(peer.principal):
-            known = self.engine.catalogue.entry(question.model).loras.listed or ()
+        if (link := self._describers.of(question.model)).list_loras(peer.principal):
+            known = link.loras_listed
             self._reply(peer.identity, Loras(request=question.request, loras=known))
         else:
             self._park(peer, question, (), 0.0)
@@ -384,20 +384,23 @@ class ClientRequests:
             raise NotFound(f"There is no model {name!r} in this stack.", f"Its models: {', '.join(catalogue.models)}.")
         if name == catalogue.default_name:
             raise BadRequest(f"{name} is the stack's default model.", "It ends with the stack.")
-        if any(entry.name == name for entry in catalogue.entries):
-            self._rests.check_unused(name)
+        if not any(entry.name == name for entry in catalogue.entries):
+            raise Conflict(f"{name} is yet being looked at.", "Try again once 'triptych models' lists it.")
+        self._rests.check_unused(name)
         catalogue.remove(name)
         self._describers.remove(name)
         self._supervisor.remove_model(name)
 
-    def _models(self) -> tuple[ModelView, ...]:
+    def _models(self, peer: Peer) -> tuple[ModelView, ...]:
         default = self.engine.catalogue.known
         entries = sorted(self.engine.catalogue.entries, key=lambda entry: (entry != default, entry.name))
         return tuple(
             ModelView(
                 name=entry.name, model=entry.description.model, revision=entry.description.revision,
                 pipeline=entry.description.pipeline, dtype=entry.dtype, speedups=entry.speedups,
-                video=entry.description.video is not None, resting=self._rests.rests(entry.name),
+                video=entry.description.video is not None, default=entry == default,
+                resting=self._rests.rests(entry.name),
+                reason=self._rests.reason(entry.name) if peer.local else "",
                 jobs=self.engine.job_queue.by_model[entry.key],
             )
             for entry in entries

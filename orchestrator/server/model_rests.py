@@ -18,15 +18,20 @@ class ModelRests:
         self._resting: set[str] = set()  # by name, as the supervisor has told
         self._asked: dict[str, float] = {}  # monotonic seconds when a model that rests was last asked for
         self._used: dict[str, float] = {}  # monotonic seconds when it last had a job
+        self._reasons: dict[str, str] = {}  # why those that rest could not be started, by name
         self._heard = False  # from a supervisor
 
     def rests(self, name: str) -> bool:
         return name in self._resting
 
+    def reason(self, name: str) -> str:
+        """Return why a model's workers could not be started; empty where they could."""
+        return self._reasons.get(name, "")
+
     def told(self, resting: Sequence[RestingModel]) -> None:
         """Take in which models rest; jobs of one whose workers could not be started fail for that reason."""
         now, before = {model.name for model in resting}, self._resting
-        self._resting = now
+        self._resting, self._reasons = now, {model.name: model.reason for model in resting}
         self._asked = {name: at for name, at in self._asked.items() if name in now}
         for model in resting:
             if model.reason and model.name not in before and self._heard:
@@ -34,10 +39,8 @@ class ModelRests:
         self._heard = True  # before that a reason may be an old one
 
     def _fail_jobs(self, model: RestingModel) -> None:
-        keys = {entry.key for entry in self._engine.catalogue.entries if entry.name == model.name}
-        waiting = [job for job in self._engine.job_queue.jobs.values() if job.waits and job.model in keys]
-        for job in waiting:
-            self._engine.dispatch.blame(job, f"{model.name} can't be run: {model.reason}", retry=False)
+        for entry in [entry for entry in self._engine.catalogue.entries if entry.name == model.name]:
+            self._engine.fail_waiting(entry.key, f"{model.name} can't be run: {model.reason}")
 
     def see_to_it(self) -> None:
         """Wake models that have jobs, and let those rest that have had none for long."""
@@ -48,6 +51,8 @@ class ModelRests:
                 self._used[name] = now
                 if name in self._resting:
                     self._ask(name)
+            elif self._loads(entry):
+                self._used[name] = now
             elif after is not None and name not in self._resting and now - self._used.setdefault(name, now) >= after:
                 self._used[name] = now  # if it isn't done by then, it is told again
                 self._supervisor.wake(name, rest=True)
@@ -58,6 +63,11 @@ class ModelRests:
             self._asked[name] = now
             self._supervisor.wake(name)
 
+    def _loads(self, entry: CatalogueEntry) -> bool:
+        """Return whether a model's workers are yet to come, or to load."""
+        states = [worker.state for worker in self._engine.fleet if worker.model == entry.key]
+        return not states or "loading" in states
+
     def _jobs(self, entry: CatalogueEntry) -> int:
         return self._engine.job_queue.by_model[entry.key]
 
@@ -65,8 +75,7 @@ class ModelRests:
         """Start a model's workers, as a person wants; NotFound."""
         name = self._engine.catalogue.name(model)
         self._used[name] = self._clock()
-        if name in self._resting:
-            self._ask(name)
+        self._supervisor.wake(name)
 
     def unload(self, model: str) -> None:
         """End a model's workers, as a person wants; NotFound, Conflict while it has jobs."""

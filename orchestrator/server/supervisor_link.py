@@ -91,10 +91,11 @@ class SupervisorLink:
         while self._rolling:
             name, old = self._rolling[0], self._under_way
             process = next((p for p in self.processes if p.name == name), None)
-            if process is None or process.pid is None:
-                if old is None:  # it is not there to be restarted
-                    self._rolling.popleft()
-                    continue
+            if process is None or (process.pid is None and old is None):  # it is not there, or no more: a model rests
+                self._rolling.popleft()
+                self._under_way = None
+                continue
+            if process.pid is None:
                 return
             if old is None:
                 self._under_way = process.pid

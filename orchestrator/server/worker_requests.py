@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from orchestrator.dispatch.describer_link import DescriberLink, DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.fleet import ProcessId, Worker
+from orchestrator.job import ModelKey
 from orchestrator.principal import LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
 from orchestrator.server.door_sockets import behind_a_door
@@ -162,6 +163,8 @@ class WorkerRequests:
             return
         if not engine.settings.describer and isinstance(peer, LocalUser):
             engine.catalogue.learn(hello)
+        elif isinstance(peer, LocalUser):
+            self._notice_change(hello)
         worker = engine.fleet.hello(identity, hello, peer)
         for old in engine.fleet.of_process(worker.process):
             if old is not worker and old.hello.part == hello.part:
@@ -171,6 +174,22 @@ class WorkerRequests:
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
         self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
         self._clients.unpark()
+
+    def _notice_change(self, hello: WorkerHello) -> None:
+        """Have a model described anew whose files have changed since: jobs that were accepted for them fail.
+
+        It is known by its worker, which has another revision than its describer has told of.
+        """
+        catalogue = self._engine.catalogue
+        if catalogue.of(ModelKey.of_worker(hello)) or len(catalogue.entries) < len(catalogue.models):
+            return
+        told = (hello.model.model, hello.dtype, hello.speedups)
+        for entry in catalogue.entries:
+            if (entry.description.model, entry.dtype, entry.speedups) == told:
+                reason = f"the files of {entry.name} have changed since it was accepted; submit it again"
+                self._engine.fail_waiting(entry.key, reason)
+                if pid := self._describers.of(entry.name).pid:
+                    self._supervisor.kill(pid, "the model's files have changed")
 
     def _proven(self) -> tuple[int, ...]:
         """Processes of this host that work."""

@@ -49,7 +49,8 @@ class Children:
         self._folder, self._config, self._lifeline, self.forks = folder, config, lifeline, forks
         self._models = {model.name: model for model in models}
         self.default = models[0].name
-        self._first = [model.name for model in models]  # those that the stack began with
+        self._several = len(models) > 1  # as the stack began
+        self.worked: set[str] = set()  # models whose workers have ever worked, or were told to rest
         self._endpoints = folder.local_endpoints()
         self._guarded = KeyFolder(folder.keys).exists  # as of the stack's start, for all of its processes
         self.orchestrator = self._child("orchestrator", "orchestrator.server", self._orchestrator_spec())
@@ -126,7 +127,7 @@ class Children:
 
     def _prefix(self, model: str) -> str:
         """Return what the names of a model's processes begin with; nothing for a stack's only model."""
-        return f"{model}-" if len(self._first) > 1 or model != self.default else ""
+        return f"{model}-" if self._several or model != self.default else ""
 
     def _worker_spec(self, model: PlannedModel, post: Post, name: str) -> WorkerSpec:
         config, plan = model.config, model.plan
@@ -206,10 +207,6 @@ class Children:
     def knows(self, model: str) -> bool:
         return model in self._models
 
-    def came_later(self, model: str) -> bool:
-        """Return whether a model came to the running stack."""
-        return model not in self._first
-
     @property
     def models(self) -> tuple[PlannedModel, ...]:
         return tuple(self._models.values())
@@ -268,6 +265,7 @@ class Children:
         for stage in STAGES:
             self.scale(model, stage, 0)
         self._resting[model] = counts
+        self.worked.add(model)
         if reason:
             self._failed[model] = reason
         return True
@@ -290,6 +288,8 @@ class Children:
         for child in self:
             if child.process is not None and child.process.pid in pids:
                 child.proven = child.ever_proven = True
+                if child.stage:
+                    self.worked.add(child.model)
 
 
 def settings_of(model: PlannedModel) -> ModelSettings:

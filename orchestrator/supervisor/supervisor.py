@@ -211,12 +211,12 @@ class Supervisor:
             if not hopeless or len(hopeless) < len(group):
                 continue
             child = hopeless[0]
-            if child in children.describers and children.came_later(child.model):
+            if child in children.describers and child.model != children.default and children.default in children.worked:
                 self._say_no(child.model, why(child), lost=True)
                 self.notice(f"{child.model} is removed: {child.reason}")
                 children.remove(child.model)
                 return
-            if child in needed or child.model == children.default:
+            if child in needed or (child.model == children.default and child.model not in children.worked):
                 raise why(child)
             self.notice(f"{child.model} can't be run: {child.reason}")
             children.rest(child.model, str(why(child)))
@@ -230,7 +230,7 @@ class Supervisor:
     def _obey(self, message: Message) -> None:
         match message:
             case SetScale(model=model, stage=stage, count=count) if self._children.knows(model):
-                self.notice(f"{stage}: {len(self._children.workers[model, stage])} → {count} workers")
+                self.notice(f"{stage} of {model}: {count} workers from now on")
                 self._children.scale(model, stage, count)
             case WakeModel(model=model, rest=True) if self._children.knows(model):
                 if self._children.rest(model):

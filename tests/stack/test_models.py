@@ -155,9 +155,9 @@ def test_a_model_that_can_no_longer_be_loaded_costs_the_others_nothing(
         whole = file.read_bytes()
         file.write_bytes(whole[: len(whole) // 2])
         job = stack.client.submit("a star", model="sd", **SIZE)
-        with pytest.raises(JobFailed, match="sd can't be run"):
+        with pytest.raises(JobFailed, match=r"sd can't be run|files of sd have changed"):
             stack.client.wait(job.id, timeout=60)
-        assert resting(stack) == {"flux": False, "sd": True}
+        until(stack, lambda _: resting(stack) == {"flux": False, "sd": True})
         _, picture = stack.picture("a star", seed=1, **SIZE)
         assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
         file.write_bytes(whole)
@@ -186,7 +186,7 @@ def test_models_come_to_a_running_stack_and_go(state: Path, folders: dict[str, P
     with running_stack(state, "--model", str(folders["flux"]), "--device", "cpu") as stack:
         added = triptych("models", "add", f"sd={folders['sd'].name}", folder=stack.folder, cwd=folders["sd"].parent)
         assert added.returncode == 0, added.stderr
-        assert resting(stack) == {"flux": False, "sd": True}
+        until(stack, lambda _: resting(stack) == {"flux": False, "sd": True})
         assert triptych("models", "add", f"sd={folders['sd']}", folder=stack.folder).returncode == 0  # the very same
         _, picture = stack.picture("a star", model="sd", seed=1, **SIZE)
         assert torch.equal(picture, plain(folders["sd"], prompt="a star", seed=1, **PLAIN))
@@ -211,3 +211,41 @@ def test_models_come_to_a_running_stack_and_go(state: Path, folders: dict[str, P
             stack.client.submit("a star", model="sd")
         _, picture = stack.picture("a star", seed=1, **SIZE)
         assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
+
+
+def test_a_default_model_that_rests_and_is_lost_costs_the_others_nothing(
+    state: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(folders["sd"], tmp_path / "sd")
+    file = next((broken / "unet").glob("*.safetensors"))
+    with running_stack(state, *named({"sd": broken, "flux": folders["flux"]}), "--device", "cpu") as stack:
+        stack.picture("a star", **SIZE)  # so that it is known to work
+        stack.client.load_model("sd", load=False)
+        until(stack, lambda w: not w.workers)
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        job = stack.client.submit("another star", **SIZE)
+        with pytest.raises(JobFailed, match=r"sd can't be run|files of sd have changed"):
+            stack.client.wait(job.id, timeout=60)
+        until(stack, lambda _: bool({model.name: model.reason for model in stack.client.models()}["sd"]))
+        _, picture = stack.picture("a star", model="flux", seed=1, **SIZE)
+        assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
+
+
+def test_a_model_whose_files_change_while_it_rests_is_looked_at_anew(
+    state: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["sd"], tmp_path / "sd")
+    with running_stack(state, *named({"flux": folders["flux"], "sd": folder}), "--device", "cpu") as stack:
+        until(stack, lambda w: len(stack.client.models()) == 2)
+        before = {model.name: model.revision for model in stack.client.models()}["sd"]
+        trained = tiny.sd15()
+        for parameter in trained.unet.parameters():
+            parameter.data = parameter.data * 1.1
+        tiny.save(trained, folder)
+        job = stack.client.submit("a star", model="sd", **SIZE)
+        with pytest.raises(JobFailed, match="files of sd have changed"):
+            stack.client.wait(job.id, timeout=60)
+        until(stack, lambda w: {m.name: m.revision for m in stack.client.models()}["sd"] != before)
+        _, picture = stack.picture("a star", model="sd", seed=1, **SIZE)
+        assert torch.equal(picture, plain(folder, prompt="a star", seed=1, **PLAIN))

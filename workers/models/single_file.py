@@ -52,7 +52,7 @@ def load_single(source: Source, name: str, cls: Any, arguments: Mapping[str, Any
 
 def load_encoder(source: Source, name: str, cls: Any, arguments: Mapping[str, Any]) -> torch.nn.Module:
     """Load a text encoder from a file that holds a whole model; ModelMissing."""
-    if arguments.keys() > {"dtype"}:
+    if "quantization_config" in arguments:
         raise BadRequest(f"The {name} of a model that is one file can't be quantized.", "Leave --quantize out.")
     try:
         checkpoint = load_single_file_checkpoint(str(source.single[name]))
@@ -76,8 +76,13 @@ def whole(source: Source, name: str, module: torch.nn.Module) -> torch.nn.Module
 
 
 def base_of(path: Path) -> str:
-    """Return the hub id of the model whose configuration a file goes by, as diffusers finds it; Damaged."""
-    return str(fetch_diffusers_config(shapes_in(path))["pretrained_model_name_or_path"])
+    """Return the hub id of the model whose configuration a file goes by, as diffusers finds it; ModelMissing."""
+    try:
+        return str(fetch_diffusers_config(shapes_in(path))["pretrained_model_name_or_path"])
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ModelMissing(
+            f"diffusers can't say what {path.name!r} was made from: {cause_of(error)}.", "Say it: --base MODEL."
+        ) from error
 
 
 def held_in(path: Path, source: Source) -> list[str]:

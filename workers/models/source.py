@@ -396,6 +396,7 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -412,6 +413,8 @@ def hub_errors(repo: str, revision: str | None) -> Iterator[None]:
         raise ModelMissing(
             f"The hub has no model {repo!r}, or it is private.", "Check the name, or: hf auth login."
         ) from error
+    except HFValidationError as error:
+        raise ModelMissing(f"There is no model {repo!r}.", "A hub id is OWNER/NAME.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelMissing(
             f"{repo!r} is not in the Hugging Face cache and can't be downloaded.",

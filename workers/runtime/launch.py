@@ -53,7 +53,7 @@ def without_torchao() -> Iterator[None]:
 def describe(spec: DescriberSpec) -> None:
     """Check the model, and answer the orchestrator until told to stop."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # it has no use for a GPU
-    log_to_stderr("describer")
+    log_to_stderr(f"{spec.name}-describer" if spec.name else "describer")
     from workers.runtime.describer import serve
 
     serve(spec)

@@ -410,6 +410,58 @@ def test_nothing_starves_beside_a_stream_of_work(world: World, every: int) -> No
     assert world.done
 
 
+def model_at(stage: Stage, model: str, lease: int, held: float = 0.0) -> LeasedWorker:
+    """A worker of 10 bytes of weights and 1 of workspace on GPU 0."""
+    need = replace(Need(10, 10, 1), lends=TRAITS[stage].lends, momentary=TRAITS[stage].momentary)
+    demand = GpuDemand(need, lease, max(0, lease - 1))
+    return LeasedWorker(f"{stage}/{model}", stage, model_key(model), {0: demand}, held=held)
+
+
+def moment(holders: list[LeasedWorker], waiting: list[tuple[Stage, str, float]], depth: dict[Line, int]) -> Snapshot:
+    """What there is on a GPU of 11 bytes; a task of each waits so many seconds."""
+    tasks: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
+    for number, (stage, model, waited) in enumerate(waiting):
+        task = WaitingTask(f"j{number}", stage, model_key(model), TRAITS[stage].distance, 1, waited)
+        tasks.setdefault((stage, model_key(model)), []).append(task)
+    idle = [IdleWorker(holder.id, holder.stage, holder.model) for holder in holders]
+    free = 11 - sum(holder.lease for holder in holders)
+    return Snapshot(tasks, idle, depth, {h.id: h for h in holders}, {0: GpuSpace(11, free)}, patience=20.0)
+
+
+def test_a_models_prompts_are_not_held_up_by_another_models_jobs() -> None:
+    many: dict[Line, int] = {("denoise", model_key("a"), 2): 10_000, ("text", model_key("b"), 3): 1}
+    snapshot = moment([model_at("text", "b", 11)], [("text", "b", 0.0)], many)
+    assert decide(snapshot) == [Assign("j0", "text", "text/b")]
+    own: dict[Line, int] = {("denoise", model_key("b"), 2): 10_000, ("text", model_key("b"), 3): 1}
+    assert decide(replace(snapshot, depth=own)) == []
+
+
+def test_of_two_models_with_nothing_in_the_one_whose_job_has_waited_longer_comes_in() -> None:
+    holders = [model_at("denoise", "a", 0), model_at("denoise", "b", 0)]
+    for waited, first in (((1.0, 2.0), "b"), ((2.0, 1.0), "a")):
+        (lend,) = decide(moment(holders, [("denoise", "a", waited[0]), ("denoise", "b", waited[1])], {}))
+        assert lend.worker == f"denoise/{first}"
+
+
+def test_of_two_overdue_models_the_one_that_was_out_longer_comes_in_whosever_job_is_older() -> None:
+    waiting: list[tuple[Stage, str, float]] = [("denoise", "a", 90.0), ("denoise", "b", 30.0)]
+    holders = [model_at("denoise", "a", 0, held=1.0), model_at("denoise", "b", 0, held=60.0)]
+    (lend,) = decide(moment(holders, waiting, {}))
+    assert lend.worker == "denoise/b"
+
+
+def test_many_of_another_model_make_no_loan_larger() -> None:
+    """A loan for one decode is as large as that needs, whatever waits for another model's VAE."""
+    lender = replace(model_at("denoise", "a", 30), lendable=25)
+    vae = replace(model_at("vae", "a", 0), demands={0: GpuDemand(Need(20, 5, 1, momentary=True))})
+    for model, size in (("b", 6), ("a", 21)):
+        depth: dict[Line, int] = {("vae", model_key(model), 1): 9}
+        snapshot = moment([lender, vae], [("vae", "a", 0.0)], depth)
+        snapshot = replace(snapshot, gpus={0: GpuSpace(30, 0)})
+        (loan,) = decide(snapshot)
+        assert loan == TakeLoan("denoise/a", size)
+
+
 @st.composite
 def models_on_one_gpu(draw: st.DrawFn) -> World:
     """Two or three models, each of whose workers can do its tasks with the GPU to itself."""
