@@ -145,6 +145,7 @@ def test_files_are_made_again_by_the_model_that_made_them(two: RunningStack, tmp
     assert first == sorted(Image.open(file).tobytes() for file in (tmp_path / "second").iterdir())
 
 
+@pytest.mark.all
 def test_a_model_that_can_no_longer_be_loaded_costs_the_others_nothing(
     state: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
