@@ -54,7 +54,9 @@ def let_go(error: BaseException) -> None:
     error.__traceback__ = error.__context__ = None
 
 
-NO_HOST_MEMORY = ("bad_alloc", "can't start new thread", "can't allocate memory")  # in errors of libraries
+NO_HOST_MEMORY = (  # in errors of libraries; the last one is oneDNN's
+    "bad_alloc", "can't start new thread", "can't allocate memory", "could not create a primitive",
+)  # fmt: skip
 
 
 def cause_of(error: BaseException) -> str:

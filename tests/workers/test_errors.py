@@ -10,6 +10,7 @@ from workers.errors import cause_of
     "error",
     [
         RuntimeError("std::bad_alloc"),
+        RuntimeError("could not create a primitive"),
         RuntimeError("can't start new thread"),
         MemoryError(),
         torch.OutOfMemoryError("x"),
