@@ -169,11 +169,12 @@ def about(model: str) -> list[Finding]:
         profile = find_profile(config, stack_dtype(config, bool(gpus)))
     except TriptychError as error:
         return [Finding("family", f"can't be told: {error.message}", warns=True)]
+    named = licence(model)
     sizes = ", ".join(f"{stage.stage} {format_bytes(stage.weights)}" for stage in profile.stages)
     found = [
         Finding("family", f"{profile.model.pipeline}: {tasks(profile.model)}"),
         Finding("weights", f"{sizes}, in {profile.recipe.dtype}"),
-        Finding("licence", licence(model) or "not said; look at its page", warns=not licence(model)),
+        Finding("licence", named or "not said; look at its page", warns=not named),
     ]
     if gpus:
         try:
@@ -185,7 +186,7 @@ def about(model: str) -> list[Finding]:
 
 
 def tasks(model: ModelDescription) -> str:
-    """'pictures of a prompt, of pictures (--image), with a mask (--mask)'."""
+    """'makes pictures of a prompt, pictures (--image), a picture and a mask (--mask)'."""
     of = {
         "a prompt": model.prompt, "pictures (--image)": model.image, "a picture and a mask (--mask)": model.inpaint,
         "a control image (--control-image)": model.control or model.controlled,

@@ -28,7 +28,7 @@ POLL_SECONDS = 0.2
 def logs(stage: str | None, follow: bool, lines: int, job: str | None, state: Path | None) -> None:
     """Show the log of a STAGE, or of all processes in order of time. Works without a running stack, too."""
     folder = StackFolder(state_folder(state)).logs
-    files = sorted(path for path in folder.glob("*.log") if is_of(path, stage)) if folder.is_dir() else []
+    files = sorted(logs_of(folder, stage))
     if not files and not follow:
         raise NotFound(f"There are no logs in {str(folder)!r}.", "Start a stack with 'triptych up', or give --state.")
     found = sorted((record for path in files for record in records(path)), key=lambda record: record[:24])
@@ -53,19 +53,19 @@ def records(path: Path) -> Iterator[str]:
         yield "\n".join(current)
 
 
-def is_of(path: Path, stage: str | None) -> bool:
-    """Return whether a log is of a stage's process, whose model's name may stand before it; all are of None."""
-    return stage is None or stage in re.split(r"[-.]", path.name)
+def logs_of(folder: Path, stage: str | None) -> list[Path]:
+    """Return the logs of a stage's processes, whose model's name may stand before it; all for None."""
+    return [path for path in folder.glob("*.log") if stage is None or stage in re.split(r"[-.]", path.name)]
 
 
 def following(folder: Path, stage: str | None) -> Iterator[str]:
     """Lines as they come, in files that may only come to be."""
     files: dict[Path, TextIO] = {}
-    for path in (path for path in folder.glob("*.log") if is_of(path, stage)):
+    for path in logs_of(folder, stage):
         files[path] = path.open(errors="replace")
         files[path].seek(0, os.SEEK_END)
     while True:
-        for path in (path for path in folder.glob("*.log") if is_of(path, stage)):
+        for path in logs_of(folder, stage):
             file = files.get(path) or files.setdefault(path, path.open(errors="replace"))
             if os.fstat(file.fileno()).st_size < file.tell():  # it was put aside, and begins anew
                 file.seek(0)

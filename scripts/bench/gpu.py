@@ -269,6 +269,12 @@ def stacks(
     bench.card(card, PROMPT)
 
 
+def again(part: str, result: Path) -> None:
+    """Run a part of this in a process of its own, with the same arguments."""
+    command = [sys.executable, "-m", "scripts.bench.gpu", *sys.argv[1:], "--part", part, "--result", str(result)]
+    subprocess.run(command, check=True)
+
+
 @click.command(help=__doc__.split("\n")[0])
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
 @click.option("--device", default="cuda:0", show_default=True)
@@ -305,29 +311,14 @@ def main(
             return
         if count > 1:
             if not result.exists():
-                subprocess.run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "scripts.bench.gpu",
-                        *sys.argv[1:],
-                        "--part",
-                        "recipe",
-                        "--result",
-                        str(result),
-                    ],
-                    check=True,
-                )
+                again("recipe", result)
             budget = int(float(cards.split(",")[0]) * GIB)
             on_several(model, device, count, size, steps, budget, result, logs, rows.split(","))
             return
         if part == "stages":
             single_stages(model, device, size, steps, [float(gib) for gib in cards.split(",")], result)
         elif part == "all":  # in a process of its own, so that its context leaves the GPU
-            subprocess.run(
-                [sys.executable, "-m", "scripts.bench.gpu", *sys.argv[1:], "--part", "stages", "--result", str(result)],
-                check=True,
-            )
+            again("stages", result)
         if part != "stages":
             stacks(model, device, size, steps, [int(float(gib) * GIB) for gib in budgets.split(",")], result, logs)
     row(what=part, s=time.perf_counter() - start)
