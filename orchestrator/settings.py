@@ -244,6 +244,11 @@ class ModelConfig(Settings):
     compile: Annotated[bool, Field(description="Compile the denoiser's blocks. Tier: numeric."), Flag("--compile")] = (
         False
     )
+    cuda_graphs: Annotated[
+        bool,
+        Field(description="Launch a step's kernels at once where the GPU waits for the host. Same bits."),
+        Flag("--cuda-graphs"),
+    ] = True
     attention: Annotated[
         str,
         Field(description="diffusers' attention backend: _native_cudnn, flash … Tier: numeric, of sage approximate."),

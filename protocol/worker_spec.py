@@ -32,6 +32,7 @@ class WorkerSpec(Data):
     jobs: Annotated[int, Field(ge=1, le=8)] = 1  # at once
     speedups: tuple[str, ...] = ()  # of its whole stack
     checkpoint_seconds: float | None = None  # between two of a denoising job at least; None: none are made
+    cuda_graphs: bool = True  # where a denoiser's GPU waits for its host
     locked_bytes: Bytes | None = None  # of its weights, to be page-locked in host memory at most; None: all
     loras: str | None = None  # path of the folder where LoRAs' files lie by their digests
     cpu_lock: str | None = None  # path of the lock file of those that compute on this CPU

@@ -67,6 +67,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--cut", metavar="30,27", help="Blocks of a denoiser on each of its GPUs. [default: as memory allows]")
 @click.option("--jobs", type=click.IntRange(1, 8), default=1, show_default=True, help="Jobs at once, in a denoiser "
               "whose layers lie on several GPUs.")  # fmt: skip
+@click.option("--cuda-graphs/--no-cuda-graphs", default=True, help="Launch a step's kernels at once where a GPU waits.")
 @click.option("--workspace", metavar="900MB", help="What to leave beside weights, of --max-memory.")
 @click.option("--name", help="How the stack calls it. [default: the stage and its process number]")
 @click.option("-i", "--input", "input_path", type=click.Path(path_type=Path), help="What the stage before wrote.")
@@ -218,6 +219,7 @@ def worker_spec(stage: Stage, name: str, options: dict[str, Any]) -> WorkerSpec:
         speedups=canonical(options["speedups"]),
         checkpoint_seconds=checkpoint_seconds(options["checkpoint"]),
         cut=tuple(numbers("--cut", options["cut"])),
+        cuda_graphs=options["cuda_graphs"],
         jobs=options["jobs"],
         workspace=parse_bytes(workspace) if workspace else None,
     )

@@ -96,14 +96,21 @@ class Swaps:
                 self._take_back(max(there, key=lambda holder: holder.demands[gpu].lease))
 
     def _widen(self) -> None:
-        """Lend more room to workers that have streamed more than they would have to, before their next task."""
+        """Lend more room to workers that have streamed more than they would have to, before their next task.
+
+        That takes a copy of their weights, which several tasks share; or nobody waits for it, and all come in.
+        """
         for holder in self._idle_holders():
             sizes = {gpu: self._size(holder, gpu).exclusive for gpu in holder.demands}
             weights = {gpu: min(s.need.weights, sizes[gpu] - s.need.workspace) for gpu, s in holder.demands.items()}
             more = sum(weights[gpu] - demand.weight_bytes for gpu, demand in holder.demands.items())
-            worth = more >= WORTH_A_SWAP * holder.weights
+            whole = all(weights[gpu] == demand.need.weights for gpu, demand in holder.demands.items())
+            if holder.id in self.busiest:
+                worth = more >= WORTH_A_SWAP * holder.weights or (more > 0 and whole)
+            else:
+                worth = more > 0 and whole and holder.id not in self.working and not holder.expired
             untried = holder.refused is None or sum(sizes.values()) < holder.refused
-            if holder.id in self.busiest and worth and untried and self._fits(holder, sizes):
+            if worth and untried and self._fits(holder, sizes):
                 self._lend(holder, sizes, weights)
                 self.yielding.add(holder.id)
 

@@ -138,6 +138,7 @@ class Children:
             leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
             cut=post.cut, jobs=post.jobs, speedups=plan.speedups,
             checkpoint_seconds=config.checkpoint if post.stage == "denoise" and config.keep else None,
+            cuda_graphs=config.cuda_graphs,
             cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked, loras=str(self._folder.loras.resolve()),
         )  # fmt: skip
 

@@ -78,7 +78,7 @@ def peak(cuda: bool) -> float:
 class ModelBench(StackBench):
     """Stacks of one model on one GPU."""
 
-    def card(self, budget: int, prompt: str, count: int = QUEUE) -> None:
+    def card(self, budget: int, prompt: str, count: int) -> None:
         scale = ["--cfg-scale", str(self.recipe["cfg_scale"])] if "cfg_scale" in self.recipe else []
         planned = self.plan(budget, *scale)
         foreign = self.used()
@@ -116,6 +116,7 @@ def stacks(
     result: Path,
     logs: Path | None,
     memory: float | None,
+    count: int,
 ) -> None:
     saved = np.load(result)
     cuda = device.startswith("cuda")
@@ -127,7 +128,7 @@ def stacks(
         start = time.perf_counter()
         try:
             with balloon(int(memory * GIB)) if memory else contextlib.nullcontext():
-                bench.card(int(gib * GIB), PROMPT)
+                bench.card(int(gib * GIB), PROMPT, count)
         except Exception as error:  # the other cards' rows are wanted all the same
             row(what=f"{gib:g} GiB", failed=f"{type(error).__name__}: {str(error)[:500]}")
         row(what=f"all of {gib:g} GiB", s=time.perf_counter() - start)
@@ -152,6 +153,7 @@ def make(name: str, folder: Path, device: str, depth: int | None) -> None:
 @click.option("--depth", type=int, help="layers at most, for a dry run")
 @click.option("--keep", is_flag=True, help="don't delete the models, and use those that are there")
 @click.option("--host-memory", type=float, help="GiB of the host's memory that are left to the stacks")
+@click.option("--queue", "count", default=QUEUE, show_default=True, help="jobs in the queue")
 @click.option("--offload/--no-offload", default=True, help="with diffusers' own offloading, too")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--plain", "result", type=click.Path(path_type=Path), hidden=True)
@@ -165,6 +167,7 @@ def main(
     depth: int | None,
     keep: bool,
     host_memory: float | None,
+    count: int,
     offload: bool,
     logs: Path | None,
     result: Path | None,
@@ -187,7 +190,16 @@ def main(
             )
             budgets = [float(gib) for gib in cards.split(",")]
             stacks(
-                place, model, device, pixels, steps or model.steps, budgets, found, logs and logs / name, host_memory
+                place,
+                model,
+                device,
+                pixels,
+                steps or model.steps,
+                budgets,
+                found,
+                logs and logs / name,
+                host_memory,
+                count,
             )
         if not keep:
             shutil.rmtree(place)

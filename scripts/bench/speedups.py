@@ -24,6 +24,7 @@ from scripts.bench.gpu_stacks import GIB, PROMPT, StackBench, row
 FP8 = ("--quantize", "denoise=fp8-dynamic")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "exact": (),
+    "without CUDA graphs": ("--no-cuda-graphs",),
     "compiled": ("--compile",),
     "fp8": FP8,
     "fp8, compiled": (*FP8, "--compile"),

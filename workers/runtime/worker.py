@@ -164,8 +164,8 @@ class Prepared:
         follows = self.group is not None and self.group.rank > 0
         seconds = None if follows else self.spec.checkpoint_seconds
         if batch_of(self.spec.speedups) > 1 and not (self.group or loaded.split):
-            return BatchedDenoiseStage(loaded, device, seconds)
-        return DenoiseStage(loaded, device, seconds)
+            return BatchedDenoiseStage(loaded, device, seconds, self.spec.cuda_graphs)
+        return DenoiseStage(loaded, device, seconds, cuda_graphs=self.spec.cuda_graphs)
 
 
 Made = TypeVar("Made")

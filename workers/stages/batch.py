@@ -36,8 +36,10 @@ MOST_ROUNDING = (0.002, 0.01)
 class BatchedDenoiseStage(DenoiseStage):
     """A denoise stage that takes along jobs which come next."""
 
-    def __init__(self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = None) -> None:
-        super().__init__(loaded, device, checkpoint_seconds)
+    def __init__(
+        self, loaded: Loaded, device: torch.device, checkpoint_seconds: float | None = None, cuda_graphs: bool = True
+    ) -> None:
+        super().__init__(loaded, device, checkpoint_seconds, cuda_graphs=cuda_graphs)
         self.ahead: Sequence[tuple[Recipe, tuple[Tensor, ...]]] = ()
         self._lockstep = Lockstep([], device)
         self._others: list[DenoiseStage] = []  # the same model in a pipeline for each job at once

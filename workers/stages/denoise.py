@@ -1,7 +1,7 @@
 """The denoise stage: the pipeline's own call up to the moment when it would decode."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
 
+LEAST_STEPS = 4  # of a job, for a CUDA graph to be worth recording
+
 
 class DenoiseStage:
     def __init__(
@@ -30,12 +32,16 @@ class DenoiseStage:
         device: torch.device,
         checkpoint_seconds: float | None = None,
         forwards: "type[PipelineForwards] | None" = None,
+        cuda_graphs: bool = True,
     ) -> None:
-        """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made."""
+        """Checkpoints are at least so many seconds apart; 0: one at every step; None: none are made.
+
+        CUDA graphs are recorded where GPUs wait for their host.
+        """
         self.loaded, self.pipeline, self.device = loaded, loaded.pipeline, device
         self.residencies = tuple(loaded.residencies.values())
         self.checkpoint_seconds, self._forwards = checkpoint_seconds, forwards or PipelineForwards
-        self.split = loaded.split
+        self.split, self.cuda_graphs = loaded.split, cuda_graphs
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the record of the stages so far as shapes, with what the pipeline would have decoded.
@@ -84,11 +90,22 @@ class DenoiseStage:
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
                 forwards = self._forwards(self, residency.module, recipe, tensors, record, begins)
-                stack.enter_context(residency.job(forwards, in_steps=not is_rank()))
+                stack.enter_context(residency.job(forwards, in_steps=not is_rank(), kind=self.kind_of_job(recipe)))
             else:
+                kind = self.kind_of_job(recipe)
                 for residency in self.residencies:
-                    stack.enter_context(residency.job(None, in_steps=not is_rank()))
+                    stack.enter_context(residency.job(None, in_steps=not is_rank(), kind=kind))
             yield
+
+    def kind_of_job(self, recipe: Recipe) -> Hashable:
+        """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
+        if not self.cuda_graphs or recipe.steps < LEAST_STEPS:
+            return None
+        return (
+            type(self.loaded.pipeline_for(recipe)), recipe.width, recipe.height, recipe.frames, recipe.num_images,
+            recipe.guidance, recipe.cfg_scale, recipe.max_sequence_length, recipe.loras, recipe.ip_scale,
+            tuple(recipe.named_pictures), recipe.settings,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def course(

@@ -99,6 +99,8 @@ class GpuLease:
         Between two forwards, when workspace is free. Return False, with all as it was, where there are not so many.
         """
         before, allocated = self._driver_bytes(), self._reserved()
+        for residency in self.residencies:
+            residency.graphs.drop()
         self._tidy()
         for residency in sorted(self.residencies, key=lambda residency: -residency.device_bytes):
             residency.lend(self._in_use() - self._bytes + size)

@@ -9,7 +9,7 @@ Longer than other files: swapping in and out, with all that has to be undone, is
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.weights.adapters import AdapterWeights
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
+from workers.weights.cuda_graphs import ForwardGraphs
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import host_weights, plain_parameters
 from workers.weights.lockstep import Lockstep, in_lockstep
@@ -78,6 +79,7 @@ class Residency:
         self.modulation: Modulation | None = None  # once a job has shown it
         self._precompute = Precompute([self], self.rows)
         self._lockstep = Lockstep(self.row_modules, device)
+        self.graphs = ForwardGraphs(module, device)
         self.compiled = False
         self.adapters = AdapterWeights(module, device, self._reserve)
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
@@ -209,6 +211,7 @@ class Residency:
         self.seconds = time.perf_counter() - start
 
     def _let_go(self) -> None:
+        self.graphs.drop()
         self._copy_stream.synchronize()
         self.adapters.let_go()
         for part in (self._ring, self._resident):
@@ -226,6 +229,7 @@ class Residency:
     def lend(self, size: int) -> None:
         """Let go of about `size` bytes of weights until `take_again`, if there are as many; between two forwards."""
         if self._resident:
+            self.graphs.drop()
             self._copy_stream.synchronize()
             self._resident.let_go(size)
 
@@ -245,10 +249,11 @@ class Residency:
         self.compiled = True
 
     @contextlib.contextmanager
-    def job(self, forwards: JobForwards | None, in_steps: bool = False) -> Iterator[None]:
+    def job(self, forwards: JobForwards | None, in_steps: bool = False, kind: Hashable = None) -> Iterator[None]:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too.
 
-        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights.
+        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights. Where all are in, jobs
+        of a `kind`, unless that is None, may use CUDA graphs: all that is not given to forwards is the same in them.
         """
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
@@ -269,9 +274,11 @@ class Residency:
                 ahead = stack.enter_context(self._run_ahead(forwards, self.modulation))
             elif forwards and forwards.whole and not precompute.learned:
                 stack.enter_context(precompute.watch(self.module))
-            if in_steps and self._ring and not getattr(self.module, "is_cache_enabled", False):
+            if in_steps and self._ring and not caches_steps(self.module):
                 may = ahead.knows if ahead else lambda count: True
                 stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
+            if kind is not None and self.state == "in" and self.graphs.can_record and not caches_steps(self.module):
+                stack.enter_context(self.graphs.job(kind, keep=ahead is None))
             yield
 
     @contextlib.contextmanager
@@ -310,6 +317,11 @@ class Residency:
         except BaseException:
             self.modulation = None
             raise
+
+
+def caches_steps(module: torch.nn.Module) -> bool:
+    """Return whether one of diffusers' step caches is on."""
+    return bool(getattr(module, "is_cache_enabled", False))
 
 
 def block_rows(module: torch.nn.Module) -> list[str]:

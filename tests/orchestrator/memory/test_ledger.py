@@ -620,6 +620,19 @@ def test_who_streams_more_than_needed_gets_more_room_if_several_tasks_wait_and_n
     assert [type(action) for action in decide_with(world, [task, task])] == [Assign]  # too little to be worth it
 
 
+def test_who_needs_a_little_more_to_stream_nothing_gets_it_once_nobody_waits() -> None:
+    world = one_gpu(60 * GB, FLUX)
+    need = FLUX["denoise"]
+    world.held["denoise"] = held(need.whole - GB // 10, need.weights - GB // 10)  # it has LoRAs beside its weights now
+    task = ("a", need.workspace, 0)
+    assert [type(action) for action in decide_with(world, [task])] == [Assign]
+    (lend,) = decide_with(world, [])
+    assert isinstance(lend, ChangeLease)
+    assert (lend.worker, lend.bytes, lend.weight_bytes) == ("denoise", need.whole, need.weights)
+    world.held["denoise"] = held(need.whole, need.weights)
+    assert decide_with(world, []) == []
+
+
 def test_a_free_gpu_is_used_before_anybody_must_go() -> None:
     workers = {"denoise-0": FLUX["denoise"], "denoise-1": FLUX["denoise"], "text": FLUX["text"], "vae": FLUX["vae"]}
     world = World({0: 40 * GB, 1: 30 * GB}, workers, {"denoise-0": (0,), "denoise-1": (1,), "text": (0,), "vae": (1,)})

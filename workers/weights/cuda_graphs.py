@@ -1,0 +1,268 @@
+"""CUDA graphs of a denoiser's forward, for jobs whose host takes longer to launch its kernels than the GPU to run them.
+
+A graph launches the kernels of a forward that was recorded, all at once and with the same memory, so that the results
+have the same bits. That is seen rather than believed: before a graph is used it must give, for the next forward's
+arguments, exactly what that forward gives without it. Whatever can't be recorded, or gives anything else, is run as
+ever.
+
+Several processes that compute together have to run the same forwards, so they agree on each decision.
+"""
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from workers.errors import FORGIVEN, cause_of, let_go, refusals, release_memory
+from workers.weights.forward_trace import Call, same, standing_in
+from workers.weights.lockstep import KERNELS, copy_of
+
+log = logging.getLogger(__name__)
+
+HOST_BOUND = 0.9  # of a forward's time that its host is busy with it: then the GPU waits for its host
+MOST_GRAPHS = 8  # at once
+MOST_KINDS = 64  # of forwards that are remembered
+PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
+
+Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+"""Record a forward, without running it; return what runs it again, and the result that it writes each time."""
+
+
+@dataclass(slots=True)
+class Graph:
+    inputs: list[torch.Tensor]
+    launch: Callable[[], None]
+    result: Any  # written anew by each launch
+
+    def __call__(self, call: Call) -> Any:
+        torch._foreach_copy_(self.inputs, tensors_of(call))
+        self.launch()
+        return copy_of(self.result)
+
+
+class ForwardGraphs:
+    """The graphs of one module's forwards, by kind: equal kinds differ only in what their tensors hold."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        device: torch.device,
+        record: Record | None = None,
+        agree: Callable[[bool], bool] | None = None,
+    ) -> None:
+        """`record` is the GPU's own unless given; `agree` gives what all processes that compute together say."""
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        self._module, self._device = module, device
+        self._record = record or (cuda_recorder(device) if device.type == "cuda" else None)
+        self._agree = agree or functools.partial(all_agree, device)
+        self._off = False  # for good: something could not be recorded
+        self._graphs: dict[Hashable, Graph] = {}
+        self._seen: set[Hashable] = set()  # kinds that were run, whose kernels are loaded
+        self._proven: set[Hashable] = set()  # kinds whose graphs gave the same bits
+        self._worth: dict[Hashable, bool] = {}  # by the kind of job
+        self._job: Hashable = None  # the kind of the present one, or the last
+        self._places: list[int] = []  # where the weights were when graphs were recorded
+        self._moved = False  # since, and maybe back
+        self._keep, self._forwards = True, 0  # of the present job
+
+    @property
+    def can_record(self) -> bool:
+        return self._record is not None and not self._off
+
+    def drop(self) -> None:
+        """Let go of all graphs and their memory, since weights are about to move; between two forwards."""
+        self._moved = True
+        self._clear()
+
+    def _clear(self) -> None:
+        if self._graphs:
+            self._graphs.clear()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            release_memory()
+
+    @contextlib.contextmanager
+    def job(self, kind: Hashable, keep: bool = True) -> Iterator[None]:
+        """Surround a job with the weights in place. Jobs of one `kind` differ in prompts, seeds and pictures alone.
+
+        Without `keep` its graphs go with it: something that they read does.
+        """
+        places = [place_of(parameter) for parameter in self._module.parameters()]
+        stays = keep and kind == self._job and places == self._places and not self._moved
+        if not self._agree(stays):
+            self._clear()
+        self._job, self._places, self._moved, self._keep, self._forwards = kind, places, False, keep, 0
+        forward = self._module.forward
+        with standing_in(self._module, functools.wraps(forward)(functools.partial(self._run, forward))):
+            try:
+                yield
+            finally:
+                if not keep:
+                    self._clear()
+
+    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        call, self._forwards = Call(args, kwargs), self._forwards + 1
+        kind = None if self._off else self._kind_of(call)
+        if kind is None or (not self._keep and self._forwards == 1):  # which leaves what the others read
+            return forward(*args, **kwargs)
+        if kind in self._graphs:
+            return self._graphs[kind](call) if kind in self._proven else self._prove(forward, kind, call)
+        if not self._keep and self._graphs:  # what they read may be somewhere else from now on
+            self._clear()
+            self._worth[self._job] = False
+        if kind in self._proven and self._worth.get(self._job):
+            if self._try_to_record(forward, kind, call):
+                return self._graphs[kind](call)
+        elif kind not in self._seen:  # the first one loads kernels, and has what follows from that
+            if len(self._seen) >= MOST_KINDS:
+                self._seen.clear()
+                self._proven.clear()
+                self._worth.clear()
+            self._seen.add(kind)
+        elif self._job not in self._worth:
+            result = self._timed(forward, call)
+            if self._worth[self._job]:
+                self._try_to_record(forward, kind, call)
+            return result
+        elif self._worth[self._job]:
+            result = forward(*args, **kwargs)
+            self._try_to_record(forward, kind, call)
+            return result
+        return forward(*args, **kwargs)
+
+    def _kind_of(self, call: Call) -> Hashable:
+        """Return all of a job's call but what its tensors hold; None for one that can't be recorded."""
+        try:
+            return self._job, kind_of([call.args, dict(call.kwargs)], self._device)
+        except Unrecordable:
+            return None
+
+    def _timed(self, forward: Callable[..., Any], call: Call) -> Any:
+        """Run a forward, and find out who waits for whom, the host or its GPU."""
+        self._finish()
+        start = time.perf_counter()
+        result = forward(*call.args, **call.kwargs)
+        launched = done = time.perf_counter() - start
+        if self._device.type == "cuda":
+            self._finish()
+            done = time.perf_counter() - start
+        self._worth[self._job] = self._agree(launched >= HOST_BOUND * done)
+        log.info("a forward takes its host %.1f ms to launch, and %.1f ms in all: CUDA graphs are %s",
+                 launched * 1e3, done * 1e3, "worth it" if self._worth[self._job] else "not worth it")  # fmt: skip
+        return result
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _try_to_record(self, forward: Callable[..., Any], kind: Hashable, call: Call) -> bool:
+        """Record a forward, if that can be done; else none is tried any more, for want of memory in such jobs alone."""
+        assert self._record
+        while len(self._graphs) >= MOST_GRAPHS:
+            del self._graphs[next(iter(self._graphs))]
+        refused, start, found, broken = refusals(), time.perf_counter(), None, False
+        try:
+            args, kwargs = copy_of([call.args, dict(call.kwargs)])
+            launch, result = self._record(functools.partial(forward, *args, **kwargs))
+            found = Graph(tensors_of(Call(args, kwargs)), launch, result)
+            del args, kwargs, launch, result
+        except torch.OutOfMemoryError as error:
+            let_go(error)
+        except Exception as error:  # whatever a forward does that no graph can
+            log.info("no CUDA graph of %s can be made: %s", type(self._module).__name__, cause_of(error))
+            broken = True
+            let_go(error)
+        short = refusals() > refused
+        if self._agree(found is not None and not short) and found:
+            self._graphs[kind] = found
+            log.info("a CUDA graph was recorded in %.3f s", time.perf_counter() - start)
+            return True
+        self._off = not self._agree(not broken)
+        del found
+        if short:
+            log.info("there is too little memory for a CUDA graph")
+            FORGIVEN.add(refused)
+        self._worth[self._job] = False
+        release_memory()
+        return False
+
+    def _prove(self, forward: Callable[..., Any], kind: Hashable, call: Call) -> Any:
+        """Compare a graph's result with the forward's own, one after the other, since both take their memory."""
+        got = self._graphs[kind](call)
+        self._clear()
+        result = forward(*call.args, **call.kwargs)
+        if self._agree(same_leaves(got, result)):
+            self._proven.add(kind)
+        else:
+            log.warning(
+                "a CUDA graph of %s gives other bits than its forward; none is used", type(self._module).__name__
+            )
+            self._off = True
+        return result
+
+
+class Unrecordable(Exception):
+    """Not an error: arguments that no graph can have."""
+
+
+def kind_of(value: Any, device: torch.device) -> Hashable:
+    """Return all of a value but what its tensors hold; Unrecordable."""
+    match value:
+        case torch.Tensor():
+            if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device != device or value.requires_grad:
+                raise Unrecordable
+            if device.type == "cuda" and value.data_ptr() % KERNELS:
+                raise Unrecordable
+            return value.dtype, value.shape, value.stride()
+        case list() | tuple():
+            return type(value), tuple(kind_of(item, device) for item in value)
+        case dict():
+            return dict, tuple((key, kind_of(item, device)) for key, item in value.items())
+    if isinstance(value, PLAIN):
+        return type(value), value
+    raise Unrecordable
+
+
+def cuda_recorder(device: torch.device) -> Record:
+    """Return what records forwards on a GPU, all of them in one pool of memory: results are copied out at once."""
+    pool: list[Any] = []
+
+    def record(forward: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        with torch.cuda.device(device):
+            pool[:] = pool or [torch.cuda.graph_pool_handle()]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
+                result = forward()
+        return graph.replay, result
+
+    return record
+
+
+def all_agree(device: torch.device, said: bool) -> bool:
+    """Return whether all processes that compute together say so; what was said, where there is but one."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return said
+    count = torch.tensor(int(said), device=device)
+    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
+    return bool(count.item())
+
+
+def tensors_of(call: Call) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves([call.args, dict(call.kwargs)]) if isinstance(leaf, torch.Tensor)]
+
+
+def same_leaves(one: Any, other: Any) -> bool:
+    return same(tree_leaves(one), tree_leaves(other))
+
+
+def place_of(parameter: torch.Tensor) -> int:
+    """Return where a parameter's memory begins; of those that are made of several tensors, which one it is."""
+    plain = type(parameter.data) is torch.Tensor
+    return parameter.data_ptr() if plain else id(parameter)
