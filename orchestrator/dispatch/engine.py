@@ -139,7 +139,8 @@ class Engine:
         self.leasing.moved()
         if reason := self.leasing.hopeless(worker):
             keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.model)
-            if not self.dispatch.start_anew(keeping, f"room for {worker.hello.name}"):
+            mended = self.dispatch.start_anew(keeping, f"room for {worker.hello.name}")
+            if not mended and not self.dispatch.let_another_rest(worker.model):
                 self._give_up(worker, reason)
         if ready.current_task is None:
             self.job_queue.seconds.end(worker.id)

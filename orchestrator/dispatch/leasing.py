@@ -305,6 +305,9 @@ class Leasing:
     def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
         """Judge by what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
         key = ModelKey.of_recipe(recipe)
+        gpus = {gpu for worker in self._fleet if worker.model == key for gpu in worker.gpus}
+        if any(worker.model != key and gpus & {*worker.gpus} for worker in self._fleet):
+            return  # another model may rest, and leave the memory of its contexts
         processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
         for stage in STAGES:
             reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]

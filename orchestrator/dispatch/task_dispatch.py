@@ -13,7 +13,7 @@ from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
-from orchestrator.job import LiveJob
+from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import kept_name
 from orchestrator.scheduling.snapshot import Assign, ChangeLease, Place, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
@@ -69,6 +69,8 @@ class TaskDispatch:
         self._hold_until = 0.0  # monotonic seconds
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
+        self.to_rest: list[ModelKey] = []  # models that others need the GPU memory of
+        self._told_to_rest: set[str] = set()  # ids of their workers
 
     def hold(self) -> None:
         """Hand out nothing for a moment."""
@@ -177,14 +179,37 @@ class TaskDispatch:
     # -- where nothing moves --------------------------------------------------------------------
 
     def _end_standstill(self, places: Sequence[Place]) -> None:
-        """End a standstill: start workers anew that keep memory; else let the first tasks fail, with the reason."""
+        """End a standstill: start workers anew that keep memory, or let another model rest.
+
+        Else the first tasks fail, with the reason.
+        """
         self._leasing.moved()
         firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
         if any(self.start_anew(self._leasing.accounts.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
+        if any(self.let_another_rest(model) for (_, model), _ in firsts):
+            return
         for (stage, model), job_id in firsts:
             job = self._job_queue.jobs[job_id]
             self.blame(job, f"{self._leasing.accounts.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+
+    def let_another_rest(self, model: ModelKey) -> bool:
+        """Have a model rest whose processes are on a model's GPUs and have no job: the one that had none for longest.
+
+        Once each time that it is there; return whether there was one.
+        """
+        here = [worker for worker in self._fleet if not worker.process.key]
+        gpus = {gpu for worker in here if worker.model == model for gpu in worker.gpus}
+        beside = [worker for worker in here if worker.model != model and gpus & {*worker.gpus}]
+        idle = [w for w in beside if not self._job_queue.by_model[w.model] and w.id not in self._told_to_rest]
+        if not idle:
+            return False
+        since = {other: max(w.idle_since for w in idle if w.model == other) for other in {w.model for w in idle}}
+        other = min(since, key=lambda one: since[one])
+        self._told_to_rest = {w.id for w in here if w.id in self._told_to_rest or w.model == other}
+        log.info("model %s is to rest: another one finds too little GPU memory beside it", other.revision)
+        self.to_rest.append(other)
+        return True
 
     def start_anew(self, workers: Iterable[Worker], why: str) -> bool:
         """Have processes replaced that keep memory which they should have given back; no job is to blame.

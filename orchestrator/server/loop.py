@@ -97,6 +97,7 @@ class Server:
                 self._end_floods()
                 self._supervisor.replace(self.engine.dispatch.to_restart)
                 self._supervisor.roll()
+                self._rests.let_rest(self.engine.dispatch.to_rest)
                 self._rests.see_to_it()
                 self._probe()
                 self._settle()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from orchestrator.dispatch.catalogue import CatalogueEntry
 from orchestrator.dispatch.engine import Engine
+from orchestrator.job import ModelKey
 from orchestrator.server.supervisor_link import SupervisorLink
 from protocol.errors import Conflict
 from protocol.messages.supervisor import RestingModel
@@ -56,6 +57,14 @@ class ModelRests:
             elif after is not None and name not in self._resting and now - self._used.setdefault(name, now) >= after:
                 self._used[name] = now  # if it isn't done by then, it is told again
                 self._supervisor.wake(name, rest=True)
+
+    def let_rest(self, models: list[ModelKey]) -> None:
+        """End the workers of models whose memory others need, unless they have jobs by now; empties the list."""
+        while models:
+            key = models.pop()
+            for entry in [entry for entry in self._engine.catalogue.entries if entry.key == key]:
+                if not self._jobs(entry) and entry.name not in self._resting:
+                    self._supervisor.wake(entry.name, rest=True)
 
     def _ask(self, name: str) -> None:
         now = self._clock()

@@ -218,8 +218,8 @@ def kind_of(value: Any, device: torch.device) -> Hashable:
         case torch.Tensor():
             if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device != device or value.requires_grad:
                 raise Unrecordable
-            if device.type == "cuda" and value.data_ptr() % KERNELS:
-                raise Unrecordable
+            if device.type == "cuda" and value.nbytes > KERNELS and value.data_ptr() % KERNELS:
+                raise Unrecordable  # its kernels may be others than those of a copy
             return value.dtype, value.shape, value.stride()
         case list() | tuple():
             return type(value), tuple(kind_of(item, device) for item in value)

@@ -4,7 +4,7 @@ driven without sockets by workers that keep bytes, grow, leak, refuse leases and
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hypothesis import given
@@ -30,11 +30,12 @@ from orchestrator.scheduling.snapshot import (
     Snapshot,
     WaitingTask,
 )
-from orchestrator.settings import OrchestratorSettings
+from orchestrator.settings import ModelSettings, OrchestratorSettings
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
 from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import JobRequest
+from protocol.messages.describer import DescriberHello
 from protocol.messages.worker import (
     Borrow,
     Leased,
@@ -47,6 +48,7 @@ from protocol.messages.worker import (
     TaskFailed,
     WorkerHello,
 )
+from protocol.model import ModelDescription
 from protocol.stages import STAGES, USUAL_NEXT, Stage
 from tests.chance import examples
 from tests.fakes import MODEL, OUTPUTS
@@ -70,6 +72,7 @@ class Sim:
     lends: bool = True
     dies: int = 0  # times, with something lent
     dies_at_work: int = 0  # times
+    model: ModelDescription = MODEL
     lent: int = 0
     asked: int = 0  # to be lent in the next round
     lease: Lease = NOTHING
@@ -94,6 +97,7 @@ class World:
     now: float = 0.0
     orders: int = 0
     restarts: int = 0
+    rested: int = 0  # workers of models that others found no room beside
     questions: int = 0
     dead: list[ProcessId] = field(default_factory=list)  # processes that are known to have ended in the next round
     _identities: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -102,7 +106,9 @@ class World:
         store = Store(None, self.folder)
         self.outbox = Outbox()
         account = Account(self.budget, used=self.used if self.driver else lambda: None)
-        settings = OrchestratorSettings(queue_limit=1000)
+        names = list(dict.fromkeys(sim.model.model for sim in self.sims))
+        models = tuple(ModelSettings(name=name, model=name) for name in names)
+        settings = OrchestratorSettings(queue_limit=1000, models=models)
         at_once = RetryDelays((0.0,))
         self.engine = Engine(store, self.outbox, settings, {GpuId("h", 0): account}, self.folder, at_once)
         self.engine.leasing._standstill = Standstill(lambda: self.now)
@@ -119,9 +125,9 @@ class World:
         number = next(self._identities)
         hello = WorkerHello(
             name=f"{sim.stage}-1", stage=sim.stage, pid=1000 + number, host="h", device="cuda", dtype="float32",
-            model=MODEL, gpus=(0,),
+            model=sim.model, gpus=(0,),
         )  # fmt: skip
-        self.engine.catalogue.learn(hello)
+        self.engine.catalogue.learn(DescriberHello(name=sim.model.model, pid=1, model=sim.model, dtype="float32"))
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
         sim.lease, sim.kept, sim.lent, sim.asked = NOTHING, 0, 0, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
@@ -159,6 +165,14 @@ class World:
             self.restarts += 1
             self.start_anew(next(s for s in self.sims if s.worker and s.worker.hello.name == name))
         self.engine.dispatch.to_restart.clear()
+        for model in self.engine.dispatch.to_rest:
+            for sim in [s for s in self.sims if s.worker and s.worker.model == model]:
+                self.rested += 1
+                assert sim.worker
+                self.engine.dismiss_worker(sim.worker)
+                self.engine.leasing.buried(sim.worker.process)
+                self.sims.remove(sim)
+        self.engine.dispatch.to_rest.clear()
 
     def start_anew(self, sim: Sim) -> None:
         assert sim.worker
@@ -319,6 +333,15 @@ def test_the_smallest_input_of_leases_that_spin(tmp_path: Path) -> None:
     (lend,) = decide(snapshot)
     assert isinstance(lend, ChangeLease)
     assert (lend.worker, lend.bytes) == ("denoise", available)
+
+
+def test_a_model_without_jobs_rests_where_its_contexts_leave_another_no_room(tmp_path: Path) -> None:
+    other = MODEL.model_copy(update={"model": "other", "revision": "other"})
+    idle = [replace(sim, model=other, context=GB) for sim in three(least=GB)]
+    world = World(12 * GB, [*three(least=8 * GB), *idle], tmp_path)
+    jobs = world.run(world.submit(2), 500)
+    assert [job.state for job in jobs] == ["done"] * 2
+    assert world.rested == 3
 
 
 def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: Path) -> None:
