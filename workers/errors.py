@@ -59,6 +59,12 @@ NO_HOST_MEMORY = (  # in errors of libraries; the last one is oneDNN's
 )  # fmt: skip
 
 
+def found_no_host_memory(error: BaseException) -> bool:
+    """Return whether an error, or what caused it, says that its host gave this process no more memory."""
+    known = isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_HOST_MEMORY)
+    return known or (error.__cause__ is not None and found_no_host_memory(error.__cause__))
+
+
 def cause_of(error: BaseException) -> str:
     """Return one line that names what went wrong, down to the first cause."""
     parts = [f"{type(error).__name__}: {error}".splitlines()[0].strip().rstrip(":")]
@@ -69,6 +75,6 @@ def cause_of(error: BaseException) -> str:
         parts.append(
             "a smaller picture, fewer a job, or more memory for this stage (--budget, --max-memory) would help"
         )
-    elif isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_HOST_MEMORY):
+    elif found_no_host_memory(error):
         parts.append("this process found no more memory on its host; a smaller picture, or fewer a job, would help")
     return "; ".join(parts)[:2000]

@@ -55,6 +55,7 @@ class Worker:
     context_bytes: tuple[int, ...] = ()
     refused: int | None = None  # bytes of the smallest lease that it could not take
     loan: Literal["", "asked", "given"] = ""  # of its lease
+    lent_at: float = 0.0  # monotonic seconds, when it was given
     lendable_bytes: int = 0  # of weights that it can let go between two steps, as it has told
     refused_loan: int | None = None  # bytes of the smallest loan that it could not give
 
@@ -135,7 +136,8 @@ class Fleet:
             worker.moved = self.clock()
 
     def lent(self, worker: Worker, size: int) -> None:
-        worker.loan, worker.moved = "given" if size else "", self.clock()
+        worker.loan, worker.lent_at = "given" if size else "", self.clock()
+        worker.moved = worker.lent_at
 
     def return_loan(self, worker: Worker) -> None:
         worker.loan, worker.moved = "", self.clock()

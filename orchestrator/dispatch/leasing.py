@@ -169,6 +169,7 @@ class Leasing:
                     expired=keep is not None and resting is not None and now - resting >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
                     lendable=self._lendable(worker, holdings[0], demands[holdings[0].gpu]), loan=holdings[0].loan,
+                    lent_for=now - worker.lent_at if worker.loan == "given" else 0.0,
                 )
             )  # fmt: skip
         return found

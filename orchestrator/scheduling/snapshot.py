@@ -62,6 +62,7 @@ class LeasedWorker:
     refused: int | None = None  # bytes of the smallest lease that it could not take
     lendable: int = 0  # bytes of its lease that it may lend
     loan: Loan | None = None  # until it is over it gets no task, and no other lease
+    lent_for: float = 0.0  # seconds since it was given
 
     @property
     def lease(self) -> int:

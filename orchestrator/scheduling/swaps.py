@@ -80,6 +80,8 @@ class Swaps:
 
     def plan(self) -> None:
         for want in self.wants:
+            if self._called_back(want.holder):
+                continue  # what it has borrowed was lent for long enough
             if not self._grant(want) and not self._borrow(want):
                 self._make_room(want)
         wanting = {want.holder.id for want in self.wants}
@@ -195,15 +197,35 @@ class Swaps:
         return True
 
     def _goes_first(self, lender: LeasedWorker, want: Want) -> bool:
-        """Return whether a lender can do its next task before a task for which it would lend."""
-        tasks = self.snapshot.waiting.get((lender.stage, lender.model), ())[:1]
-        able = any(task.distance <= want.task.distance and lender.covers(task) for task in tasks)
-        return able and not self._overdue(want)
+        """Return whether a lender can do its next task before a task for which it would lend.
+
+        That is one no further from its end; or one that waits too long, and longer.
+        """
+        tasks = [
+            task for task in self.snapshot.waiting.get((lender.stage, lender.model), ())[:1] if lender.covers(task)
+        ]
+        nearer = any(task.distance <= want.task.distance for task in tasks) and not self._overdue(want)
+        return nearer or any(task.waited > max(self.patience, want.task.waited) for task in tasks)
+
+    def _called_back(self, holder: LeasedWorker) -> bool:
+        """Return whether a borrower works in what was lent for longer than its lender, which has work, has patience."""
+        return any(
+            self._size(holder, gpu).borrows and self._wants_back(lender)
+            for lender in self.holders if lender.loan and lender.id != holder.id
+            for gpu in lender.demands if gpu in holder.demands
+        )  # fmt: skip
+
+    def _wants_back(self, lender: LeasedWorker) -> bool:
+        """Return whether a lender has lent for longer than its patience, while it has something to do."""
+        waits = bool(self.snapshot.waiting.get((lender.stage, lender.model)))
+        given = lender.loan is not None and lender.loan.given
+        return given and lender.lent_for > self.patience and (waits or lender.id not in self.idle)
 
     def _return_loans(self) -> None:
         """Return what nobody needs any more, once it is free again.
 
-        What borrowers' processes keep, and what other programs took meanwhile, the lender does without.
+        What borrowers' processes keep, and what other programs took meanwhile, the lender does without. Where borrowers
+        always have more to do, they give it back all the same once the lender's patience has ended.
         """
         for lender in [holder for holder in self.holders if holder.loan and holder.loan.given]:
             for gpu in lender.demands:
@@ -216,9 +238,13 @@ class Swaps:
                     self.loans.append(ReturnLoan(lender.id, missing))
                     continue
                 rest = {want.holder.id for want in self.wants} | (self.idle - {*self.working})
-                for holder in self._idle_holders():
-                    if holder in borrowers and holder.id in rest:  # or the loan is too small for what it has to do
-                        self._take_back(holder)
+                for holder in self._in_lease():
+                    if holder not in borrowers:
+                        continue
+                    if holder.id in self.idle and (holder.id in rest or self._called_back(holder)):
+                        self._take_back(holder)  # or the loan is too small for what it has to do
+                    elif self._called_back(holder):
+                        self.yielding.add(holder.id)
 
     def _above(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         """Return whether a worker holds more of a GPU than it may keep whatever others do."""

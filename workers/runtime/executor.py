@@ -37,7 +37,16 @@ from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
 from protocol.wire import MAX_FRAME_BYTES
-from workers.errors import FORGIVEN, Cancelled, StageError, WeightsLost, cause_of, refusals, release_memory
+from workers.errors import (
+    FORGIVEN,
+    Cancelled,
+    StageError,
+    WeightsLost,
+    cause_of,
+    found_no_host_memory,
+    refusals,
+    release_memory,
+)
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
 from workers.stages.batch import BatchedDenoiseStage
@@ -289,6 +298,8 @@ class Executor:
             self._emit((TaskFailed(**key, reason=cause_of(error), retry=retry, out_of_memory=short), []))
             if isinstance(error, OSError) and error.errno in OUT_OF_FILES:
                 raise StartAnew(f"this process can open nothing more: {error.strerror}") from error
+            if found_no_host_memory(error):
+                raise StartAnew("a library found no more memory on its host, and may go on without it") from error
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
             result = Result(

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ MOST_GRAPHS = 8  # at once
 MOST_KINDS = 64  # of forwards that are remembered
 PLAIN = (bool, int, float, str, torch.dtype, torch.device, type(None))
 
-Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+Record = Callable[[functools.partial[Any]], tuple[Callable[[], None], Any]]
 """Record a forward, without running it; return what runs it again, and the result that it writes each time."""
 
 
@@ -126,14 +127,11 @@ class ForwardGraphs:
                 self._proven.clear()
                 self._worth.clear()
             self._seen.add(kind)
-        elif self._job not in self._worth:
-            result = self._timed(forward, call)
+        elif self._worth.get(self._job, True):
+            kept = Call(*copy_of([args, kwargs]))  # before the forward, which may take from lists that it is given
+            result = forward(*args, **kwargs) if self._job in self._worth else self._timed(forward, call)
             if self._worth[self._job]:
-                self._try_to_record(forward, kind, call)
-            return result
-        elif self._worth[self._job]:
-            result = forward(*args, **kwargs)
-            self._try_to_record(forward, kind, call)
+                self._try_to_record(forward, kind, kept)
             return result
         return forward(*args, **kwargs)
 
@@ -169,10 +167,11 @@ class ForwardGraphs:
             del self._graphs[next(iter(self._graphs))]
         refused, start, found, broken = refusals(), time.perf_counter(), None, False
         try:
-            args, kwargs = copy_of([call.args, dict(call.kwargs)])
-            launch, result = self._record(functools.partial(forward, *args, **kwargs))
-            found = Graph(tensors_of(Call(args, kwargs)), launch, result)
-            del args, kwargs, launch, result
+            static = Call(*copy_of([call.args, dict(call.kwargs)]))
+            inputs = tensors_of(static)
+            launch, result = self._record(functools.partial(forward, *static.args, **static.kwargs))
+            found = Graph(inputs, launch, result)
+            del static, inputs, launch, result
         except torch.OutOfMemoryError as error:
             let_go(error)
         except Exception as error:  # whatever a forward does that no graph can
@@ -231,15 +230,24 @@ def kind_of(value: Any, device: torch.device) -> Hashable:
 
 
 def cuda_recorder(device: torch.device) -> Record:
-    """Return what records forwards on a GPU, all of them in one pool of memory: results are copied out at once."""
-    pool: list[Any] = []
+    """Return what records forwards on a GPU. All graphs that are there share their memory: results are copied out."""
+    last: list[weakref.ref[torch.cuda.CUDAGraph]] = []
 
-    def record(forward: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        with torch.cuda.device(device):
-            pool[:] = pool or [torch.cuda.graph_pool_handle()]
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool[0], capture_error_mode="thread_local"):
+    def record(forward: functools.partial[Any]) -> tuple[Callable[[], None], Any]:
+        graph, other = torch.cuda.CUDAGraph(), last[0]() if last else None
+        pool = None if other is None else other.pool()  # with its last graph a pool ends
+        generator = torch.cuda.default_generators[device.index]
+        before = generator.clone_state()
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
                 result = forward()
+        except BaseException:
+            generator.graphsafe_set_state(before)  # which a recording that failed leaves unusable
+            raise
+        last[:] = [weakref.ref(graph)]
         return graph.replay, result
 
     return record

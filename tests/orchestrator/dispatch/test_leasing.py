@@ -284,6 +284,7 @@ def test_a_process_on_several_gpus_has_one_lease_for_all_its_workers_that_change
         second = running.worker("denoise", name="d.2", part=1, **split).ready()
         lease = first.obey()
         assert [(lease.bytes, lease.weight_bytes) for lease in lease.leases] == [(9 * GB, 8 * GB)] * 2
+        first.settle()
         tasks = {worker.name: worker for worker in client.workers().workers if worker.stage == "denoise"}
         assert (tasks["d"].lease_bytes, tasks["d.2"].lease_bytes) == ((9 * GB, 9 * GB), ())
         one, other = first.take(), second.take()

@@ -121,6 +121,7 @@ class World:
     routes: dict[str, tuple[Stage, ...]] = field(default_factory=dict)  # by job: what is still to come
     loans: dict[str, Loan] = field(default_factory=dict)  # by lender
     lent: int = 0  # loans that there were
+    lent_since: dict[str, int] = field(default_factory=dict)  # by lender
     unable: set[str] = field(default_factory=set)  # to lend, as it turns out
     cannot_lend: set[str] = field(default_factory=set)  # as is known
     of: dict[str, str] = field(default_factory=dict)  # by job: the model, whose workers are named 'stage/model'
@@ -176,6 +177,7 @@ class World:
                 most=min((self.available[gpu] - self.needs[w].least) // self.hands(w) for gpu in self.gpus[w]),
                 lendable=self.lendable(w),
                 loan=self.loans.get(w),
+                lent_for=self.now - self.lent_since.get(w, self.now),
             )
             for w in self.needs
         }
@@ -220,8 +222,8 @@ class World:
             if worker in self.unable:
                 self.cannot_lend.add(worker)
                 del self.loans[worker]
-            else:
-                self.loans[worker] = replace(loan, given=True)
+            elif not loan.given:
+                self.loans[worker], self.lent_since[worker] = replace(loan, given=True), self.now
         for (worker, hand), doing in list(self.busy.items()):
             if worker in self.loans:
                 continue  # it goes on once it has back what it has lent
@@ -522,6 +524,21 @@ def test_no_model_starves_beside_another_that_always_has_jobs(world: World, ever
         world.tick()
     assert "one" in world.done
     assert any(job != "one" for job in world.done)
+
+
+def test_a_model_does_not_starve_by_what_it_lends_to_another_that_always_has_jobs() -> None:
+    moment, long = Need(1, 1, 0, momentary=True), Need(1, 1, 0, lends=True)
+    needs = {f"{stage}/{model}": moment for stage in ("text", "vae") for model in ("a", "b")}
+    needs |= {"denoise/a": long, "denoise/b": replace(long, workspace=151)}
+    world = World({0: 153}, needs, dict.fromkeys(needs, (0,)), patience=20.0)
+    world.of["one"] = "b"
+    world.queues["text"] = [("one", 0, 0)]
+    for number in range(200):
+        world.of[f"d{number}"] = "a"
+        world.queues.setdefault("denoise", []).append((f"d{number}", 0, world.now))
+        world.tick()
+    assert "one" in world.done
+    assert len(world.done) > 100
 
 
 def test_two_denoisers_take_turns_unless_both_fit_whole() -> None:

@@ -1,12 +1,13 @@
 """CUDA graphs of forwards: used only where they give the bits of the forward itself, and never once weights moved."""
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from protocol.job import JobRequest
 from protocol.recipe import resolve
@@ -35,7 +36,11 @@ class Tape:
     def places(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.module.parameters()]
 
-    def __call__(self, forward: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def __call__(self, recorded: functools.partial[Any]) -> tuple[Callable[[], None], Any]:
+        def forward() -> Any:  # with the same tensors in lists of its own: only what is computed is recorded
+            args, kwargs = tree_map(lambda leaf: leaf, (recorded.args, recorded.keywords))
+            return recorded.func(*args, **kwargs)
+
         if self.full:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         self.recorded += 1
@@ -71,6 +76,13 @@ class Counting(Doubling):
 
     def result(self, latents: torch.Tensor) -> torch.Tensor:
         return latents * (self.weight + self.calls)
+
+
+class Taking(Doubling):
+    """It takes from a list that it is given."""
+
+    def forward(self, latents: torch.Tensor, residuals: list[torch.Tensor]) -> tuple[torch.Tensor]:  # type: ignore[override]
+        return (latents * self.weight + residuals.pop(0),)
 
 
 class Looking(Doubling):
@@ -145,6 +157,14 @@ def test_forwards_that_change_in_what_is_no_tensor_are_never_recorded() -> None:
     module_on_meta = [(torch.ones(1, device="meta"),)] * 4  # nor what lies elsewhere
     assert all(one.is_meta for one in job(graphs, module, module_on_meta))
     assert tape.recorded == 0
+
+
+def test_forwards_that_take_from_their_arguments_have_graphs_too() -> None:
+    module = Taking()
+    graphs = ForwardGraphs(module, CPU, tape := Tape(module))
+    steps = [(torch.tensor([step]), [torch.tensor([10.0 * step])]) for step in (1.0, 2.0, 3.0, 4.0, 5.0)]
+    assert job(graphs, module, steps) == numbers(12, 24, 36, 48, 60)
+    assert tape.launched == 3
 
 
 def test_without_memory_for_a_graph_jobs_of_that_kind_go_on_without() -> None:

@@ -183,6 +183,21 @@ def test_bits_of_a_library_that_was_short_of_memory_count_only_where_no_more_can
     assert isinstance(next_event(executor), StartAnew)
 
 
+def test_a_process_whose_library_found_no_host_memory_is_replaced(source: Source, start: Start) -> None:
+    """OneDNN went on without, in all jobs that followed."""
+
+    def without(*_: object) -> Measured:
+        raise StageError("it failed") from RuntimeError("could not create a primitive")
+
+    executor = start(lambda: (TextStage(load(source, "text", Devices(CPU), torch.float32), CPU), ()), run=without)
+    assert isinstance(next_of(executor), Ready)
+    executor.give(task(source, allow_tiling=True), ())
+    failed = next_of(executor)
+    assert isinstance(failed, TaskFailed)
+    assert "no more memory on its host" in failed.reason
+    assert isinstance(next_event(executor), StartAnew)
+
+
 def test_a_vae_does_not_tile_while_more_memory_can_be_had(source: Source, start: Start) -> None:
     stage = VaeStage(load(source, "vae", Devices(CPU, leased=True), torch.float32), CPU)
 
