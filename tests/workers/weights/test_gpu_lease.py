@@ -17,6 +17,7 @@ from tests import tiny
 from tests.records import before_denoising
 from tests.tiny import needs_gpus
 from tests.workers.worst_stream import worst_copy_stream
+from workers.errors import StageError
 from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import load
