@@ -6,6 +6,7 @@ tokenizer without its files would be an empty one, both in silence.
 """
 
 import contextlib
+import importlib.util
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,11 +22,12 @@ from protocol.stages import STAGES, Stage
 from workers.errors import cause_of
 from workers.models.single_file import check_single
 from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet, text_config
-from workers.models.source import Source, stages_of
+from workers.models.source import TORCHAO, Source, quantization_method, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
 
 UNSET_LENGTH = 10**12  # transformers' way of saying that a tokenizer knows no longest prompt
 FEW_POSITIONS = 1024  # an encoder with so many at most has a table of them, which a longer prompt leaves
+PART_OF_QUANTIZED = re.compile(r"\._(weight)_[a-z_]+$")  # in names of tensors, as torchao saves them
 MOST_TOLD = 3  # tensors of a component that are named
 
 
@@ -111,6 +113,9 @@ def check_component(source: Source, name: str, stages: Sequence[Stage] = STAGES)
             return
         files = weight_files(folder, source.index[name][0])
         tensors = headers_of(files)
+        if quantization_method(source, name):
+            compare_quantized(source, name, tensors, files.paths[0].name)
+            return
         compare = compare_diffusers if issubclass(cls, ModelMixin) else compare_transformers
         compare(source, name, cls, tensors, files.paths[0].name)
     else:
@@ -188,6 +193,22 @@ def compare_diffusers(source: Source, name: str, cls: Any, tensors: Mapping[str,
         },
         f"{name}/{file}",
     )
+
+
+def compare_quantized(source: Source, name: str, tensors: Mapping[str, StoredTensor], file: str) -> None:
+    """Compare what was saved quantized by the names of its tensors, each of which may be stored as several."""
+    method = quantization_method(source, name)
+    if method != TORCHAO:
+        raise Damaged(
+            f"{name}/config.json", f"says that its weights are quantized by {method}, which isn't taken",
+            "Take one of torchao's, a GGUF file (--transformer FILE.gguf), or the model itself with --quantize.",
+        )  # fmt: skip
+    if importlib.util.find_spec(TORCHAO) is None:
+        remedy = 'Install it: pip install "triptych[quantize]".'
+        raise Damaged(f"{name}/config.json", "says that its weights are quantized by torchao, which isn't here", remedy)
+    model: Any = on_meta(source, name)
+    stored = {PART_OF_QUANTIZED.sub(r".\1", tensor) for tensor in tensors}
+    judge({"missing_keys": model.state_dict().keys() - stored}, f"{name}/{file}")
 
 
 def judge(report: Mapping[str, Any], file: str) -> None:

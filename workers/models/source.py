@@ -7,6 +7,7 @@ weights downloaded.
 
 import contextlib
 import hashlib
+import json
 import logging
 import re
 import shutil
@@ -29,6 +30,7 @@ DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 LORAS = "loras"  # name of a folder of LoRAs in a model's own, which is no part of it
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
 DENOISERS, GGUF, PICKLES = ("transformer", "unet"), ".gguf", (".ckpt", ".pt", ".pth", ".bin")
+TORCHAO = "torchao"
 NOT_IN_FILES = ("safety_checker",)  # components that diffusers leaves out of a model that is one file
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NAME = re.compile(r"\w+")  # of a component, and its folder
@@ -72,6 +74,16 @@ class Source:
             return {}
         with explained(self.model, self.folder):
             return read_json(path)
+
+
+def quantization_method(source: Source, component: str) -> str:
+    """Return by what a component's weights were quantized before they were saved, as it says; empty if they weren't."""
+    try:
+        config = json.loads((source.folder_of(component) / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""  # which is for others to tell
+    found = config.get("quantization_config") if isinstance(config, dict) else None
+    return str(found.get("quant_method", "an unknown method")) if isinstance(found, dict) else ""
 
 
 def stages_of(component: str) -> tuple[Stage, ...]:

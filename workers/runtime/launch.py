@@ -4,16 +4,24 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import NoReturn
 
 from protocol.errors import BadRequest
-from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.process import LIFELINE, REPORT, end_with_parent, log_to_stderr, report_end
 from protocol.speedups import parse_speedup
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
+
+FRESH = "TRIPTYCH_FRESH_PROCESS"  # in the environment of one that has begun anew
+
+
+class NeedsFreshProcess(Exception):
+    """What this process was forked from has imported its libraries without one that the model needs."""
 
 
 def run(spec: WorkerSpec | DescriberSpec) -> int:
     """Be the process that a spec describes; the exit code, once it has ended by itself."""
+    inherited = {name: os.environ[name] for name in (LIFELINE, REPORT) if name in os.environ}
     end_with_parent()
     try:
         match spec:
@@ -21,6 +29,8 @@ def run(spec: WorkerSpec | DescriberSpec) -> int:
                 work(spec)
             case DescriberSpec():
                 describe(spec)
+    except NeedsFreshProcess:
+        begin_anew(spec, inherited)
     except BaseException as error:
         return report_end(error)
     finally:
@@ -38,6 +48,14 @@ def work(spec: WorkerSpec) -> None:
         from workers.runtime.worker import serve
 
     serve(spec)
+
+
+def begin_anew(spec: WorkerSpec | DescriberSpec, inherited: Mapping[str, str]) -> NoReturn:
+    """Be a new program in this process, with the same spec, that imports its libraries by itself."""
+    for descriptor in inherited.values():
+        os.set_inheritable(int(descriptor), True)
+    os.environ.update({**inherited, FRESH: "1"})
+    os.execv(sys.executable, [sys.executable, "-m", "workers.runtime", spec.model_dump_json()])
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from diffusers.utils import is_torchao_available
 
 from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
@@ -24,9 +25,10 @@ from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import Loaded, load
 from workers.models.skeleton import quiet
-from workers.models.source import Source, locate
+from workers.models.source import TORCHAO, Source, locate, quantization_method
 from workers.models.speedups import StageSpeedups
 from workers.runtime.executor import Executor, StageRunner
+from workers.runtime.launch import FRESH, NeedsFreshProcess
 from workers.runtime.ranks import Group, LeadStage, follow, form
 from workers.runtime.session import Session
 from workers.runtime.warmup import WarmUp
@@ -190,6 +192,9 @@ def prepare(spec: WorkerSpec) -> Prepared:
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = locate(spec.model, spec.stage)
+    quantized = {quantization_method(source, name) for name in source.components(spec.stage)}
+    if TORCHAO in quantized and FRESH not in os.environ and not is_torchao_available():
+        raise NeedsFreshProcess  # unless it isn't installed, which it will tell
     if (known := spec.description) and (known.model, known.revision) == (source.model, source.revision):
         return Prepared(spec, source, known, device, dtype)
     with quiet():
