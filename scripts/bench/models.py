@@ -78,7 +78,7 @@ def peak(cuda: bool) -> float:
 class ModelBench(StackBench):
     """Stacks of one model on one GPU."""
 
-    def card(self, budget: int, prompt: str, count: int) -> None:
+    def card(self, budget: int, prompt: str, count: int = QUEUE) -> None:
         scale = ["--cfg-scale", str(self.recipe["cfg_scale"])] if "cfg_scale" in self.recipe else []
         planned = self.plan(budget, *scale)
         foreign = self.used()

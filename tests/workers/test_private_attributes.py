@@ -28,6 +28,7 @@ NAMES = (  # that can be looked up as they are; what stands in parentheses in th
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.ops.aten._local_scalar_dense",
     "torch.utils.flop_counter.FlopCounterMode.get_flop_counts",
+    "torch.Generator.graphsafe_set_state",
     "torch.Tensor._version",
     "torch.Tensor.data",
     "torch.nn.Linear.forward",
