@@ -23,6 +23,7 @@ def write_lora(
     rank: int = 2,
     dtype: torch.dtype = torch.float32,
     metadata: dict[str, str] | None = None,
+    dora: bool = False,
 ) -> Lora:
     """Write a LoRA of a component's linear layers whose names end so; as a file named by its digest, as stacks do."""
     generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
@@ -32,6 +33,9 @@ def write_lora(
             down = torch.randn(rank, layer.in_features, generator=generator) * 0.3
             up = torch.randn(layer.out_features, rank, generator=generator) * 0.3
             tensors |= {f"{component}.{path}.lora_A.weight": down, f"{component}.{path}.lora_B.weight": up}
+            if dora:
+                magnitude = torch.rand(layer.out_features, generator=generator) + 0.5
+                tensors[f"{component}.{path}.lora_magnitude_vector"] = magnitude
     assert tensors
     return keep(tensors, folder, name, dtype, metadata)
 

@@ -34,7 +34,7 @@ IGNORED = re.compile(r"[Uu]nexpected keys|[Uu]nsupported keys|filter out|will be
 OF_LORA = re.compile(r"(^|[._])(lora|lokr)[_.]|\.alpha$")
 MOST_BYTES = 4 << 30  # of adapters in this process's memory
 MOST_RANK = 4096
-TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "lora_bias")
+TAKEN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules", "use_rslora", "use_dora", "lora_bias")
 LEFT_OUT = (  # of a file's own configuration: what says nothing, or what only training heeds
     "peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
     "init_lora_weights", "lora_dropout", "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying",
@@ -265,8 +265,6 @@ def check_keys(state_dict: Mapping[str, Any], components: Mapping[str, Any], cls
             raise BadRequest(f"{count} of its tensors are for no part of a {cls}")
         if not OF_LORA.search(key):
             raise BadRequest(f"it holds {key}, which is a weight of the model's own")
-        if "magnitude_vector" in key or "dora" in key:
-            raise BadRequest("it is a DoRA, which is not taken")
         if "lokr" in key and re.search(r"to_(added_)?qkv", key):
             raise BadRequest("it is a LoKr of fused layers, which are not taken")
 
@@ -300,7 +298,7 @@ def right(field: str, value: Any) -> bool:
             return all(isinstance(alpha, int | float) for alpha in value.values())
         case "target_modules", list() | tuple():
             return all(isinstance(name, str) for name in value)
-        case "use_rslora" | "lora_bias", bool():
+        case "use_rslora" | "use_dora" | "lora_bias", bool():
             return True
     return False
 

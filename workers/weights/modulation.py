@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from workers.errors import StageError
 from workers.weights.adapters import base_of
 from workers.weights.copy_stream import CopyStream, Mark
 from workers.weights.forward_trace import Call
@@ -55,6 +56,13 @@ class PrecomputedJob:
         self.call += 1
         if self.call >= len(self.vectors):
             self.vectors.append(self.catch_up(Call(args, kwargs)))
+
+
+def is_scaled(adapted: torch.nn.Module) -> bool:
+    """Return whether an active adapter of a layer is a DoRA, which reads the layer's own weights."""
+    magnitudes: Any = getattr(adapted, "lora_magnitude_vector", {})
+    active: Any = getattr(adapted, "active_adapters", ())
+    return any(name in magnitudes for name in active) and not getattr(adapted, "disable_adapters", False)
 
 
 class PrecomputedLayer(torch.nn.Module):
@@ -159,6 +167,11 @@ class Modulation:
             parent, _, leaf = name.rpartition(".")
             owner = self._module.get_submodule(parent)
             if isinstance(adapted := getattr(owner, leaf), torch.nn.Module) and hasattr(adapted, "base_layer"):
+                if module is not base_of(adapted) and is_scaled(adapted):
+                    raise StageError(
+                        "a DoRA changes layers that are computed ahead here, since the model is streamed; "
+                        "with more GPU memory for the denoiser it could be used"
+                    )
                 owner, leaf = adapted, "base_layer"  # what an adapter adds is computed as ever
             setattr(owner, leaf, module)
 

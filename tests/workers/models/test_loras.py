@@ -143,6 +143,27 @@ def test_any_order_of_jobs_streamed_and_with_modulation_ahead(deep: Path, tmp_pa
             denoiser.swap_in(int(share * denoiser.total_bytes))
 
 
+@pytest.mark.parametrize("share", [1.0, 0.55])
+def test_doras_have_the_plain_pipelines_bits_or_end_with_the_reason(deep: Path, tmp_path: Path, share: float) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(deep)
+    one = loras.write_lora(pipeline, tmp_path, "one", ATTENTION, dora=True)
+    other = loras.write_lora(pipeline, tmp_path, "other", ATTENTION, rank=4)
+    made = stack(deep, tmp_path, share)
+    (denoiser,) = made.by_name["denoise"].residencies
+    if share == 1.0:
+        denoiser.swap_in(denoiser.total_bytes + (1 << 20))
+    for used in ([one], [other], [one, other], [], [one]):
+        assert torch.equal(made.picture(used), made.plain(used))
+    assert not torch.equal(made.plain([one]), made.plain([]))
+    modulation = loras.write_lora(pipeline, tmp_path, "modulation", MODULATION, dora=True)
+    if share == 1.0:
+        assert torch.equal(made.picture([modulation]), made.plain([modulation]))
+        return
+    with pytest.raises(StageError, match="DoRA changes layers that are computed ahead"):
+        made.picture([modulation])
+    assert torch.equal(made.picture([other]), made.plain([other]))
+
+
 def test_weights_stay_within_the_budget_with_adapters_among_them(deep: Path, tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(deep)
     known = [loras.write_lora(pipeline, tmp_path, name, ATTENTION, rank=8) for name in ("one", "two", "three")]
@@ -206,7 +227,6 @@ def evil(folder: Path, files: Path) -> Iterator[tuple[Lora, str]]:
         {"layers_to_transform": [0]}, {"rank_pattern": {"x": 10**9}},
     ):  # fmt: skip
         yield of(next(iter(config)), {}, **config), f"asks for {next(iter(config))}"
-    yield of("dora", {f"{layer}.lora_magnitude_vector": torch.ones(inner)}), "DoRA"
 
 
 def test_a_file_that_would_change_more_than_adapters_is_refused(deep: Path, tmp_path: Path) -> None:
