@@ -99,7 +99,7 @@ class DenoiseStage:
 
     def kind_of_job(self, recipe: Recipe) -> Hashable:
         """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
-        if not self.cuda_graphs or recipe.steps < LEAST_STEPS:
+        if not self.cuda_graphs or recipe.steps < LEAST_STEPS or is_rank():
             return None
         return (
             type(self.loaded.pipeline_for(recipe)), recipe.width, recipe.height, recipe.frames, recipe.num_images,

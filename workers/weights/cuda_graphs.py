@@ -5,7 +5,7 @@ have the same bits. That is seen rather than believed: before a graph is used it
 arguments, exactly what that forward gives without it. Whatever can't be recorded, or gives anything else, is run as
 ever.
 
-Several processes that compute together have to run the same forwards, so they agree on each decision.
+Not for several processes that compute together: they would have to agree on each forward.
 """
 
 import contextlib
@@ -50,19 +50,12 @@ class Graph:
 class ForwardGraphs:
     """The graphs of one module's forwards, by kind: equal kinds differ only in what their tensors hold."""
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        device: torch.device,
-        record: Record | None = None,
-        agree: Callable[[bool], bool] | None = None,
-    ) -> None:
-        """`record` is the GPU's own unless given; `agree` gives what all processes that compute together say."""
+    def __init__(self, module: torch.nn.Module, device: torch.device, record: Record | None = None) -> None:
+        """`record` is the GPU's own unless given."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._module, self._device = module, device
         self._record = record or (cuda_recorder(device) if device.type == "cuda" else None)
-        self._agree = agree or functools.partial(all_agree, device)
         self._off = False  # for good: something could not be recorded
         self._graphs: dict[Hashable, Graph] = {}
         self._seen: set[Hashable] = set()  # kinds that were run, whose kernels are loaded
@@ -72,6 +65,7 @@ class ForwardGraphs:
         self._places: list[int] = []  # where the weights were when graphs were recorded
         self._moved = False  # since, and maybe back
         self._keep, self._forwards = True, 0  # of the present job
+        self._parts: list[torch.nn.Module] = []  # of the module, its submodules
 
     @property
     def can_record(self) -> bool:
@@ -96,10 +90,10 @@ class ForwardGraphs:
         Without `keep` its graphs go with it: something that they read does.
         """
         places = [place_of(parameter) for parameter in self._module.parameters()]
-        stays = keep and kind == self._job and places == self._places and not self._moved
-        if not self._agree(stays):
+        if not keep or kind != self._job or places != self._places or self._moved:
             self._clear()
         self._job, self._places, self._moved, self._keep, self._forwards = kind, places, False, keep, 0
+        self._parts = list(self._module.modules())[1:]
         forward = self._module.forward
         with standing_in(self._module, functools.wraps(forward)(functools.partial(self._run, forward))):
             try:
@@ -136,9 +130,13 @@ class ForwardGraphs:
         return forward(*args, **kwargs)
 
     def _kind_of(self, call: Call) -> Hashable:
-        """Return all of a job's call but what its tensors hold; None for one that can't be recorded."""
+        """Return all of a job's call but what its tensors hold; None for one that can't be recorded.
+
+        What is hooked on to the module's parts belongs to it: guiders that skip layers hook on to them in some steps.
+        """
+        hooked = hash(tuple(map(hooked_on, self._parts)))
         try:
-            return self._job, kind_of([call.args, dict(call.kwargs)], self._device)
+            return self._job, hooked, kind_of([call.args, dict(call.kwargs)], self._device)
         except Unrecordable:
             return None
 
@@ -151,7 +149,7 @@ class ForwardGraphs:
         if self._device.type == "cuda":
             self._finish()
             done = time.perf_counter() - start
-        self._worth[self._job] = self._agree(launched >= HOST_BOUND * done)
+        self._worth[self._job] = launched >= HOST_BOUND * done
         log.info("a forward takes its host %.1f ms to launch, and %.1f ms in all: CUDA graphs are %s",
                  launched * 1e3, done * 1e3, "worth it" if self._worth[self._job] else "not worth it")  # fmt: skip
         return result
@@ -165,7 +163,7 @@ class ForwardGraphs:
         assert self._record
         while len(self._graphs) >= MOST_GRAPHS:
             del self._graphs[next(iter(self._graphs))]
-        refused, start, found, broken = refusals(), time.perf_counter(), None, False
+        refused, start, found = refusals(), time.perf_counter(), None
         try:
             static = Call(*copy_of([call.args, dict(call.kwargs)]))
             inputs = tensors_of(static)
@@ -176,14 +174,13 @@ class ForwardGraphs:
             let_go(error)
         except Exception as error:  # whatever a forward does that no graph can
             log.info("no CUDA graph of %s can be made: %s", type(self._module).__name__, cause_of(error))
-            broken = True
+            self._off = True
             let_go(error)
         short = refusals() > refused
-        if self._agree(found is not None and not short) and found:
+        if found and not short:
             self._graphs[kind] = found
             log.info("a CUDA graph was recorded in %.3f s", time.perf_counter() - start)
             return True
-        self._off = not self._agree(not broken)
         del found
         if short:
             log.info("there is too little memory for a CUDA graph")
@@ -197,7 +194,7 @@ class ForwardGraphs:
         got = self._graphs[kind](call)
         self._clear()
         result = forward(*call.args, **call.kwargs)
-        if self._agree(same_leaves(got, result)):
+        if same(tree_leaves(got), tree_leaves(result)):
             self._proven.add(kind)
         else:
             log.warning(
@@ -229,6 +226,14 @@ def kind_of(value: Any, device: torch.device) -> Hashable:
     raise Unrecordable
 
 
+def hooked_on(part: torch.nn.Module) -> tuple[int, int, int, int]:
+    """Return what tells whether something else is run in a module's forward, or around it."""
+    own = part.__dict__
+    return (
+        id(own.get("forward")), id(own.get("processor")), len(own["_forward_hooks"]), len(own["_forward_pre_hooks"]),
+    )  # fmt: skip
+
+
 def cuda_recorder(device: torch.device) -> Record:
     """Return what records forwards on a GPU. All graphs that are there share their memory: results are copied out."""
     last: list[weakref.ref[torch.cuda.CUDAGraph]] = []
@@ -253,21 +258,8 @@ def cuda_recorder(device: torch.device) -> Record:
     return record
 
 
-def all_agree(device: torch.device, said: bool) -> bool:
-    """Return whether all processes that compute together say so; what was said, where there is but one."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return said
-    count = torch.tensor(int(said), device=device)
-    torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MIN)
-    return bool(count.item())
-
-
 def tensors_of(call: Call) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves([call.args, dict(call.kwargs)]) if isinstance(leaf, torch.Tensor)]
-
-
-def same_leaves(one: Any, other: Any) -> bool:
-    return same(tree_leaves(one), tree_leaves(other))
 
 
 def place_of(parameter: torch.Tensor) -> int:

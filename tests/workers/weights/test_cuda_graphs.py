@@ -159,6 +159,21 @@ def test_forwards_that_change_in_what_is_no_tensor_are_never_recorded() -> None:
     assert tape.recorded == 0
 
 
+def test_what_is_hooked_on_to_a_part_in_later_steps_is_heeded() -> None:
+    module = torch.nn.Sequential(torch.nn.Identity(), Doubling())
+    graphs = ForwardGraphs(module, CPU, tape := Tape(module))
+    found: list[torch.Tensor] = []
+    with graphs.job("a"):
+        for step in range(16):
+            if step == 6:  # as guiders do that skip layers in some of a loop's steps
+                hook = module[0].register_forward_hook(lambda *_: torch.tensor([100.0]))
+            if step == 12:
+                hook.remove()
+            found += module(torch.tensor([float(step)]))
+    assert found == numbers(*[200.0 if 6 <= step < 12 else 2.0 * step for step in range(16)])
+    assert tape.launched >= 6
+
+
 def test_forwards_that_take_from_their_arguments_have_graphs_too() -> None:
     module = Taking()
     graphs = ForwardGraphs(module, CPU, tape := Tape(module))
@@ -176,19 +191,6 @@ def test_without_memory_for_a_graph_jobs_of_that_kind_go_on_without() -> None:
     assert tape.recorded == 0
     job(graphs, module, numbers(1, 2, 3, 4), kind="smaller")
     assert tape.recorded > 0
-
-
-def test_processes_that_compute_together_use_a_graph_all_or_none() -> None:
-    module = Doubling()
-    said: list[bool] = []
-
-    def agree(mine: bool) -> bool:
-        said.append(mine)
-        return False
-
-    graphs = ForwardGraphs(module, CPU, tape := Tape(module), agree)
-    assert job(graphs, module, numbers(1, 2, 3, 4)) == numbers(2, 4, 6, 8)
-    assert (tape.recorded, said) == (0, [False, True])  # nothing to be kept; it would be worth it here
 
 
 def test_what_is_computed_ahead_for_a_job_is_read_by_its_own_graphs_alone() -> None:
