@@ -77,6 +77,7 @@ class Recipe(Data):
     max_sequence_length: Int64 | None
     model: str
     revision: str  # commit of a hub model, fingerprint of a folder
+    text_digest: str = ""  # of all that its text stage computes with; empty: that can't be told
     dtype: str
     images: tuple[Digest, ...] = ()
     mask: Digest | None = None

@@ -91,6 +91,7 @@ def resolve(
         sized=sized,
         model=model.model,
         revision=model.revision,
+        text_digest=model.text_digest,
         dtype=dtype,
         tier=tier_of(speedups),
         speedups=speedups,

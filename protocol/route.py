@@ -58,10 +58,11 @@ class Template:
 def encoded_key(route: Route, recipe: Recipe) -> str:
     """Return the key of the text stage's results: equal keys mean equal results. It errs to being another.
 
-    It is made of what its calls' arguments are made of: sizes, scales or seeds are in it where they are.
+    It is made of what its calls' arguments are made of: sizes, scales or seeds are in it where they are. Models that
+    share all that the text stage computes with share its results, too.
     """
     parts = (
-        recipe.revision,
+        recipe.text_digest or recipe.revision,
         recipe.dtype,
         route.encoded,
         recipe.prompt,

@@ -75,6 +75,21 @@ def test_jobs_of_two_models_in_turns_are_equal_and_no_budget_is_passed(
         assert {job.recipe.model for job in made} == {str(folder) for folder in folders.values()}
 
 
+def test_a_prompt_is_encoded_once_for_models_that_share_their_text_encoders(state: Path, tmp_path: Path) -> None:
+    one, other = tiny.save(tiny.flux(), tmp_path / "one"), tmp_path / "other"
+    shutil.copytree(one, other)
+    shutil.rmtree(other / "transformer")
+    tiny.flux(depth=3).transformer.save_pretrained(other / "transformer")
+    with running_stack(state, "--model", f"one={one}", "--model", f"other={other}", "--device", "cpu") as stack:
+        made = [
+            stack.client.wait(stack.client.submit("a red circle", model=n, seed=3, **SIZE).id, 60)
+            for n in ("one", "other")
+        ]
+        assert [job.cached for job in made] == [False, True]
+        for job, folder in zip(made, (one, other), strict=True):
+            assert torch.equal(stack.pictures(job.id), plain(folder, prompt="a red circle", seed=3, **PLAIN))
+
+
 def test_a_model_starts_when_it_is_asked_for_and_rests_when_told_to(
     two: RunningStack, folders: dict[str, Path]
 ) -> None:

@@ -37,6 +37,7 @@ from workers.models.tasks import (
     video_arguments,
     video_class,
 )
+from workers.models.text_digest import text_digest
 
 LARGEST = 4  # times the default number of pixels, or of frames
 NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
@@ -79,6 +80,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
     return ModelDescription(
         model=source.model,
         revision=source.revision,
+        text_digest=text_digest(source),
         pipeline=source.pipeline,
         size_multiple=size_multiple(pipeline),
         width=width,

@@ -1,0 +1,45 @@
+"""The digest of all that a model's text stage computes with, by which models that share it share prompts' embeddings.
+
+It is exact or not there: small files are read whole, large ones are known by the content that the hub's cache names
+them by, or by being the very same file.
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from workers.models.skeleton import pipeline_class, plain_settings
+from workers.models.source import Source
+
+READ = (".json", ".txt", ".model", ".jinja", ".safetensors")  # ends of names of files that components are made of
+SMALL = 64 << 20  # bytes of a file that is read whole
+CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
+
+
+def text_digest(source: Source) -> str:
+    """Return sixteen hex digits, equal for models whose text stages are; empty where that can't be told."""
+    if source.single or source.added or source.ip_adapter or source.blocks:
+        return ""
+    cls = pipeline_class(source)
+    names = sorted(source.components("text"))
+    parts: list[Any] = [cls.__name__, plain_settings(source, cls), {name: source.index[name] for name in names}]
+    for name in names:
+        folder = source.folder_of(name)
+        files = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
+        if (folder / "config.json").exists() and not any(path.suffix == ".safetensors" for path in files):
+            return ""  # whose weights are not here yet
+        parts += [(str(path.relative_to(source.folder)), content_of(path)) for path in files]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def content_of(path: Path) -> str:
+    """Return what a file's content is known by."""
+    blob = path.resolve()
+    if CONTENT.fullmatch(blob.name):
+        return blob.name
+    told = blob.stat()
+    if told.st_size <= SMALL:
+        return hashlib.sha256(blob.read_bytes()).hexdigest()
+    return f"{told.st_dev}:{told.st_ino}:{told.st_size}:{told.st_mtime_ns}"
