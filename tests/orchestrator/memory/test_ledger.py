@@ -394,7 +394,8 @@ def test_jobs_that_come_together_need_one_turn_a_stage(world: World, jobs: int) 
     for _ in range(2000):
         world.tick()
     assert len(world.done) == jobs
-    assert 3 <= world.swaps <= 3 + world.lent  # a loan serves all that wait, but not those that come after it
+    # A loan serves all that wait, but not those that come after it; once all is done the denoiser may get the rest.
+    assert 3 <= world.swaps <= 4 + world.lent
 
 
 @examples(100)
