@@ -33,16 +33,6 @@ class ModelKey:
         return _model_key(hello.model.revision, hello.dtype, hello.speedups)
 
 
-def serving_key(stage: Stage, digest: str, model: ModelKey) -> ModelKey:
-    """Return the key that a stage's workers and tasks must share: for text that of its encoders, where it is known.
-
-    So one worker encodes prompts for all models that have the same.
-    """
-    if stage != "text" or not digest:
-        return model
-    return _model_key(f"text {digest}", model.dtype, tuple(s for s in model.speedups if s.startswith("text:")))
-
-
 @functools.lru_cache(maxsize=1024)
 def _model_key(revision: str, dtype: str, speedups: tuple[str, ...]) -> ModelKey:
     """Return one object for one model: it is asked for at each move of each job."""
@@ -95,11 +85,6 @@ class LiveJob(NamedTuple):
     @property
     def model(self) -> ModelKey:
         return ModelKey.of_recipe(self.recipe)
-
-    @property
-    def serving(self) -> ModelKey:
-        """The key of the workers that its present stage takes."""
-        return serving_key(self.stage, self.recipe.text_digest, self.model)
 
     @property
     def distance(self) -> int:

@@ -138,7 +138,7 @@ class Engine:
         self.leasing.ready(worker, ready)
         self.leasing.moved()
         if reason := self.leasing.hopeless(worker):
-            keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.serving)
+            keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.model)
             mended = self.dispatch.start_anew(keeping, f"room for {worker.hello.name}")
             if not mended and not self.dispatch.let_another_rest(worker.model):
                 self._give_up(worker, reason)
@@ -188,8 +188,8 @@ class Engine:
             if self._current(worker, task) is None:
                 return
             self._handed_back[task.job] += 1
-            place = (worker.hello.stage, worker.serving)
-            others = any((w.hello.stage, w.serving) == place and not w.process.key for w in self.fleet)
+            place = (worker.hello.stage, worker.model)
+            others = any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet)
             if others and self._handed_back[task.job] <= MOST_HANDED_BACK:
                 log.warning("%s: handed to another", reason, extra={"job": task.job})
                 self._hand_back(worker, task)
@@ -220,7 +220,7 @@ class Engine:
             return
         self.dispatch.start_anew([w for w in self.leasing.accounts.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
-            for job_id in self.job_queue.queues.first(worker.hello.stage, worker.serving, 1):
+            for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
                 self.dispatch.blame(self.job_queue.jobs[job_id], f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 
@@ -231,8 +231,8 @@ class Engine:
     def _give_up(self, worker: Worker, reason: str) -> None:
         """Fail the jobs that a worker can never do, unless another process has workers of its stage and model."""
         log.error("%s", reason)
-        stage, model = worker.hello.stage, worker.serving
-        alike = [w for w in self.fleet if (w.hello.stage, w.serving) == (stage, model)]
+        stage, model = worker.hello.stage, worker.model
+        alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, model)]
         if all(w.process == worker.process for w in alike):
             for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
                 self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from orchestrator.dispatch.key_trust import KeyTrust
-from orchestrator.job import ModelKey, serving_key
+from orchestrator.job import ModelKey
 from orchestrator.principal import LOCAL_USER, Principal, to_column
 from orchestrator.scheduling.snapshot import IdleWorker
 from protocol.gpu_memory import GpuId
@@ -81,11 +81,6 @@ class Worker:
     @property
     def model(self) -> ModelKey:
         return ModelKey.of_worker(self.hello)
-
-    @property
-    def serving(self) -> ModelKey:
-        """The key of the tasks that it takes."""
-        return serving_key(self.hello.stage, self.hello.model.text_digest, self.model)
 
     def view(self) -> WorkerView:
         return WorkerView(
@@ -169,7 +164,7 @@ class Fleet:
             first = self.first(worker)
             able = first and first.state in ("idle", "busy") and not first.loan
             if first and able and not self.trust.rests(worker.principal):
-                found.append(IdleWorker(worker.id, worker.hello.stage, worker.serving, first.id))
+                found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
         return found
 
     def first(self, worker: Worker) -> Worker | None:

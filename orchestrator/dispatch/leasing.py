@@ -132,8 +132,7 @@ class Leasing:
         here, ledger = {worker.id for worker in self._fleet}, self.ledger
         spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
-        lengths = {place: self._queues.at(*place) for place in places}
-        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience, lengths=lengths)
+        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience)
 
     def _lenders(self) -> set[str]:
         return {worker.id for worker in self._fleet if worker.loan == "given"}
@@ -144,7 +143,7 @@ class Leasing:
         return Busy(
             {first.id for worker, first in firsts if worker.state == "busy"},
             {first.id for worker, first in firsts if worker.state == "swapping" or worker.loan},
-            {(worker.hello.stage, worker.serving) for worker in self._fleet if worker.state == "busy"},
+            {(worker.hello.stage, worker.model) for worker in self._fleet if worker.state == "busy"},
         )
 
     def moved(self) -> None:
@@ -163,7 +162,7 @@ class Leasing:
             resting = None if keep is None else self._fleet.resting_since(worker)
             found.append(
                 LeasedWorker(
-                    id=worker.id, stage=stage, model=worker.serving, jobs=worker.hello.parts,
+                    id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
                     demands=demands,
                     held=now - max(holding.since for holding in holdings),
                     lasting=keep is None and worker.refused is None, refused=worker.refused,
@@ -209,8 +208,7 @@ class Leasing:
         if roomiest is None:
             return 0
         needs = max((h.needs for h in self.ledger.holdings[roomiest.id]), key=lambda needs: needs.workspace)
-        model = self._fleet.workers[bytes.fromhex(roomiest.id)].model  # by which it was learned
-        wanted = self.ledger.workspace(roomiest.stage, model, recipe, needs)
+        wanted = self.ledger.workspace(roomiest.stage, roomiest.model, recipe, needs)
         return min(wanted, max(0, self.ledger.most_workspace(roomiest.id)))
 
     # -- leases ---------------------------------------------------------------------------------
@@ -270,8 +268,8 @@ class Leasing:
         holdings = self.held(worker)
         if not holdings:
             return False
-        place = (worker.hello.stage, worker.serving)
-        able = [w.id for w in self._fleet if (w.hello.stage, w.serving) == place and w.id in self.ledger.holdings]
+        place = (worker.hello.stage, worker.model)
+        able = [w.id for w in self._fleet if (w.hello.stage, w.model) == place and w.id in self.ledger.holdings]
         return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
 
     def held(self, worker: Worker) -> Sequence[Holding]:

@@ -24,7 +24,7 @@ class MemoryAccounts:
 
     def keeping(self, stage: Stage, model: ModelKey) -> list[Worker]:
         """Workers on a stage's GPUs that keep memory which no lease gives back."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.serving) == (stage, model)}
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
         gpus = self.concerned(mine)
         rows = self._ledger.holdings.items()
         names = {worker for worker, holdings in rows if any(h.kept and h.gpu in gpus for h in holdings)}
@@ -32,7 +32,7 @@ class MemoryAccounts:
 
     def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
         """Say why a stage's task can't have the GPU memory it needs: what each worker holds, and what is missing."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.serving) == (stage, model)}
+        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
         names = {worker.id: worker.hello.name for worker in self._fleet}
         told: list[str] = []
         for worker in sorted(mine & self._ledger.holdings.keys(), key=lambda worker: names[worker]):

@@ -29,14 +29,14 @@ class StageQueues:
         self.depth: Counter[Line] = Counter()
 
     def add(self, job: LiveJob) -> None:
-        own = self._lists.setdefault((job.stage, job.serving), {}).setdefault(job.owner, [])
+        own = self._lists.setdefault((job.stage, job.model), {}).setdefault(job.owner, [])
         bisect.insort(own, (job.order, job.id, self._seconds.expected(job)))
         self.depth[job.stage, job.model, job.distance] += 1
         self._since[job.id] = time.monotonic()
 
     def remove(self, job: LiveJob) -> None:
         """Take a job out of its stage's queue; nothing happens if it isn't there."""
-        owners = self._lists.get((job.stage, job.serving), {})
+        owners = self._lists.get((job.stage, job.model), {})
         entries = owners.get(job.owner, [])
         at = bisect.bisect_left(entries, (job.order, job.id, 0.0))
         if at < len(entries) and entries[at][1] == job.id:
@@ -56,7 +56,7 @@ class StageQueues:
 
     def ahead_of(self, job: LiveJob) -> int:
         """Return about how many jobs are served before this one at its stage: of other owners, as many as its own."""
-        owners = self._lists.get((job.stage, job.serving), {})
+        owners = self._lists.get((job.stage, job.model), {})
         own = bisect.bisect_left(owners.get(job.owner, []), (job.order, job.id, 0.0))
         return own + sum(min(len(entries), own) for owner, entries in owners.items() if owner != job.owner)
 

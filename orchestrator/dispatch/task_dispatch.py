@@ -139,9 +139,7 @@ class TaskDispatch:
         if not (first_visit or batch > 1) or job.failures or job.shortages:  # its company may have been their cause
             return []
         taken = self._fleet.taken_along() | busy
-        waiting = (
-            self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.serving, MOST_WAITING)
-        )
+        waiting = (self._job_queue.jobs[id] for id in self._job_queue.queues.first(job.stage, job.model, MOST_WAITING))
         fresh = [other for other in waiting if other.id not in taken and may_go_along(other)]
         if first_visit:
             others = {o.text_key: o for o in fresh if not o.records and o.text_key != job.text_key}
@@ -189,7 +187,7 @@ class TaskDispatch:
         firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
         if any(self.start_anew(self._leasing.accounts.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
             return
-        if any(self.let_another_rest(self._job_queue.jobs[job].model) for _, job in firsts):
+        if any(self.let_another_rest(model) for (_, model), _ in firsts):
             return
         for (stage, model), job_id in firsts:
             job = self._job_queue.jobs[job_id]

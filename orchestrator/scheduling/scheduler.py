@@ -24,7 +24,7 @@ from orchestrator.scheduling.snapshot import (
     slots_ahead,
     waiting_at,
 )
-from orchestrator.scheduling.swaps import Swaps, alike
+from orchestrator.scheduling.swaps import Swaps
 from protocol.gpu_memory import GpuId
 from protocol.stages import TRAITS
 
@@ -51,10 +51,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
         if left:
             working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
             without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
-            out = [snapshot.holders[h] for h in without if h in snapshot.holders]
-            wants += match(
-                [h for h in out if not any(like.covers(left[0]) for like in likes(h, snapshot))], left, snapshot.gpus
-            )
+            wants += match([snapshot.holders[h] for h in without if h in snapshot.holders], left, snapshot.gpus)
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     free = Counter(held_by.values())
     resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
@@ -84,14 +81,13 @@ def places_of(snapshot: Snapshot) -> list[Place]:
 
 def startable(tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping[Line, int]) -> list[WaitingTask]:
     """The tasks of a place that may start, so many of each kind having been started already."""
-    left: dict[Line, int] = {}
+    left: dict[int, int] = {}  # by distance
     found: list[WaitingTask] = []
     for task in tasks:
-        line = line_of(task)
-        if line not in left:
-            left[line] = slots_ahead(task, snapshot) - started.get(line, 0)
-        if left[line] > 0:
-            left[line] -= 1
+        if task.distance not in left:
+            left[task.distance] = slots_ahead(task, snapshot) - started.get(line_of(task), 0)
+        if left[task.distance] > 0:
+            left[task.distance] -= 1
             found.append(task)
     return found
 
@@ -142,14 +138,9 @@ def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: M
         if not able:
             continue
         best = min(able, key=lambda holder: displaced(holder, task, gpus))
-        free = [holder for holder in free if holder is not best and not alike(holder, best)]
+        free.remove(best)
         wants.append(Want(best, task))
     return wants
-
-
-def likes(holder: LeasedWorker, snapshot: Snapshot) -> list[LeasedWorker]:
-    """Return the workers that do the same for a moment on the same GPUs, of which one at a time is enough."""
-    return [other for other in snapshot.holders.values() if alike(holder, other)]
 
 
 def displaced(holder: LeasedWorker, task: WaitingTask, gpus: Mapping[GpuId, GpuSpace]) -> int:

@@ -10,7 +10,7 @@ from protocol.stages import STAGES, TRAITS, Stage
 
 NOTHING = Lease(bytes=0, weight_bytes=0)
 UNLIMITED = 1 << 30  # tasks
-Place = tuple[Stage, ModelKey]  # the key that its workers and tasks share
+Place = tuple[Stage, ModelKey]
 Line = tuple[Stage, ModelKey, int]  # of those that wait at a place: as many visits from their end
 Depth = Mapping[Line, int]  # jobs that wait
 
@@ -19,7 +19,7 @@ Depth = Mapping[Line, int]  # jobs that wait
 class WaitingTask:
     job: str
     stage: Stage
-    model: ModelKey  # its job's
+    model: ModelKey
     distance: int  # visits to the end of its job, this one included
     workspace: int = 0  # bytes of GPU memory that it takes beside the weights, or as many as anybody can have
     waited: float = 0.0  # seconds at this stage
@@ -99,7 +99,6 @@ class Snapshot:
     holders: Mapping[str, LeasedWorker] = field(default_factory=dict)  # by id
     gpus: Mapping[GpuId, GpuSpace] = field(default_factory=dict)
     patience: float = 30.0  # seconds
-    lengths: Mapping[Place, int] = field(default_factory=dict)  # all that wait, where that isn't told by `depth`
     ahead: Mapping[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
 
 
@@ -172,7 +171,5 @@ def line_of(task: WaitingTask) -> Line:
 
 
 def waiting_at(place: Place, snapshot: Snapshot) -> int:
-    """Return how many jobs wait at a stage for the workers of a model, or of several that share them."""
-    if place in snapshot.lengths:
-        return snapshot.lengths[place]
+    """Return how many jobs wait at a stage of a model."""
     return sum(count for (stage, model, _), count in snapshot.depth.items() if (stage, model) == place)

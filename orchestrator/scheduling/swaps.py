@@ -121,13 +121,10 @@ class Swaps:
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
-            if any(alike(holder, other) and (other.lease or other.id in moved) for other in self.holders):
-                continue
             if waits and all(self._for_good(holder, gpu) for gpu in holder.demands):
                 sizes = {gpu: self._size(holder, gpu).shared for gpu in holder.demands}
                 if self._fits(holder, sizes):
                     self._lend(holder, sizes, {gpu: demand.need.weights for gpu, demand in holder.demands.items()})
-                    moved.add(holder.id)
 
     def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         size = self._size(holder, gpu).shared
@@ -192,7 +189,7 @@ class Swaps:
             lender = max(lenders, key=lambda holder: (holder.id not in self.working, holder.lendable, holder.id))
             if self._goes_first(lender, want):
                 return True
-            many = waiting_at((want.holder.stage, want.holder.model), self.snapshot) >= MANY
+            many = waiting_at((want.task.stage, want.task.model), self.snapshot) >= MANY
             size = max(need.small, min(need.whole, has + lender.lendable)) if many else need.small
             self.loans.append(TakeLoan(lender.id, size - has))
             self.yielding.add(lender.id)
@@ -330,10 +327,3 @@ class Swaps:
         """Take back a worker's lease; the memory is free only once it has given it back."""
         self.lent.append(ChangeLease(holder.id, (NOTHING,) * len(holder.demands)))
         self.yielding.add(holder.id)
-
-
-def alike(holder: LeasedWorker, other: LeasedWorker) -> bool:
-    """Return whether two workers do the same for a moment on the same GPUs: to bring in both would gain nothing."""
-    same = (holder.stage, holder.model, holder.demands.keys()) == (other.stage, other.model, other.demands.keys())
-    momentary = all(demand.need.momentary for demand in holder.demands.values())
-    return same and momentary and holder.id != other.id

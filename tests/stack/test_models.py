@@ -75,40 +75,19 @@ def test_jobs_of_two_models_in_turns_are_equal_and_no_budget_is_passed(
         assert {job.recipe.model for job in made} == {str(folder) for folder in folders.values()}
 
 
-@pytest.fixture(scope="module")
-def kindred(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Two models with the same text encoders."""
-    folder = tmp_path_factory.mktemp("kindred")
-    one, other = tiny.save(tiny.flux(depth=8), folder / "one"), folder / "other"
+def test_a_prompt_is_encoded_once_for_models_that_share_their_text_encoders(state: Path, tmp_path: Path) -> None:
+    one, other = tiny.save(tiny.flux(), tmp_path / "one"), tmp_path / "other"
     shutil.copytree(one, other)
     shutil.rmtree(other / "transformer")
-    tiny.flux(depth=9).transformer.save_pretrained(other / "transformer")
-    return {"one": one, "other": other}
-
-
-def test_a_prompt_is_encoded_once_for_models_that_share_their_text_encoders(
-    state: Path, kindred: dict[str, Path]
-) -> None:
-    with running_stack(state, *named(kindred), "--device", "cpu") as stack:
-        for name, cached in (("one", False), ("other", True)):
-            job = stack.client.wait(stack.client.submit("a red circle", model=name, seed=3, **SIZE).id, 60)
-            assert job.cached == cached
-            assert torch.equal(stack.pictures(job.id), plain(kindred[name], prompt="a red circle", seed=3, **PLAIN))
-
-
-def test_shared_text_encoders_are_on_a_gpu_once_and_serve_both_models(state: Path, kindred: dict[str, Path]) -> None:
-    with running_stack(state, *named(kindred), "--device", "cpu:0", "--budget", "0=1GB") as stack:
-        stack.client.load_model("other")
-        until(stack, lambda w: sum(worker.stage == "text" for worker in w.workers) == 2)
-        jobs = [("other" if number % 2 else "one", f"a blue star {number}", number) for number in range(6)]
-        made = stack.client.submit_many(
-            [JobRequest(model=name, prompt=prompt, seed=seed, **SIZE) for name, prompt, seed in jobs]
-        )
-        for job, (name, prompt, seed) in zip(made, jobs, strict=True):
-            while stack.client.job(job.id).finished is None:
-                text = [worker for worker in stack.client.workers().workers if worker.stage == "text"]
-                assert sum(sum(worker.lease_bytes) > 0 for worker in text) <= 1
-            assert torch.equal(stack.pictures(job.id), plain(kindred[name], prompt=prompt, seed=seed, **PLAIN))
+    tiny.flux(depth=3).transformer.save_pretrained(other / "transformer")
+    with running_stack(state, "--model", f"one={one}", "--model", f"other={other}", "--device", "cpu") as stack:
+        made = [
+            stack.client.wait(stack.client.submit("a red circle", model=n, seed=3, **SIZE).id, 60)
+            for n in ("one", "other")
+        ]
+        assert [job.cached for job in made] == [False, True]
+        for job, folder in zip(made, (one, other), strict=True):
+            assert torch.equal(stack.pictures(job.id), plain(folder, prompt="a red circle", seed=3, **PLAIN))
 
 
 def test_a_model_starts_when_it_is_asked_for_and_rests_when_told_to(

@@ -542,18 +542,6 @@ def test_a_model_does_not_starve_by_what_it_lends_to_another_that_always_has_job
     assert len(world.done) > 100
 
 
-@pytest.mark.parametrize("size", [9.5, 40.0])
-def test_of_two_text_workers_of_one_kind_on_a_gpu_one_comes_in(size: float) -> None:
-    """As those of two models are that share their encoders."""
-    needs = {"text-0": LENDING["text"], "text-1": LENDING["text"], "denoise": LENDING["denoise"], "vae": LENDING["vae"]}
-    world = World({0: int(size * GB)}, needs, dict.fromkeys(needs, (0,)), lasting=True)
-    world.queues["text"] = [(f"j{number}", LENDING["text"].workspace, 0) for number in range(6)]
-    for _ in range(300):
-        assert not all(world.held[f"text-{number}"][0].bytes for number in range(2))
-        world.tick()
-    assert len(world.done) == 6
-
-
 def test_two_denoisers_take_turns_unless_both_fit_whole() -> None:
     both = {f"{stage}/a": need for stage, need in LENDING.items()}
     both["denoise/b"] = replace(LENDING["denoise"], weights=5 * GB)
