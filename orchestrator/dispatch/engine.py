@@ -140,8 +140,12 @@ class Engine:
         if reason := self.leasing.hopeless(worker):
             keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.model)
             mended = self.dispatch.start_anew(keeping, f"room for {worker.hello.name}")
-            if not mended and not self.dispatch.let_another_rest(worker.model):
-                self._give_up(worker, reason)
+            if (
+                not mended
+                and not self.dispatch.let_another_rest(worker.model)
+                and not self.dispatch.beside(worker.model)
+            ):
+                self._give_up(worker, reason)  # else its jobs wait until others are done, or nothing moves any more
         if ready.current_task is None:
             self.job_queue.seconds.end(worker.id)
             self.fleet.ready(worker)

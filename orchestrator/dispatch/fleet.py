@@ -1,5 +1,6 @@
 """The workers that have said hello, and what each is doing. A worker has one task at a time."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,6 +57,7 @@ class Worker:
     refused: int | None = None  # bytes of the smallest lease that it could not take
     loan: Literal["", "asked", "given"] = ""  # of its lease
     lent_at: float = 0.0  # monotonic seconds, when it was given
+    called_back_at: float = -math.inf  # monotonic seconds, when one came back that had lasted for too long
     lendable_bytes: int = 0  # of weights that it can let go between two steps, as it has told
     refused_loan: int | None = None  # bytes of the smallest loan that it could not give
 
@@ -139,8 +141,11 @@ class Fleet:
         worker.loan, worker.lent_at = "given" if size else "", self.clock()
         worker.moved = worker.lent_at
 
-    def return_loan(self, worker: Worker) -> None:
+    def return_loan(self, worker: Worker, patience: float) -> None:
+        """Note that a worker has back what it lent; after more than `patience` seconds it keeps that for a while."""
         worker.loan, worker.moved = "", self.clock()
+        if worker.moved - worker.lent_at > patience:
+            worker.called_back_at = worker.moved
 
     def give(
         self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None, along: tuple[str, ...] = ()

@@ -170,6 +170,7 @@ class Leasing:
                     most=max(0, self.ledger.most_workspace(worker.id)),
                     lendable=self._lendable(worker, holdings[0], demands[holdings[0].gpu]), loan=holdings[0].loan,
                     lent_for=now - worker.lent_at if worker.loan == "given" else 0.0,
+                    back_for=now - worker.called_back_at, busy=worker.state == "busy",
                 )
             )  # fmt: skip
         return found
@@ -239,7 +240,7 @@ class Leasing:
     def return_loan(self, worker: Worker, action: ReturnLoan) -> Returned:
         """Book that a worker has again what it lent; return the message to be sent."""
         size = self.ledger.return_loan(worker.id, action.missing)
-        self._fleet.return_loan(worker)
+        self._fleet.return_loan(worker, self._patience)
         self._note_lease(worker)
         return Returned(bytes=size)
 
@@ -303,22 +304,26 @@ class Leasing:
             self.learn(worker, recipe, self.ledger.after_shortage(first.id))
         return more
 
+    def _freed_by_others(self, worker: Worker) -> int:
+        """Return the bytes of a worker's GPUs, the least of any, that other models' contexts take, which may rest."""
+        others = [other.id for other in self._fleet if other.model != worker.model and not other.process.key]
+        held = [h for other in others for h in self.ledger.holdings.get(other, ())]
+        return min((sum(h.overhead for h in held if h.gpu == gpu) for gpu in worker.gpus), default=0)
+
     def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
         """Judge by what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
         key = ModelKey.of_recipe(recipe)
-        gpus = {gpu for worker in self._fleet if worker.model == key for gpu in worker.gpus}
-        if any(worker.model != key and gpus & {*worker.gpus} for worker in self._fleet):
-            return  # another model may rest, and leave the memory of its contexts
         processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
+        freed = {worker.id: self._freed_by_others(worker) for worker in processes}
         for stage in STAGES:
             reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]
-            if reasons and all(reasons):
+            if reasons and all(reasons) and not any(freed.values()):
                 raise DoesNotFit(f"{reasons[0]}.", "Give its GPU a larger --budget, or choose another GPU or the CPU.")
         denoisers = [worker.id for worker in processes if worker.hello.stage == "denoise"]
         if not denoisers or any(worker not in self.ledger.holdings for worker in denoisers):
             return
         wanted = self.ledger.certain("denoise", key, recipe)
-        most = max(self.ledger.most_workspace(worker) for worker in denoisers)
+        most = max(self.ledger.most_workspace(worker) + freed[worker] for worker in denoisers)
         if wanted <= most:
             return
         scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple

@@ -27,6 +27,7 @@ from protocol.wire import MAX_TENSORS
 
 log = logging.getLogger(__name__)
 
+REST_SECONDS = 30.0  # that a model may take to rest, with its processes killed at the latest then
 MOST_WAITING = 64  # jobs that are looked through for what a worker may do along with another
 MOST_BESIDE = MAX_TENSORS // 2  # tensors of other jobs beside a task
 MOST_TEXT = 20_000  # characters of one of those jobs: a message's header holds all their recipes
@@ -70,7 +71,7 @@ class TaskDispatch:
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
         self.to_rest: list[ModelKey] = []  # models that others need the GPU memory of
-        self._told_to_rest: set[str] = set()  # ids of their workers
+        self._told_to_rest: dict[str, float] = {}  # monotonic seconds when, by the ids of their workers
 
     def hold(self) -> None:
         """Hand out nothing for a moment."""
@@ -193,20 +194,28 @@ class TaskDispatch:
             job = self._job_queue.jobs[job_id]
             self.blame(job, f"{self._leasing.accounts.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
 
+    def beside(self, model: ModelKey) -> list[Worker]:
+        """Return the workers of other models on a model's GPUs."""
+        here = [worker for worker in self._fleet if not worker.process.key]
+        gpus = {gpu for worker in here if worker.model == model for gpu in worker.gpus}
+        return [worker for worker in here if worker.model != model and gpus & {*worker.gpus}]
+
     def let_another_rest(self, model: ModelKey) -> bool:
         """Have a model rest whose processes are on a model's GPUs and have no job: the one that had none for longest.
 
-        Once each time that it is there; return whether there was one.
+        Once each time that it is there; return whether there is one, or one is about to go.
         """
-        here = [worker for worker in self._fleet if not worker.process.key]
-        gpus = {gpu for worker in here if worker.model == model for gpu in worker.gpus}
-        beside = [worker for worker in here if worker.model != model and gpus & {*worker.gpus}]
+        now, here = time.monotonic(), [worker for worker in self._fleet if not worker.process.key]
+        beside = self.beside(model)
+        self._told_to_rest = {w.id: self._told_to_rest[w.id] for w in here if w.id in self._told_to_rest}
+        if any(now - self._told_to_rest.get(worker.id, -REST_SECONDS) < REST_SECONDS for worker in beside):
+            return True
         idle = [w for w in beside if not self._job_queue.by_model[w.model] and w.id not in self._told_to_rest]
         if not idle:
             return False
         since = {other: max(w.idle_since for w in idle if w.model == other) for other in {w.model for w in idle}}
         other = min(since, key=lambda one: since[one])
-        self._told_to_rest = {w.id for w in here if w.id in self._told_to_rest or w.model == other}
+        self._told_to_rest |= {w.id: now for w in here if w.model == other}
         log.info("model %s is to rest: another one finds too little GPU memory beside it", other.revision)
         self.to_rest.append(other)
         return True

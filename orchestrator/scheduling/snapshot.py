@@ -1,5 +1,6 @@
 """All that a decision of the scheduler depends on, and what it may decide."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -63,6 +64,8 @@ class LeasedWorker:
     lendable: int = 0  # bytes of its lease that it may lend
     loan: Loan | None = None  # until it is over it gets no task, and no other lease
     lent_for: float = 0.0  # seconds since it was given
+    back_for: float = math.inf  # seconds since one came back that had lasted for longer than patience
+    busy: bool = False  # it has a task
 
     @property
     def lease(self) -> int:

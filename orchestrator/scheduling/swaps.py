@@ -44,6 +44,7 @@ class Swaps:
     ) -> None:
         self.holders, self.idle, self.patience, self.snapshot = holders, {*idle}, snapshot.patience, snapshot
         self.working, self.busiest = working, busiest
+        self.lenders = [holder for holder in holders if holder.loan and holder.loan.given]
         self.available = {gpu: room.available for gpu, room in spaces.items()}
         self.passing = {gpu: room.passing for gpu, room in spaces.items()}
         self.wants = sorted(wants, key=self._urgency)
@@ -199,27 +200,24 @@ class Swaps:
     def _goes_first(self, lender: LeasedWorker, want: Want) -> bool:
         """Return whether a lender can do its next task before a task for which it would lend.
 
-        That is one no further from its end; or one that waits too long, and longer.
+        That is one no further from its end; or one of another model that waits too long, and longer. One that was
+        called back in the middle of a task goes on with it for as long as it had lent, before it lends to other models.
         """
         tasks = [
             task for task in self.snapshot.waiting.get((lender.stage, lender.model), ())[:1] if lender.covers(task)
         ]
         nearer = any(task.distance <= want.task.distance for task in tasks) and not self._overdue(want)
-        return nearer or any(task.waited > max(self.patience, want.task.waited) for task in tasks)
+        late = any(task.waited > max(self.patience, want.task.waited) for task in tasks)
+        goes_on = lender.busy and lender.back_for < self.patience and not self._overdue(want)
+        return nearer or (lender.model != want.task.model and (late or goes_on))
 
     def _called_back(self, holder: LeasedWorker) -> bool:
-        """Return whether a borrower works in what was lent for longer than its lender, which has work, has patience."""
+        """Return whether what a borrower works in was lent for longer than patience, after which it goes back once."""
         return any(
-            self._size(holder, gpu).borrows and self._wants_back(lender)
-            for lender in self.holders if lender.loan and lender.id != holder.id
+            lender.lent_for > self.patience and self._size(holder, gpu).borrows
+            for lender in self.lenders if lender.id != holder.id
             for gpu in lender.demands if gpu in holder.demands
         )  # fmt: skip
-
-    def _wants_back(self, lender: LeasedWorker) -> bool:
-        """Return whether a lender has lent for longer than its patience, while it has something to do."""
-        waits = bool(self.snapshot.waiting.get((lender.stage, lender.model)))
-        given = lender.loan is not None and lender.loan.given
-        return given and lender.lent_for > self.patience and (waits or lender.id not in self.idle)
 
     def _return_loans(self) -> None:
         """Return what nobody needs any more, once it is free again.
@@ -227,7 +225,7 @@ class Swaps:
         What borrowers' processes keep, and what other programs took meanwhile, the lender does without. Where borrowers
         always have more to do, they give it back all the same once the lender's patience has ended.
         """
-        for lender in [holder for holder in self.holders if holder.loan and holder.loan.given]:
+        for lender in self.lenders:
             for gpu in lender.demands:
                 size = lender.loan.bytes if lender.loan else 0
                 missing = size - min(size, max(0, self.free[gpu] + self.lent_free[gpu]))

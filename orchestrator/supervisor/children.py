@@ -118,6 +118,7 @@ class Children:
         folder = config.lora_folder
         spec = DescriberSpec(
             name=model.name, endpoint=self._endpoints.workers, model=config.model_spec(), dtype=plan.dtype,
+            text_device=" ".join(sorted({post.device for post in plan.posts if post.stage == "text"})),
             stages=stages, speedups=plan.speedups, loras=str(self._folder.loras.resolve()),
             lora_folder=folder and str(Path(folder).expanduser().resolve()), lora_aliases=tuple(config.loras.items()),
         )  # fmt: skip

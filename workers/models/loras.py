@@ -196,9 +196,13 @@ def load_adapter(
             raise WeightsLost("a LoRA has changed the model's own weights")
 
 
-def parameters_of(module: torch.nn.Module) -> dict[int, torch.Size]:
-    """Return a model's own parameters, by their identity: adapters come and go around them."""
-    return {id(p): p.shape for key, p in module.named_parameters() if not is_of_adapter(key)}
+def parameters_of(module: torch.nn.Module) -> dict[int | str, torch.Size]:
+    """Return a model's own parameters, by their identity: adapters come and go around them.
+
+    Quantized ones are made anew with each move to a GPU and back, so they are known by their names.
+    """
+    own = [(key, p) for key, p in module.named_parameters() if not is_of_adapter(key)]
+    return {id(p) if type(p.data) is torch.Tensor else key.replace(".base_layer", ""): p.shape for key, p in own}
 
 
 def _load_adapter(

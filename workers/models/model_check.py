@@ -208,7 +208,11 @@ def compare_quantized(source: Source, name: str, tensors: Mapping[str, StoredTen
         raise Damaged(f"{name}/config.json", "says that its weights are quantized by torchao, which isn't here", remedy)
     model: Any = on_meta(source, name)
     stored = {PART_OF_QUANTIZED.sub(r".\1", tensor) for tensor in tensors}
-    judge({"missing_keys": model.state_dict().keys() - stored}, f"{name}/{file}")
+    wanted = model.state_dict()
+    tied = {*(getattr(model, "_tied_weights_keys", None) or ())}  # of which one is stored
+    there = {id(wanted[key]) for key in stored & wanted.keys()}
+    missing = {key for key, tensor in wanted.items() if key not in stored | tied and id(tensor) not in there}
+    judge({"missing_keys": missing}, f"{name}/{file}")
 
 
 def judge(report: Mapping[str, Any], file: str) -> None:

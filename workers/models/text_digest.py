@@ -13,7 +13,6 @@ from typing import Any
 from workers.models.skeleton import pipeline_class, plain_settings
 from workers.models.source import Source
 
-READ = (".json", ".txt", ".model", ".jinja", ".safetensors")  # ends of names of files that components are made of
 SMALL = 64 << 20  # bytes of a file that is read whole
 CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
 
@@ -27,7 +26,7 @@ def text_digest(source: Source) -> str:
     parts: list[Any] = [cls.__name__, plain_settings(source, cls), {name: source.index[name] for name in names}]
     for name in names:
         folder = source.folder_of(name)
-        files = sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file())
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
         if (folder / "config.json").exists() and not any(path.suffix == ".safetensors" for path in files):
             return ""  # whose weights are not here yet
         parts += [(str(path.relative_to(source.folder)), content_of(path)) for path in files]

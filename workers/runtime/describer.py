@@ -7,6 +7,7 @@ is read by the orchestrator itself: what a broken file does to a library ends th
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -242,6 +243,9 @@ def fits_together(source: Any, dtype: str, small: int) -> None:
 def serve(spec: DescriberSpec) -> None:
     """Be the describer of a stack, until told to stop; ModelMissing where the model is not whole."""
     source, description = examine(spec.model, spec.dtype, spec.stages)
+    if description.text_digest:
+        told = f"{description.text_digest} {spec.text_device}"
+        description = description.model_copy(update={"text_digest": hashlib.sha256(told.encode()).hexdigest()[:16]})
     log.info("%s is whole: %s", spec.model.name, description.pipeline)
     hello = DescriberHello(name=spec.name, pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
     loras = lora_files(source, spec)

@@ -24,13 +24,14 @@ def run(spec: WorkerSpec | DescriberSpec) -> int:
     inherited = {name: os.environ[name] for name in (LIFELINE, REPORT) if name in os.environ}
     end_with_parent()
     try:
-        match spec:
-            case WorkerSpec():
-                work(spec)
-            case DescriberSpec():
-                describe(spec)
-    except NeedsFreshProcess:
-        begin_anew(spec, inherited)
+        try:
+            match spec:
+                case WorkerSpec():
+                    work(spec)
+                case DescriberSpec():
+                    describe(spec)
+        except NeedsFreshProcess:
+            begin_anew(spec, inherited)
     except BaseException as error:
         return report_end(error)
     finally:

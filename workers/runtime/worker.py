@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import logging
 import os
 import socket
@@ -192,18 +193,35 @@ def prepare(spec: WorkerSpec) -> Prepared:
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = locate(spec.model, spec.stage)
-    quantized = {quantization_method(source, name) for name in source.components(spec.stage)}
-    if TORCHAO in quantized and FRESH not in os.environ and not is_torchao_available():
-        raise NeedsFreshProcess  # unless it isn't installed, which it will tell
     if (known := spec.description) and (known.model, known.revision) == (source.model, source.revision):
         return Prepared(spec, source, known, device, dtype)
     with quiet():
         return Prepared(spec, source, describe(source), device, dtype)
 
 
+def check_quantized(spec: WorkerSpec, ranks: int) -> None:
+    """Check, before anything is forked, that weights which torchao has quantized can be read.
+
+    Raises:
+        BadRequest: they can't.
+        NeedsFreshProcess: not by this process.
+    """
+    source = locate(spec.model, spec.stage)
+    if TORCHAO not in {quantization_method(source, name) for name in source.components(spec.stage)}:
+        return
+    if ranks > 1:
+        reason = f"{source.model!r} was quantized by torchao, and can't be shared out among GPUs."
+        raise BadRequest(reason, "Choose another --placement.")
+    if importlib.util.find_spec(TORCHAO) is None:
+        raise BadRequest(f"{source.model!r} was quantized by torchao.", 'Install it: pip install "triptych[quantize]".')
+    if FRESH not in os.environ and not is_torchao_available():
+        raise NeedsFreshProcess
+
+
 def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
     ranks = ranks_of(spec)
+    check_quantized(spec, ranks)
     if spec.locked_bytes is not None:
         PAGE_LOCKER.restrict(spec.locked_bytes // max(1, ranks))  # each copies a part of its own
     group = form(ranks, spec.name) if ranks > 1 else None

@@ -12,20 +12,23 @@ import contextlib
 import functools
 import logging
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves, tree_map
 
 from workers.errors import FORGIVEN, cause_of, let_go, refusals, release_memory
 from workers.weights.forward_trace import Call, same, standing_in
-from workers.weights.lockstep import KERNELS, copy_of
+from workers.weights.lockstep import KERNELS, versions_of
 
 log = logging.getLogger(__name__)
 
+SPARE = 64 << 20  # bytes that a graph takes beside what its forward does: cuBLAS has a workspace for each stream
 HOST_BOUND = 0.9  # of a forward's time that its host is busy with it: then the GPU waits for its host
 MOST_GRAPHS = 8  # at once
 MOST_KINDS = 64  # of forwards that are remembered
@@ -40,11 +43,16 @@ class Graph:
     inputs: list[torch.Tensor]
     launch: Callable[[], None]
     result: Any  # written anew by each launch
+    launches: int = 0
 
     def __call__(self, call: Call) -> Any:
+        self.launches += 1
         torch._foreach_copy_(self.inputs, tensors_of(call))
         self.launch()
         return copy_of(self.result)
+
+
+ALL: "weakref.WeakSet[ForwardGraphs]" = weakref.WeakSet()  # of this process
 
 
 class ForwardGraphs:
@@ -55,6 +63,7 @@ class ForwardGraphs:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
         self._module, self._device = module, device
+        ALL.add(self)
         self._record = record or (cuda_recorder(device) if device.type == "cuda" else None)
         self._off = False  # for good: something could not be recorded
         self._graphs: dict[Hashable, Graph] = {}
@@ -66,6 +75,8 @@ class ForwardGraphs:
         self._moved = False  # since, and maybe back
         self._keep, self._forwards = True, 0  # of the present job
         self._parts: list[torch.nn.Module] = []  # of the module, its submodules
+        self._wasted = 0  # graphs that went before they were launched
+        self._workspace = 0  # bytes that a forward takes beside what is there before it, the most that was seen
 
     @property
     def can_record(self) -> bool:
@@ -74,9 +85,10 @@ class ForwardGraphs:
     def drop(self) -> None:
         """Let go of all graphs and their memory, since weights are about to move; between two forwards."""
         self._moved = True
-        self._clear()
+        self.clear()
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Let go of all graphs and their memory; between two forwards."""
         if self._graphs:
             self._graphs.clear()
             if self._device.type == "cuda":
@@ -91,7 +103,7 @@ class ForwardGraphs:
         """
         places = [place_of(parameter) for parameter in self._module.parameters()]
         if not keep or kind != self._job or places != self._places or self._moved:
-            self._clear()
+            self.clear()
         self._job, self._places, self._moved, self._keep, self._forwards = kind, places, False, keep, 0
         self._parts = list(self._module.modules())[1:]
         forward = self._module.forward
@@ -100,7 +112,7 @@ class ForwardGraphs:
                 yield
             finally:
                 if not keep:
-                    self._clear()
+                    self.clear()
 
     def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         call, self._forwards = Call(args, kwargs), self._forwards + 1
@@ -110,8 +122,9 @@ class ForwardGraphs:
         if kind in self._graphs:
             return self._graphs[kind](call) if kind in self._proven else self._prove(forward, kind, call)
         if not self._keep and self._graphs:  # what they read may be somewhere else from now on
-            self._clear()
+            self.clear()
             self._worth[self._job] = False
+        self._make_room()
         if kind in self._proven and self._worth.get(self._job):
             if self._try_to_record(forward, kind, call):
                 return self._graphs[kind](call)
@@ -129,6 +142,25 @@ class ForwardGraphs:
             return result
         return forward(*args, **kwargs)
 
+    def _make_room(self) -> None:
+        """Let go of all graphs of this process where a forward without one may find too little memory beside them.
+
+        Then such jobs have none: kinds of forwards that take turns would else be recorded again and again.
+        """
+        if any(graphs._graphs for graphs in ALL) and not self._fits():
+            self._worth[self._job] = False
+            for graphs in ALL:
+                graphs.clear()
+
+    def _fits(self) -> bool:
+        """Return whether a forward's workspace, the most that was seen, is there beside what graphs may hold."""
+        if self._device.type != "cuda":
+            return True
+        used, held = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
+        self._workspace = max(self._workspace, torch.cuda.max_memory_allocated(self._device) - used)
+        graphs = held - used if any(graphs._graphs for graphs in ALL) else 0
+        return lease_of(self._device) - used - graphs >= self._workspace + SPARE
+
     def _kind_of(self, call: Call) -> Hashable:
         """Return all of a job's call but what its tensors hold; None for one that can't be recorded.
 
@@ -143,13 +175,17 @@ class ForwardGraphs:
     def _timed(self, forward: Callable[..., Any], call: Call) -> Any:
         """Run a forward, and find out who waits for whom, the host or its GPU."""
         self._finish()
-        start = time.perf_counter()
-        result = forward(*call.args, **call.kwargs)
-        launched = done = time.perf_counter() - start
+        with waits_of_host(self._device) as waits:
+            start = time.perf_counter()
+            result = forward(*call.args, **call.kwargs)
+            launched = done = time.perf_counter() - start
         if self._device.type == "cuda":
             self._finish()
             done = time.perf_counter() - start
-        self._worth[self._job] = launched >= HOST_BOUND * done
+        if waits:
+            log.info("no CUDA graph of %s can be made: its host waits for the GPU", type(self._module).__name__)
+            self._off = True
+        self._worth[self._job] = not waits and launched >= HOST_BOUND * done and self._fits()
         log.info("a forward takes its host %.1f ms to launch, and %.1f ms in all: CUDA graphs are %s",
                  launched * 1e3, done * 1e3, "worth it" if self._worth[self._job] else "not worth it")  # fmt: skip
         return result
@@ -162,7 +198,10 @@ class ForwardGraphs:
         """Record a forward, if that can be done; else none is tried any more, for want of memory in such jobs alone."""
         assert self._record
         while len(self._graphs) >= MOST_GRAPHS:
-            del self._graphs[next(iter(self._graphs))]
+            self._wasted += self._graphs.pop(next(iter(self._graphs))).launches == 0
+        if self._wasted >= MOST_GRAPHS or (not self._graphs and not self._fits()):
+            self._worth[self._job] = False
+            return False
         refused, start, found = refusals(), time.perf_counter(), None
         try:
             static = Call(*copy_of([call.args, dict(call.kwargs)]))
@@ -184,7 +223,8 @@ class ForwardGraphs:
         del found
         if short:
             log.info("there is too little memory for a CUDA graph")
-            FORGIVEN.add(refused)
+            if not any(isinstance(part, _ConvNd) for part in self._parts):  # which would keep what cuDNN chose in need
+                FORGIVEN.add(refused)
         self._worth[self._job] = False
         release_memory()
         return False
@@ -192,13 +232,14 @@ class ForwardGraphs:
     def _prove(self, forward: Callable[..., Any], kind: Hashable, call: Call) -> Any:
         """Compare a graph's result with the forward's own, one after the other, since both take their memory."""
         got = self._graphs[kind](call)
-        self._clear()
+        self.clear()
+        before = versions_of(call)
         result = forward(*call.args, **call.kwargs)
-        if same(tree_leaves(got), tree_leaves(result)):
+        if same(tree_leaves(got), tree_leaves(result)) and versions_of(call) == before:
             self._proven.add(kind)
         else:
             log.warning(
-                "a CUDA graph of %s gives other bits than its forward; none is used", type(self._module).__name__
+                "a CUDA graph of %s does other things than its forward; none is used", type(self._module).__name__
             )
             self._off = True
         return result
@@ -241,7 +282,7 @@ def cuda_recorder(device: torch.device) -> Record:
     def record(forward: functools.partial[Any]) -> tuple[Callable[[], None], Any]:
         graph, other = torch.cuda.CUDAGraph(), last[0]() if last else None
         pool = None if other is None else other.pool()  # with its last graph a pool ends
-        generator = torch.cuda.default_generators[device.index]
+        generator, stream = torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
         before = generator.clone_state()
         try:
             with (
@@ -250,12 +291,51 @@ def cuda_recorder(device: torch.device) -> Record:
             ):
                 result = forward()
         except BaseException:
-            generator.graphsafe_set_state(before)  # which a recording that failed leaves unusable
+            torch.cuda.set_stream(stream)  # a recording that failed leaves another one
+            generator.graphsafe_set_state(before)  # and this unusable
             raise
         last[:] = [weakref.ref(graph)]
         return graph.replay, result
 
     return record
+
+
+@contextlib.contextmanager
+def waits_of_host(device: torch.device) -> Iterator[list[warnings.WarningMessage]]:
+    """Gather torch's warnings of each time that a host waits for its GPU meanwhile, which no recording allows."""
+    found: list[warnings.WarningMessage] = []
+    if device.type != "cuda":
+        yield found
+        return
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            found += [warning for warning in heard if "synchronizing CUDA operation" in str(warning.message)]
+
+
+def lease_of(device: torch.device) -> float:
+    """Return the bytes of a GPU that this process may have, by its allocator's limit."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    fraction: float = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+    return total * fraction
+
+
+def copy_of(value: Any) -> Any:
+    """Return a value with copies of all tensors, laid out as they are."""
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.is_contiguous() or 0 in leaf.stride():  # the same place several times can't be written to
+            return leaf.clone()
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+    return tree_map(copied, value)
 
 
 def tensors_of(call: Call) -> list[torch.Tensor]:

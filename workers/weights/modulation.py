@@ -148,6 +148,7 @@ class Modulation:
     def put(self, several: bool = False) -> None:
         """Put looked-up results in the layers' places, for one job, or for `several` that take turns."""
         self._several = several
+        self._check_adapters()
         self._replace(self._precomputed)
         for block, indices in self._of_row:
             if indices:
@@ -162,16 +163,19 @@ class Modulation:
         for precomputed in self._precomputed:
             precomputed.now = None
 
+    def _check_adapters(self) -> None:
+        """Raise StageError where an active adapter needs the weights of a layer that is to be replaced."""
+        if any(is_scaled(self._module.get_submodule(name)) for name in self._layers):
+            raise StageError(
+                "a DoRA changes layers that are computed ahead here, since the model is streamed; "
+                "with more GPU memory for the denoiser it could be used"
+            )
+
     def _replace(self, modules: Sequence[torch.nn.Module]) -> None:
         for name, module in zip(self._layers, modules, strict=True):
             parent, _, leaf = name.rpartition(".")
             owner = self._module.get_submodule(parent)
             if isinstance(adapted := getattr(owner, leaf), torch.nn.Module) and hasattr(adapted, "base_layer"):
-                if module is not base_of(adapted) and is_scaled(adapted):
-                    raise StageError(
-                        "a DoRA changes layers that are computed ahead here, since the model is streamed; "
-                        "with more GPU memory for the denoiser it could be used"
-                    )
                 owner, leaf = adapted, "base_layer"  # what an adapter adds is computed as ever
             setattr(owner, leaf, module)
 

@@ -19,7 +19,7 @@ from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.weights.adapters import AdapterWeights
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
-from workers.weights.cuda_graphs import ForwardGraphs
+from workers.weights.cuda_graphs import ALL, ForwardGraphs
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import host_weights, plain_parameters
 from workers.weights.lockstep import Lockstep, in_lockstep
@@ -211,7 +211,8 @@ class Residency:
         self.seconds = time.perf_counter() - start
 
     def _let_go(self) -> None:
-        self.graphs.drop()
+        for graphs in [*ALL]:  # whatever one module lets go of, another's graph may read: classes keep tensors, too
+            graphs.drop()
         self._copy_stream.synchronize()
         self.adapters.let_go()
         for part in (self._ring, self._resident):
@@ -279,6 +280,8 @@ class Residency:
                 stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
             if kind is not None and self.state == "in" and self.graphs.can_record and not caches_steps(self.module):
                 stack.enter_context(self.graphs.job(kind, keep=ahead is None))
+            else:
+                self.graphs.clear()
             yield
 
     @contextlib.contextmanager

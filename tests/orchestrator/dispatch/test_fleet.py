@@ -143,6 +143,6 @@ def test_a_lender_is_overdue_only_where_nobody_has_what_it_lent() -> None:
     fleet.ready(borrower)
     clock.now += LENT_SECONDS + 1
     assert [late.id for late, _ in deadlines.overdue(fleet)] == [lender.id]
-    fleet.return_loan(lender)
+    fleet.return_loan(lender, 30.0)
     assert deadlines.overdue(fleet) == []
     assert {idle.id for idle in fleet.idle()} == {lender.id, borrower.id}

@@ -1,5 +1,6 @@
 """Leases of a GPU: pure arithmetic and pure scheduling, held to their promises by chance and by cases."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -122,6 +123,7 @@ class World:
     loans: dict[str, Loan] = field(default_factory=dict)  # by lender
     lent: int = 0  # loans that there were
     lent_since: dict[str, int] = field(default_factory=dict)  # by lender
+    called_back: dict[str, int] = field(default_factory=dict)  # by lender: when a loan of too long came back
     unable: set[str] = field(default_factory=set)  # to lend, as it turns out
     cannot_lend: set[str] = field(default_factory=set)  # as is known
     of: dict[str, str] = field(default_factory=dict)  # by job: the model, whose workers are named 'stage/model'
@@ -177,7 +179,9 @@ class World:
                 most=min((self.available[gpu] - self.needs[w].least) // self.hands(w) for gpu in self.gpus[w]),
                 lendable=self.lendable(w),
                 loan=self.loans.get(w),
-                lent_for=self.now - self.lent_since.get(w, self.now),
+                lent_for=self.now - self.lent_since.get(w, self.now) if w in self.loans else 0.0,
+                back_for=self.now - self.called_back.get(w, -math.inf),
+                busy=any(who == w and not isinstance(doing, ChangeLease) for (who, _), doing in self.busy.items()),
             )
             for w in self.needs
         }
@@ -253,6 +257,8 @@ class World:
         if isinstance(action, ReturnLoan):
             loan, (held,) = self.loans.pop(action.worker), self.held[action.worker]
             assert loan.given, "what was not lent yet is returned"
+            if self.now - self.lent_since.get(action.worker, self.now) > self.patience:
+                self.called_back[action.worker] = self.now
             assert action.missing == 0, "nobody keeps anything here"
             self.held[action.worker] = (held.model_copy(update={"bytes": held.bytes - action.missing}),)
             return
@@ -465,6 +471,20 @@ def test_many_of_another_model_make_no_loan_larger() -> None:
         assert loan == TakeLoan("denoise/a", size)
 
 
+@pytest.mark.parametrize(
+    ("busy", "back_for", "waited", "lends"),
+    [(True, 5.0, 0.0, False), (True, 5.0, 21.0, True), (True, 21.0, 0.0, True), (False, 5.0, 0.0, True)],
+)
+def test_a_lender_that_was_called_back_from_another_model_goes_on_with_its_task(
+    busy: bool, back_for: float, waited: float, lends: bool
+) -> None:
+    lender = replace(model_at("denoise", "a", 30), lendable=25, busy=busy, back_for=back_for)
+    vae = replace(model_at("vae", "b", 0), demands={0: GpuDemand(Need(20, 5, 1, momentary=True))})
+    snapshot = moment([lender, vae], [("vae", "b", waited)], {})
+    snapshot = replace(snapshot, gpus={0: GpuSpace(30, 0)}, idle=[IdleWorker(vae.id, "vae", vae.model)])
+    assert [type(action) for action in decide(snapshot)] == [TakeLoan] * lends
+
+
 @st.composite
 def models_on_one_gpu(draw: st.DrawFn) -> World:
     """Two or three models, each of whose workers can do its tasks with the GPU to itself."""
@@ -525,6 +545,16 @@ def test_no_model_starves_beside_another_that_always_has_jobs(world: World, ever
         world.tick()
     assert "one" in world.done
     assert any(job != "one" for job in world.done)
+
+
+def test_a_models_own_decodes_come_before_its_next_denoising_however_long_that_waits() -> None:
+    """Else nobody would lend, where what is to be decoded holds denoising up."""
+    world = one_gpu(int(15.5 * GB), LENDING)
+    world.queues["denoise"] = [(f"j{number}", LENDING["denoise"].workspace, 0) for number in range(120)]
+    for _ in range(1200):
+        world.tick()
+        assert len(world.queues.get("vae", [])) <= 5
+    assert len(world.done) == 120
 
 
 def test_a_model_does_not_starve_by_what_it_lends_to_another_that_always_has_jobs() -> None:

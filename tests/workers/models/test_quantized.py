@@ -11,6 +11,7 @@ from protocol.errors import ModelMissing
 from protocol.job import JobRequest
 from protocol.recipe import resolve
 from tests import tiny
+from tests.stacks import running_stack
 from tests.stages import through
 from workers.models.description import describe
 from workers.models.model_check import check
@@ -64,3 +65,17 @@ def test_other_quantized_checkpoints_are_refused_with_what_fits(tmp_path: Path) 
     assert quantization_method(source, "transformer") == "bitsandbytes"
     with pytest.raises(ModelMissing, match=r"quantized by bitsandbytes, which isn't taken.* GGUF"):
         check(source)
+
+
+def test_a_stack_runs_a_quantized_checkpoint_though_its_fork_server_knows_no_torchao(folder: Path, state: Path) -> None:
+    """Its denoise worker begins anew, as another program in the same process."""
+    with running_stack(state, "--model", str(folder), "--device", "cpu", "--dtype", "bfloat16") as stack:
+        size = {"width": tiny.SIZE, "height": tiny.SIZE, "steps": 2}
+        job = stack.client.wait(stack.client.submit("a red circle", seed=11, **size).id, 60)
+        made = stack.pictures(job.id)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+        plain = pipeline(
+            "a red circle", width=tiny.SIZE, height=tiny.SIZE, num_inference_steps=2, output_type="np",
+            generator=torch.Generator().manual_seed(11),
+        )  # fmt: skip
+        assert torch.equal(made, torch.from_numpy((plain.images * 255).round().astype("uint8")))

@@ -20,7 +20,7 @@ from workers.models.source import Source, read
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.cuda_graphs import ForwardGraphs
+from workers.weights.cuda_graphs import ForwardGraphs, copy_of
 
 CPU = torch.device("cpu")
 CUDA = pytest.param("cuda:0", marks=tiny.needs_gpus(1))
@@ -83,6 +83,13 @@ class Taking(Doubling):
 
     def forward(self, latents: torch.Tensor, residuals: list[torch.Tensor]) -> tuple[torch.Tensor]:  # type: ignore[override]
         return (latents * self.weight + residuals.pop(0),)
+
+
+class Writing(Doubling):
+    """It writes its result into its argument."""
+
+    def result(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.mul_(self.weight)
 
 
 class Looking(Doubling):
@@ -172,6 +179,36 @@ def test_what_is_hooked_on_to_a_part_in_later_steps_is_heeded() -> None:
             found += module(torch.tensor([float(step)]))
     assert found == numbers(*[200.0 if 6 <= step < 12 else 2.0 * step for step in range(16)])
     assert tape.launched >= 6
+
+
+def test_copies_are_laid_out_as_what_they_are_of() -> None:
+    sliced, turned, spread = torch.ones(4, 6)[:, :3], torch.ones(2, 3).t(), torch.ones(1).expand(4)
+    copies = copy_of([sliced, turned, (spread, 1)])
+    assert [copies[0].stride(), copies[1].stride()] == [(6, 1), (1, 3)]
+    assert torch.equal(copies[2][0], spread)
+    copies[2][0].copy_(torch.zeros(4))  # can be written to
+    assert copies[2][1] == 1
+
+
+def test_a_forward_that_writes_into_its_arguments_has_no_graph() -> None:
+    module = Writing()
+    graphs = ForwardGraphs(module, CPU, tape := Tape(module))
+    given = numbers(1.0, 2.0, 3.0, 4.0, 5.0)
+    assert job(graphs, module, given) == numbers(2, 4, 6, 8, 10)
+    assert given == numbers(2, 4, 6, 8, 10)
+    assert tape.launched == 1
+    assert not graphs.can_record
+
+
+def test_kinds_that_come_once_each_are_given_up() -> None:
+    module = Doubling()
+    graphs = ForwardGraphs(module, CPU, tape := Tape(module))
+    for _ in range(5):
+        job(graphs, module, [(torch.tensor([1.0]), step / 20) for step in range(20)])
+    recorded = tape.recorded
+    for _ in range(5):
+        job(graphs, module, [(torch.tensor([1.0]), step / 20) for step in range(20)])
+    assert tape.recorded == recorded
 
 
 def test_forwards_that_take_from_their_arguments_have_graphs_too() -> None:
