@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -342,6 +343,38 @@ def test_a_model_without_jobs_rests_where_its_contexts_leave_another_no_room(tmp
     jobs = world.run(world.submit(2), 500)
     assert [job.state for job in jobs] == ["done"] * 2
     assert world.rested == 3
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_jobs_that_wait_for_a_model_do_not_fail_while_another_is_about_to_rest(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """Whichever of its workers is ready first, and finds no room."""
+    other = MODEL.model_copy(update={"model": "other", "revision": "other"})
+    idle = [replace(sim, model=other, context=GB) for sim in three(least=GB)]
+    mine = three(least=8 * GB)
+    world = World(12 * GB, [mine[1], *idle], tmp_path)
+    jobs = world.submit(2)
+    for place in order:
+        if place != 1:
+            world.sims.append(mine[place])
+            world.join(mine[place])
+    jobs = world.run(jobs, 500)
+    assert [job.state for job in jobs] == ["done"] * 2
+
+
+def test_a_size_that_never_fits_is_refused_beside_another_model_too(tmp_path: Path) -> None:
+    other = MODEL.model_copy(update={"model": "other", "revision": "other"})
+    idle = [replace(sim, model=other, context=GB // 10) for sim in three(least=GB)]
+    mine = three(least=8 * GB)
+    world = World(16 * GB, [*mine, *idle], tmp_path)
+    (job,) = world.run(world.submit(1), 100)
+    assert job.state == "done"
+    denoiser = mine[1].worker
+    assert denoiser
+    world.engine.leasing.learn(denoiser, job.recipe, 30 * GB)
+    with pytest.raises(DoesNotFit, match="can be had"):
+        world.submit(1)
 
 
 def test_what_can_never_be_lent_ends_with_an_account_and_others_go_on(tmp_path: Path) -> None:

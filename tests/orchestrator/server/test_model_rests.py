@@ -53,6 +53,20 @@ def test_a_model_with_jobs_is_woken_again_and_again_until_it_is_there() -> None:
     assert told.look(ASK_AGAIN_SECONDS) == []
 
 
+def test_a_model_whose_memory_another_needs_rests_unless_it_has_jobs_by_then() -> None:
+    told = Told()
+    told.jobs[ENTRY.key] = 1
+    told.rests.let_rest([ENTRY.key])
+    assert told.said == []
+    told.jobs[ENTRY.key] = 0
+    asked = [ENTRY.key]
+    told.rests.let_rest(asked)
+    assert (told.said, asked) == ([("m", True)], [])
+    told.rests.told([RestingModel(name="m")])
+    told.rests.let_rest([ENTRY.key])
+    assert told.said == [("m", True)]
+
+
 def test_a_model_rests_after_a_while_without_jobs_in_which_its_workers_were_there() -> None:
     told = Told(rest_after=10.0)
     told.fleet[0].state = "loading"
