@@ -58,8 +58,8 @@ def test_a_guided_steps_forwards_in_lockstep_have_the_bits_of_the_plain_pipeline
     real = Residency.job
 
     @contextlib.contextmanager
-    def job(self: Residency, forwards: Any, in_steps: bool = False) -> Iterator[None]:
-        with real(self, forwards), contextlib.ExitStack() as stack:
+    def job(self: Residency, forwards: Any, in_steps: bool = False, kind: Any = None) -> Iterator[None]:
+        with real(self, forwards, kind=kind), contextlib.ExitStack() as stack:
             if in_steps:
                 together = in_lockstep(Lockstep(self.row_modules, self.device), self.module, NoRing(), lambda _: True)
                 stack.enter_context(together)
