@@ -1,4 +1,4 @@
-"""What it costs a job to use another LoRA than the job before it: a whole stack with two of them, in turns and not.
+"""Time jobs that use another LoRA than the job before them: a whole stack with two of them, in turns and not.
 
     python -m scripts.bench.adapters /tmp/flux --budgets 40,16
 

@@ -16,7 +16,7 @@ FRESH = "TRIPTYCH_FRESH_PROCESS"  # in the environment of one that has begun ane
 
 
 class NeedsFreshProcess(Exception):
-    """What this process was forked from has imported its libraries without one that the model needs."""
+    """This process was forked from one that has imported its libraries without one that the model needs."""
 
 
 def run(spec: WorkerSpec | DescriberSpec) -> int:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from workers.errors import FORGIVEN, cause_of, let_go, refusals, release_memory
 from workers.weights.forward_trace import Call, same, standing_in
-from workers.weights.lockstep import KERNELS, versions_of
+from workers.weights.lockstep import KERNELS, copy_of, versions_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class ForwardGraphs:
 
         Without `keep` its graphs go with it: something that they read does.
         """
-        places = [place_of(parameter) for parameter in self._module.parameters()]
+        places = [address_of(parameter) for parameter in self._module.parameters()]
         if not keep or kind != self._job or places != self._places or self._moved:
             self.clear()
         self._job, self._places, self._moved, self._keep, self._forwards = kind, places, False, keep, 0
@@ -325,24 +325,11 @@ def lease_of(device: torch.device) -> float:
     return total * fraction
 
 
-def copy_of(value: Any) -> Any:
-    """Return a value with copies of all tensors, laid out as they are."""
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if leaf.is_contiguous() or 0 in leaf.stride():  # the same place several times can't be written to
-            return leaf.clone()
-        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
-
-    return tree_map(copied, value)
-
-
 def tensors_of(call: Call) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves([call.args, dict(call.kwargs)]) if isinstance(leaf, torch.Tensor)]
 
 
-def place_of(parameter: torch.Tensor) -> int:
+def address_of(parameter: torch.Tensor) -> int:
     """Return where a parameter's memory begins; of those that are made of several tensors, which one it is."""
     plain = type(parameter.data) is torch.Tensor
     return parameter.data_ptr() if plain else id(parameter)

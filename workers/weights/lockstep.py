@@ -285,7 +285,16 @@ def laid_out(value: Any) -> Any:
 
 
 def copy_of(value: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, value)
+    """Return a value with copies of all tensors, laid out as they are."""
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.is_contiguous() or 0 in leaf.stride():  # the same place several times can't be written to
+            return leaf.clone()
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+    return tree_map(copied, value)
 
 
 def is_plain(value: Any) -> bool:

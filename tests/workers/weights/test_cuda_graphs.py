@@ -20,7 +20,8 @@ from workers.models.source import Source, read
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.cuda_graphs import ForwardGraphs, copy_of
+from workers.weights.cuda_graphs import ForwardGraphs
+from workers.weights.lockstep import copy_of
 
 CPU = torch.device("cpu")
 CUDA = pytest.param("cuda:0", marks=tiny.needs_gpus(1))
