@@ -188,25 +188,27 @@ class Once(Generic[Made]):
             return self._made
 
 
-def prepare(spec: WorkerSpec) -> Prepared:
-    """Find the model, and describe it unless that was done; ModelMissing or BadRequest if that can't be."""
+def prepare(spec: WorkerSpec, source: Source | None = None) -> Prepared:
+    """Find the model, unless its `source` is given, and describe it unless that was done.
+
+    ModelMissing or BadRequest if that can't be.
+    """
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
-    source = locate(spec.model, spec.stage)
+    source = source or locate(spec.model, spec.stage)
     if (known := spec.description) and (known.model, known.revision) == (source.model, source.revision):
         return Prepared(spec, source, known, device, dtype)
     with quiet():
         return Prepared(spec, source, describe(source), device, dtype)
 
 
-def check_quantized(spec: WorkerSpec, ranks: int) -> None:
+def check_quantized(source: Source, spec: WorkerSpec, ranks: int) -> None:
     """Check, before anything is forked, that weights which torchao has quantized can be read.
 
     Raises:
         BadRequest: they can't.
         NeedsFreshProcess: not by this process.
     """
-    source = locate(spec.model, spec.stage)
     if TORCHAO not in {quantization_method(source, name) for name in source.components(spec.stage)}:
         return
     if ranks > 1:
@@ -221,13 +223,14 @@ def check_quantized(spec: WorkerSpec, ranks: int) -> None:
 def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
     """Join a stack and work until told to stop; a remote one lets a `key` in."""
     ranks = ranks_of(spec)
-    check_quantized(spec, ranks)
+    source = locate(spec.model, spec.stage)
+    check_quantized(source, spec, ranks)
     if spec.locked_bytes is not None:
         PAGE_LOCKER.restrict(spec.locked_bytes // max(1, ranks))  # each copies a part of its own
     group = form(ranks, spec.name) if ranks > 1 else None
     device = resolve_device(spec.device)
     warm_up = WarmUp(f"{device}:{group.rank}" if group else device, DTYPES[resolve_dtype(spec.dtype, device)])
-    prepared = prepare(spec)
+    prepared = prepare(spec, source)
     prepared.group = group
     if group and group.rank:
         follow(lambda: prepared.denoise_stage(*prepared.weights()), prepared.gpu_leases, group)
