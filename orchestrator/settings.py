@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
-from protocol.model_spec import PARTS, ModelName, ModelSpec, name_of
+from protocol.model_spec import PARTS, ModelName, ModelSpec, name_of, with_added
 from protocol.speedups import MOST_BATCH, canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -210,6 +210,11 @@ class ModelConfig(Settings):
         Field(description="A ControlNet for jobs with a control image: a folder or a hub id."),
         Flag("--controlnet", "MODEL", "none"),
     ] = None
+    controlnets: Annotated[
+        dict[ModelName, str],
+        Field(description="Names of ControlNets that jobs choose among, each with its folder or hub id."),
+        Flag("--controlnet-alias", "NAME=MODEL", "none"),
+    ] = Field(default_factory=dict)
     ip_adapter: Annotated[
         str | None,
         Field(description="An IP-Adapter's weights (safetensors); its image_encoder is beside it, or the model's own."),
@@ -336,17 +341,30 @@ class StackConfig(JobSettings, ModelConfig):
         given = self.model_fields_set
         if self.models and "model" in given and self.model not in self.models:
             raise ValueError(f"model is {self.model!r}, which is none of the models {', '.join(self.models)}")
-        if self.models and (own := [part for part in PARTS if part in given]):
+        if self.models and (own := [part for part in (*PARTS, "controlnets") if part in given]):
             raise ValueError(f"{own[0]} is a single model's: write it below [models.NAME]")
         return self
 
     def each(self) -> dict[str, "StackConfig"]:
-        """Return the configuration of each model as if it were alone, by its name; the default one comes first."""
+        """Return the configuration of each model as if it were alone, by its name; the default one comes first.
+
+        A model with a ControlNet that jobs choose is one of its own.
+        """
         if not self.models:
-            return {name_of(self.model): self}
+            return self._with_controlnets(name_of(self.model))
         found = {name: self._alone(name, own) for name, own in self.models.items()}
         default = self.model if "model" in self.model_fields_set else next(iter(found))
-        return {default: found[default], **found}
+        found = {default: found[default], **found}
+        return {full: one for name, alone in found.items() for full, one in alone._with_controlnets(name).items()}
+
+    def _with_controlnets(self, name: str) -> dict[str, "StackConfig"]:
+        """Return the configuration of a model alone, and with each of its ControlNets, by name."""
+        plain = self.model_copy(update={"controlnets": {}})
+        chosen = {
+            with_added(name, net): plain.model_copy(update={"controlnet": given})
+            for net, given in self.controlnets.items()
+        }
+        return {name: plain, **chosen}
 
     def _alone(self, name: str, own: ModelConfig) -> "StackConfig":
         """Return what holds for a model: its own settings, where it has none those of the stack."""
@@ -355,7 +373,9 @@ class StackConfig(JobSettings, ModelConfig):
         for stage, settings in own.stages.items():
             said = {field: getattr(settings, field) for field in settings.model_fields_set}
             stages[stage] = self.stage(stage).model_copy(update=said)
-        parts = dict.fromkeys(PARTS)  # of the stack's only model, where it has but one: no other's
+        parts = dict.fromkeys(PARTS) | {
+            "controlnets": {}
+        }  # of the stack's only model, where it has but one: no other's
         return self.model_copy(update=parts | {"model": name} | given | {"stages": stages, "models": {}})
 
     def beside(self, name: str, spec: ModelSpec) -> "StackConfig":

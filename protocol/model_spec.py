@@ -12,12 +12,19 @@ DEMO = "demo"
 PARTS = ("revision", "base", "controlnet", "ip_adapter", "transformer")  # of a model, beside its name
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"
 ModelName = Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
+WITH = "+"  # between a model's name and that of what its jobs may choose to be added to it
+FullName = Annotated[str, Field(pattern=rf"^{MODEL_NAME}(\{WITH}{MODEL_NAME})?$")]  # of one with that added
 
 
 def name_of(model: str) -> str:
     """Return the name of a model that was given none: the last part of its folder or hub id."""
     name = PurePath(model).name.removesuffix(".safetensors")
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-_.")[:64] or "model"
+
+
+def with_added(name: str, added: str | None) -> str:
+    """Return the name of a model with a ControlNet that jobs choose by name; its own without one."""
+    return f"{name}{WITH}{added}" if added else name
 
 
 class ModelSpec(Data):

@@ -62,6 +62,10 @@ def resolve(
     length = check_prompts(request, model, count_tokens)
     defaults: ModelDescription | PipelineTask = task or model
     guidance, cfg_scale = check_guidance(request, model, defaults)
+    if request.controlnet is not None and request.control is None:
+        raise BadRequest(
+            f"The ControlNet {request.controlnet!r} needs a picture that it keeps to.", "Give it: --control-image FILE."
+        )
     if request.control is not None and not defaults.control:
         raise BadRequest(f"{defaults.pipeline} takes no control image.", "Leave --control-image out.")
     check_ip_adapter(request, model, task)

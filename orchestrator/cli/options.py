@@ -147,6 +147,8 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in RECIPE_FIELDS if options.get(name) is not None}
     if options.get("of_model"):
         given["model"] = options["of_model"]
+    if options.get("of_controlnet"):
+        given["controlnet"] = options["of_controlnet"]
     if options.get("size"):
         if "width" in given or "height" in given:
             raise BadRequest("--size and --width or --height say the same.", "Give one or the other.")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -107,12 +108,12 @@ def parse_models(values: tuple[str, ...], named: bool = False) -> dict[str, Any]
     return {"models": found, "model": next(iter(found))}
 
 
-def parse_aliases(values: tuple[str, ...]) -> dict[str, Any]:
-    """'ink=FILE' names a LoRA's file."""
+def parse_aliases(option: str, setting: str, values: tuple[str, ...]) -> dict[str, Any]:
+    """'ink=FILE' gives a LoRA's file, or what else jobs name, a name."""
     pairs = [value.partition("=") for value in values]
     if wrong := [name for name, equals, file in pairs if not (name and equals and file)]:
-        raise BadRequest(f"--lora-alias {wrong[0]!r} is not right.", "Write --lora-alias NAME=FILE.")
-    return {"loras": {name: file for name, _, file in pairs}}
+        raise BadRequest(f"{option} {wrong[0]!r} is not right.", f"Write {option} NAME=FILE.")
+    return {setting: {name: file for name, _, file in pairs}}
 
 
 def parse_budgets(values: tuple[str, ...]) -> dict[str, Any]:
@@ -130,8 +131,9 @@ def parse_budgets(values: tuple[str, ...]) -> dict[str, Any]:
     return {"gpus": found}
 
 
+ALIASES = {"--lora-alias": "loras", "--controlnet-alias": "controlnets"}
 PARSERS: dict[str, Callable[[tuple[str, ...]], dict[str, Any]]] = {  # of flags that may be given several times
     "--model": parse_models,
     "--budget": parse_budgets,
-    "--lora-alias": parse_aliases,
+    **{option: partial(parse_aliases, option, name) for option, name in ALIASES.items()},
 }

@@ -44,6 +44,7 @@ from protocol.client.lora_files import loras_of
 from protocol.errors import BadRequest, NoStack, TriptychError
 from protocol.job import ENDED, Job, JobRequest, Recipe
 from protocol.lora import LoraRequest
+from protocol.model_spec import with_added
 from protocol.pictures import CONTROL, IMAGE, IP_IMAGE, MASK, VIDEO, pictures_among
 from protocol.recipe import MAX_IMAGES
 from protocol.settings import as_given
@@ -84,6 +85,12 @@ def output_options(command: Command) -> Command:
     "of_model",
     metavar="NAME",
     help="One of the stack's models: 'triptych models' lists them. [default: the first one]",
+)
+@click.option(
+    "--controlnet",
+    "of_controlnet",
+    metavar="NAME",
+    help="Which of the model's ControlNets --control-image is for, where the stack has several.",
 )
 @recipe_options
 @output_options
@@ -135,7 +142,7 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
     if not models and not options["quiet"]:
         print("The stack is loading its model …", file=sys.stderr, flush=True)
     for request in (a.request for a in asked):
-        if names and (model := model_among(models, request.model)):
+        if names and (model := model_among(models, request)):
             names |= fit_to({str(request.id): names[str(request.id)]}, model.video)
     try:
         for file in {file.digest: file for a in asked for file in a.loras}.values():
@@ -156,10 +163,12 @@ def make(client: Client, asked: Sequence[Asked], names: Names, options: dict[str
         collect(client, jobs, fitted, options)
 
 
-def model_among(models: Sequence[ModelView], name: str | None) -> ModelView | None:
+def model_among(models: Sequence[ModelView], request: JobRequest) -> ModelView | None:
     """Return the model that a request names; None where it is not known, or not yet."""
+    name = request.model
     found = [model for model in models if (name in (model.name, model.model) if name else model.default)]
-    return found[0] if found else None
+    names = [with_added(model.name, request.controlnet) for model in found]
+    return next((model for model in models if model.name in names), None)
 
 
 def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, Any]) -> None:

@@ -8,11 +8,12 @@ from orchestrator.dispatch.lora_book import LoraBook
 from orchestrator.job import ModelKey
 from orchestrator.settings import ModelSettings
 from orchestrator.storage.job_store import Store
-from protocol.errors import NotFound
+from protocol.errors import BadRequest, NotFound
 from protocol.job import JobRequest, Recipe
 from protocol.messages.describer import DescriberHello
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
+from protocol.model_spec import WITH, with_added
 from protocol.recipe import texts_to_count
 from protocol.route import Route, Template, encoded_key, whole_key
 from protocol.stages import Stage
@@ -154,6 +155,23 @@ class Catalogue:
         if (entry := self._entries.get(self.name(model))) is None:
             raise NotFound("No worker has joined yet, so the model is not known.")
         return entry
+
+    def name_for(self, request: JobRequest) -> str:
+        """Return the name of the model that a request is for, with the ControlNet that it chooses.
+
+        NotFound, BadRequest where it is to choose one.
+        """
+        name = self.name(request.model)
+        full, first = with_added(name, request.controlnet), f"{name}{WITH}"
+        if full not in self.models or (request.control is not None and request.controlnet is None):
+            nets = ", ".join(other.removeprefix(first) for other in self.models if other.startswith(first))
+            if full not in self.models:
+                hint = f"Those of {name}: {nets}." if nets else f"{name} has none to choose among."
+                raise NotFound(f"There is no ControlNet {request.controlnet!r}.", hint)
+            alone = self._entries.get(name)
+            if nets and alone and not (alone.description.control or alone.description.controlled):
+                raise BadRequest("A control image is for a ControlNet.", f"Choose one of {nets}: --controlnet NAME")
+        return full
 
     def name(self, model: str | None) -> str:
         """Return the name of the model that a request names by it, or as the stack was told of it; NotFound."""

@@ -279,7 +279,7 @@ class DescriberLinks:
         """Return whether requests can be judged now; what is missing is asked of each one's describer."""
         by_model: dict[str, list[JobRequest]] = {}
         for request in requests:
-            by_model.setdefault(self._catalogue.name(request.model), []).append(request)
+            by_model.setdefault(self._catalogue.name_for(request), []).append(request)
         ready = [self._links[name].ready_for(of_it, principal, since) for name, of_it in by_model.items()]
         return all(ready)
 

@@ -9,7 +9,7 @@ from protocol.job import Job, JobId, JobRequest, JobState
 from protocol.lora import LoraInfo
 from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
 from protocol.model import ModelDescription
-from protocol.model_spec import ModelName, ModelSpec
+from protocol.model_spec import FullName, ModelName, ModelSpec
 from protocol.stages import Stage
 from protocol.views import ModelView, ProcessView, WorkerView
 
@@ -131,7 +131,7 @@ class RemoveModel(Question):
     """Remove a model from the running stack, which must have no unfinished jobs."""
 
     kind = "remove-a-model"
-    model: ModelName
+    model: FullName
 
 
 class OfferLora(Question):

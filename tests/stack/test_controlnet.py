@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 
+from protocol.errors import BadRequest, NotFound
 from tests import tiny
 from tests.families.case import awake
 from tests.families.pictures import controlnet
@@ -14,6 +16,37 @@ from tests.stacks import running_stack, triptych
 from tests.tiny_videos import frames_of
 
 SIZE = {"width": tiny.SIZE, "height": tiny.SIZE}
+
+
+def test_jobs_choose_among_controlnets_by_name(state: Path, tmp_path: Path) -> None:
+    model = tiny.save(tiny.sd15(), tmp_path / "model")
+    control, settings, wanted = noise((32, 32), 1), {"num_inference_steps": 3, **SIZE}, {}
+    flags = ["--model", str(model)]
+    for name, seed in (("canny", 0), ("depth", 1)):
+        torch.manual_seed(seed)
+        net: Any = awake(controlnet())
+        net.save_pretrained(tmp_path / name)
+        flags += ["--controlnet-alias", f"{name}={tmp_path / name}"]
+        pipeline: Any = diffusers.StableDiffusionControlNetPipeline.from_pretrained(model, controlnet=net)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator("cpu").manual_seed(3)
+        wanted[name] = frames_of(pipeline(prompt="a red circle", image=control, generator=generator, **settings))
+    assert not torch.equal(wanted["canny"], wanted["depth"])
+    with running_stack(state, *flags) as stack:
+        given: Any = {"control": control, "seed": 3, "steps": 3, **SIZE}
+        for name in ("canny", "depth", "canny"):
+            assert torch.equal(stack.picture("a red circle", controlnet=name, **given)[1], wanted[name])
+        alone = tiny.plain(model, prompt="a red circle", seed=3, **settings)
+        assert torch.equal(stack.picture("a red circle", seed=3, steps=3, **SIZE)[1], alone)
+        assert [view.name for view in stack.client.models()] == ["model", "model+canny", "model+depth"]
+        with pytest.raises(NotFound, match="no ControlNet 'lines'") as unknown:
+            stack.picture("a red circle", controlnet="lines", **given)
+        assert "canny, depth" in unknown.value.hint
+        with pytest.raises(BadRequest, match="is for a ControlNet") as none_chosen:
+            stack.picture("a red circle", **given)
+        assert "--controlnet" in none_chosen.value.hint
+        with pytest.raises(BadRequest, match="needs a picture"):
+            stack.picture("a red circle", controlnet="canny", seed=3, steps=3, **SIZE)
 
 
 def test_a_stack_answers_control_images_and_prompts_alone(state: Path, tmp_path: Path) -> None:
