@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
-from protocol.model_spec import PARTS, ModelName, ModelSpec, name_of, with_added
+from protocol.model_spec import PARTS, Choice, ModelName, ModelSpec, name_of, with_added
 from protocol.speedups import MOST_BATCH, canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -69,6 +69,9 @@ class Flag:
     default: str = ""
     short: str = ""
     bare: bool = False  # of a stage's setting: a value without STAGE= is meant for all three
+
+
+CHOICES = {"controlnets": "controlnet", "refiners": "refiner"}  # tables of what jobs choose among: what each is
 
 
 class Settings(BaseModel):
@@ -215,6 +218,16 @@ class ModelConfig(Settings):
         Field(description="Names of ControlNets that jobs choose among, each with its folder or hub id."),
         Flag("--controlnet-alias", "NAME=MODEL", "none"),
     ] = Field(default_factory=dict)
+    refiner: Annotated[
+        str | None,
+        Field(description="A refiner (SDXL) that makes the last steps of all pictures: a folder or a hub id."),
+        Flag("--refiner", "MODEL", "none"),
+    ] = None
+    refiners: Annotated[
+        dict[ModelName, str],
+        Field(description="Names of refiners that jobs choose among, each with its folder or hub id."),
+        Flag("--refiner-alias", "NAME=MODEL", "none"),
+    ] = Field(default_factory=dict)
     ip_adapter: Annotated[
         str | None,
         Field(description="An IP-Adapter's weights (safetensors); its image_encoder is beside it, or the model's own."),
@@ -341,28 +354,31 @@ class StackConfig(JobSettings, ModelConfig):
         given = self.model_fields_set
         if self.models and "model" in given and self.model not in self.models:
             raise ValueError(f"model is {self.model!r}, which is none of the models {', '.join(self.models)}")
-        if self.models and (own := [part for part in (*PARTS, "controlnets") if part in given]):
+        if self.models and (own := [part for part in (*PARTS, *CHOICES) if part in given]):
             raise ValueError(f"{own[0]} is a single model's: write it below [models.NAME]")
+        if twice := [name for own in (self, *self.models.values()) for name in own.controlnets if name in own.refiners]:
+            raise ValueError(f"{twice[0]!r} is the name of a ControlNet and of a refiner")
         return self
 
     def each(self) -> dict[str, "StackConfig"]:
         """Return the configuration of each model as if it were alone, by its name; the default one comes first.
 
-        A model with a ControlNet that jobs choose is one of its own.
+        A model with a ControlNet or a refiner that jobs choose is one of its own.
         """
         if not self.models:
-            return self._with_controlnets(name_of(self.model))
+            return self._with_choices(name_of(self.model))
         found = {name: self._alone(name, own) for name, own in self.models.items()}
         default = self.model if "model" in self.model_fields_set else next(iter(found))
         found = {default: found[default], **found}
-        return {full: one for name, alone in found.items() for full, one in alone._with_controlnets(name).items()}
+        return {full: one for name, alone in found.items() for full, one in alone._with_choices(name).items()}
 
-    def _with_controlnets(self, name: str) -> dict[str, "StackConfig"]:
-        """Return the configuration of a model alone, and with each of its ControlNets, by name."""
-        plain = self.model_copy(update={"controlnets": {}})
+    def _with_choices(self, name: str) -> dict[str, "StackConfig"]:
+        """Return the configuration of a model alone, and with each of those that its jobs choose among, by name."""
+        plain = self.model_copy(update={choices: {} for choices in CHOICES})
         chosen = {
-            with_added(name, net): plain.model_copy(update={"controlnet": given})
-            for net, given in self.controlnets.items()
+            with_added(name, alias): plain.model_copy(update={part: given})
+            for choices, part in CHOICES.items()
+            for alias, given in getattr(self, choices).items()
         }
         return {name: plain, **chosen}
 
@@ -373,9 +389,8 @@ class StackConfig(JobSettings, ModelConfig):
         for stage, settings in own.stages.items():
             said = {field: getattr(settings, field) for field in settings.model_fields_set}
             stages[stage] = self.stage(stage).model_copy(update=said)
-        parts = dict.fromkeys(PARTS) | {
-            "controlnets": {}
-        }  # of the stack's only model, where it has but one: no other's
+        # What is the stack's only model's, where it has but one, is no other's.
+        parts = dict.fromkeys(PARTS) | {choices: {} for choices in CHOICES}
         return self.model_copy(update=parts | {"model": name} | given | {"stages": stages, "models": {}})
 
     def beside(self, name: str, spec: ModelSpec) -> "StackConfig":
@@ -399,6 +414,7 @@ class ModelSettings(Settings):
 
     name: str = ""  # by which jobs name it; empty where a stack has but one, and was started without a supervisor
     model: str = ""  # a folder, or a hub id
+    chosen: Choice | None = None  # what its jobs have chosen to be added to another model
     fixed: dict[Stage, int] = Field(default_factory=dict)  # workers at most of stages whose memory is planned
     keep_alive: dict[Stage, float] = Field(default_factory=dict)  # in seconds; none for ever
     rest_after: float | None = None  # seconds without a job of it; None: never

@@ -29,6 +29,7 @@ class JobRequest(Data):
     prompt: Text
     model: Annotated[str, Field(max_length=4096)] | None = None  # its name in the stack; None: the default one
     controlnet: Annotated[str, Field(max_length=256)] | None = None  # one of several that the stack has for the model
+    refiner: Annotated[str, Field(max_length=256)] | None = None  # likewise
     negative_prompt: Text | None = None
     width: Int64 | None = None  # pixels
     height: Int64 | None = None  # pixels

@@ -61,6 +61,7 @@ class ModelDescription(Data):
     ip_adapter: bool = False  # it has one, and needs a picture for it
     control_mask: bool = False  # a mask goes with that picture, and needs no other
     controlled: PipelineTask | None = None  # with a ControlNet that was added to the model
+    refined: bool = False  # a refiner makes the last steps
     of_video: PipelineTask | None = None  # what is made of a video
     video: VideoTask | None = None  # it makes videos; None: pictures
     several: bool = True  # it makes several pictures, or videos, of one prompt at once

@@ -185,6 +185,24 @@ def sdxl(second: int = 32) -> StableDiffusionXLPipeline:
     )
 
 
+def sdxl_refiner(second: int = 32, aesthetics: bool = True) -> Any:
+    """A refiner for `sdxl`, with a denoiser and a scheduler of its own."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline, UNet2DConditionModel
+
+    torch.manual_seed(5)
+    config = dict(sdxl(second).unet.config)
+    size = (5 if aesthetics else 6) * config["addition_time_embed_dim"] + second
+    unet = UNet2DConditionModel.from_config(
+        {**config, "cross_attention_dim": second, "projection_class_embeddings_input_dim": size}
+    )
+    parts = sdxl(second).components
+    return StableDiffusionXLImg2ImgPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder_2", "tokenizer_2")}, text_encoder=None, tokenizer=None,
+        unet=unet.eval(), scheduler=EulerDiscreteScheduler(steps_offset=1, use_karras_sigmas=True),
+        requires_aesthetics_score=aesthetics, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+
+
 def sd3(depth: int = 2) -> StableDiffusion3Pipeline:
     from diffusers import SD3Transformer2DModel
 

@@ -41,6 +41,7 @@ RECIPE = ("prompt", "negative_prompt", "width", "height", "steps", "guidance", "
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--base", metavar="MODEL", help="Of a model that is one file: whose configuration it goes by.")
 @click.option("--controlnet", metavar="MODEL", help="As the stack's others: a folder or a hub id.")
+@click.option("--refiner", metavar="MODEL", help="Likewise.")
 @click.option("--ip-adapter", metavar="FILE", help="As the stack's others: an IP-Adapter's weights.")
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps or auto.")
 @click.option("--transformer", metavar="FILE", help="The denoiser's weights in one file.")

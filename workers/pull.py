@@ -15,6 +15,7 @@ from protocol.stages import STAGES, Stage
 @click.option("--revision", help="Branch, tag or commit. [default: the newest]")
 @click.option("--base", metavar="MODEL", help="Of a model that is one file: whose configuration it goes by.")
 @click.option("--controlnet", metavar="MODEL", help="A ControlNet besides.")
+@click.option("--refiner", metavar="MODEL", help="A refiner besides.")
 @click.option("--ip-adapter", metavar="OWNER/NAME/FILE", help="An IP-Adapter besides.")
 @click.option(
     "--transformer", metavar="OWNER/NAME/FILE", help="The denoiser's weights in one file, in place of its own."

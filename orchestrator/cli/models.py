@@ -103,6 +103,7 @@ def unload(name: str, state: Path | None) -> None:
 @click.option("--revision", help="Branch, tag or commit of a hub model.")
 @click.option("--base", metavar="MODEL", help="Of a model that is one file: whose configuration it goes by.")
 @click.option("--controlnet", metavar="MODEL", help="A ControlNet for jobs with a control image.")
+@click.option("--refiner", metavar="MODEL", help="A refiner (SDXL) that makes the last steps.")
 @click.option("--ip-adapter", metavar="FILE", help="An IP-Adapter's weights.")
 @click.option("--transformer", metavar="FILE", help="The denoiser's weights in one file.")
 @state_option

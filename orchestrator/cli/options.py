@@ -43,6 +43,8 @@ SINGLE = ("control_image", "ip_image")  # options of one picture
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
                  "max_sequence_length", "strength", "ip_scale", "frames", "fps", "settings", "priority")  # fmt: skip
 
+CHOSEN = ("controlnet", "refiner")  # by jobs, to be added to a model
+
 
 def state_folder(state: Path | None) -> Path:
     return state or default_folder()
@@ -147,8 +149,7 @@ def given_recipe(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in RECIPE_FIELDS if options.get(name) is not None}
     if options.get("of_model"):
         given["model"] = options["of_model"]
-    if options.get("of_controlnet"):
-        given["controlnet"] = options["of_controlnet"]
+    given |= {kind: options[f"of_{kind}"] for kind in CHOSEN if options.get(f"of_{kind}")}
     if options.get("size"):
         if "width" in given or "height" in given:
             raise BadRequest("--size and --width or --height say the same.", "Give one or the other.")

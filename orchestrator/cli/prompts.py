@@ -13,7 +13,7 @@ from protocol.errors import BadRequest
 Row = tuple[str, dict[str, Any]]  # where it is from, and a request's fields
 LINE = re.compile(r"\r\n|\n|\r")  # and nothing else: a prompt may hold other separators
 OBJECT = 'an object such as {"prompt": "a red circle", "seed": 1}'
-TEXTS = ("prompt", "negative_prompt", "id", "model", "controlnet")  # columns of a table that are no numbers
+TEXTS = ("prompt", "negative_prompt", "id", "model", "controlnet", "refiner")  # columns of a table that are no numbers
 MOST_NAMED = 20
 
 

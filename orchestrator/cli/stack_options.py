@@ -131,7 +131,7 @@ def parse_budgets(values: tuple[str, ...]) -> dict[str, Any]:
     return {"gpus": found}
 
 
-ALIASES = {"--lora-alias": "loras", "--controlnet-alias": "controlnets"}
+ALIASES = {"--lora-alias": "loras", "--controlnet-alias": "controlnets", "--refiner-alias": "refiners"}
 PARSERS: dict[str, Callable[[tuple[str, ...]], dict[str, Any]]] = {  # of flags that may be given several times
     "--model": parse_models,
     "--budget": parse_budgets,

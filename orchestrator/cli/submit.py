@@ -92,6 +92,7 @@ def output_options(command: Command) -> Command:
     metavar="NAME",
     help="Which of the model's ControlNets --control-image is for, where the stack has several.",
 )
+@click.option("--refiner", "of_refiner", metavar="NAME", help="Which of the model's refiners makes the last steps.")
 @recipe_options
 @output_options
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave; 'triptych wait JOB' gets the pictures.")
@@ -167,7 +168,7 @@ def model_among(models: Sequence[ModelView], request: JobRequest) -> ModelView |
     """Return the model that a request names; None where it is not known, or not yet."""
     name = request.model
     found = [model for model in models if (name in (model.name, model.model) if name else model.default)]
-    names = [with_added(model.name, request.controlnet) for model in found]
+    names = [with_added(model.name, request.controlnet or request.refiner) for model in found]
     return next((model for model in models if model.name in names), None)
 
 

@@ -1,7 +1,7 @@
 """The models of this stack, by name: what each takes, in which dtype, how many tokens texts have in it, its LoRAs."""
 
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.dispatch.lora_book import LoraBook
@@ -13,10 +13,12 @@ from protocol.job import JobRequest, Recipe
 from protocol.messages.describer import DescriberHello
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
-from protocol.model_spec import WITH, with_added
+from protocol.model_spec import WITH, Choice, with_added
 from protocol.recipe import texts_to_count
 from protocol.route import Route, Template, encoded_key, whole_key
 from protocol.stages import Stage
+
+CALLED: Mapping[Choice, str] = {"controlnet": "ControlNet", "refiner": "refiner"}
 
 
 class Tokens:
@@ -157,21 +159,35 @@ class Catalogue:
         return entry
 
     def name_for(self, request: JobRequest) -> str:
-        """Return the name of the model that a request is for, with the ControlNet that it chooses.
+        """Return the name of the model that a request is for, with the ControlNet or the refiner that it chooses.
 
-        NotFound, BadRequest where it is to choose one.
+        NotFound; BadRequest where it is to choose one, or chooses two.
         """
         name = self.name(request.model)
-        full, first = with_added(name, request.controlnet), f"{name}{WITH}"
-        if full not in self.models or (request.control is not None and request.controlnet is None):
-            nets = ", ".join(other.removeprefix(first) for other in self.models if other.startswith(first))
-            if full not in self.models:
-                hint = f"Those of {name}: {nets}." if nets else f"{name} has none to choose among."
-                raise NotFound(f"There is no ControlNet {request.controlnet!r}.", hint)
-            alone = self._entries.get(name)
-            if nets and alone and not (alone.description.control or alone.description.controlled):
-                raise BadRequest("A control image is for a ControlNet.", f"Choose one of {nets}: --controlnet NAME")
-        return full
+        if request.controlnet is not None and request.refiner is not None:
+            raise BadRequest("A ControlNet and a refiner don't go together.", "Choose one of them.")
+        if request.controlnet is not None:
+            return self._chosen(name, "controlnet", request.controlnet)
+        if request.refiner is not None:
+            return self._chosen(name, "refiner", request.refiner)
+        alone = self._entries.get(name)
+        takes_none = alone and not (alone.description.control or alone.description.controlled)
+        if request.control is not None and takes_none and (nets := self._choices(name, "controlnet")):
+            hint = ", ".join(f"--controlnet {net}" for net in nets)
+            raise BadRequest("A control image is for a ControlNet.", f"Choose one: {hint}.")
+        return name
+
+    def _chosen(self, name: str, kind: Choice, alias: str) -> str:
+        """Return the name of a model with what a job chooses; NotFound."""
+        if alias not in (there := self._choices(name, kind)):
+            hint = f"Those of {name}: {', '.join(there)}." if there else f"{name} has none to choose among."
+            raise NotFound(f"There is no {CALLED[kind]} {alias!r}.", hint)
+        return with_added(name, alias)
+
+    def _choices(self, name: str, kind: Choice) -> list[str]:
+        """Return the names of what a model's jobs choose among."""
+        first = f"{name}{WITH}"
+        return [n.removeprefix(first) for n, s in self.models.items() if n.startswith(first) and s.chosen == kind]
 
     def name(self, model: str | None) -> str:
         """Return the name of the model that a request names by it, or as the stack was told of it; NotFound."""

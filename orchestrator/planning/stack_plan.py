@@ -16,6 +16,7 @@ from orchestrator.planning.planner import Plan, check, choose
 from orchestrator.settings import AccountSettings, StackConfig
 from protocol.errors import BadRequest
 from protocol.model import ModelDescription
+from protocol.model_spec import WITH, Choice
 from protocol.speedups import canonical
 from protocol.stages import STAGES, Stage
 
@@ -56,6 +57,13 @@ class PlannedModel:
     name: str
     config: StackConfig
     plan: StackPlan
+
+    @property
+    def chosen(self) -> Choice | None:
+        """What jobs have chosen to be added to another model, which makes it one of its own."""
+        if WITH not in self.name:
+            return None
+        return "controlnet" if self.config.controlnet else "refiner"
 
 
 def plan_models(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> tuple[PlannedModel, ...]:

@@ -299,5 +299,10 @@ def settings_of(model: PlannedModel) -> ModelSettings:
     config = model.config
     kept = {stage: seconds for stage in STAGES if (seconds := config.stage(stage).keep_alive) is not None}
     return ModelSettings(
-        name=model.name, model=config.model, fixed=model.plan.fixed(), keep_alive=kept, rest_after=config.rest_after
+        name=model.name,
+        model=config.model,
+        chosen=model.chosen,
+        fixed=model.plan.fixed(),
+        keep_alive=kept,
+        rest_after=config.rest_after,
     )

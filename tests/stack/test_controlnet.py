@@ -35,7 +35,9 @@ def test_jobs_choose_among_controlnets_by_name(state: Path, tmp_path: Path) -> N
     with running_stack(state, *flags) as stack:
         given: Any = {"control": control, "seed": 3, "steps": 3, **SIZE}
         for name in ("canny", "depth", "canny"):
-            assert torch.equal(stack.picture("a red circle", controlnet=name, **given)[1], wanted[name])
+            job, picture = stack.picture("a red circle", controlnet=name, **given)
+            assert torch.equal(picture, wanted[name])
+        assert stack.client.job(job.id).cached
         alone = tiny.plain(model, prompt="a red circle", seed=3, **settings)
         assert torch.equal(stack.picture("a red circle", seed=3, steps=3, **SIZE)[1], alone)
         assert [view.name for view in stack.client.models()] == ["model", "model+canny", "model+depth"]
@@ -47,6 +49,30 @@ def test_jobs_choose_among_controlnets_by_name(state: Path, tmp_path: Path) -> N
         assert "--controlnet" in none_chosen.value.hint
         with pytest.raises(BadRequest, match="needs a picture"):
             stack.picture("a red circle", controlnet="canny", seed=3, steps=3, **SIZE)
+
+
+def test_a_job_may_choose_a_refiner(state: Path, tmp_path: Path) -> None:
+    model = tiny.save(tiny.sdxl(), tmp_path / "model")
+    tiny.sdxl_refiner().save_pretrained(tmp_path / "xl")
+    settings, count = {"seed": 3, "steps": 5, **SIZE}, {"num_inference_steps": 5}
+    base: Any = diffusers.StableDiffusionXLPipeline.from_pretrained(model)
+    refiner: Any = diffusers.StableDiffusionXLImg2ImgPipeline.from_pretrained(
+        tmp_path / "xl", text_encoder_2=base.text_encoder_2, vae=base.vae
+    )
+    generator = torch.Generator("cpu").manual_seed(3)
+    latents = base("a star", **count, **SIZE, denoising_end=0.6, output_type="latent", generator=generator).images
+    wanted = frames_of(refiner("a star", **count, image=latents, denoising_start=0.6, generator=generator))
+    with running_stack(state, "--model", str(model), "--refiner-alias", f"xl={tmp_path / 'xl'}") as stack:
+        picture = stack.picture("a star", refiner="xl", settings=(("refine_from", "0.6"),), **settings)[1]
+        assert torch.equal(picture, wanted)
+        alone = tiny.plain(model, prompt="a star", num_inference_steps=5, seed=3, **SIZE)
+        assert torch.equal(stack.picture("a star", **settings)[1], alone)
+        with pytest.raises(NotFound, match="no refiner 'l'"):
+            stack.picture("a star", refiner="l", **settings)
+        with pytest.raises(NotFound, match="no ControlNet 'xl'"):
+            stack.picture("a star", controlnet="xl", **settings)
+        with pytest.raises(BadRequest, match="don't go together"):
+            stack.picture("a star", controlnet="xl", refiner="xl", **settings)
 
 
 def test_a_stack_answers_control_images_and_prompts_alone(state: Path, tmp_path: Path) -> None:

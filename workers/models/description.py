@@ -21,7 +21,7 @@ from protocol.model_spec import DEMO
 from workers.errors import cause_of
 from workers.models.call_settings import settings_of
 from workers.models.skeleton import added_names, build_skeleton, pipeline_class
-from workers.models.source import CONTROLNET, Source
+from workers.models.source import CONTROLNET, REFINER, Source
 from workers.models.tasks import (
     FRAMES,
     IMAGES,
@@ -100,6 +100,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         ip_adapter=source.ip_adapter is not None,
         control_mask="control_mask" in parameters,
         controlled=controlled_task(source, cls, pipeline, defaults),
+        refined=REFINER in source.added,
         of_video=pipeline_task(found, pipeline, defaults) if (found := video_class(cls)) else None,
         video=video_task(pipeline, defaults),
         several=first_of(IMAGES_PER_PROMPT, cls) is not None,

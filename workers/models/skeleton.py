@@ -18,7 +18,8 @@ from transformers import PretrainedConfig
 from protocol.errors import ModelMissing
 from workers.models.ip_adapter import adapt, check_ip_adapter, feature_extractor
 from workers.models.modular import adapter_of
-from workers.models.source import CONTROLNET, Source, is_component
+from workers.models.refined import refined, refiner_settings
+from workers.models.source import CONTROLNET, REFINER, Source, is_component
 from workers.models.tasks import controlnet_class, needs_of, parameters_of, takes, video_arguments
 from workers.models.weight_files import read_json
 from workers.replay.placeholder import said_to_be
@@ -88,6 +89,8 @@ def pipeline_class(source: Source) -> type[DiffusionPipeline]:
         )
     if CONTROLNET in source.added:
         check_controlnet(source, found)
+    if REFINER in source.added:
+        found = refined(source, found)
     if source.ip_adapter:
         check_ip_adapter(source, found)
     return found
@@ -167,7 +170,8 @@ def plain_settings(source: Source, cls: type[DiffusionPipeline]) -> dict[str, An
     """The constructor's plain settings that model_index.json holds, such as force_zeros_for_empty_prompt."""
     raw = json.loads(source.index_file.read_text())
     _, optional = cls._get_signature_keys(cls)
-    return {name: raw[name] for name in optional if name in raw and not is_component(raw[name])}
+    found = {name: raw[name] for name in optional if name in raw and not is_component(raw[name])}
+    return found | ({"refiner_settings": refiner_settings(source)} if REFINER in source.added else {})
 
 
 def has_weights(cls: Any) -> bool:

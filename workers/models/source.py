@@ -29,6 +29,8 @@ LEAST_LEFT = 1_000_000_000  # bytes of a disk that a download leaves
 DEMO_FOLDER = Path(__file__).parents[1] / "demo_model"
 LORAS = "loras"  # name of a folder of LoRAs in a model's own, which is no part of it
 CONTROLNET, IMAGE_ENCODER = "controlnet", "image_encoder"  # names of components
+REFINER, REFINER_SCHEDULER = "unet_2", "scheduler_2"
+REFINERS = "StableDiffusionXLImg2ImgPipeline"  # the pipeline that a refiner is saved as
 DENOISERS, GGUF, PICKLES = ("transformer", "unet"), ".gguf", (".ckpt", ".pt", ".pth", ".bin")
 TORCHAO = "torchao"
 NOT_IN_FILES = ("safety_checker",)  # components that diffusers leaves out of a model that is one file
@@ -106,6 +108,10 @@ def locate(spec: ModelSpec, stage: Stage | None) -> Source:
         source = with_transformer(source, spec.transformer, stage)
     if spec.controlnet:
         source = with_controlnet(source, spec.controlnet, stage)
+    if spec.refiner:
+        if spec.controlnet or spec.ip_adapter:
+            raise ModelMissing("A refiner goes with no ControlNet and no IP-Adapter.", "Leave --refiner out, or those.")
+        source = with_refiner(source, spec.refiner, stage)
     return with_ip_adapter(source, spec.ip_adapter, stage) if spec.ip_adapter else source
 
 
@@ -212,6 +218,24 @@ def with_controlnet(source: Source, given: str, stage: Stage | None) -> Source:
         index={**source.index, CONTROLNET: ("diffusers", name)},
         named=source.named | {CONTROLNET},
         added={**source.added, CONTROLNET: folder},
+    )
+
+
+def with_refiner(source: Source, given: str, stage: Stage | None) -> Source:
+    """Return the source with a refiner beside it, from a folder or the hub; ModelMissing."""
+    found = locate_model(given, None, "denoise" if stage == "denoise" else None)
+    if found.pipeline != REFINERS or not {"unet", "scheduler"} <= found.index.keys():
+        raise ModelMissing(
+            f"{given!r} is no refiner, but a {found.pipeline}.",
+            "Give one that is saved as such: stabilityai/stable-diffusion-xl-refiner-1.0.",
+        )
+    names = {REFINER: "unet", REFINER_SCHEDULER: "scheduler"}
+    return replace(
+        source,
+        revision=f"{source.revision}+{found.revision[:16]}",
+        index={**source.index, **{name: found.index[own] for name, own in names.items()}},
+        named=source.named | names.keys(),
+        added={**source.added, **{name: found.folder / own for name, own in names.items()}},
     )
 
 

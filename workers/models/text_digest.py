@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.models.skeleton import pipeline_class, plain_settings
-from workers.models.source import Source
+from workers.models.source import Source, stages_of
 
 SMALL = 64 << 20  # bytes of a file that is read whole
 CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
@@ -19,7 +19,8 @@ CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache
 
 def text_digest(source: Source) -> str:
     """Return sixteen hex digits, equal for models whose text stages are; empty where that can't be told."""
-    if source.single or source.added or source.ip_adapter or source.blocks:
+    beside = any("text" in stages_of(name) for name in source.added)
+    if source.single or beside or source.ip_adapter or source.blocks:
         return ""
     cls = pipeline_class(source)
     names = sorted(source.components("text"))

@@ -145,6 +145,7 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.option("--revision")
 @click.option("--base")
 @click.option("--controlnet")
+@click.option("--refiner")
 @click.option("--ip-adapter")
 @click.option("--transformer")
 @click.option("--dtype", default="bfloat16", show_default=True)

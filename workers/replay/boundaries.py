@@ -161,7 +161,9 @@ class Run:
             self.inside = False
 
 
-ENCODING = ("encode_prompt", "encode_prompt_multiple_images", "_encode_prompt")  # a pipeline's own methods
+ENCODING = (  # a pipeline's own methods
+    "encode_prompt", "encode_prompt_multiple_images", "_encode_prompt", "encode_for_refiner",
+)  # fmt: skip
 GENERATOR = {"generator": True}  # in the place of the call's own among a decode's arguments
 
 
@@ -223,15 +225,20 @@ def install(pipeline: DiffusionPipeline, owners: Mapping[str, Stage]) -> None:
     for entry in ENCODING:
         if hasattr(pipeline, entry):
             wrap(pipeline, entry, "text", entry)
+    install_steps(pipeline)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module) and not hasattr(component, "_triptych_boundaries"):
+            component.__dict__["_triptych_boundaries"] = True
+            install_component(name, component, owners.get(name, "denoise"))
+
+
+def install_steps(pipeline: DiffusionPipeline) -> None:
+    """Install what a pipeline's loop and its pictures heed, and none of its calls into components."""
     if can_skip(type(pipeline).__call__):
         pipeline.__dict__["progress_bar"] = skipping(pipeline, pipeline.progress_bar)
     for processor in (*vars(pipeline).values(), *pipeline.components.values()):
         if isinstance(processor, VaeImageProcessor):
             install_processor(processor)
-    for name, component in pipeline.components.items():
-        if isinstance(component, torch.nn.Module) and not hasattr(component, "_triptych_boundaries"):
-            component.__dict__["_triptych_boundaries"] = True
-            install_component(name, component, owners.get(name, "denoise"))
 
 
 def install_processor(processor: VaeImageProcessor) -> None:

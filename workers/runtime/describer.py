@@ -283,6 +283,7 @@ def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":
 @click.option("--revision")
 @click.option("--base")
 @click.option("--controlnet")
+@click.option("--refiner")
 @click.option("--ip-adapter")
 @click.option("--transformer")
 def main(model: str, **parts: str | None) -> None:

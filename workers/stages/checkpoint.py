@@ -9,7 +9,7 @@ tensors, never an object.
 import functools
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -35,6 +35,10 @@ ENDED = "ended:"  # begins the names of a checkpoint's tensors that go to the ne
 COST_SHARE = 0.01  # of the time between two checkpoints that making one may take
 
 
+OWN = "scheduler"  # of a pipeline, by name
+Variables = Mapping[str, tuple[object, int]]  # of an object: value and version of each, by name
+
+
 class Unstorable(Exception):
     """A scheduler keeps something that is neither plain values nor tensors."""
 
@@ -51,8 +55,9 @@ class Mark:
 class Checkpoint:
     """The state after `step` steps, of all loops that a call runs.
 
-    The marks are the ends of loops that are over, and that step. Of schedulers, by the names of the variables that hold
-    them ("" is the pipeline's own), there are the variables that may have changed since the first loop began.
+    The marks are the ends of loops that are over, and that step. Of schedulers, by the names of the pipeline's
+    components or of the loop's variables that hold them, there are the variables that may have changed since the first
+    loop began.
     """
 
     step: int
@@ -179,14 +184,19 @@ class Recorder:
     """Takes checkpoints of one job at its step ends, as often as costs less than COST_SHARE of the time."""
 
     def __init__(
-        self, scheduler: Any, device: torch.device, seconds: float, record: CallRecord, ends: Sequence[Mark] = ()
+        self,
+        schedulers: Mapping[str, Any],
+        device: torch.device,
+        seconds: float,
+        record: CallRecord,
+        ends: Sequence[Mark] = (),
     ) -> None:
-        """`seconds` lie between two checkpoints at least; 0 is for one at every step.
+        """`schedulers` are the pipeline's, by name; `seconds` lie between two checkpoints at least, 0: at every step.
 
         `record` is the job's; `ends` are those of loops that are over, where it resumes.
         """
-        self._scheduler, self._device, self._seconds, self._record = scheduler, device, seconds, record
-        self._begun: dict[str, tuple[object, int]] | None = None  # the scheduler's variables as the loop began
+        self._schedulers, self._device, self._seconds, self._record = schedulers, device, seconds, record
+        self._begun: dict[str, Variables] | None = None  # of schedulers, as the first loop began
         self._ends = [*ends]  # of loops that are over
         self._draft: Draft | None = None
         self._last = time.monotonic()
@@ -196,7 +206,10 @@ class Recorder:
     def see(self, module: torch.nn.Module, args: tuple[Any, ...], result: Any) -> None:
         """A forward hook of the denoisers."""
         if self._begun is None:
-            self._begun = {name: (value, version_of(value)) for name, value in vars(self._scheduler).items()}
+            self._begun = {
+                name: {own: (value, version_of(value)) for own, value in vars(scheduler).items()}
+                for name, scheduler in self._schedulers.items()
+            }
 
     def step_end(self, step: int, left: int, loop: LoopState | None) -> Saved | None:
         """Return the checkpoint that is ready now, if one is. `step` steps of the job are done, `left` of the loop."""
@@ -221,16 +234,15 @@ class Recorder:
         draft = self._take(self._ends, {}, self._begun)
         return draft.finish() if draft else None
 
-    def _take(
-        self, marks: Sequence[Mark], own: Mapping[str, Any], begun: Mapping[str, tuple[object, int]]
-    ) -> Draft | None:
+    def _take(self, marks: Sequence[Mark], own: Mapping[str, Any], begun: Mapping[str, Variables]) -> Draft | None:
         """Copy the state at the last of some marks, where a loop has schedulers of its `own`."""
         tensors: list[torch.Tensor] = []
-        schedulers = {"": changed(self._scheduler, begun)} | {name: changed(one, {}) for name, one in own.items()}
+        every = {**self._schedulers, **own}
+        schedulers = {name: changed(one, {} if name in own else begun[name]) for name, one in every.items()}
         try:
             if not any(isinstance(value, torch.Tensor) for value in marks[-1].values.values()):
                 raise Unstorable("no latents")
-            for one in (self._scheduler, *own.values()):
+            for one in every.values():
                 for value in plain_variables(one).values():
                     check_storable(value)  # what is none of these may change unseen
             state = {
@@ -284,8 +296,9 @@ def has_changed(value: object, begun: tuple[object, int] | None) -> bool:
 class Resume:
     """The way back to a checkpoint: denoisers give zeros until the loops have come there."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.checkpoint, self.over = checkpoint, False
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, schedulers: Mapping[str, Any]) -> None:
+        """`schedulers` are the pipeline's, by name."""
+        self.checkpoint, self.over, self._schedulers = checkpoint, False, schedulers
         self._device, self._forwards, self._marks = device, 0, list(checkpoint.marks)
 
     def standing_in(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
@@ -301,7 +314,7 @@ class Resume:
 
         return standing_in(denoiser, stand_in)
 
-    def step_end(self, step: int, scheduler: Any, loop: LoopState) -> None:
+    def step_end(self, step: int, loop: LoopState) -> None:
         """Put saved values in the place of what came of zeros, where a loop ended or the checkpoint was taken."""
         if not self._marks or self._marks[0].step != step:
             return
@@ -309,7 +322,8 @@ class Resume:
             put_back(loop.values.get(name), value)
         if not self._marks:
             for name, kept in self.checkpoint.schedulers.items():
-                variables = vars(loop.schedulers[name] if name else scheduler)
+                own = loop.schedulers.get(name)
+                variables = vars(own or self._schedulers[name or OWN])  # an earlier release named its own one ""
                 variables |= {n: value for n, value in kept.items() if n in variables}
             self.over = True
 
@@ -344,10 +358,10 @@ class Steps:
 
     def end(self, pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of a pipeline: it changes nothing, and so gives nothing back."""
-        self._end(pipeline.scheduler, step, getattr(pipeline, "_num_timesteps", 0), inspect.currentframe())
+        self._end(step, getattr(pipeline, "_num_timesteps", 0), inspect.currentframe())
         return {}
 
-    def _end(self, scheduler: Any, step: int, of_loop: int, frame: FrameType | None) -> None:
+    def _end(self, step: int, of_loop: int, frame: FrameType | None) -> None:
         caller = frame.f_back if frame else None
         loop = loop_state(caller) if caller and (self._recorder or self._resume) else None
         of_loop = of_loop or self._steps
@@ -355,11 +369,11 @@ class Steps:
         if self._resume and not self._resume.over:
             if loop is None:
                 raise StageError("a checkpoint is of another loop")
-            self._resume.step_end(self._done, scheduler, loop)
+            self._resume.step_end(self._done, loop)
             return
         saved = self._recorder.step_end(self._done, of_loop - step - 1, loop) if self._recorder else None
         self._report(self._done, max(self._done - step - 1 + of_loop, self._done), saved)
 
-    def ended(self, scheduler: Any) -> Callable[..., None]:
+    def ended(self, step: int, timestep: Any, latents: Any) -> None:
         """`callback` of pipelines that have only the older one."""
-        return lambda step, timestep, latents: self._end(scheduler, step, 0, inspect.currentframe())
+        self._end(step, 0, inspect.currentframe())

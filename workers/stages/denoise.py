@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch.nn import Module
 
 from protocol.job import Recipe
@@ -120,12 +120,14 @@ class DenoiseStage:
             yield Steps(report, recipe.steps)
             return
         recorder, ends = None, (saved.marks[:-1] if in_loop else saved.marks) if saved else ()
+        parts = self.pipeline.components.items()
+        schedulers = {name: part for name, part in parts if isinstance(part, SchedulerMixin)}
         with contextlib.ExitStack() as stack:
             if self.checkpoint_seconds is not None:
-                recorder = Recorder(self.pipeline.scheduler, self.device, self.checkpoint_seconds, record, ends)
+                recorder = Recorder(schedulers, self.device, self.checkpoint_seconds, record, ends)
                 for denoiser in denoisers:
                     stack.callback(denoiser.register_forward_hook(recorder.see).remove)
-            resume = Resume(saved, self.device) if saved else None
+            resume = Resume(saved, self.device, schedulers) if saved else None
             if resume:
                 for denoiser in denoisers:
                     stack.enter_context(resume.standing_in(denoiser))
@@ -142,7 +144,7 @@ class DenoiseStage:
         if "callback_on_step_end" in parameters:
             arguments["callback_on_step_end"] = steps.end
         elif "callback" in parameters:
-            arguments["callback"] = steps.ended(self.pipeline.scheduler)
+            arguments["callback"] = steps.ended
         return arguments
 
 
