@@ -24,6 +24,7 @@ from protocol.job import Recipe
 from protocol.stages import Stage
 from protocol.units import format_bytes
 from workers.errors import cause_of
+from workers.models.bitsandbytes_weights import let_move, loaded_on_host
 from workers.models.component_plan import (
     AmongRanks,
     InLeases,
@@ -49,10 +50,19 @@ from workers.models.skeleton import (
     quiet,
     without_weights,
 )
-from workers.models.source import CONTROLNET, GGUF, Source, stages_of
+from workers.models.source import BITSANDBYTES, CONTROLNET, GGUF, Source, quantization_method, stages_of
 from workers.models.speedups import EXACT, StageSpeedups
 from workers.models.tasks import class_for
-from workers.models.weight_files import DTYPES, Damaged, WeightFiles, header_of, headers_of, missing, weight_files
+from workers.models.weight_files import (
+    DTYPES,
+    Damaged,
+    StoredTensor,
+    WeightFiles,
+    header_of,
+    headers_of,
+    missing,
+    weight_files,
+)
 from workers.replay.boundaries import install
 from workers.replay.placeholder import of_the_same_name
 from workers.split.device_gates import twin_of
@@ -188,10 +198,14 @@ def load_module(source: Source, name: str, cls: Any, arguments: dict[str, Any]) 
         if files.variant and name not in _told:
             _told.add(name)
             log.info("%s has weights in the variant %s alone; that is used", name, files.variant)
-        module, report = cls.from_pretrained(
-            source.folder_of(name), use_safetensors=True, variant=files.variant, output_loading_info=True,
-            **arguments,
-        )  # fmt: skip
+        by_bitsandbytes = quantization_method(source, name) == BITSANDBYTES
+        with loaded_on_host() if by_bitsandbytes else contextlib.nullcontext():
+            module, report = cls.from_pretrained(
+                source.folder_of(name), use_safetensors=True, variant=files.variant, output_loading_info=True,
+                **arguments,
+            )  # fmt: skip
+        if by_bitsandbytes:
+            let_move(module)
         judge(report, f"{name}/{files.paths[0].name}")
     except Damaged as error:
         raise missing(source.model, name, error) from error
@@ -287,16 +301,35 @@ def load_weights(
 
 def weight_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
     """Bytes of a component's weights once loaded as `dtype`, from the headers of its files; ModelMissing."""
-    if name in source.single and source.single[name].suffix.lower() == GGUF:
-        return source.single[name].stat().st_size
+    if is_quantized(source, name):
+        return stored_bytes(source, name)
     if name in source.single:  # which may hold others, too
         parts: Any = on_meta(source, name)
         return sum(parameter.numel() * dtype.itemsize for parameter in parts.parameters())
+    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in stored_tensors(source, name).values())
+
+
+def is_quantized(source: Source, name: str) -> bool:
+    """Return whether a component's weights were saved quantized, and stay so."""
+    return bool(quantization_method(source, name)) or is_gguf(source, name)
+
+
+def is_gguf(source: Source, name: str) -> bool:
+    return name in source.single and source.single[name].suffix.lower() == GGUF
+
+
+def stored_bytes(source: Source, name: str) -> int:
+    """Bytes of a component's weights in its files; ModelMissing."""
+    if is_gguf(source, name):
+        return source.single[name].stat().st_size
+    return sum(tensor.end - tensor.start for tensor in stored_tensors(source, name).values())
+
+
+def stored_tensors(source: Source, name: str) -> Mapping[str, StoredTensor]:
     try:
-        tensors = headers_of(files_of(source, name))
+        return headers_of(files_of(source, name))
     except Damaged as error:
         raise missing(source.model, name, error) from error
-    return sum(math.prod(tensor.shape) * dtype.itemsize for tensor in tensors.values())
 
 
 def files_as_they_are(source: Source, names: Iterable[str], dtype: torch.dtype) -> list[Path]:

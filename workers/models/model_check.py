@@ -22,12 +22,17 @@ from protocol.stages import STAGES, Stage
 from workers.errors import cause_of
 from workers.models.single_file import check_single
 from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet, text_config
-from workers.models.source import TORCHAO, Source, quantization_method, stages_of
+from workers.models.source import BITSANDBYTES, TORCHAO, Source, quantization_method, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
 
 UNSET_LENGTH = 10**12  # transformers' way of saying that a tokenizer knows no longest prompt
 FEW_POSITIONS = 1024  # an encoder with so many at most has a table of them, which a longer prompt leaves
-PART_OF_QUANTIZED = re.compile(r"\._(weight)_[a-z_]+$")  # in names of tensors, as torchao saves them
+PART_OF_QUANTIZED: Mapping[str, re.Pattern[str]] = {  # names of the tensors that are saved for a weight
+    TORCHAO: re.compile(r"\._weight_[a-z_]+$"),
+    BITSANDBYTES: re.compile(
+        r"\.(SCB|weight_format|weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+))$"
+    ),
+}
 MOST_TOLD = 3  # tensors of a component that are named
 
 
@@ -198,16 +203,18 @@ def compare_diffusers(source: Source, name: str, cls: Any, tensors: Mapping[str,
 def compare_quantized(source: Source, name: str, tensors: Mapping[str, StoredTensor], file: str) -> None:
     """Compare what was saved quantized by the names of its tensors, each of which may be stored as several."""
     method = quantization_method(source, name)
-    if method != TORCHAO:
+    if method not in PART_OF_QUANTIZED:
         raise Damaged(
             f"{name}/config.json", f"says that its weights are quantized by {method}, which isn't taken",
-            "Take one of torchao's, a GGUF file (--transformer FILE.gguf), or the model itself with --quantize.",
+            "Take one of torchao's or bitsandbytes', a GGUF file (--transformer), or the model itself with --quantize.",
         )  # fmt: skip
-    if importlib.util.find_spec(TORCHAO) is None:
+    if importlib.util.find_spec(method) is None:
         remedy = 'Install it: pip install "triptych[quantize]".'
-        raise Damaged(f"{name}/config.json", "says that its weights are quantized by torchao, which isn't here", remedy)
+        raise Damaged(
+            f"{name}/config.json", f"says that its weights are quantized by {method}, which isn't here", remedy
+        )
     model: Any = on_meta(source, name)
-    stored = {PART_OF_QUANTIZED.sub(r".\1", tensor) for tensor in tensors}
+    stored = {PART_OF_QUANTIZED[method].sub(".weight", tensor) for tensor in tensors}
     wanted = model.state_dict()
     tied = {*(getattr(model, "_tied_weights_keys", None) or ())}  # of which one is stored
     there = {id(wanted[key]) for key in stored & wanted.keys()}

@@ -18,9 +18,9 @@ from protocol.job import Recipe
 from protocol.model_profile import BlockProfile, StageProfile
 from protocol.stages import FIRST, STAGES, Stage
 from protocol.tensors import Tensor
-from workers.models.loading import install_boundaries
+from workers.models.loading import install_boundaries, is_quantized, stored_bytes
 from workers.models.skeleton import build_skeleton, on_meta
-from workers.models.source import Source, stages_of
+from workers.models.source import BITSANDBYTES, Source, quantization_method, stages_of
 from workers.profile import guess
 from workers.replay.boundaries import Stopped, install_component
 from workers.replay.call_record import CallRecord
@@ -144,6 +144,7 @@ class MetaRun:
         install_boundaries(self.pipeline)
         self._record = CallRecord()
         self._models: dict[Stage, list[tuple[str, torch.nn.Module]]] = {"text": [], "denoise": [], "vae": []}
+        self._stored: dict[str, float] = {}  # of components that were saved quantized: their share of bytes in `dtype`
         for name in sorted(source.index):
             stage, *others = stages_of(name)
             if others or not (name in self.pipeline.components or name in source.added):
@@ -151,6 +152,8 @@ class MetaRun:
             if (model := on_meta(source, name)) is not None:
                 model = torch.nn.Module.to(model, device=META, dtype=self.dtype).eval()  # some have a narrower `to`
                 self._models[stage].append((name, said_to_be_here(model)))
+                if is_quantized(source, name):
+                    self._stored[name] = stored_bytes(source, name) / max(1, model_bytes(model))
         self.pipeline.set_progress_bar_config(disable=True)
 
     @torch.no_grad()
@@ -227,7 +230,8 @@ class MetaRun:
 
     def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageProfile:
         models = self._models[stage]
-        sizes = {name: model_bytes(model) + LooseTensors(model).nbytes for name, model in models}
+        shares = {name: self._stored.get(name, 1.0) for name, _ in models}
+        sizes = {name: int(model_bytes(model) * shares[name]) + LooseTensors(model).nbytes for name, model in models}
         if not models:  # of a pipeline without a VAE
             return StageProfile(
                 stage=stage, components=(), least=0, largest=0, flop=0.0, passes=1, blocks=(), loose=0, heads=0, after=0
@@ -235,22 +239,31 @@ class MetaRun:
         main = max(sizes, key=lambda name: sizes[name])
         blocks, least = [], 0
         for name, model in models:
-            rows = streamable(model, block_rows(model)) if stage != "vae" else []
+            rows = smaller(streamable(model, block_rows(model)), shares[name]) if self._streams(stage, name) else []
             whole = sizes[name]
             least += least_bytes(rows, whole) if stage != "vae" else whole
             if name == main and stage != "vae":
-                blocks = [block_figures(model, row, name, seen) for row in rows]
+                blocks = [block_figures(model, row, name, seen, shares[name]) for row in rows]
         once = sum(block.once for block in blocks)
         loose = max((largest_linear(dict(models)[main], seen.few_rows, main)), default=0) * SLOTS
-        if once < LEAST_SHARE * sizes[main]:  # not worth the trouble
+        if once < LEAST_SHARE * sizes[main] or main in self._stored:  # not worth the trouble, or not done
             blocks, loose = [block.model_copy(update={"once": 0}) for block in blocks], 0
         return StageProfile(
             stage=stage, components=tuple(sizes.items()), least=least, largest=seen.largest, flop=seen.flop,
             passes=passes, together=max((step.together for step in seen.steps.values()), default=1),
             blocks=tuple(blocks), loose=loose,
             heads=heads_of(dict(models)[main]),
-            after=sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks)),
+            after=int(shares[main] * sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks))),
         )  # fmt: skip
+
+    def _streams(self, stage: Stage, name: str) -> bool:
+        """Return whether a component's blocks may be streamed."""
+        return stage != "vae" and (name not in self._stored or quantization_method(self.source, name) == BITSANDBYTES)
+
+
+def smaller(rows: Sequence[Block], share: float) -> list[Block]:
+    """Return blocks of so many times the bytes."""
+    return [Block(row.name, {name: int(size * share) for name, size in row.weights.items()}) for row in rows]
 
 
 def after_blocks(model: torch.nn.Module, blocks: Sequence[BlockProfile]) -> list[torch.nn.Module]:
@@ -272,11 +285,12 @@ def model_bytes(model: torch.nn.Module) -> int:
     return sum(map(room, parameter_sizes(model).values()))
 
 
-def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen) -> BlockProfile:
+def block_figures(model: torch.nn.Module, row: Block, component: str, seen: Seen, share: float) -> BlockProfile:
     block = model.get_submodule(row.name)
     prefix = f"{component}.{row.name}"
     once = sum(model_bytes(layer) for name, layer in block.named_modules() if f"{prefix}.{name}" in seen.few_rows)
-    return BlockProfile(name=row.name, bytes=model_bytes(block), once=once, flop=seen.by_module.get(prefix, 0.0))
+    size = int(model_bytes(block) * share)
+    return BlockProfile(name=row.name, bytes=size, once=once, flop=seen.by_module.get(prefix, 0.0))
 
 
 def largest_linear(model: torch.nn.Module, names: set[str], component: str) -> Iterator[int]:

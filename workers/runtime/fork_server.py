@@ -29,7 +29,7 @@ import msgpack
 
 from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG, REPORT
 from protocol.worker_spec import PROCESS_SPEC
-from workers.runtime.launch import run, without_torchao
+from workers.runtime.launch import run, without_quantizers
 
 EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
     "diffusers.pipelines.flux.pipeline_flux",
@@ -77,7 +77,7 @@ def serve(link: socket.socket, spare: bool = False) -> None:
 
 
 def import_everything() -> None:
-    with without_torchao():  # a worker that quantizes imports it
+    with without_quantizers():
         for name in EVERYTHING:
             importlib.import_module(name)
     import torch

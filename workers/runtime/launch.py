@@ -12,6 +12,7 @@ from protocol.process import LIFELINE, REPORT, end_with_parent, log_to_stderr, r
 from protocol.speedups import parse_speedup
 from protocol.worker_spec import PROCESS_SPEC, DescriberSpec, WorkerSpec
 
+QUANTIZERS = ("torchao", "bitsandbytes")
 FRESH = "TRIPTYCH_FRESH_PROCESS"  # in the environment of one that has begun anew
 
 
@@ -45,7 +46,7 @@ def work(spec: WorkerSpec) -> None:
     hide_other_gpus(spec.visible_gpus)
     log_to_stderr(spec.name)
     forks = any(name == "parallel" for _, name, _ in map(parse_speedup, spec.speedups))
-    with without_torchao() if forks else contextlib.nullcontext():
+    with without_quantizers() if forks else contextlib.nullcontext():
         from workers.runtime.worker import serve
 
     serve(spec)
@@ -60,13 +61,18 @@ def begin_anew(spec: WorkerSpec | DescriberSpec, inherited: Mapping[str, str]) -
 
 
 @contextlib.contextmanager
-def without_torchao() -> Iterator[None]:
-    """Import as if torchao were not installed: transformers imports it, which brings up CUDA, too early for forks."""
-    sys.modules["torchao"] = None  # type: ignore[assignment]
+def without_quantizers() -> Iterator[None]:
+    """Import as if these were not installed: transformers and peft import them, which brings up CUDA before any fork.
+
+    A worker whose model needs one begins anew.
+    """
+    for name in QUANTIZERS:
+        sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        del sys.modules["torchao"]
+        for name in QUANTIZERS:
+            del sys.modules[name]
 
 
 def describe(spec: DescriberSpec) -> None:

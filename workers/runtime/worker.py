@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from diffusers.utils import is_torchao_available
+from diffusers.utils import is_bitsandbytes_available, is_torchao_available
 
 from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
@@ -26,7 +26,7 @@ from workers.models.description import describe
 from workers.models.devices import WORKSPACE, Devices
 from workers.models.loading import Loaded, load
 from workers.models.skeleton import quiet
-from workers.models.source import TORCHAO, Source, locate, quantization_method
+from workers.models.source import BITSANDBYTES, INSTALL_QUANTIZE, TORCHAO, Source, locate, quantization_method
 from workers.models.speedups import StageSpeedups
 from workers.runtime.executor import Executor, StageRunner
 from workers.runtime.launch import FRESH, NeedsFreshProcess
@@ -203,21 +203,23 @@ def prepare(spec: WorkerSpec, source: Source | None = None) -> Prepared:
 
 
 def check_quantized(source: Source, spec: WorkerSpec, ranks: int) -> None:
-    """Check, before anything is forked, that weights which torchao has quantized can be read.
+    """Check, before anything is forked, that weights which a library has quantized can be read.
 
     Raises:
         BadRequest: they can't.
         NeedsFreshProcess: not by this process.
     """
-    if TORCHAO not in {quantization_method(source, name) for name in source.components(spec.stage)}:
-        return
-    if ranks > 1:
-        reason = f"{source.model!r} was quantized by torchao, and can't be shared out among GPUs."
-        raise BadRequest(reason, "Choose another --placement.")
-    if importlib.util.find_spec(TORCHAO) is None:
-        raise BadRequest(f"{source.model!r} was quantized by torchao.", 'Install it: pip install "triptych[quantize]".')
-    if FRESH not in os.environ and not is_torchao_available():
-        raise NeedsFreshProcess
+    methods = {quantization_method(source, name) for name in source.components(spec.stage)}
+    for library, is_known in ((TORCHAO, is_torchao_available), (BITSANDBYTES, is_bitsandbytes_available)):
+        if library not in methods:
+            continue
+        if ranks > 1:
+            reason = f"{source.model!r} was quantized by {library}, and can't be shared out among GPUs."
+            raise BadRequest(reason, "Choose another --placement.")
+        if importlib.util.find_spec(library) is None:
+            raise BadRequest(f"{source.model!r} was quantized by {library}.", INSTALL_QUANTIZE)
+        if FRESH not in os.environ and not is_known():
+            raise NeedsFreshProcess
 
 
 def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:

@@ -25,6 +25,15 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """A tensor that bitsandbytes keeps beside a quantized weight."""
+
+    owner: Any  # the weight, an object of its, or its layer's state
+    name: str  # of the attribute
+    tensor: torch.Tensor  # in host memory
+
+
+@dataclass(frozen=True, slots=True)
 class Owner:
     """A module with its plain attributes, containers as shallow copies."""
 
@@ -37,6 +46,7 @@ class LooseTensors:
 
     def __init__(self, module: torch.nn.Module, mine: Callable[[str], bool] = lambda _: True) -> None:
         self._buffers: list[Buffer] = []
+        self._scales: list[Scale] = []
         self._owners: list[Owner] = []
         kinds: set[type] = set()
         for path, part in module.named_modules():
@@ -44,6 +54,9 @@ class LooseTensors:
             for name, tensor in part._buffers.items():
                 if tensor is not None and mine(prefix + name):
                     self._buffers.append(Buffer(part, name, tensor))
+            for name, parameter in part._parameters.items():
+                if parameter is not None and mine(prefix + name):
+                    self._scales += scales_of(part, parameter)
             if mine(path or "."):
                 kinds.add(type(part))
                 plain = {k: copy_of(v) for k, v in vars(part).items() if k not in INTERNALS}
@@ -51,9 +64,15 @@ class LooseTensors:
         self._caches = [cache for kind in kinds for cache in caches_of(kind)]
 
     @property
+    def scaled(self) -> bool:
+        """Whether there are weights that bitsandbytes has quantized."""
+        return bool(self._scales)
+
+    @property
     def nbytes(self) -> int:
         """Bytes to set aside on a device for buffers, and for attributes that hold tensors already."""
         tensors = {id(buffer.tensor): buffer.tensor for buffer in self._buffers}
+        tensors |= {id(scale.tensor): scale.tensor for scale in self._scales}
         for owner in self._owners:
             tensors |= {id(tensor): tensor for value in owner.attributes.values() for tensor in tensors_in(value)}
         return sum(room(tensor.nbytes) for tensor in tensors.values())
@@ -66,11 +85,15 @@ class LooseTensors:
             if id(source) not in copies:
                 copies[id(source)] = source.to(device)
             buffer.owner._buffers[buffer.name] = copies[id(source)]
+        for scale in self._scales:
+            setattr(scale.owner, scale.name, scale.tensor.to(device))
 
     def let_go(self, device: torch.device) -> None:
         """Leave nothing on the device: buffers and attributes are again those in host memory."""
         for buffer in self._buffers:
             buffer.owner._buffers[buffer.name] = buffer.tensor
+        for scale in self._scales:
+            setattr(scale.owner, scale.name, scale.tensor)
         if device.type == "cpu":
             return
         for owner in self._owners:
@@ -79,6 +102,18 @@ class LooseTensors:
                     restore(owner, name, value)
         for clear in self._caches:
             clear()
+
+
+def scales_of(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> Iterator[Scale]:
+    """Yield what bitsandbytes keeps beside a parameter: of four bits the parameter has it, of eight its layer."""
+    state = getattr(parameter, "quant_state", None)
+    for owner in (state, getattr(state, "state2", None)):
+        for name, value in vars(owner).items() if owner is not None else ():
+            if isinstance(value, torch.Tensor):
+                yield Scale(owner, name, value)
+    if hasattr(parameter, "SCB"):
+        own: Any = layer.state
+        yield Scale(own, "SCB", own.SCB)
 
 
 def copy_of(value: Any) -> Any:

@@ -258,8 +258,8 @@ class Residency:
         """
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
-        if (self.state == "in" and not self.compiled) or self._quantized:
-            forwards = None  # nothing to be gained: what is quantized is never streamed
+        if (self.state == "in" and not self.compiled) or self._quantized or self._loose.scaled:
+            forwards = None  # nothing to be gained, or what is quantized may compute with all that it gets at once
         precompute = self._precompute
         if forwards and not precompute.learned:
             if self.compiled:

@@ -57,13 +57,13 @@ def test_what_a_quantized_checkpoint_lacks_is_told(folder: Path, tmp_path: Path)
 
 
 def test_other_quantized_checkpoints_are_refused_with_what_fits(tmp_path: Path) -> None:
-    folder = tiny.save(tiny.flux(), tmp_path / "nf4")
+    folder = tiny.save(tiny.flux(), tmp_path / "gptq")
     path = folder / "transformer" / "config.json"
-    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}
+    config = json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     path.write_text(json.dumps(config))
     source = read(str(folder), folder, None)
-    assert quantization_method(source, "transformer") == "bitsandbytes"
-    with pytest.raises(ModelMissing, match=r"quantized by bitsandbytes, which isn't taken.* GGUF"):
+    assert quantization_method(source, "transformer") == "gptq"
+    with pytest.raises(ModelMissing, match=r"quantized by gptq, which isn't taken.* GGUF"):
         check(source)
 
 
