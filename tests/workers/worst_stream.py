@@ -1,5 +1,7 @@
 """Stand-ins that are as unkind as can be: a copy stream, and forwards that are not all foreseen."""
 
+import threading
+
 import torch
 
 from workers.stages.denoise import PipelineForwards
@@ -25,19 +27,22 @@ class WorstCopyStream(HostCopyStream):
         super().__init__(device)
         self.ordered: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.done = 0
+        self._lock = threading.Lock()  # one thread copies, another waits
 
     def copy(self, copies: Copies, after: Mark) -> Mark:
-        for place, source in copies:
-            place.view(torch.uint8).fill_(255)  # NaN in every floating dtype
-            self.ordered.append((place, source))
-        return Ordered(self.done + len(self.ordered))
+        with self._lock:
+            for place, source in copies:
+                place.view(torch.uint8).fill_(255)  # NaN in every floating dtype
+                self.ordered.append((place, source))
+            return Ordered(self.done + len(self.ordered))
 
     def wait(self, mark: Mark) -> None:
         assert isinstance(mark, Ordered)
-        count = max(0, mark.count - self.done)
-        for place, source in self.ordered[:count]:
-            place.copy_(source)
-        self.ordered, self.done = self.ordered[count:], self.done + count
+        with self._lock:
+            count = max(0, mark.count - self.done)
+            for place, source in self.ordered[:count]:
+                place.copy_(source)
+            self.ordered, self.done = self.ordered[count:], self.done + count
 
     def synchronize(self) -> None:
         self.wait(Ordered(self.done + len(self.ordered)))
