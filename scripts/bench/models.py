@@ -78,7 +78,7 @@ def peak(cuda: bool) -> float:
 class ModelBench(StackBench):
     """Stacks of one model on one GPU."""
 
-    def card(self, budget: int, prompt: str, count: int = QUEUE) -> None:
+    def card(self, budget: int, prompt: str, count: int, singles: int) -> None:
         scale = ["--cfg-scale", str(self.recipe["cfg_scale"])] if "cfg_scale" in self.recipe else []
         planned = self.plan(budget, *scale)
         foreign = self.used()
@@ -86,9 +86,9 @@ class ModelBench(StackBench):
             differing = self.differing(client, prompt)
             self.one(client)
             read = psutil.disk_io_counters()
-            times, stages = zip(*[self.one(client) for _ in range(3)], strict=True)
+            times, stages = zip(*[self.one(client) for _ in range(singles)], strict=True)
             whole, steady = self.queue(client, count)
-            from_disk = (psutil.disk_io_counters().read_bytes - read.read_bytes) / (count + 3)
+            from_disk = (psutil.disk_io_counters().read_bytes - read.read_bytes) / (count + singles)
             differing += self.differing(client, prompt)  # after all that came and went
             row(
                 what=f"{budget / GIB:g} GiB", single_s=min(times), of_plain=min(times) / self.plain, times=times,
@@ -117,6 +117,7 @@ def stacks(
     logs: Path | None,
     memory: float | None,
     count: int,
+    singles: int,
 ) -> None:
     saved = np.load(result)
     cuda = device.startswith("cuda")
@@ -128,7 +129,7 @@ def stacks(
         start = time.perf_counter()
         try:
             with balloon(int(memory * GIB)) if memory else contextlib.nullcontext():
-                bench.card(int(gib * GIB), PROMPT, count)
+                bench.card(int(gib * GIB), PROMPT, count, singles)
         except Exception as error:  # the other cards' rows are wanted all the same
             row(what=f"{gib:g} GiB", failed=f"{type(error).__name__}: {str(error)[:500]}")
         row(what=f"all of {gib:g} GiB", s=time.perf_counter() - start)
@@ -154,6 +155,7 @@ def make(name: str, folder: Path, device: str, depth: int | None) -> None:
 @click.option("--keep", is_flag=True, help="don't delete the models, and use those that are there")
 @click.option("--host-memory", type=float, help="GiB of the host's memory that are left to the stacks")
 @click.option("--queue", "count", default=QUEUE, show_default=True, help="jobs in the queue")
+@click.option("--singles", default=3, show_default=True, help="pictures one after the other")
 @click.option("--offload/--no-offload", default=True, help="with diffusers' own offloading, too")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--plain", "result", type=click.Path(path_type=Path), hidden=True)
@@ -168,6 +170,7 @@ def main(
     keep: bool,
     host_memory: float | None,
     count: int,
+    singles: int,
     offload: bool,
     logs: Path | None,
     result: Path | None,
@@ -200,6 +203,7 @@ def main(
                 logs and logs / name,
                 host_memory,
                 count,
+                singles,
             )
         if not keep:
             shutil.rmtree(place)

@@ -1,8 +1,8 @@
 """Weights page-locked in the mappings of their files, so that they pass to a GPU at the speed of its link.
 
-Where memory holds all of them, all are locked, in the background. Where it doesn't, a part of a file is locked once it
-has been copied some times, as far as a limit allows: what is streamed in every step. The rest is read from the disk
-whenever it is copied, past the page cache.
+Where memory holds all of them, all are locked, in the background. Where it doesn't, a part of a file is locked as it is
+copied, as far as a limit allows: at once where it is streamed in every step; else once it has been copied some times,
+until what is streamed needs the room. The rest is read from the disk whenever it is copied, past the page cache.
 """
 
 import bisect
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
 COPIES_BEFORE = 3  # of a piece, from the disk: what stays on a GPU is copied twice until a job has been learned from
-COPIES_OF_A_STREAM = 1  # the same of what is said to be copied again and again
 LIMITED_PIECE_BYTES = 4 << 20  # where not all can be: what is streamed lies scattered
 
 
@@ -35,6 +34,12 @@ def register(address: int, size: int, device: torch.device) -> int:
     flags = REGISTER_READ_ONLY | (REGISTER_PORTABLE if torch.cuda.device_count() > 1 else 0)
     with torch.cuda.device(device):
         return int(torch.cuda.cudart().cudaHostRegister(address, size, flags))
+
+
+def unregister(address: int, device: torch.device) -> int:
+    """Let go of what `register` has page-locked; return the CUDA error, 0 for none."""
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +62,19 @@ class Piece:
     end: int
     locked: Future[bool] | None = None  # None: nobody has asked for it yet
     copied: int = 0  # bytes
-    copies_before: int = COPIES_BEFORE
+    again: bool = False  # it will be copied again and again
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_locked(self) -> bool:
+        return self.locked is not None and self.locked.done() and self.locked.result()
 
     def part(self, start: int, end: int, origin: int) -> Part:
         """Return the part from one address to another of a tensor that begins at address `origin`."""
-        locked, file = self.file.ready(self, end - start)
+        locked, file = self.file.ready(self)
         return Part(start - origin, end - origin, locked, file, start - self.file.address)
 
 
@@ -74,46 +87,55 @@ class LockedFile:
 
     def __init__(self, path: str, address: int, size: int, device: torch.device, locker: "PageLocker") -> None:
         self.address = address
-        self._path, self._device, self._locker, self._refused = path, device, locker, False
+        self._path, self.device, self._locker, self._refused = path, device, locker, False
         end, step = address + size, locker.piece_bytes
         self.pieces = [Piece(self, start, min(end, start + step)) for start in range(address, end, step)]
-        self._lock = threading.Lock()
         # Opened now: later another file may have its path.
         self._direct = DirectFile(path) if locker.limit is not None else None
         if locker.limit is None:
             for piece in self.pieces:
                 self._ask(piece)
 
-    def ready(self, piece: Piece, size: int) -> tuple[bool, DirectFile | None]:
-        """Return whether a piece, of which bytes are to be copied, is locked, and the file to read from if it isn't.
-
-        Waits until its locking has had its turn, unless there is a limit.
-        """
-        if self._locker.limit is None:
-            assert piece.locked is not None
-            return piece.locked.result(), None
-        length = piece.end - piece.start
-        with self._lock:  # several parts of a model may lie in one file
+    def expect_copy(self, piece: Piece, size: int) -> None:
+        """Have a piece locked, of which bytes are about to be copied, where that is worth it and a limit allows it."""
+        with self._locker.lock:  # several parts of a model may lie in one file
+            if self._locker.limit is None:
+                return
             piece.copied += size
-            if piece.locked is None and piece.copied > piece.copies_before * length and self._locker.take(length):
+            wanted = piece.locked is None and (piece.again or piece.copied > COPIES_BEFORE * piece.size)
+            if wanted and self._locker.take(piece.size, piece.again):
+                read_ahead(self._path, piece.start - self.address, piece.size)
                 self._ask(piece)
-        locked = piece.locked is not None and piece.locked.done() and piece.locked.result()
-        return locked, None if locked else self._direct
+
+    def ready(self, piece: Piece) -> tuple[bool, DirectFile | None]:
+        """Return whether a piece is locked, once that has had its turn, and the file to read from if it isn't."""
+        with self._locker.lock:
+            turn = piece.locked
+        if turn is not None and turn.result():
+            return True, None
+        return False, self._direct
 
     def _ask(self, piece: Piece) -> None:
-        piece.locked = self._locker.thread.submit(self._page_lock, piece.start, piece.end - piece.start)
+        piece.locked = self._locker.thread.submit(self._page_lock, piece.start, piece.size)
+
+    def may_have_room(self) -> None:
+        """Let others be looked at anew for what need not stay locked."""
+        self._locker.spare = True
+
+    def unlock(self, piece: Piece) -> None:
+        """Let go of a piece that is locked."""
+        piece.locked = None
+        self._locker.unregister(piece.start, self.device)
 
     def _page_lock(self, start: int, size: int) -> bool:
         if self._refused:
             return False
-        if self._locker.limit is not None:
-            read_ahead(self._path, start - self.address, size)
-        code = self._locker.register(start, size, self._device)
+        code = self._locker.register(start, size, self.device)
         if code:
             self._refused = True
             log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", self._path, code)
             with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
-                torch.zeros(1, device=self._device).add_(1)
+                torch.zeros(1, device=self.device).add_(1)
         return not code
 
 
@@ -132,28 +154,49 @@ class PageLocker:
         register: Callable[[int, int, torch.device], int] = register,
         piece_bytes: int = PIECE_BYTES,
         limit: int | None = None,
+        unregister: Callable[[int, torch.device], int] = unregister,
     ) -> None:
-        self.register, self.piece_bytes, self.limit = register, piece_bytes, limit
+        self.register, self.unregister, self.piece_bytes, self.limit = register, unregister, piece_bytes, limit
         self.thread = ThreadPoolExecutor(1, "page-lock")
+        self.lock = threading.RLock()  # of all that is noted of files and their pieces
         self._files: dict[int, LockedFile] = {}  # by address
-        self._lock = threading.Lock()
         self._taken = 0  # bytes of the limit
+        self.spare = False  # there may be pieces that others could make room for
 
     def restrict(self, limit: int) -> None:
         """Lock no more than so many bytes from now on; before any file."""
         self.limit, self.piece_bytes = limit, LIMITED_PIECE_BYTES
 
-    def take(self, size: int) -> bool:
-        """Take bytes of the limit, if there is none or so many are left."""
-        with self._lock:
+    def take(self, size: int, again: bool = False) -> bool:
+        """Take bytes of the limit, if there is none or so many are left.
+
+        For what will be copied `again` and again, others make room.
+        """
+        with self.lock:
+            if again and self.spare and self.limit is not None and self._taken + size > self.limit:
+                self._make_room()
             if self.limit is not None and self._taken + size > self.limit:
                 return False
             self._taken += size
+            self.spare = self.spare or not again
             return True
+
+    def _make_room(self) -> None:
+        """Let go of all that is locked and not copied again and again."""
+        every = [piece for file in self._files.values() for piece in file.pieces]
+        spare = [piece for piece in every if piece.is_locked and not piece.again]
+        self.spare = False
+        for device in {piece.file.device for piece in spare if piece.file.device.type == "cuda"}:
+            torch.cuda.synchronize(device)  # nothing may be on its way from there
+        for piece in spare:
+            piece.file.unlock(piece)
+            self._taken -= piece.size
+        if spare:
+            log.info("%d pieces of files are not page-locked any more: others are copied more often", len(spare))
 
     def file(self, path: str, address: int, size: int, device: torch.device) -> LockedFile:
         """Return a file's page-locked mapping, made once in a process, for all its GPUs."""
-        with self._lock:
+        with self.lock:
             if address not in self._files:
                 self._files[address] = LockedFile(path, address, size, device, self)
             return self._files[address]
@@ -191,10 +234,13 @@ class PageLocks:
             self._pieces += locker.file(path, file.data_ptr(), file.nbytes, device).pieces
 
     def expect(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Lock the pieces that weights lie in once they were copied, for they will be copied again and again."""
+        """Lock the pieces that these weights lie in, and no others, as soon as they are copied: it happens again."""
+        for piece in self._pieces:
+            piece.again = False
+            piece.file.may_have_room()
         for tensor in tensors:
             for piece in self._pieces_of(tensor):
-                piece.copies_before = COPIES_OF_A_STREAM
+                piece.again = True
 
     def _pieces_of(self, tensor: torch.Tensor) -> Iterator[Piece]:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -206,9 +252,10 @@ class PageLocks:
     def parts(self, tensor: torch.Tensor) -> Iterator[Part]:
         """Yield a contiguous weight's bytes in parts that may be copied, each once its locking has had its turn."""
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        mapped = False
-        for piece in self._pieces_of(tensor):
-            mapped = True
-            yield piece.part(max(piece.start, start), min(piece.end, end), start)
-        if not mapped:  # a private one
+        pieces = [(piece, max(piece.start, start), min(piece.end, end)) for piece in self._pieces_of(tensor)]
+        for piece, first, last in pieces:
+            piece.file.expect_copy(piece, last - first)
+        for piece, first, last in pieces:
+            yield piece.part(first, last, start)
+        if not pieces:  # a private one
             yield Part(0, tensor.nbytes, True)

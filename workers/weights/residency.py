@@ -62,6 +62,7 @@ class Residency:
         self._piece_bytes = piece_bytes
         weights = host_weights(module, name, self.has)
         locks = PageLocks(weights, device) if device.type == "cuda" else None
+        self.from_disk = locks is not None and locks.limited
         self._host = weights.tensors
         self._parameters = {name: p for name, p in plain_parameters(module).items() if name in self._host}
         self._quantized = quantized_parameters(module)
@@ -262,7 +263,8 @@ class Residency:
             forwards = None  # nothing to be gained, or what is quantized may compute with all that it gets at once
         precompute = self._precompute
         if forwards and not precompute.learned:
-            if self.compiled:
+            from_disk = self.from_disk and forwards.whole  # a whole job with all passing through would take long
+            if self.compiled or from_disk:
                 self.start()
                 precompute.rehearse(self.module, forwards)
             elif precompute.trace:

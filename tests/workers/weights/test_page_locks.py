@@ -13,7 +13,7 @@ from workers.errors import WeightsLost
 from workers.weights.copy_stream import HostCopyStream, ThreadedCopyStream
 from workers.weights.direct_file import DirectFile, new_buffer
 from workers.weights.host_weights import HostWeights, host_weights
-from workers.weights.page_locks import COPIES_BEFORE, COPIES_OF_A_STREAM, PageLocker, PageLocks
+from workers.weights.page_locks import COPIES_BEFORE, PageLocker, PageLocks
 
 CPU = torch.device("cpu")
 PIECE = 64 << 10
@@ -87,11 +87,36 @@ def test_what_is_said_to_be_copied_again_and_again_is_locked_sooner(weights: Hos
     locks = PageLocks(weights, CPU, locker)
     first = list(weights.tensors.values())[:4]
     locks.expect(first)
-    for _ in range(COPIES_OF_A_STREAM + 1):
-        read_all(locks, weights)
-    wait([locker.thread.submit(int)])
+    read_all(locks, weights)
     assert 0 < sum(locked) <= sum(tensor.nbytes for tensor in first) + 2 * PIECE
     assert all(part.locked for tensor in first[1:3] for part in locks.parts(tensor))
+
+
+def test_what_is_copied_in_every_step_gets_the_room_of_what_is_not(weights: HostWeights) -> None:
+    locked: dict[int, int] = {}  # bytes by address
+
+    def register(address: int, size: int, device: torch.device) -> int:
+        locked[address] = size
+        return 0
+
+    def unregister(address: int, device: torch.device) -> int:
+        del locked[address]
+        return 0
+
+    tensors = list(weights.tensors.values())
+    locker = PageLocker(register, PIECE, limit=4 * PIECE, unregister=unregister)
+    locks = PageLocks(weights, CPU, locker)
+    locks.expect(tensors)  # more than fits, as before a job was learned from
+    read_all(locks, weights)
+    first = {*locked}
+    assert sum(locked.values()) <= 4 * PIECE
+    locks.expect(tensors[-4:])
+    for _ in range(2):
+        in_memory, _ = read_all(locks, weights)
+        assert sum(locked.values()) <= 4 * PIECE
+    assert all(part.locked for tensor in tensors[-3:] for part in locks.parts(tensor))
+    assert in_memory >= sum(tensor.nbytes for tensor in tensors[-3:])
+    assert not first & {*locked}
 
 
 def test_a_file_is_read_at_any_place_and_its_end_is_an_error(tmp_path: Path) -> None:

@@ -197,6 +197,21 @@ def test_forwards_that_were_not_foreseen_are_right_too(tmp_path: Path) -> None:
     assert loaded.residencies["transformer"].modulation is not None
 
 
+@pytest.mark.parametrize("cfg", [False, True])
+def test_weights_from_a_disk_are_learned_of_before_the_first_job(cfg: bool, tmp_path: Path) -> None:
+    """A whole job with all weights passing through would take as many reads of the disk as it has forwards."""
+    source = read("x", tiny.save(tiny.flux(depth=4), tmp_path), None)
+    cpu = torch.device("cpu")
+    wanted = jobs(DenoiseStage(load(source, "denoise", Devices(cpu), torch.float32), cpu), tmp_path, cfg)
+    loaded = load(source, "denoise", Devices(cpu, {0: wanted_bytes(source, 0.75)}), torch.float32)
+    residency = loaded.residencies["transformer"]
+    residency.from_disk = True
+    found = each_job(DenoiseStage(loaded, cpu), tmp_path, cfg, False)
+    assert torch.equal(next(found), wanted[0])
+    assert residency.modulation is not None
+    assert all(map(torch.equal, found, wanted[1:]))
+
+
 def wanted_bytes(source: Source, share: float) -> int:
     """A share of the transformer's weights."""
     whole = load(source, "denoise", Devices(torch.device("cpu"), {0: 1 << 40}), torch.float32)
