@@ -30,7 +30,7 @@ from scripts.bench.balloon import balloon
 from scripts.bench.gpu_stacks import GIB, PROMPT, StackBench, row, watched
 from scripts.bench.random_model import MODELS, RealModel
 
-QUEUE = 8
+QUEUE, SINGLES = 8, 3
 
 
 def plainly(
@@ -78,7 +78,7 @@ def peak(cuda: bool) -> float:
 class ModelBench(StackBench):
     """Stacks of one model on one GPU."""
 
-    def card(self, budget: int, prompt: str, count: int, singles: int) -> None:
+    def card(self, budget: int, prompt: str, count: int = QUEUE, singles: int = SINGLES) -> None:
         scale = ["--cfg-scale", str(self.recipe["cfg_scale"])] if "cfg_scale" in self.recipe else []
         planned = self.plan(budget, *scale)
         foreign = self.used()
@@ -155,7 +155,7 @@ def make(name: str, folder: Path, device: str, depth: int | None) -> None:
 @click.option("--keep", is_flag=True, help="don't delete the models, and use those that are there")
 @click.option("--host-memory", type=float, help="GiB of the host's memory that are left to the stacks")
 @click.option("--queue", "count", default=QUEUE, show_default=True, help="jobs in the queue")
-@click.option("--singles", default=3, show_default=True, help="pictures one after the other")
+@click.option("--singles", default=SINGLES, show_default=True, help="pictures one after the other")
 @click.option("--offload/--no-offload", default=True, help="with diffusers' own offloading, too")
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--plain", "result", type=click.Path(path_type=Path), hidden=True)
