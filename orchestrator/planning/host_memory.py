@@ -3,7 +3,7 @@
 Locked memory can't be taken back by the system, so weights that exceed it would end in the killing of processes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.planning.throughput import PlannedWorker
 from protocol.model_profile import ModelProfile
@@ -12,12 +12,14 @@ from protocol.units import format_bytes
 
 RESERVE = 6_000_000_000  # bytes for the stack's own processes, which take some 1.2 GB each, and for everything else
 DISK = 3e9  # bytes a second from an NVMe disk
+PIECES = 1.06  # bytes that are locked for each that is streamed: files are locked in pieces, which hold others, too
 
 
 def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> dict[Stage, int] | None:
     """Return the bytes of each stage's weights to be locked, of a host's `memory`; None where all weights fit.
 
-    First what is copied most often: the VAE, what is streamed in every step, the text encoder, then the rest.
+    First what is copied most often: the VAE, what is streamed in every step, what is copied once a job, the text
+    encoder, which may encode the prompts of many jobs at once, then the rest.
     """
     here = {done.post.stage: done for done in work if done.post.gpus}
     elsewhere = {done.post.stage for done in work} - here.keys()  # on the CPU, where they stay in memory
@@ -28,12 +30,13 @@ def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory
     found: dict[Stage, int] = dict.fromkeys(here, 0)
     for stage, wanted in (
         ("vae", weights.get("vae", 0)),
-        ("denoise", streamed(here["denoise"]) if "denoise" in here else 0),
+        ("denoise", in_steps(here["denoise"]) if "denoise" in here else 0),
+        ("denoise", in_steps(here["denoise"]) + in_jobs(profile, work) if "denoise" in here else 0),
         ("text", copied(profile, here["text"]) if "text" in here else 0),
         ("denoise", weights.get("denoise", 0)),
     ):
         if stage in found:
-            more = min(room, max(0, wanted - found[stage]))
+            more = min(room, max(0, min(wanted, weights[stage]) - found[stage]))
             found[stage], room = found[stage] + more, room - more
     return found
 
@@ -41,6 +44,23 @@ def locked_by_stage(profile: ModelProfile, work: Sequence[PlannedWorker], memory
 def streamed(work: PlannedWorker) -> int:
     """Return the bytes that a worker streams in each pass, to all of its GPUs."""
     return int(work.streamed) * len(work.post.gpus)
+
+
+def in_steps(work: PlannedWorker) -> int:
+    """Return the bytes to be locked for what is streamed in each pass."""
+    return int(streamed(work) * PIECES)
+
+
+def in_jobs(profile: ModelProfile, work: Sequence[PlannedWorker]) -> int:
+    """Return the bytes of a streamed denoiser's weights that are copied once a job: run ahead, or lent meanwhile."""
+    denoisers = [done for done in work if done.post.stage == "denoise" and done.residency == "streamed"]
+    if not denoisers:
+        return 0
+    borrowers = [done for done in work if done.residency == "borrows" and done.post.stage == "vae"]
+    lent = [
+        sum(use.weights + use.workspace for use in done.shares) for done in borrowers
+    ]  # for text it is about as much
+    return profile.stage("denoise").once + max(lent, default=0)
 
 
 def copied(profile: ModelProfile, work: PlannedWorker) -> int:
@@ -72,10 +92,8 @@ def told(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> s
         return ""
     here = {done.post.stage: done for done in work if done.post.gpus}
     parts, seconds = [], 0.0
-    for stage, name, times in (("text", "a new prompt", 1), ("denoise", "a step", profile.stage("denoise").passes)):
-        if stage in here and (missing := copied(profile, here[stage]) - locked[stage]) > 0:
-            if here[stage].residency == "turns":
-                name, times = "a turn", 1
+    for name, times, missing in from_disk(profile, work, here, locked):
+        if missing > 0:
             parts.append(f"{format_bytes(missing)} for {name}")
             seconds += missing * times / DISK
     weights = sum(profile.stage(stage).weights for stage in here)
@@ -83,3 +101,20 @@ def told(profile: ModelProfile, work: Sequence[PlannedWorker], memory: int) -> s
     if not parts:
         return f"{kept}, all that is needed once a job runs; the rest is read from the disk at each start"
     return f"{kept}; from the disk come {' and '.join(parts)}, about {seconds:.1f} s a picture more with an NVMe disk"
+
+
+def from_disk(
+    profile: ModelProfile,
+    work: Sequence[PlannedWorker],
+    here: Mapping[Stage, PlannedWorker],
+    locked: Mapping[Stage, int],
+) -> Iterator[tuple[str, int, int]]:
+    """Yield for what weights are copied, how often a picture takes that, and the bytes that are not in memory then."""
+    if "text" in here:
+        name = "a turn" if here["text"].residency == "turns" else "a new prompt"
+        yield name, 1, copied(profile, here["text"]) - locked["text"]
+    if "denoise" in here:
+        turns, figures = here["denoise"].residency == "turns", profile.stage("denoise")
+        passes = 1 if turns else figures.passes // figures.together
+        yield "a turn" if turns else "a step", passes, copied(profile, here["denoise"]) - locked["denoise"]
+        yield "a job", 1, in_jobs(profile, work) - max(0, locked["denoise"] - in_steps(here["denoise"]))

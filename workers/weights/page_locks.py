@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 
 REGISTER_PORTABLE, REGISTER_READ_ONLY = 1, 8  # cudaHostRegister's flags: for every GPU; never written to
 PIECE_BYTES = 512 << 20  # that are page-locked at a time; a multiple of any page's size
-COPIES_BEFORE = 3  # of a piece, from the disk: what stays on a GPU is copied twice until a job has been learned from
-LIMITED_PIECE_BYTES = 4 << 20  # where not all can be: what is streamed lies scattered
+COPIES_BEFORE = 2  # of a piece, from the disk: what stays on a GPU is copied twice until a job has been learned from
+LIMITED_PIECE_BYTES = 1 << 20  # where not all can be: what is streamed lies scattered
 
 
 def register(address: int, size: int, device: torch.device) -> int:
