@@ -19,8 +19,8 @@ CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache
 
 def text_digest(source: Source) -> str:
     """Return sixteen hex digits, equal for models whose text stages are; empty where that can't be told."""
-    beside = any("text" in stages_of(name) for name in source.added)
-    if source.single or beside or source.ip_adapter or source.blocks:
+    beside = any("text" in stages_of(name) for name in (*source.added, *source.single))
+    if beside or source.ip_adapter or source.blocks:
         return ""
     cls = pipeline_class(source)
     names = sorted(source.components("text"))

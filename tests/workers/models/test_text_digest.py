@@ -1,0 +1,45 @@
+"""Digests of text stages: equal where all that they compute with is, whatever lies beside it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from protocol.model_spec import ModelSpec
+from tests import tiny
+from tests.families.case import awake
+from tests.families.pictures import controlnet
+from workers.models.source import locate
+from workers.models.text_digest import text_digest
+
+
+def digest(folder: Path, **parts: str) -> str:
+    return text_digest(locate(ModelSpec(name=str(folder), **parts), None))
+
+
+def test_what_is_beside_the_text_stage_changes_nothing(tmp_path: Path) -> None:
+    model, other = tiny.save(tiny.sd15(), tmp_path / "model"), tmp_path / "other"
+    shutil.copytree(model, other)
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    torch.manual_seed(0)
+    awake(controlnet()).save_pretrained(tmp_path / "net")
+    own = digest(model)
+    assert len(own) == 16
+    assert digest(other) == own
+    assert digest(model, transformer=str(tmp_path / "unet.safetensors")) == own
+    assert digest(model, controlnet=str(tmp_path / "net")) == own
+
+
+def test_a_tokenizer_a_setting_or_an_encoder_of_another_kind_changes_it(tmp_path: Path) -> None:
+    model = tiny.save(tiny.sd15(), tmp_path / "model")
+    own = digest(model)
+    config = model / "text_encoder" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"layer_norm_eps": 1e-3}))
+    assert digest(model) != own
+    config.write_text(before)
+    assert digest(model) == own
+    (model / "text_encoder" / "model.safetensors").unlink()
+    assert digest(model) == ""  # which may come later
