@@ -29,6 +29,7 @@ class StageProfile(Data):
     components: tuple[tuple[str, Bytes], ...]  # those with weights, and their bytes
     least: Bytes  # of weights, where as much of them as can be is streamed
     largest: Bytes  # of its intermediate results
+    peak: Bytes = 0  # of all that live at once; 0 where that was not found
     flop: Flop  # of one pass; through the denoiser a step has one, or two with true CFG
     passes: Annotated[int, Field(ge=1)]  # a job
     together: Annotated[int, Field(ge=1)] = 1  # passes of a step that differ in their prompts alone

@@ -20,6 +20,7 @@ from protocol.stages import TRAITS, Stage
 from protocol.units import format_bytes
 
 WORKSPACE = 4.75  # times the largest intermediate result: 3.8 and 4.75 of FLUX.1-dev's denoiser and VAE were measured
+LIVE = 1.1  # times all intermediate results that live at once: 1.07 of FLUX.1-dev's VAE was measured
 SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to the other
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
@@ -92,8 +93,9 @@ class Book:
         """Bytes that a lease has for a stage's workspace, as the ledger counts."""
         if card.stands_in:
             return 0
-        seen = self.terms.workspaces.get(stage) or int(self.profile.stage(stage).largest * WORKSPACE)
-        return int(seen * MARGIN) + ROUNDING
+        profile = self.profile.stage(stage)
+        foreseen = profile.peak * LIVE or profile.largest * WORKSPACE
+        return int((self.terms.workspaces.get(stage) or foreseen) * MARGIN) + ROUNDING
 
     def own_workspace(self, post: Post, card: Card) -> int:
         """Bytes of workspace, for all its jobs, of a worker that keeps its memory."""

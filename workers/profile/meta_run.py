@@ -22,6 +22,7 @@ from workers.models.loading import install_boundaries, is_quantized, stored_byte
 from workers.models.skeleton import build_skeleton, on_meta
 from workers.models.source import BITSANDBYTES, Source, quantization_method, stages_of
 from workers.profile import guess
+from workers.profile.live_bytes import LiveBytes
 from workers.replay.boundaries import Stopped, install_component
 from workers.replay.call_record import CallRecord
 from workers.replay.placeholder import of_the_same_name
@@ -224,9 +225,10 @@ class MetaRun:
         latents = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
         if latents.is_floating_point():
             vae.to(latents.dtype)
-        watched(seen, name, vae, decode, *args, **kwargs)
+        with LiveBytes() as live:
+            watched(seen, name, vae, decode, *args, **kwargs)
         vae.to(self.dtype)
-        return self._figures("vae", seen, 1)
+        return self._figures("vae", seen, 1).model_copy(update={"peak": live.peak})
 
     def _figures(self, stage: Stage, seen: Seen, passes: int) -> StageProfile:
         models = self._models[stage]
