@@ -5,6 +5,8 @@ import time
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from orchestrator.dispatch.catalogue import Catalogue, CatalogueEntry
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
@@ -151,7 +153,7 @@ class Admission:
         ):  # an earlier release took ids as they were given
             earlier = self._job_queue.find(request.id)
             job = earlier if earlier and earlier.owner == owner else None
-        if job and (job.request != request.model_dump_json() or job.owner != owner):
+        if job and not (job.owner == owner and is_of(job.request, request)):
             raise Conflict(f"The job id {request.id!r} is taken by a different job.", "Choose another, or give none.")
         return job
 
@@ -172,6 +174,16 @@ class Admission:
         )
         self._store.insert(job)
         return job
+
+
+def is_of(kept: str, request: JobRequest) -> bool:
+    """Return whether a job was made of a request, whose JSON is kept; an earlier release's has fewer fields."""
+    if kept == request.model_dump_json():
+        return True
+    try:
+        return JobRequest.model_validate_json(kept) == request
+    except ValidationError:  # of a later release
+        return False
 
 
 def check_lora_bytes(request: JobRequest, entry: CatalogueEntry) -> None:

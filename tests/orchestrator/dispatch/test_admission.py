@@ -1,9 +1,11 @@
 """What is let in, for whom, and by which model it is judged."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from orchestrator.dispatch.admission import is_of
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.quotas import Quotas
@@ -60,6 +62,15 @@ def test_a_full_disk_refuses_before_anything_is_accepted(tmp_path: Path) -> None
     with pytest.raises(QueueFull, match="has 10 B left"):
         with_floor(11).check([REQUEST], LOCAL_USER)
     with_floor(10).check([REQUEST], LOCAL_USER)
+
+
+def test_a_request_is_known_again_by_a_release_that_has_more_fields() -> None:
+    request = JobRequest(prompt="a", seed=3)
+    fields = json.loads(request.model_dump_json())
+    assert fields.pop("controlnet", 0) is None
+    assert is_of(json.dumps(fields), request)
+    assert not is_of(json.dumps(fields | {"seed": 4}), request)
+    assert not is_of(json.dumps(fields | {"unknown": 1}), request)
 
 
 def test_a_bucket_fills_at_its_rate_and_no_further() -> None:
