@@ -262,6 +262,8 @@ class Leasing:
         self._note_lease(worker)
         worker.residency, worker.context_bytes = leased.residency or worker.residency, leased.context_bytes
         worker.lendable_bytes = leased.lendable_bytes
+        if any(lease.bytes for lease in leased.leases):
+            worker.refused_loan = None  # what stood in its way may have been of the lease before
         return True
 
     def more(self, worker: Worker) -> bool:

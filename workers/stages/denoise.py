@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
-from workers.errors import StageError
+from workers.errors import StageError, let_go
 from workers.models.description import call_parameters
 from workers.models.loading import Loaded
 from workers.models.source import stages_of
@@ -212,7 +212,8 @@ class PipelineForwards:
         hook = self.denoiser.register_forward_hook(count)
         try:
             self._run()
-        except TwoForwardsDone:
+        except TwoForwardsDone as reached:
+            let_go(reached)
             reset_caches(self.stage.pipeline)
         finally:
             hook.remove()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from workers.errors import let_go
 from workers.tensors import DTYPES
 from workers.weights.adapters import is_of_adapter
 
@@ -144,7 +145,9 @@ def vectors_of(module: torch.nn.Module, rows: Sequence[str], first: str, calls: 
         try:
             module.forward(*call.args, **call.kwargs)
         except Reached as reached:
-            return reached.vector
+            found = reached.vector
+            let_go(reached)
+            return found
         raise RuntimeError(f"{first} was not reached")
 
     hook = module.get_submodule(first).register_forward_pre_hook(reach)

@@ -123,6 +123,14 @@ def test_a_vae_borrows_from_a_denoiser_in_the_middle_of_a_job(state: Path) -> No
         assert denoise.obey().leases[0].bytes == 0  # so they take turns
         vae.obey()
         finish(vae)
+        running.client().submit_many([JobRequest(prompt="a cat 0", seed=i, width=1024, height=1024) for i in (8, 9)])
+        assert vae.obey().leases[0].bytes == 0
+        order = denoise.hear(SetLease)
+        denoise.say(Leased(leases=order.leases, lendable_bytes=order.leases[0].weight_bytes - DENOISE.least))
+        asked = sum(isinstance(entry.message, Borrow) for entry in denoise.seen)
+        finish(denoise)
+        denoise.settle()  # with a lease anew it is asked again
+        assert sum(isinstance(entry.message, Borrow) for entry in denoise.seen) == asked + 1
 
 
 def test_what_is_lent_comes_back_when_the_borrowers_process_is_gone(state: Path) -> None:
