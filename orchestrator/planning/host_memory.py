@@ -56,10 +56,8 @@ def in_jobs(profile: ModelProfile, work: Sequence[PlannedWorker]) -> int:
     denoisers = [done for done in work if done.post.stage == "denoise" and done.residency == "streamed"]
     if not denoisers:
         return 0
-    borrowers = [done for done in work if done.residency == "borrows" and done.post.stage == "vae"]
-    lent = [
-        sum(use.weights + use.workspace for use in done.shares) for done in borrowers
-    ]  # for text it is about as much
+    decoders = [done for done in work if done.residency == "borrows" and done.post.stage == "vae"]
+    lent = [sum(use.weights + use.workspace for use in done.shares) for done in decoders]  # and about as much for text
     return profile.stage("denoise").once + max(lent, default=0)
 
 
