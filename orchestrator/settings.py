@@ -56,6 +56,7 @@ Positive = Annotated[int, Field(ge=1)]
 Batch = Annotated[int, Field(ge=2, le=MOST_BATCH)]
 Device = Annotated[str, Field(pattern=r"^(auto|mps|cuda(:\d+)?|cpu(:\d+(,\d+)*)?)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Given = Annotated[str, Field(min_length=1)]  # a folder, a file or a hub id
 Placement = Literal["auto", "replicas", "split", "tensor", "context"]
 Optimize = Literal["throughput", "latency"]
 
@@ -214,7 +215,7 @@ class ModelConfig(Settings):
         Flag("--controlnet", "MODEL", "none"),
     ] = None
     controlnets: Annotated[
-        dict[ModelName, str],
+        dict[ModelName, Given],
         Field(description="Names of ControlNets that jobs choose among, each with its folder or hub id."),
         Flag("--controlnet-alias", "NAME=MODEL", "none"),
     ] = Field(default_factory=dict)
@@ -224,7 +225,7 @@ class ModelConfig(Settings):
         Flag("--refiner", "MODEL", "none"),
     ] = None
     refiners: Annotated[
-        dict[ModelName, str],
+        dict[ModelName, Given],
         Field(description="Names of refiners that jobs choose among, each with its folder or hub id."),
         Flag("--refiner-alias", "NAME=MODEL", "none"),
     ] = Field(default_factory=dict)
@@ -358,6 +359,11 @@ class StackConfig(JobSettings, ModelConfig):
             raise ValueError(f"{own[0]} is a single model's: write it below [models.NAME]")
         if twice := [name for own in (self, *self.models.values()) for name in own.controlnets if name in own.refiners]:
             raise ValueError(f"{twice[0]!r} is the name of a ControlNet and of a refiner")
+        for model in (self, *self.models.values()):
+            if model.refiners and (beside := model.controlnet or model.ip_adapter):
+                raise ValueError(f"the refiner {next(iter(model.refiners))!r} can't be chosen beside {beside!r}")
+            if model.controlnets and (beside := model.refiner):
+                raise ValueError(f"the ControlNet {next(iter(model.controlnets))!r} can't be chosen beside {beside!r}")
         return self
 
     def each(self) -> dict[str, "StackConfig"]:

@@ -37,6 +37,7 @@ class StageProfile(Data):
     loose: Bytes  # of its buffer for what is run once a job
     after: Bytes  # of weights of its parts that come after the blocks
     heads: Annotated[int, Field(ge=0)]  # of its attention, 0 where that isn't told
+    quantized: bool = False  # a library quantized some of its weights before they were saved
 
     @property
     def weights(self) -> int:

@@ -64,6 +64,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         check_budgets(config, gpus)
         measurements = measurements_in(StackFolder(state_folder(state)))
     told: list[dict[str, Any]] = []
+    several = len(config.each()) > 1
     for name, alone in config.each().items():
         hardware = this_hardware(gpus, alone.gpus, stand_ins(alone), alone.host_memory or all_memory())
         if thought:
@@ -76,12 +77,12 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         known = measurements.of(hardware, profile, alone.speedups())
         found = choose(alone, profile, known, measurements.terms(alone, profile))
         if as_json:
-            told.append(as_data(found, profile, hardware) | ({"name": name} if config.models else {}))
+            told.append(as_data(found, profile, hardware) | ({"name": name} if several else {}))
         else:
-            show(found, profile, hardware, alone.optimize, f"{name}: " if config.models else "")
+            show(found, profile, hardware, alone.optimize, f"{name}: " if several else "")
     if as_json:
-        print(json.dumps(told if config.models else told[0]))
-    elif config.models:
+        print(json.dumps(told if several else told[0]))
+    elif several:
         print("Note: models that have jobs at once take turns, and each is planned as if it were alone.")
 
 

@@ -30,7 +30,7 @@ from orchestrator.cli.up import wait_for_stack, waiting_is_told
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.supervisor import Supervisor
 from protocol.client.client import Client
-from protocol.errors import Interrupted, TriptychError
+from protocol.errors import BadRequest, Interrupted, TriptychError
 
 ANSWER_SECONDS = 30.0
 SCRATCH = "triptych-run-"  # how the folders of such stacks begin, in the system's folder for temporary files
@@ -60,6 +60,8 @@ def run(prompts: tuple[str, ...], **options: Any) -> None:
     names = names_for_requests(asked, options)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, end)
+    if options["controlnet_alias"] or options["refiner_alias"]:
+        raise BadRequest("A single run has nothing to choose among.", "Name it: --controlnet MODEL or --refiner MODEL.")
     if not options["quiet"]:
         print("Starting a stack …", file=sys.stderr, flush=True)
     with waiting_is_told(options["model"], options["quiet"]):

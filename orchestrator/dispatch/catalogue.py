@@ -130,6 +130,13 @@ class Catalogue:
         """Add a model that is known once its describer has found it."""
         self.models[model.name] = model
 
+    def is_known(self, name: str) -> bool:
+        return name in self._entries
+
+    def with_choices(self, name: str) -> list[str]:
+        """Return the names of a model with each of what its jobs choose among."""
+        return [other for other, settings in self.models.items() if settings.chosen and other.startswith(name + WITH)]
+
     def remove(self, name: str) -> None:
         del self.models[name]
         self._entries.pop(name, None)
@@ -186,8 +193,8 @@ class Catalogue:
 
     def _choices(self, name: str, kind: Choice) -> list[str]:
         """Return the names of what a model's jobs choose among."""
-        first = f"{name}{WITH}"
-        return [n.removeprefix(first) for n, s in self.models.items() if n.startswith(first) and s.chosen == kind]
+        mine = [full for full in self.with_choices(name) if self.models[full].chosen == kind]
+        return [full.removeprefix(name + WITH) for full in mine]
 
     def name(self, model: str | None) -> str:
         """Return the name of the model that a request names by it, or as the stack was told of it; NotFound."""
@@ -195,8 +202,9 @@ class Catalogue:
             return self._default
         if model in self.models:
             return model
-        found = [name for name, settings in self.models.items() if settings.model == model]
-        found += [name for name, entry in self._entries.items() if entry.description.model == model]
+        plain = [name for name, settings in self.models.items() if not settings.chosen]
+        found = [name for name in plain if self.models[name].model == model]
+        found += [name for name in plain if (e := self._entries.get(name)) and e.description.model == model]
         if not found:
             there = ", ".join(name for name in self.models if name) or "one alone, which needs no name"
             raise NotFound(f"There is no model {model!r} in this stack.", f"Its models: {there}.")

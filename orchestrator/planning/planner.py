@@ -96,7 +96,7 @@ def _look(
 ) -> tuple[list[Prediction], list[DoesNotFit]]:
     found: list[Prediction] = []
     refusals: list[DoesNotFit] = []
-    for posts in candidates(config, cards_of(config, hardware), several(config), counts(profile, hardware)):
+    for posts in candidates(config, cards_of(config, hardware), several(config, profile), counts(profile, hardware)):
         try:
             found.append(predict(profile, hardware, posts, terms))
         except DoesNotFit as error:
@@ -109,9 +109,10 @@ def cards_of(config: StackConfig, hardware: Hardware) -> list[int]:
     return [card.index for card in hardware.cards if card.index not in stand_ins(config)]
 
 
-def several(config: StackConfig) -> list[Kind]:
+def several(config: StackConfig, profile: ModelProfile) -> list[Kind]:
     """Return a denoiser's possible kinds on several GPUs; parallel ones change bits, as compiling does."""
-    if config.stage("denoise").quantize or config.cache or config.batch:
+    quantized = config.stage("denoise").quantize or profile.stage("denoise").quantized
+    if quantized or config.cache or config.batch:
         return []
     return ["split", "tensor", "context"] if config.compile else ["split"]
 

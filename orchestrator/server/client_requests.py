@@ -386,10 +386,14 @@ class ClientRequests:
             raise BadRequest(f"{name} is the stack's default model.", "It ends with the stack.")
         if not any(entry.name == name for entry in catalogue.entries):
             raise Conflict(f"{name} is yet being looked at.", "Try again once 'triptych models' lists it.")
-        self._rests.check_unused(name)
-        catalogue.remove(name)
-        self._describers.remove(name)
-        self._supervisor.remove_model(name)
+        names = [name, *catalogue.with_choices(name)]
+        for each in names:
+            if catalogue.is_known(each):
+                self._rests.check_unused(each)
+        for each in names:
+            catalogue.remove(each)
+            self._describers.remove(each)
+            self._supervisor.remove_model(each)
 
     def _models(self, peer: Peer) -> tuple[ModelView, ...]:
         default = self.engine.catalogue.known

@@ -71,6 +71,30 @@ def test_stages_have_settings_of_their_own(flag: list[str], stages: dict[str, An
     assert given(*flag).stages == {stage: StageConfig(**values) for stage, values in stages.items()}
 
 
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"controlnet": "c", "refiners": {"xl": "r"}}, "'xl' can't be chosen beside 'c'"),
+        ({"refiner": "r", "controlnets": {"canny": "c"}}, "'canny' can't be chosen beside 'r'"),
+        ({"controlnets": {"x": "c"}, "refiners": {"x": "r"}}, "'x' is the name of a ControlNet and of a refiner"),
+        ({"controlnets": {"x": ""}}, "controlnets.x"),
+        ({"models": {"a": {}}, "controlnets": {"x": "c"}}, "write it below"),
+    ],
+)
+def test_what_can_not_be_chosen_is_told_before_anything_starts(settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(BadRequest, match=why):
+        load_config(None, settings, {})
+
+
+def test_what_jobs_choose_is_a_model_of_its_own() -> None:
+    models = {"a": {"model": "o/a", "controlnets": {"canny": "c"}}, "b": {"model": "o/b", "refiners": {"xl": "r"}}}
+    found = load_config(None, {"models": models}, {}).each()
+    assert list(found) == ["a", "a+canny", "b", "b+xl"]
+    assert [one.controlnet for one in found.values()] == [None, "c", None, None]
+    assert [one.refiner for one in found.values()] == [None, None, None, "r"]
+    assert [one.model for one in found.values()] == ["o/a", "o/a", "o/b", "o/b"]
+
+
 def test_every_setting_has_a_flag_and_a_meaning() -> None:
     for settings, without in ((StackConfig, {"stages", "models"}), (StageConfig, set())):
         flags = {name: (field, flag) for name, field, flag in flags_of(settings)}

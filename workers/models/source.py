@@ -81,6 +81,8 @@ class Source:
 
 def quantization_method(source: Source, component: str) -> str:
     """Return by what a component's weights were quantized before they were saved, as it says; empty if they weren't."""
+    if component in source.single:
+        return ""  # whatever the configuration says of others
     try:
         config = json.loads((source.folder_of(component) / "config.json").read_text())
     except (OSError, ValueError):

@@ -1,6 +1,7 @@
 """The most bytes of tensors that live at once while something runs on shapes: a GPU takes as much, or little more."""
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,15 +19,16 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()  # storages, by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in meta_tensors((args, kwargs)):
+            self._see(tensor.untyped_storage(), counts=False)  # unless it was made meanwhile
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                self._see(tensor.untyped_storage())
+        for tensor in meta_tensors(made):
+            self._see(tensor.untyped_storage())
         self.peak = max(self.peak, self._now)
         return made
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
+    def _see(self, storage: torch.UntypedStorage, counts: bool = True) -> None:
+        address, size = storage._cdata, storage.nbytes() if counts else 0
         if address not in self._known:
             self._known.add(address)
             self._now += size
@@ -35,3 +37,7 @@ class LiveBytes(TorchDispatchMode):
     def _let_go(self, address: int, size: int) -> None:
         self._known.discard(address)
         self._now -= size
+
+
+def meta_tensors(value: Any) -> Iterator[torch.Tensor]:
+    yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor) and leaf.is_meta)

@@ -255,6 +255,7 @@ class MetaRun:
             passes=passes, together=max((step.together for step in seen.steps.values()), default=1),
             blocks=tuple(blocks), loose=loose,
             heads=heads_of(dict(models)[main]),
+            quantized=any(quantization_method(self.source, name) for name in sizes),
             after=int(shares[main] * sum(model_bytes(part) for part in after_blocks(dict(models)[main], blocks))),
         )  # fmt: skip
 

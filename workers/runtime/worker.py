@@ -213,7 +213,7 @@ def check_quantized(source: Source, spec: WorkerSpec, ranks: int) -> None:
     for library, is_known in ((TORCHAO, is_torchao_available), (BITSANDBYTES, is_bitsandbytes_available)):
         if library not in methods:
             continue
-        if ranks > 1:
+        if ranks > 1 or spec.cut:
             reason = f"{source.model!r} was quantized by {library}, and can't be shared out among GPUs."
             raise BadRequest(reason, "Choose another --placement.")
         if importlib.util.find_spec(library) is None:

@@ -35,7 +35,8 @@ ENDED = "ended:"  # begins the names of a checkpoint's tensors that go to the ne
 COST_SHARE = 0.01  # of the time between two checkpoints that making one may take
 
 
-OWN = "scheduler"  # of a pipeline, by name
+OF_PIPELINE = "self."  # begins the names of schedulers that are a pipeline's, beside those of its loop
+OWN = f"{OF_PIPELINE}scheduler"
 Variables = Mapping[str, tuple[object, int]]  # of an object: value and version of each, by name
 
 
@@ -195,7 +196,8 @@ class Recorder:
 
         `record` is the job's; `ends` are those of loops that are over, where it resumes.
         """
-        self._schedulers, self._device, self._seconds, self._record = schedulers, device, seconds, record
+        self._schedulers = {f"{OF_PIPELINE}{name}": scheduler for name, scheduler in schedulers.items()}
+        self._device, self._seconds, self._record = device, seconds, record
         self._begun: dict[str, Variables] | None = None  # of schedulers, as the first loop began
         self._ends = [*ends]  # of loops that are over
         self._draft: Draft | None = None
@@ -298,7 +300,8 @@ class Resume:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, schedulers: Mapping[str, Any]) -> None:
         """`schedulers` are the pipeline's, by name."""
-        self.checkpoint, self.over, self._schedulers = checkpoint, False, schedulers
+        self.checkpoint, self.over = checkpoint, False
+        self._schedulers = {f"{OF_PIPELINE}{name}": scheduler for name, scheduler in schedulers.items()}
         self._device, self._forwards, self._marks = device, 0, list(checkpoint.marks)
 
     def standing_in(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:
@@ -322,8 +325,10 @@ class Resume:
             put_back(loop.values.get(name), value)
         if not self._marks:
             for name, kept in self.checkpoint.schedulers.items():
-                own = loop.schedulers.get(name)
-                variables = vars(own or self._schedulers[name or OWN])  # an earlier release named its own one ""
+                every = {**self._schedulers, **loop.schedulers}
+                if (known := name or OWN) not in every:  # an earlier release named the pipeline's own one ""
+                    raise StageError("a checkpoint is of another loop")
+                variables = vars(every[known])
                 variables |= {n: value for n, value in kept.items() if n in variables}
             self.over = True
 

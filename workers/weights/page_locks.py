@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -62,15 +62,26 @@ class Piece:
     end: int
     locked: Future[bool] | None = None  # None: nobody has asked for it yet
     copied: int = 0  # bytes
-    again: bool = False  # it will be copied again and again
+    expected: set[int] = field(default_factory=set)  # by whom it will be copied again and again
+    copying: int = 0  # copies from it that are not queued yet
 
     @property
     def size(self) -> int:
         return self.end - self.start
 
     @property
+    def again(self) -> bool:
+        """Whether it will be copied again and again."""
+        return bool(self.expected)
+
+    @property
     def is_locked(self) -> bool:
         return self.locked is not None and self.locked.done() and self.locked.result()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether its turn to be locked is yet to come."""
+        return self.locked is not None and not self.locked.done()
 
     def part(self, start: int, end: int, origin: int) -> Part:
         """Return the part from one address to another of a tensor that begins at address `origin`."""
@@ -103,13 +114,18 @@ class LockedFile:
                 return
             piece.copied += size
             wanted = piece.locked is None and (piece.again or piece.copied > COPIES_BEFORE * piece.size)
-            if wanted and self._locker.take(piece.size, piece.again):
-                read_ahead(self._path, piece.start - self.address, piece.size)
-                self._ask(piece)
+            if not wanted or self._refused or not self._locker.take(piece.size, piece.again):
+                return
+            self._ask(piece)
+        read_ahead(self._path, piece.start - self.address, piece.size)
 
     def ready(self, piece: Piece) -> tuple[bool, DirectFile | None]:
-        """Return whether a piece is locked, once that has had its turn, and the file to read from if it isn't."""
+        """Return whether a piece is locked, once that has had its turn, and the file to read from if it isn't.
+
+        It stays so until `copied`.
+        """
         with self._locker.lock:
+            piece.copying += 1
             turn = piece.locked
         if turn is not None and turn.result():
             return True, None
@@ -118,24 +134,35 @@ class LockedFile:
     def _ask(self, piece: Piece) -> None:
         piece.locked = self._locker.thread.submit(self._page_lock, piece.start, piece.size)
 
-    def may_have_room(self) -> None:
-        """Let others be looked at anew for what need not stay locked."""
-        self._locker.spare = True
+    def copied(self, piece: Piece) -> None:
+        """Note that a copy that `ready` was asked for is queued, or won't be."""
+        with self._locker.lock:
+            piece.copying -= 1
 
-    def unlock(self, piece: Piece) -> None:
-        """Let go of a piece that is locked."""
+    def unlock(self, piece: Piece) -> bool:
+        """Let go of a piece that is locked; return whether the driver did."""
+        code = self._locker.unregister(piece.start, self.device)
+        if code:
+            log.warning("page-locked memory of %s was not given back (CUDA error %d)", self._path, code)
+            self._clear_error()
+            return False
         piece.locked = None
-        self._locker.unregister(piece.start, self.device)
+        return True
+
+    def _clear_error(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
+            torch.zeros(1, device=self.device).add_(1)
 
     def _page_lock(self, start: int, size: int) -> bool:
         if self._refused:
+            self._locker.give(size)
             return False
         code = self._locker.register(start, size, self.device)
         if code:
             self._refused = True
+            self._locker.give(size)
             log.warning("page-locking %s was refused (CUDA error %d); copying through a buffer", self._path, code)
-            with contextlib.suppress(RuntimeError):  # the runtime keeps the error for the next launch: this one
-                torch.zeros(1, device=self.device).add_(1)
+            self._clear_error()
         return not code
 
 
@@ -159,6 +186,7 @@ class PageLocker:
         self.register, self.unregister, self.piece_bytes, self.limit = register, unregister, piece_bytes, limit
         self.thread = ThreadPoolExecutor(1, "page-lock")
         self.lock = threading.RLock()  # of all that is noted of files and their pieces
+        self.devices: set[torch.device] = set()  # GPUs that copy from them
         self._files: dict[int, LockedFile] = {}  # by address
         self._taken = 0  # bytes of the limit
         self.spare = False  # there may be pieces that others could make room for
@@ -181,18 +209,23 @@ class PageLocker:
             self.spare = self.spare or not again
             return True
 
+    def give(self, size: int) -> None:
+        """Give back bytes of the limit that could not be locked."""
+        with self.lock:
+            self._taken -= size if self.limit is not None else 0
+
     def _make_room(self) -> None:
         """Let go of all that is locked and not copied again and again."""
         every = [piece for file in self._files.values() for piece in file.pieces]
-        spare = [piece for piece in every if piece.is_locked and not piece.again]
-        self.spare = False
-        for device in {piece.file.device for piece in spare if piece.file.device.type == "cuda"}:
-            torch.cuda.synchronize(device)  # nothing may be on its way from there
-        for piece in spare:
-            piece.file.unlock(piece)
-            self._taken -= piece.size
+        left = [piece for piece in every if not piece.again and (piece.is_locked or piece.is_due)]
+        spare = [piece for piece in left if piece.is_locked and not piece.copying]
+        self.spare = len(spare) < len(left)  # whose turn is yet to come
         if spare:
-            log.info("%d pieces of files are not page-locked any more: others are copied more often", len(spare))
+            for device in self.devices:
+                torch.cuda.synchronize(device)  # nothing may be on its way from there
+            let_go = [piece for piece in spare if piece.file.unlock(piece)]
+            self._taken -= sum(piece.size for piece in let_go)
+            log.info("%d pieces of files are not page-locked any more: others are copied more often", len(let_go))
 
     def file(self, path: str, address: int, size: int, device: torch.device) -> LockedFile:
         """Return a file's page-locked mapping, made once in a process, for all its GPUs."""
@@ -225,22 +258,29 @@ class PageLocks:
 
     def __init__(self, weights: HostWeights, device: torch.device, locker: PageLocker = PAGE_LOCKER) -> None:
         """Private weights become page-locked copies at once; mapped ones are locked in place, in the background."""
-        self.limited = locker.limit is not None
+        self.limited, self._locker = locker.limit is not None, locker
+        if device.type == "cuda":
+            locker.devices.add(device)
         for name in weights.private:
-            if locker.take(weights.tensors[name].nbytes):
-                weights.tensors[name] = weights.tensors[name].pin_memory()
+            if locker.take(size := weights.tensors[name].nbytes):
+                try:
+                    weights.tensors[name] = weights.tensors[name].pin_memory()
+                except BaseException:
+                    locker.give(size)
+                    raise
         self._pieces: list[Piece] = []
         for path, file in sorted(weights.files.items(), key=lambda item: item[1].data_ptr()):  # as swapping in goes
             self._pieces += locker.file(path, file.data_ptr(), file.nbytes, device).pieces
 
     def expect(self, tensors: Iterable[torch.Tensor]) -> None:
         """Lock the pieces that these weights lie in, and no others, as soon as they are copied: it happens again."""
-        for piece in self._pieces:
-            piece.again = False
-            piece.file.may_have_room()
-        for tensor in tensors:
-            for piece in self._pieces_of(tensor):
-                piece.again = True
+        with self._locker.lock:
+            self._locker.spare = True
+            for piece in self._pieces:
+                piece.expected.discard(id(self))
+            for tensor in tensors:
+                for piece in self._pieces_of(tensor):
+                    piece.expected.add(id(self))
 
     def _pieces_of(self, tensor: torch.Tensor) -> Iterator[Piece]:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
@@ -256,6 +296,10 @@ class PageLocks:
         for piece, first, last in pieces:
             piece.file.expect_copy(piece, last - first)
         for piece, first, last in pieces:
-            yield piece.part(first, last, start)
+            part = piece.part(first, last, start)
+            try:
+                yield part
+            finally:
+                piece.file.copied(piece)
         if not pieces:  # a private one
             yield Part(0, tensor.nbytes, True)

@@ -266,5 +266,6 @@ class Ring:
 
     def close(self) -> None:
         """Take the hooks off; the weights' places are free once the copy stream is idle."""
+        self.copy_stream.expect(())
         for hook in self._hooks:
             hook.remove()

@@ -116,6 +116,24 @@ def test_a_request_names_a_model_by_its_name_or_as_the_stack_was_told_of_it(tmp_
     assert catalogue.of(ModelKey.of("3", "float32", ())) is None
 
 
+def test_what_jobs_choose_goes_with_its_model(tmp_path: Path) -> None:
+    models = (
+        ModelSettings(name="a", model="owner/a"), ModelSettings(name="b", model="owner/b"),
+        ModelSettings(name="b+canny", model="owner/b", chosen="controlnet"),
+        ModelSettings(name="b+xl", model="owner/b", chosen="refiner"),
+    )  # fmt: skip
+    catalogue = Catalogue(Store(None, tmp_path), models)
+    for chosen, name in (({"controlnet": "canny"}, "b+canny"), ({"refiner": "xl"}, "b+xl"), ({}, "b")):
+        assert catalogue.name_for(JobRequest(prompt="p", model="owner/b", **chosen)) == name
+    for wrong in ({"controlnet": "xl"}, {"refiner": "canny"}, {"refiner": "xl", "model": "a"}):
+        with pytest.raises(NotFound):
+            catalogue.name_for(JobRequest.model_validate({"prompt": "p", "model": "b", **wrong}))
+    assert catalogue.with_choices("b") == ["b+canny", "b+xl"]
+    catalogue.remove("b")
+    with pytest.raises(NotFound):
+        catalogue.name("owner/b")  # never the plain one's place
+
+
 def test_tokens_are_counted_once_and_anew_for_another_model(tmp_path: Path) -> None:
     catalogue = Catalogue(Store(None, tmp_path))
     hello = DescriberHello(pid=1, dtype="float32", model=MODEL)

@@ -31,6 +31,7 @@ from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 
 modules = pytest.importorskip("bitsandbytes.nn.modules")
+pytestmark = pytest.mark.filterwarnings("ignore:inner dimension")  # of layers as narrow as these, on GPUs
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},

@@ -19,3 +19,10 @@ def test_what_nothing_holds_any_more_is_not_counted() -> None:
         for _ in range(5):
             three = three + 1
     assert live.peak == 16000
+
+
+def test_what_was_there_before_is_not_counted() -> None:
+    layer = torch.nn.Linear(1000, 1000, device=META)
+    with torch.no_grad(), LiveBytes() as live:
+        layer(torch.empty(1, 1000, device=META))
+    assert live.peak < 100_000

@@ -119,6 +119,37 @@ def test_what_is_copied_in_every_step_gets_the_room_of_what_is_not(weights: Host
     assert not first & {*locked}
 
 
+def test_parts_of_a_model_in_one_file_do_not_unlock_each_others_pieces(weights: HostWeights) -> None:
+    tensors = list(weights.tensors.values())
+    locker = PageLocker(lambda *_: 0, PIECE, limit=4 * PIECE, unregister=lambda *_: 0)
+    one, other = PageLocks(weights, CPU, locker), PageLocks(weights, CPU, locker)
+    one.expect(tensors[:6])
+    read_all(one, weights)
+    held = [part.locked for tensor in tensors[:6] for part in one.parts(tensor)]
+    assert any(held)
+    other.expect(tensors[6:])
+    read_all(other, weights)
+    assert [part.locked for tensor in tensors[:6] for part in one.parts(tensor)] == held
+    one.expect(())
+    read_all(other, weights)
+    assert not any(part.locked for tensor in tensors[1:5] for part in one.parts(tensor))
+
+
+def test_what_can_not_be_locked_takes_nothing_of_the_limit(weights: HostWeights, tmp_path: Path) -> None:
+    refused = {file.data_ptr() for file in weights.files.values()}
+    locker = PageLocker(lambda address, *_: 1 if address in refused else 0, PIECE, limit=4 * PIECE)
+    locks = PageLocks(weights, CPU, locker)
+    locks.expect(weights.tensors.values())
+    read_all(locks, weights)
+    path = tmp_path / "other.safetensors"
+    save_file({"w": torch.randn(PIECE)}, path)
+    other = host_weights(Weights(load_file(path)), "other")
+    more = PageLocks(other, CPU, locker)
+    more.expect(other.tensors.values())
+    in_memory, _ = read_all(more, other)
+    assert in_memory > PIECE
+
+
 def test_a_file_is_read_at_any_place_and_its_end_is_an_error(tmp_path: Path) -> None:
     data = torch.randint(0, 256, (50_001,), dtype=torch.uint8)
     path = tmp_path / "file"
