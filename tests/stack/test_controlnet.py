@@ -73,8 +73,8 @@ def test_a_job_may_choose_a_refiner(state: Path, tmp_path: Path) -> None:
             stack.picture("a star", controlnet="xl", **settings)
         with pytest.raises(BadRequest, match="don't go together"):
             stack.picture("a star", controlnet="xl", refiner="xl", **settings)
-    alone = triptych("run", "a star", "--model", str(model), "--refiner-alias", f"xl={tmp_path / 'xl'}", folder=state)
-    assert (alone.returncode, "nothing to choose among" in alone.stderr) == (2, True), alone.stderr
+    done = triptych("run", "a star", "--model", str(model), "--refiner-alias", f"xl={tmp_path / 'xl'}", folder=state)
+    assert (done.returncode, "nothing to choose among" in done.stderr) == (2, True), done.stderr
 
 
 def test_a_stack_answers_control_images_and_prompts_alone(state: Path, tmp_path: Path) -> None:
