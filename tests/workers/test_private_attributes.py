@@ -8,6 +8,7 @@ import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import accelerate
 import diffusers
@@ -85,10 +86,10 @@ def in_stub(pattern: str) -> bool:
     return bool(re.search(pattern, Path(torch.__file__).with_name("_C").joinpath("__init__.pyi").read_text()))
 
 
-def register_of_cudart() -> bool:
+def in_cudart(name: str) -> bool:
     if not torch.version.cuda:
         pytest.skip("a torch without CUDA has no cudart, and no stub names its functions")
-    return hasattr(torch._C._cudart, "cudaHostRegister")
+    return hasattr(torch._C._cudart, name)
 
 
 def twin_without_init() -> bool:
@@ -145,6 +146,27 @@ def quantized_parts() -> tuple[str, ...]:
     return tuple(model[0].weight.__tensor_flatten__()[0])
 
 
+def layers_of_bitsandbytes() -> ModuleType:
+    return pytest.importorskip("bitsandbytes.nn.modules")
+
+
+def parts_of_four_bits() -> set[str]:
+    weight = layers_of_bitsandbytes().Params4bit(torch.randn(64, 64), requires_grad=False).to("cpu")
+    return set(vars(weight.quant_state))
+
+
+def replaced_quantizers(library: str) -> bool:
+    layers_of_bitsandbytes()
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+    from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
+
+    known = {
+        "diffusers": (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer),
+        "transformers": (quantizer_bnb_4bit.Bnb4BitHfQuantizer, quantizer_bnb_8bit.Bnb8BitHfQuantizer),
+    }
+    return all("update_device_map" in vars(cls) and hasattr(cls, "validate_environment") for cls in known[library])
+
+
 def parts_of_adapted() -> set[str]:
     """Return the names of the modules of a linear layer with an adapter x."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2))
@@ -172,7 +194,9 @@ CHECKS: dict[str, Callable[[Path], object]] = {  # each gets an empty folder
     "torch.nn.Module.__dict__": lambda _: twin_without_init(),
     "torch.nn.Module.forward": lambda _: forward_replaced(),
     "vars(torch.nn.Module())": lambda _: {"_parameters", "_modules", "training"} <= vars(torch.nn.Module()).keys(),
-    "torch.cuda.cudart().cudaHostRegister": lambda _: register_of_cudart(),
+    "torch.cuda.cudart().cudaHostRegister": lambda _: in_cudart("cudaHostRegister"),
+    "torch.cuda.cudart().cudaHostUnregister": lambda _: in_cudart("cudaHostUnregister"),
+    "torch.UntypedStorage._cdata": lambda _: torch.ones(1).untyped_storage()._cdata,
     "torch.cuda.get_device_properties().uuid": lambda _: in_stub(r"class _CudaDeviceProperties:\n(    .+\n)*    uuid:"),
     "diffusers.DiffusionPipeline._num_timesteps": lambda _: "_num_timesteps" in named_in(FLUX.__call__),
     "diffusers.DiffusionPipeline.current_timestep": lambda _: FLUX.current_timestep,
@@ -217,6 +241,13 @@ CHECKS: dict[str, Callable[[Path], object]] = {  # each gets an empty folder
     ),
     "peft.tuners.lora.Linear": lambda _: {"base_layer", "lora_A.x"} <= parts_of_adapted(),
     "torchao: __tensor_flatten__": lambda _: quantized_parts(),
+    "diffusers: BnB4BitDiffusersQuantizer.update_device_map": lambda _: replaced_quantizers("diffusers"),
+    "transformers: Bnb4BitHfQuantizer.update_device_map": lambda _: replaced_quantizers("transformers"),
+    "bitsandbytes: QuantState": lambda _: {"absmax", "code", "state2"} <= parts_of_four_bits(),
+    "bitsandbytes: Linear8bitLt.init_8bit_state": lambda _: layers_of_bitsandbytes().Linear8bitLt.init_8bit_state,
+    "bitsandbytes: Linear4bit.support_avx512bf16_for_cpu": lambda _: (
+        "support_avx512bf16_for_cpu" in vars(layers_of_bitsandbytes().Linear4bit(64, 64))
+    ),
     "torchao.logger": lambda _: pytest.importorskip("torchao").logger.name == "torchao",
 }
 

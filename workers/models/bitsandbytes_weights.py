@@ -7,7 +7,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -19,11 +18,18 @@ def loaded_on_host() -> Iterator[None]:
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
-    with contextlib.ExitStack() as stack:
-        for cls in (BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer, Bnb4BitHfQuantizer, Bnb8BitHfQuantizer):
-            stack.enter_context(patch.object(cls, "validate_environment", lambda *_, **__: None))
-            stack.enter_context(patch.object(cls, "update_device_map", lambda _, device_map: device_map))
+    quantizers: list[Any] = [
+        BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer, Bnb4BitHfQuantizer, Bnb8BitHfQuantizer,
+    ]  # fmt: skip
+    before = [(cls, cls.validate_environment, cls.update_device_map) for cls in quantizers]
+    for cls in quantizers:
+        cls.validate_environment = lambda *_, **__: None  # which wants a GPU
+        cls.update_device_map = lambda _, device_map: device_map  # and puts all of a model on it
+    try:
         yield
+    finally:
+        for cls, validate, update in before:
+            cls.validate_environment, cls.update_device_map = validate, update
 
 
 def let_move(module: torch.nn.Module) -> None:
