@@ -40,6 +40,20 @@ class Stopped(BaseException):
         self.owner, self.label, self.arguments, self.keywords = owner, label, arguments, keywords
 
 
+@dataclass(frozen=True, slots=True)
+class MadeCall:
+    """A call with its arguments and its result."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+
+# Return a call that was made ahead, by its place in the record; None where that was another one.
+Foreseen = Callable[[int, str, tuple[Any, ...], Mapping[str, Any]], MadeCall | None]
+
+
 @dataclass(slots=True)
 class Run:
     """A run of a pipeline's call in a stage, from its first argument on; what it makes is added to the record."""
@@ -51,6 +65,9 @@ class Run:
     goes_on: bool = False  # it has those of some, whose results something but the end depends on: record these
     skips: bool = True  # it comes to the end by skipping the denoising loop, not by zeros for the denoisers' results
     generator: torch.Generator | None = None  # of the call's random numbers
+    most: int | None = None  # calls to be made before it stops, and to be kept in `made`; None: all, and none
+    made: list[MadeCall] = field(default_factory=list)
+    foreseen: Foreseen | None = None  # results of calls that were made ahead
     _next: int = 0  # call of the record
     inside: bool = False  # a call is being made, and what it calls itself is a part of it
     pending: list[tuple[str, Any]] = field(default_factory=list)  # decodes that are left to the vae stage
@@ -62,9 +79,12 @@ class Run:
         if self._next < len(self.record.calls):
             self._next += 1
             return self._recorded(self.record.calls[self._next - 1], label)
-        if owner != self.stage or self.is_tainted(args, kwargs):
+        if owner != self.stage or self.is_tainted(args, kwargs) or len(self.made) == self.most:
             raise Stopped(owner, label, args, kwargs)
-        result = self._make(real, args, kwargs)
+        known = self.foreseen(self._next, label, args, kwargs) if self.foreseen else None
+        result = known.result if known else self._make(real, args, kwargs)
+        if self.most is not None:
+            self.made.append(MadeCall(label, args, kwargs, result))
         self.record.add(label, result, self.device)
         self._next += 1
         return self.record.value(self.record.calls[-1], self.device)

@@ -1,14 +1,16 @@
 """The text stage: the pipeline's own call up to what another stage has to do; its encoders' results are recorded.
 
-Where an encoder's weights are streamed, the prompts of jobs that come next are encoded along with a job's, block by
-block in turns, so that the weights pass once for all. What that gives is kept until those jobs come.
+Where an encoder's weights are streamed, a job's negative prompt, and the prompts of jobs that come next, are encoded
+along with its prompt, block by block in turns, so that the weights pass once for all. What is for jobs to come is kept
+until then; what is for this job's own later calls is taken where those have the arguments that were foreseen.
 """
 
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -17,12 +19,15 @@ from protocol.settings import Settings
 from protocol.tensors import Tensor
 from workers.errors import StageError
 from workers.models.loading import Loaded
-from workers.replay.boundaries import Stopped
+from workers.replay.boundaries import MadeCall, Stopped
+from workers.replay.call_record import Call as RecordedCall
 from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import ended_of
 from workers.stages.contract import Outcome, Report
 from workers.stages.pipeline_call import arguments_of, new_run, until_stop
-from workers.weights.lockstep import Lockstep
+from workers.weights.forward_trace import Call
+from workers.weights.lockstep import Lockstep, differing
+from workers.weights.streaming import Ring
 
 MOST_RUNS = 4  # of an encoder for a job: one that generates runs for each token, and keeps what it has read
 
@@ -37,6 +42,8 @@ class TextStage:
         self._loaded = [loaded]  # the same models in a pipeline for each prompt at once
         self._made: dict[Recipe, Outcome] = {}  # ahead
         self._go_along: dict[Settings, bool] = {}  # whether prompts can be encoded together, as a job has shown it
+        self._calls: dict[Hashable, Sequence[RecordedCall]] = {}  # of jobs of a kind: zeros for the results of each
+        self._unforeseen: set[Hashable] = set()  # kinds of jobs whose calls were not those that were foreseen
 
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the record of the stages so far, with the results of this one's encoders."""
@@ -56,18 +63,40 @@ class TextStage:
             if not rings or tensors or not self._go_along[recipe.settings]:
                 return self._encode(self.loaded, recipe, tensors)
             ahead = [one for one in ahead if (one.settings, one.loras) == (recipe.settings, recipe.loras)]
-            self._loaded += [self.loaded.another() for _ in range(1 + len(ahead) - len(self._loaded))]
-            works = [
-                functools.partial(self._encode, loaded, one, tensors)
-                for loaded, one in zip(self._loaded, (recipe, *ahead), strict=False)
-            ]
-            found = self._lockstep.try_to_run(works, rings) if ahead else None
-            if found is None:
-                return works[0]()
-            outcome, others = found
-            made_ahead = zip(ahead, others, strict=True)
-            self._made = {one: replace(other, alone=False) for one, other in made_ahead if other}
-            return replace(outcome, alone=False)
+            return self._along(recipe, ahead, rings)
+
+    def _along(self, recipe: Recipe, ahead: Sequence[Recipe], rings: Sequence[Ring]) -> Outcome:
+        """Encode all prompts of a job and of those `ahead` in one pass of the weights, as far as they are foreseen."""
+        jobs = [recipe, *ahead]
+        lanes = [(job, number) for job in jobs for number in range(max(1, len(self._calls.get(kind_of(job), ()))))]
+        self._loaded += [self.loaded.another() for _ in range(len(lanes) - len(self._loaded))]
+        works = [
+            functools.partial(self._call, loaded, job, number)
+            for loaded, (job, number) in zip(self._loaded, lanes, strict=False)
+        ]
+        found = self._lockstep.try_to_run(works, rings) if len(lanes) > 1 else None
+        if found is None:
+            return self._encode(self.loaded, recipe, ())
+        calls: dict[Recipe, list[MadeCall | None]] = {job: [] for job in jobs}
+        for (job, _), made in zip(lanes, (found[0], *found[1]), strict=True):
+            calls[job].append(made)
+        complete = {job: [one for one in made if one] for job, made in calls.items() if all(made)}
+        self._made = {
+            job: replace(self._encode(self.loaded, job, (), complete[job]), alone=False)
+            for job in ahead if job in complete
+        }  # fmt: skip
+        outcome = self._encode(self.loaded, recipe, (), complete.get(recipe, ()))
+        return replace(outcome, alone=False) if ahead else outcome
+
+    def _call(self, loaded: Loaded, recipe: Recipe, number: int) -> MadeCall:
+        """Make one of a job's calls, with zeros for the results of those before it."""
+        record = CallRecord(calls=[*self._calls.get(kind_of(recipe), ())[:number]])
+        run = new_run("text", record, self.device, recipe, most=1)
+        pipeline = loaded.pipeline_for(recipe)
+        until_stop(pipeline, run, arguments_of(pipeline, recipe))
+        if not run.made:
+            raise StageError(f"{type(pipeline).__name__} has nothing to encode")
+        return run.made[0]
 
     @contextlib.contextmanager
     def _watched(self, settings: Settings) -> Iterator[None]:
@@ -84,16 +113,44 @@ class TextStage:
             for hook in hooks:
                 hook.remove()
 
-    def _encode(self, loaded: Loaded, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
+    def _encode(
+        self, loaded: Loaded, recipe: Recipe, tensors: tuple[Tensor, ...], made: Sequence[MadeCall] = ()
+    ) -> Outcome:
+        """Make a job's calls, but for those that were made with the same arguments."""
+        ahead = MadeAhead(made) if made else None
         record = CallRecord.unpack(tensors)
         pipeline = loaded.pipeline_for(recipe)
         # An encoder may be called once more in the middle; what was denoised before then is stood in for.
-        run = new_run("text", record, self.device, recipe, goes_on=bool(record.forwards))
+        run = new_run("text", record, self.device, recipe, goes_on=bool(record.forwards), foreseen=ahead)
         stopped = until_stop(pipeline, run, arguments_of(pipeline, recipe, tensors))
         if not isinstance(stopped, Stopped):
             raise StageError(f"{type(pipeline).__name__} came to its end without a denoiser")
+        if not tensors and kind_of(recipe) not in self._unforeseen:
+            self._calls[kind_of(recipe)] = record.shapes_only().calls
+        if ahead and ahead.missed:  # what comes of one call is given to another, say: they are made one by one
+            self._unforeseen.add(kind_of(recipe))
+            self._calls.pop(kind_of(recipe), None)
         left = [*record.pack(), *ended_of(tensors)] if record.calls else []
         return Outcome(left, stopped.owner, wants=stopped.label, calls=len(record.calls))
+
+
+def kind_of(recipe: Recipe) -> Hashable:
+    """Return what jobs have in common that encode as many prompts."""
+    return recipe.settings, recipe.negative_prompt is None, recipe.cfg_scale, recipe.num_images
+
+
+class MadeAhead:
+    """A job's calls that were made ahead, in their order: each is taken where it has the same arguments."""
+
+    def __init__(self, made: Sequence[MadeCall]) -> None:
+        self._made, self.missed = made, False
+
+    def __call__(self, place: int, label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MadeCall | None:
+        one = self._made[place] if place < len(self._made) else None
+        if one and one.label == label and differing(Call(args, kwargs), Call(one.args, one.kwargs)) == set():
+            return one
+        self.missed = True
+        return None
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:

@@ -313,6 +313,61 @@ def test_prompts_that_come_next_are_encoded_along_and_the_weights_pass_once(wors
     assert worst or Counting.copied
 
 
+@pytest.mark.parametrize("worst", [False, True])
+def test_a_negative_prompt_is_encoded_in_the_same_pass_of_the_weights(worst: bool, tmp_path: Path) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    cpu, model = torch.device("cpu"), describe(source)
+
+    def recipe(prompt: str, **given: Any) -> Any:
+        request = JobRequest(prompt=prompt, steps=2, seed=1, width=32, height=32, **given)
+        return resolve(request, model, "float32", None)
+
+    guided = [recipe(p, negative_prompt="blurry", cfg_scale=2.0) for p in ("a ring", "a star", "a red circle, large")]
+    plain = recipe("a blue star")
+    alone = TextStage(load(source, "text", Devices(cpu), torch.float32), cpu)
+    wanted = {one: alone.run(one, (), unheard) for one in (*guided, plain)}
+    assert [wanted[one].calls for one in (guided[0], plain)] == [2, 1]
+    stream = worst_copy_stream if worst else lambda device, locks: Counting(device)
+    loaded = load(source, "text", Devices(cpu, {0: 1 << 40}, copy_stream=stream), torch.float32)
+    loaded.residencies["text_encoder_2"].swap_in(loaded.residencies["text_encoder_2"].least_bytes)
+    text = TextStage(loaded, cpu)
+    copied = []
+    for one, ahead in ((plain, ()), (guided[0], ()), (plain, ()), (guided[1], ()), (guided[0], (plain, guided[2]))):
+        text.ahead, Counting.copied = ahead, 0
+        assert replace(text.run(one, (), unheard), alone=True) == wanted[one]
+        copied.append(Counting.copied)
+    text.ahead, Counting.copied = (), 0
+    for one in (plain, guided[2]):
+        assert replace(text.run(one, (), unheard), alone=True) == wanted[one]
+    assert not Counting.copied
+    assert worst or copied[1] > copied[2] > 0  # the first of its kind has its prompts one after the other
+    assert copied[2:] == [copied[2]] * 3
+
+
+def test_a_call_that_was_foreseen_otherwise_is_made_as_it_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
+    cpu, model = torch.device("cpu"), describe(source)
+    request = JobRequest(prompt="a ring", negative_prompt="blurry", cfg_scale=2.0, steps=2, seed=1, width=32, height=32)
+    recipe = resolve(request, model, "float32", None)
+    alone = TextStage(load(source, "text", Devices(cpu), torch.float32), cpu)
+    wanted = alone.run(recipe, (), unheard)
+    loaded = load(source, "text", Devices(cpu, {0: 1 << 40}), torch.float32)
+    loaded.residencies["text_encoder_2"].swap_in(loaded.residencies["text_encoder_2"].least_bytes)
+    text = TextStage(loaded, cpu)
+    assert text.run(recipe, (), unheard) == wanted
+    real = TextStage._call
+
+    def otherwise(self: TextStage, loaded: Any, recipe: Any, number: int) -> Any:
+        return real(self, loaded, recipe.model_copy(update={"negative_prompt": "sharp"}) if number else recipe, number)
+
+    monkeypatch.setattr(TextStage, "_call", otherwise)
+    assert text.run(recipe, (), unheard) == wanted
+    monkeypatch.setattr(TextStage, "_call", None)  # and they are not foreseen again
+    assert text.run(recipe, (), unheard) == wanted
+
+
 def test_a_prompt_that_fails_among_others_fails_where_it_is_asked_for(tmp_path: Path) -> None:
     source = read("x", tiny.save(tiny.flux(), tmp_path), None)
     cpu, model = torch.device("cpu"), describe(source)
