@@ -69,13 +69,14 @@ class TextStage:
         """Encode all prompts of a job and of those `ahead` in one pass of the weights, as far as they are foreseen."""
         jobs = [recipe, *ahead]
         lanes = [(job, number) for job in jobs for number in range(max(1, len(self._calls.get(kind_of(job), ()))))]
+        if len(lanes) == 1:
+            return self._encode(self.loaded, recipe, ())
         self._loaded += [self.loaded.another() for _ in range(len(lanes) - len(self._loaded))]
         works = [
             functools.partial(self._call, loaded, job, number)
             for loaded, (job, number) in zip(self._loaded, lanes, strict=False)
         ]
-        found = self._lockstep.try_to_run(works, rings) if len(lanes) > 1 else None
-        if found is None:
+        if (found := self._lockstep.try_to_run(works, rings)) is None:
             return self._encode(self.loaded, recipe, ())
         calls: dict[Recipe, list[MadeCall | None]] = {job: [] for job in jobs}
         for (job, _), made in zip(lanes, (found[0], *found[1]), strict=True):
@@ -146,8 +147,10 @@ class MadeAhead:
         self._made, self.missed = made, False
 
     def __call__(self, place: int, label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MadeCall | None:
-        one = self._made[place] if place < len(self._made) else None
-        if one and one.label == label and differing(Call(args, kwargs), Call(one.args, one.kwargs)) == set():
+        if place >= len(self._made):
+            return None
+        one = self._made[place]
+        if one.label == label and differing(Call(args, kwargs), Call(one.args, one.kwargs)) == set():
             return one
         self.missed = True
         return None
