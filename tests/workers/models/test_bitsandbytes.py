@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["nf4", pytest.param("fp4", marks=pytest.mark.all), "int8"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Flux whose denoiser and T5 bitsandbytes has quantized, as diffusers saves it."""
     where: Path = tmp_path_factory.mktemp("quantized")
