@@ -29,6 +29,7 @@ from workers.weights.forward_trace import Call
 from workers.weights.lockstep import Lockstep, differing
 from workers.weights.streaming import Ring
 
+NO_CALL = MadeCall("", (), {}, None)
 MOST_RUNS = 4  # of an encoder for a job: one that generates runs for each token, and keeps what it has read
 
 
@@ -90,14 +91,12 @@ class TextStage:
         return replace(outcome, alone=False) if ahead else outcome
 
     def _call(self, loaded: Loaded, recipe: Recipe, number: int) -> MadeCall:
-        """Make one of a job's calls, with zeros for the results of those before it."""
+        """Make one of a job's calls, with zeros for the results of those before it; one of no name if there is none."""
         record = CallRecord(calls=[*self._calls.get(kind_of(recipe), ())[:number]])
         run = new_run("text", record, self.device, recipe, most=1)
         pipeline = loaded.pipeline_for(recipe)
         until_stop(pipeline, run, arguments_of(pipeline, recipe))
-        if not run.made:
-            raise StageError(f"{type(pipeline).__name__} has nothing to encode")
-        return run.made[0]
+        return run.made[0] if run.made else NO_CALL
 
     @contextlib.contextmanager
     def _watched(self, settings: Settings) -> Iterator[None]:
