@@ -357,9 +357,9 @@ class StackConfig(JobSettings, ModelConfig):
             raise ValueError(f"model is {self.model!r}, which is none of the models {', '.join(self.models)}")
         if self.models and (own := [part for part in (*PARTS, *CHOICES) if part in given]):
             raise ValueError(f"{own[0]} is a single model's: write it below [models.NAME]")
-        if twice := [name for own in (self, *self.models.values()) for name in own.controlnets if name in own.refiners]:
-            raise ValueError(f"{twice[0]!r} is the name of a ControlNet and of a refiner")
         for model in (self, *self.models.values()):
+            if twice := [name for name in model.controlnets if name in model.refiners]:
+                raise ValueError(f"{twice[0]!r} is the name of a ControlNet and of a refiner")
             if model.refiners and (beside := model.controlnet or model.ip_adapter):
                 raise ValueError(f"the refiner {next(iter(model.refiners))!r} can't be chosen beside {beside!r}")
             if model.controlnets and (beside := model.refiner):

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
@@ -15,6 +15,7 @@ from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, sp
 from protocol.client.lora_files import LoraFile, all_text, loras_of
 from protocol.errors import BadRequest
 from protocol.job import JobRequest
+from protocol.model_spec import Choice
 from protocol.recipe import DRAWN
 from protocol.tensors import Tensor
 
@@ -43,7 +44,7 @@ SINGLE = ("control_image", "ip_image")  # options of one picture
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",
                  "max_sequence_length", "strength", "ip_scale", "frames", "fps", "settings", "priority")  # fmt: skip
 
-CHOSEN = ("controlnet", "refiner")  # by jobs, to be added to a model
+CHOSEN: tuple[Choice, ...] = get_args(Choice)
 
 
 def state_folder(state: Path | None) -> Path:

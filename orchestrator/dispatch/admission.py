@@ -123,7 +123,7 @@ class Admission:
             if named[item] is not None:
                 continue
             try:
-                entry = self._catalogue.entry(self._catalogue.name_for(request))
+                entry = self._catalogue.entry_for(request)
                 shapes = self._shapes(request, pictures, owner)
                 recipe = resolve(
                     request, entry.description, entry.dtype, entry.tokens.count, entry.speedups,
@@ -158,7 +158,7 @@ class Admission:
         return job
 
     def _create(self, request: JobRequest, recipe: Recipe, template: Template | None, owner: Principal) -> LiveJob:
-        known = self._catalogue.entry(self._catalogue.name_for(request)).routes.get(template)
+        known = self._catalogue.entry_for(request).routes.get(template)
         text_key = known.text_key(recipe) if known else whole_key(recipe)
         job = LiveJob(
             id=job_id_of(owner, request.id) if request.id else secrets.token_hex(6),

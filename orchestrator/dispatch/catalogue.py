@@ -165,6 +165,10 @@ class Catalogue:
             raise NotFound("No worker has joined yet, so the model is not known.")
         return entry
 
+    def entry_for(self, request: JobRequest) -> CatalogueEntry:
+        """Return the model that a request is for; as `name_for`, and NotFound while it is not known."""
+        return self.entry(self.name_for(request))
+
     def name_for(self, request: JobRequest) -> str:
         """Return the name of the model that a request is for, with the ControlNet or the refiner that it chooses.
 

@@ -60,7 +60,7 @@ class PlannedModel:
 
     @property
     def chosen(self) -> Choice | None:
-        """What jobs have chosen to be added to another model, which makes it one of its own."""
+        """The kind of what jobs choose to be added to another model, which makes it one of its own; else None."""
         if WITH not in self.name:
             return None
         return "controlnet" if self.config.controlnet else "refiner"

@@ -384,7 +384,7 @@ class ClientRequests:
             raise NotFound(f"There is no model {name!r} in this stack.", f"Its models: {', '.join(catalogue.models)}.")
         if name == catalogue.default_name:
             raise BadRequest(f"{name} is the stack's default model.", "It ends with the stack.")
-        if not any(entry.name == name for entry in catalogue.entries):
+        if not catalogue.is_known(name):
             raise Conflict(f"{name} is yet being looked at.", "Try again once 'triptych models' lists it.")
         names = [name, *catalogue.with_choices(name)]
         for each in names:

@@ -22,7 +22,7 @@ from protocol.stages import STAGES, Stage
 from workers.errors import cause_of
 from workers.models.single_file import check_single
 from workers.models.skeleton import component_class, expected_components, on_meta, pipeline_class, quiet, text_config
-from workers.models.source import BITSANDBYTES, TORCHAO, Source, quantization_method, stages_of
+from workers.models.source import BITSANDBYTES, INSTALL_QUANTIZE, TORCHAO, Source, quantization_method, stages_of
 from workers.models.weight_files import DTYPES, Damaged, StoredTensor, headers_of, read_json, weight_files
 
 UNSET_LENGTH = 10**12  # transformers' way of saying that a tokenizer knows no longest prompt
@@ -209,10 +209,8 @@ def compare_quantized(source: Source, name: str, tensors: Mapping[str, StoredTen
             "Take one of torchao's or bitsandbytes', a GGUF file (--transformer), or the model itself with --quantize.",
         )  # fmt: skip
     if importlib.util.find_spec(method) is None:
-        remedy = 'Install it: pip install "triptych[quantize]".'
-        raise Damaged(
-            f"{name}/config.json", f"says that its weights are quantized by {method}, which isn't here", remedy
-        )
+        fault = f"says that its weights are quantized by {method}, which isn't here"
+        raise Damaged(f"{name}/config.json", fault, INSTALL_QUANTIZE)
     if not issubclass(component_class(source, name), ModelMixin):
         return  # transformers has its own names for some tensors, and says what is missing as it loads them
     model: Any = on_meta(source, name)

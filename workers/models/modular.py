@@ -18,7 +18,7 @@ from diffusers.modular_pipelines import ModularPipelineBlocks
 
 from protocol.errors import ModelMissing
 from workers.models.tasks import IMAGES, MASKS
-from workers.replay.placeholder import of_the_same_name
+from workers.replay.placeholder import where_another_is
 
 CALLBACK = "callback_on_step_end"
 logging.getLogger("diffusers.modular_pipelines.modular_pipeline").setLevel(logging.CRITICAL)  # errors are raised, too
@@ -38,8 +38,7 @@ class ModularAdapter(DiffusionPipeline):  # type: ignore[misc]
 
     def _assemble(self, given: Mapping[str, Any]) -> None:
         """Make the modular pipeline with its components; those of None are the blocks' own, or absent."""
-        here, computing = property(lambda _: self.device), property(lambda _: self._execution_device)
-        cls: Any = of_the_same_name(self.modular, device=here, _execution_device=computing)
+        cls = where_another_is(self.modular, self)
         settings = {name: given[name] for name in self.settings if name in given}
         object.__setattr__(self, "inner", cls(blocks=self.blocks(), modular_config_dict=settings))
         self.inner.set_progress_bar_config(disable=True)

@@ -29,7 +29,7 @@ from protocol.errors import ModelMissing
 from workers.models.source import REFINER, Source
 from workers.models.weight_files import read_json
 from workers.replay.boundaries import install_steps
-from workers.replay.placeholder import of_the_same_name
+from workers.replay.placeholder import where_another_is
 
 FIRST_ALONE = ("height", "width", "latents")  # arguments of the first steps: the last ones begin from latents
 NOT_GIVEN = ("timesteps", "sigmas", "denoising_end", "output_type", "ip_adapter_image", "ip_adapter_image_embeds")
@@ -73,9 +73,7 @@ class RefinedPipeline(StableDiffusionXLPipeline):  # type: ignore[misc]
 
     def _refiner(self) -> StableDiffusionXLImg2ImgPipeline:
         """Return the pipeline of the last steps."""
-        here, computing = property(lambda _: self.device), property(lambda _: self._execution_device)
-        cls: Any = of_the_same_name(StableDiffusionXLImg2ImgPipeline, device=here, _execution_device=computing)
-        made = cls(
+        made = where_another_is(StableDiffusionXLImg2ImgPipeline, self)(
             vae=self.vae, text_encoder=None, text_encoder_2=self.text_encoder_2, tokenizer=None,
             tokenizer_2=self.tokenizer_2, unet=self.unet_2, scheduler=self.scheduler_2, **self.config.refiner_settings,
         )  # fmt: skip
@@ -97,9 +95,7 @@ class RefinedPipeline(StableDiffusionXLPipeline):  # type: ignore[misc]
         refiner = self._refiner()
         known = inspect.signature(refiner.__call__).parameters
         shared = {name: value for name, value in given.items() if name in known and name not in FIRST_ALONE}
-        texts = {
-            name: shared.pop(name, None) for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2")
-        }
+        texts = {name: shared.pop(name, None) for name in TEXTS}
         scale = shared.get("guidance_scale", known["guidance_scale"].default)
         embeddings = self.encode_for_refiner(
             **texts, device=self._execution_device, clip_skip=shared.get("clip_skip"),

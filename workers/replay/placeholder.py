@@ -16,6 +16,12 @@ def of_the_same_name(cls: type, **attributes: Any) -> type:
     return type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **attributes})
 
 
+def where_another_is(cls: type, pipeline: Any) -> Any:
+    """Return a pipeline's class, with the devices that another one, which it works for, has at any time."""
+    device, computing = property(lambda _: pipeline.device), property(lambda _: pipeline._execution_device)
+    return of_the_same_name(cls, device=device, _execution_device=computing)
+
+
 def said_to_be(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
     """Let a module on the meta device say that it is on `device`, as pipelines ask; `to` changes but its dtype.
 

@@ -18,7 +18,7 @@ from typing import Any
 import msgpack
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.configuration_utils import FrozenDict
 from torch.utils._pytree import tree_map
 
@@ -181,6 +181,12 @@ def newest(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [replace(tensor, name=tensor.name.removeprefix(ENDED)) for tensor in ended_of(tensors)]
 
 
+def schedulers_of(pipeline: DiffusionPipeline) -> dict[str, SchedulerMixin]:
+    """Return a pipeline's schedulers, by their names in a checkpoint."""
+    parts = pipeline.components.items()
+    return {f"{OF_PIPELINE}{name}": part for name, part in parts if isinstance(part, SchedulerMixin)}
+
+
 class Recorder:
     """Takes checkpoints of one job at its step ends, as often as costs less than COST_SHARE of the time."""
 
@@ -192,12 +198,11 @@ class Recorder:
         record: CallRecord,
         ends: Sequence[Mark] = (),
     ) -> None:
-        """`schedulers` are the pipeline's, by name; `seconds` lie between two checkpoints at least, 0: at every step.
+        """`schedulers` are those of `schedulers_of`; `seconds` lie between two checkpoints at least, 0: at every step.
 
         `record` is the job's; `ends` are those of loops that are over, where it resumes.
         """
-        self._schedulers = {f"{OF_PIPELINE}{name}": scheduler for name, scheduler in schedulers.items()}
-        self._device, self._seconds, self._record = device, seconds, record
+        self._schedulers, self._device, self._seconds, self._record = schedulers, device, seconds, record
         self._begun: dict[str, Variables] | None = None  # of schedulers, as the first loop began
         self._ends = [*ends]  # of loops that are over
         self._draft: Draft | None = None
@@ -299,9 +304,8 @@ class Resume:
     """The way back to a checkpoint: denoisers give zeros until the loops have come there."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, schedulers: Mapping[str, Any]) -> None:
-        """`schedulers` are the pipeline's, by name."""
-        self.checkpoint, self.over = checkpoint, False
-        self._schedulers = {f"{OF_PIPELINE}{name}": scheduler for name, scheduler in schedulers.items()}
+        """`schedulers` are those of `schedulers_of`."""
+        self.checkpoint, self.over, self._schedulers = checkpoint, False, schedulers
         self._device, self._forwards, self._marks = device, 0, list(checkpoint.marks)
 
     def standing_in(self, denoiser: torch.nn.Module) -> AbstractContextManager[None]:

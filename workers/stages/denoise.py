@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch.nn import Module
 
 from protocol.job import Recipe
@@ -17,7 +17,17 @@ from workers.models.loading import Loaded
 from workers.models.source import stages_of
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
-from workers.stages.checkpoint import Checkpoint, Recorder, Resume, Steps, for_next_stages, is_one, newest, read
+from workers.stages.checkpoint import (
+    Checkpoint,
+    Recorder,
+    Resume,
+    Steps,
+    for_next_stages,
+    is_one,
+    newest,
+    read,
+    schedulers_of,
+)
 from workers.stages.contract import Outcome, Report, unheard
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
@@ -120,8 +130,7 @@ class DenoiseStage:
             yield Steps(report, recipe.steps)
             return
         recorder, ends = None, (saved.marks[:-1] if in_loop else saved.marks) if saved else ()
-        parts = self.pipeline.components.items()
-        schedulers = {name: part for name, part in parts if isinstance(part, SchedulerMixin)}
+        schedulers = schedulers_of(self.pipeline)
         with contextlib.ExitStack() as stack:
             if self.checkpoint_seconds is not None:
                 recorder = Recorder(schedulers, self.device, self.checkpoint_seconds, record, ends)
