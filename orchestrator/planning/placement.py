@@ -15,7 +15,6 @@ from protocol.stages import STAGES, Stage
 Kind = Literal["leases", "own", "split", "tensor", "context", "host"]
 SEVERAL: tuple[Kind, ...] = ("split", "tensor", "context")
 FEW_CARDS = 4  # up to which every choice of cards is looked at
-IN_FLIGHT = 2  # jobs at once in a denoiser that is split, so that no GPU waits for another
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,8 @@ class Post:
 
     @property
     def jobs(self) -> int:
-        """The number of its tasks at once."""
-        return IN_FLIGHT if self.cut else 1
+        """The number of its tasks at once: of a denoiser that is cut one for each part, so that no GPU waits."""
+        return len(self.gpus) if self.cut else 1
 
     @property
     def leased(self) -> bool:
@@ -130,8 +129,25 @@ def denoise_choices(
             found.append(leased("denoise", where, [chosen[i % len(chosen)] for i in range(workers or len(chosen))]))
     if len(gpus) > 1 or placement in SEVERAL:
         kinds = several if placement == "auto" else [kind for kind in SEVERAL if kind == placement]
-        found += [(Post("denoise", kind, where.device, gpus),) * (workers or 1) for kind in kinds]
+        found += [
+            tuple(Post("denoise", kind, where.device, group) for group in groups)
+            for kind, groups in product(kinds, groupings(gpus, workers))
+        ]
     return found
+
+
+def groupings(gpus: Sequence[int], workers: int | None) -> list[tuple[tuple[int, ...], ...]]:
+    """Return the ways to give each of some workers GPUs of its own: equal numbers of neighbours, at least two.
+
+    Without a number of workers there is a way for each that can be; where one can't be, all of them use all GPUs.
+    """
+    numbers = [workers] if workers else range(1, len(gpus) // 2 + 1)
+    found = []
+    for number in numbers:
+        size, rest = divmod(len(gpus), number)
+        if size > 1 and not rest:
+            found.append(tuple(tuple(gpus[start : start + size]) for start in range(0, len(gpus), size)))
+    return found or [(tuple(gpus),) * (workers or 1)]
 
 
 def leased(stage: Stage, where: StageGpus, gpus: Sequence[int]) -> Posts:

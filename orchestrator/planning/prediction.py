@@ -11,7 +11,7 @@ from orchestrator.memory.lease_sizes import LeaseSize, Need, largest_of, lease_s
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
 from orchestrator.planning.hardware import Card, Hardware
 from orchestrator.planning.pipeline_cut import Part, SplitGpu, best_cut, parts_of
-from orchestrator.planning.placement import IN_FLIGHT, Post, with_memory
+from orchestrator.planning.placement import Post, with_memory
 from orchestrator.planning.streaming_cost import job_seconds, load_of, streaming
 from orchestrator.planning.throughput import GpuUse, PlannedWorker, Residency, latency, steady_state
 from protocol.errors import DoesNotFit
@@ -196,7 +196,7 @@ class Book:
 
     def _spaces(self, post: Post, cards: Sequence[Card]) -> list[int]:
         """Bytes for the jobs that are in flight."""
-        return [IN_FLIGHT * self.workspace(post.stage, card) for card in cards]
+        return [len(cards) * self.workspace(post.stage, card) for card in cards]
 
     def _split_gpus(self, post: Post, cards: Sequence[Card], memory: Sequence[int]) -> list[SplitGpu]:
         space, compiled = max(self._spaces(post, cards)), self.terms.compiled

@@ -286,7 +286,7 @@ def again(part: str, result: Path) -> None:
     help="GiB of stacks with room for all, not for text and denoiser together, and of a small card",
 )  # fmt: skip
 @click.option("--gpus", "count", default=1, show_default=True, help="2 or more: rows of stacks on so many, see --rows")
-@click.option("--rows", default=",".join(ROWS), show_default=True, help="of --gpus 2: which stacks")
+@click.option("--rows", default=",".join(ROWS), show_default=True, help="of --gpus 2 and more: which")
 @click.option("--part", type=click.Choice(["all", "stages", "stacks", "recipe"]), default="all", show_default=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)

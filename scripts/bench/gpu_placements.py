@@ -1,4 +1,4 @@
-"""Rows of bench_gpu.py --gpus 2: every placement on several GPUs that are held to a small card's memory each.
+"""Rows of `scripts.bench.gpu --gpus 2` and more: every placement on GPUs that are held to a small card's memory each.
 
 Beside them, in the same run, the recipe that diffusers' documentation gives for two small cards: encode, let go, load
 the denoiser spread over both, denoise, let go, load the VAE, decode.
@@ -23,9 +23,10 @@ from protocol.client.client import Client
 from scripts.bench.gpu_stacks import PROMPT, StackBench, row, watched
 
 GUIDANCE = 3.5
-ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split")
+ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split", "links", "pairs", "models")
 WARM = 3  # jobs for each denoiser before anything is timed
 QUEUE = 12  # jobs for each GPU
+FORK_SERVER = "workers.runtime.fork_server"
 
 
 def reference_recipe(model: Path, device: str, size: int, steps: int, card: int, result: Path) -> None:
@@ -103,6 +104,33 @@ def recipe(
     return pictures
 
 
+def links(gpus: tuple[int, ...], cuda: bool, seconds: float = 3.0, size: int = 1 << 29) -> None:
+    """Bytes a second that each GPU copies from page-locked memory: alone, and all at once."""
+    devices = [torch.device("cuda", gpu) if cuda else torch.device("cpu") for gpu in gpus]
+    sources = [torch.empty(size, dtype=torch.uint8, pin_memory=cuda).fill_(1) for _ in devices]
+    places = [torch.empty(size, dtype=torch.uint8, device=device) for device in devices]
+
+    def copied(number: int, rates: list[float]) -> None:
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            places[number].copy_(sources[number], non_blocking=True)
+            if cuda:
+                torch.cuda.synchronize(devices[number])
+            count += 1
+        rates[number] = count * size / (time.perf_counter() - start) / 1e9
+
+    alone, together = [0.0] * len(gpus), [0.0] * len(gpus)
+    for number in range(len(gpus)):
+        copied(number, alone)
+    threads = [threading.Thread(target=copied, args=(number, together)) for number in range(len(gpus))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    row(what="links from page-locked memory", alone_GBps=tuple(alone), together_GBps=tuple(together),
+        of_alone=sum(together) / sum(alone))  # fmt: skip
+
+
 class SeveralBench(StackBench):
     """Stacks on several GPUs, each of which gives `budget` bytes."""
 
@@ -135,57 +163,103 @@ class SeveralBench(StackBench):
         for job in client.submit_many([self.new_request() for _ in range(WARM * denoisers)]):
             client.wait(job.id, 300)
 
+    @property
+    def ideal(self) -> float:
+        """Seconds a picture if so many GPUs did as many pictures at once as one process on one of them does alone."""
+        return self.plain / len(self.gpus)
+
     # -- rows -----------------------------------------------------------------------------------
 
-    def steady(self, what: str, goal: float, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
+    def steady(self, what: str, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
         def measure(client: Client, planned: dict[str, Any]) -> None:
             whole, seconds = self.queue(client, QUEUE * len(self.gpus))
             share = planned["picture_seconds"] / seconds
             row(what=f"{what}: seconds a picture in steady state", s=seconds, with_filling_and_draining=whole,
-                of_half_of_one_process=seconds * len(self.gpus) / self.plain, goal=goal, predicted=share,
+                of_its_part_of_one_process=seconds / self.ideal, goal=1.05, predicted=share,
                 differing=self.differing(client, PROMPT) if exact else None)  # fmt: skip
             if exact:
                 self.kills(client)
+                row(what="after the kills", differing=self.differing(client, PROMPT))
 
         return measure
 
-    def alone(self, what: str, goal: float, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
+    def alone(self, what: str, goal: float | None, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
         def measure(client: Client, planned: dict[str, Any]) -> None:
             times, stages = zip(*[self.one(client) for _ in range(5)], strict=True)
             seconds = statistics.median(times)
             row(what=f"{what}: a single job with a new prompt", s=seconds, times=times, stages=stages, goal=goal,
                 predicted=planned["latency_seconds"] / seconds, differing=self.differing(client, PROMPT),
                 exact=exact)  # fmt: skip
+            if not exact:
+                self.kill_rank(client)
 
         return measure
+
+    def kill_rank(self, client: Client) -> None:
+        """One of the processes that compute together, in mid-run: its job is done again, with the same bits."""
+        request = self.new_request()
+        first = client.wait(client.submit(request).id, 300)
+        job = client.submit(request)  # the same picture again
+        start = 0.0
+        for event in client.events([job.id], timeout=300):
+            if event.state == "denoise" and event.running and event.step >= 2 and not start:
+                victim = next(w for w in client.workers().workers if w.job == job.id)
+                psutil.Process(victim.pid).children()[-1].kill()
+                start = time.perf_counter()
+        done = client.wait(job.id, 300)
+        row(what="one rank killed in mid-run", state=done.state, reasons=len(done.reasons),
+            s=time.perf_counter() - start,
+            equal=client.raw_pictures(job.id)[1].data == client.raw_pictures(first.id)[1].data)  # fmt: skip
 
     def split(self, client: Client, planned: dict[str, Any]) -> None:
         singly = [self.queue(client, 1, same=True)[0] for _ in range(3)]
         _, together = self.queue(client, QUEUE * len(self.gpus), same=True)
         one = statistics.median(singly)
-        row(what="split: two jobs in flight against one, prompts known", one_s=one, s_a_picture=together,
-            times=one / together, goal=1.9, predicted=planned["picture_seconds"] / together,
+        count = len(self.gpus)
+        row(what=f"split: {count} jobs in flight against one, prompts known", one_s=one, s_a_picture=together,
+            times=one / together, goal={2: 1.9, 4: 3.6}.get(count), predicted=planned["picture_seconds"] / together,
             differing=self.differing(client, PROMPT))  # fmt: skip
 
     def kills(self, client: Client) -> None:
-        """The text worker and a denoise worker, in mid-run: nothing is lost, and others go on."""
-        jobs = client.submit_many([self.new_request(seed) for seed in range(2 * len(self.gpus) + 2)])
-        killed: dict[str, str] = {}
+        """The text worker, the denoise worker of each GPU and the fork server: nothing is lost, and others go on."""
+        jobs = client.submit_many([self.new_request(seed) for seed in range(3 * len(self.gpus) + 4)])
+        todo = ["text", *self.gpus, "fork server"]
+        killed: dict[str | int, str] = {}
         for event in client.events([job.id for job in jobs], timeout=300):
-            if event.state != "denoise" or not event.running or event.step < 2 or len(killed) == 2:
+            if event.state != "denoise" or not event.running or event.step < 2 or not todo:
                 continue
-            stage = "denoise" if "text" in killed else "text"
-            workers = [w for w in client.workers().workers if w.stage == stage]
-            victim = next((w for w in workers if stage == "text" or w.job == event.job), None)
-            if victim:
-                killed[stage] = victim.job or ""
-                psutil.Process(victim.pid).kill()
-                if stage == "text":
-                    client.submit_many([self.new_request()])
+            next_one, workers = todo[0], client.workers().workers
+            if next_one == "fork server":
+                forked = [p for p in psutil.Process().children(recursive=True) if FORK_SERVER in p.cmdline()]
+                min(forked, key=psutil.Process.create_time).kill()  # all that it forks are called as it is
+                todo.pop(0)
+                continue
+            mine = [w for w in workers if w.stage == ("text" if next_one == "text" else "denoise")]
+            if next_one != "text":
+                mine = [w for w in mine if next_one in w.gpus and w.job]
+            if mine:
+                killed[next_one] = mine[0].job or ""
+                psutil.Process(mine[0].pid).kill()
+                todo.pop(0)
         done = [client.wait(job.id, 300) for job in jobs]
         disturbed = [job.id for job in done if job.reasons and job.id not in killed.values()]
-        row(what="text worker and a denoise worker killed in mid-run", jobs=len(done),
-            lost=sum(job.state != "done" for job in done), others_disturbed=len(disturbed))  # fmt: skip
+        row(what="killed in mid-run, one after the other: text, the denoise worker of each GPU, the fork server",
+            jobs=len(done), not_killed=tuple(map(str, todo)), lost=sum(job.state != "done" for job in done),
+            others_disturbed=len(disturbed))  # fmt: skip
+
+    def two_models(self, client: Client, planned: dict[str, Any]) -> None:
+        """A queue whose jobs alternate between two models of the same shapes."""
+        names = [model.name for model in client.models()]
+        requests = [
+            self.new_request(seed).model_copy(update={"model": names[seed % len(names)]})
+            for seed in range(QUEUE * len(self.gpus))
+        ]
+        start = time.perf_counter()
+        jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
+        row(what="replicas, two models, jobs alternating", models=len(names), jobs=len(jobs),
+            s_a_picture=(time.perf_counter() - start) / len(jobs),
+            lost=sum(job.state != "done" for job in jobs), differing=self.differing(client, PROMPT))  # fmt: skip
+        self.kills(client)
 
 
 def on_several(
@@ -196,21 +270,30 @@ def on_several(
     cuda = device.startswith("cuda")
     bench = SeveralBench(model, tuple(range(count)), cuda, size, steps, float(saved["seconds"]), saved["picture"], logs)
     bench.budget = budget
+    compiled = ["--compile"] if cuda else []
     for name in rows:
         start = time.perf_counter()
         match name:
             case "replicas":
-                bench.run("replicas", bench.steady("replicas", 2.6, True), "--placement", "replicas")
+                bench.run("replicas", bench.steady("replicas", True), "--placement", "replicas")
             case "compiled":
-                measure = bench.steady("replicas, compiled", 2.0, False)
+                measure = bench.steady("replicas, compiled", False)
                 bench.run("replicas, compiled", measure, "--placement", "replicas", "--compile")
             case "latency":
-                bench.run("latency", bench.alone("best exact placement", 5.5, True), "--optimize", "latency")
+                goal = 1.03 * bench.plain
+                bench.run("latency", bench.alone("best exact placement", goal, True), "--optimize", "latency")
             case "tensor" | "context":
-                compiled = ["--compile"] if cuda else []
-                measure = bench.alone(f"{name} parallel, compiled", 2.9, False)
-                bench.run(name, measure, "--placement", name, *compiled)
+                measure = bench.alone(f"{name} parallel, compiled", 2.6 if count == 2 else None, False)
+                bench.run(name, measure, "--placement", name, "--workers", "denoise=1", *compiled)
             case "split":
-                bench.run("split", bench.split, "--placement", "split")
+                bench.run("split", bench.split, "--placement", "split", "--workers", "denoise=1")
+            case "pairs":
+                measure = bench.steady("two tensor parallel denoisers, compiled", False)
+                pairs = ["--placement", "tensor", "--workers", "denoise=2", *compiled]
+                bench.run("pairs", measure, *pairs)
+            case "models":
+                bench.run("two models", bench.two_models, "--placement", "replicas", "--model", f"second={model}")
+            case "links":
+                links(bench.gpus, cuda)
         row(what=f"all of {name}", s=time.perf_counter() - start)
     assert threading.active_count() == 1

@@ -132,11 +132,12 @@ class StackBench:
         return time.perf_counter() - start, {record.stage: round(record.seconds, 3) for record in job.records}
 
     def plan(self, budget: int, *arguments: str) -> dict[str, Any]:
-        """Predict a stack that has run before: workspaces as known, speeds by the table."""
+        """Predict a stack that has run before: workspaces as known, speeds by the table; of several models the first."""
         command = [*TRIPTYCH, "plan", "--json", *self.where(budget), *arguments]
         command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout))
+        found = json.loads(done.stdout)
+        return dict(found[0] if isinstance(found, list) else found)
 
     def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, float]:
         """Seconds a picture with so many jobs in the queue, all of them and those in the middle: the steady state.

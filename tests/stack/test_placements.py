@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,13 @@ def wanted(deep: Path) -> list[torch.Tensor]:
 
 def on_two(model: Path, budget: int, *arguments: str) -> list[str]:
     """Two GPUs of so many bytes."""
-    budgets = ("--budget", f"0={budget}B", "--budget", f"1={budget}B")
-    return ["--model", str(model), "--device", "cpu:0,1", *budgets, *arguments]
+    return on_gpus(model, [budget, budget], *arguments)
+
+
+def on_gpus(model: Path, sizes: Sequence[int], *arguments: str) -> list[str]:
+    """GPUs of so many bytes, each."""
+    budgets = [part for gpu, size in enumerate(sizes) for part in ("--budget", f"{gpu}={size}B")]
+    return ["--model", str(model), "--device", f"cpu:{','.join(map(str, range(len(sizes))))}", *budgets, *arguments]
 
 
 def make_all(stack: RunningStack) -> list[str]:
@@ -228,7 +234,10 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
         assert refused.returncode == 2, refused.stderr
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
-    uneven = triptych("plan", "--model", str(deep), "--gpus", ",".join(["16GB"] * 4), "--placement", "tensor")
+    four = ("plan", "--model", str(deep), "--gpus", ",".join(["16GB"] * 4), "--placement", "tensor", "--json")
+    pairs = [worker["gpus"] for worker in json.loads(triptych(*four).stdout)["workers"] if worker["stage"] == "denoise"]
+    assert pairs == [[0, 1], [2, 3]]  # two heads can't be shared out among four
+    uneven = triptych(*four, "--workers", "denoise=1")
     assert (uneven.returncode, "heads of attention" in uneven.stderr) == (5, True)
     missing = triptych("plan", "--model", "nobody/nothing", "--gpus", "16GB")
     assert (missing.returncode, "Traceback" in missing.stderr) == (4, False)
