@@ -1,16 +1,20 @@
-"""The keys that are let in from outside: names, roles and public keys, in a file that `triptych keys` changes.
+"""The keys that are let in from outside: names, roles and what proves them, in a file that `triptych keys` changes.
+
+A key is a CURVE pair, of which the public part is here, or a token for HTTP, of which a digest is; a client may have both.
 
 The orchestrator looks at it again whenever it has changed, so that a key that is revoked counts for nothing at once,
 also on connections that it made before.
 """
 
 import fcntl
+import hashlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +31,19 @@ LEAST_WEIGHT = 0.01
 class Entry:
     name: str
     role: Role
-    public: str
+    public: str  # empty for one that comes by HTTP alone
     added: float  # seconds since the epoch
     weight: float = 1.0  # of a client: how much of the workers' time it has beside others
+    token: str = ""  # sha256 of its token for HTTP; empty: it has none
+
+    def check(self) -> None:
+        """Raise BadRequest or ValueError for what can't be an entry."""
+        checked_name(self.name)
+        checked_weight(self.weight)
+        if self.role not in ROLES or not (self.public or self.token):
+            raise ValueError(self.role)
+        if self.public:
+            checked_public(self.public)
 
 
 class KeyFolder:
@@ -62,9 +76,7 @@ class KeyFolder:
         try:
             found = [Entry(**row) for row in json.loads(read_private(self._allowed))]
             for entry in found:
-                if checked_name(entry.name) and checked_public(entry.public) and entry.role not in ROLES:
-                    raise ValueError(entry.role)
-                checked_weight(entry.weight)
+                entry.check()
         except (ValueError, TypeError, AttributeError, BadRequest) as error:
             raise StateUnusable(f"The list of keys {str(self._allowed)!r} can't be read: {error}.") from error
         return found
@@ -85,6 +97,26 @@ class KeyFolder:
         key = PeerKey(name, role, endpoint, self.server().public, pair.public, pair.secret)
         self.add(name, role, pair.public, weight)
         return key
+
+    def issue_token(self, name: str, weight: float = 1.0) -> str:
+        """Make a token with which NAME comes in by HTTP, and return it: it is kept nowhere. BadRequest, Conflict.
+
+        A client that has a key already comes in with either, as the same owner of jobs.
+        """
+        checked_name(name)
+        checked_weight(weight)
+        token = f"tk-{secrets.token_urlsafe(32)}"
+        digest = digest_of_token(token)
+        with self._changing() as entries:
+            known = {entry.name: number for number, entry in enumerate(entries)}
+            if name not in known:
+                entries.append(Entry(name, "client", "", time.time(), weight, digest))
+                return token
+            entry = entries[known[name]]
+            if entry.role != "client" or entry.token:
+                raise Conflict(f"There is a key {name!r} already.", f"triptych keys revoke {name}")
+            entries[known[name]] = replace(entry, token=digest)
+        return token
 
     def revoke(self, name: str) -> None:
         """Let a key in no longer; NotFound."""
@@ -121,6 +153,11 @@ class KeyFolder:
         return status.st_mtime_ns, status.st_ino
 
 
+def digest_of_token(token: str) -> str:
+    """Return what is kept of a token: it has 256 bits of chance, so that a plain hash tells nothing of it."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 def checked_weight(weight: float) -> float:
     """Return a client's weight; BadRequest where it can't be one."""
     if not LEAST_WEIGHT <= weight <= 1 / LEAST_WEIGHT:
@@ -135,6 +172,7 @@ class AllowedKeys:
         self._folder = folder
         self._stamp: Any = None
         self._by_public: dict[str, Entry] = {}
+        self._by_token: dict[str, str] = {}  # names, by the digests of their tokens
         self._weights: dict[str, float] = {}  # by the names of keys
         self.look_again()
 
@@ -144,11 +182,13 @@ class AllowedKeys:
             return False
         self._stamp = stamp
         try:
-            self._by_public = {entry.public: entry for entry in self._folder.entries()}
+            entries = self._folder.entries()
         except StateUnusable as error:
             log.error("nobody from outside is let in: %s", error)
-            self._by_public = {}
-        self._weights = {entry.name: entry.weight for entry in self._by_public.values()}
+            entries = []
+        self._by_public = {entry.public: entry for entry in entries if entry.public}
+        self._by_token = {entry.token: entry.name for entry in entries if entry.token}
+        self._weights = {entry.name: entry.weight for entry in entries}
         return True
 
     def weight(self, owner: Principal) -> float:
@@ -159,3 +199,7 @@ class AllowedKeys:
         """Return the entry of a key, if it is let in with that role."""
         found = self._by_public.get(public)
         return found if found and found.role == role else None
+
+    def holder_of(self, token: str) -> str | None:
+        """Return the name of whoever a token for HTTP is; None where it is not let in."""
+        return self._by_token.get(digest_of_token(token))

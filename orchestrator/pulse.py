@@ -46,5 +46,10 @@ class PulseWatch:
             self._last, self._moved = now, time.monotonic()
         return time.monotonic() - self._moved
 
+    @property
+    def beaten(self) -> bool:
+        """Return whether the child's loop had made a turn at the last look."""
+        return bool(self._last)
+
     def close(self) -> None:
         os.close(self.descriptor)

@@ -191,6 +191,62 @@ class JobSettings(Settings):
         return [(role, endpoint) for role, endpoint in wanted if endpoint]
 
 
+class Quality(Settings):
+    """The meaning of a word for quality in a request: steps, as a part of the model's own, and another model."""
+
+    steps: Annotated[float, Field(gt=0, le=10, description="Times the model's own number of steps.")] = 1.0
+    model: Annotated[str | None, Field(description="A model of the stack, in place of the default one.")] = None
+
+
+QUALITIES = {
+    "low": Quality(steps=0.5), "medium": Quality(steps=0.75), "xhigh": Quality(steps=1.5), "max": Quality(steps=2.0)
+}  # fmt: skip
+
+
+class HttpSettings(Settings):
+    """Settings of the HTTP process, which serves browsers and the APIs that other programs speak."""
+
+    http: Annotated[
+        Annotated[str, Field(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9_.-]+):\d{1,5}$")] | None,
+        Field(description="Serve a page and HTTP APIs there; needs keys unless HOST is the loopback address."),
+        Flag("--http", "HOST:PORT", "no"),
+    ] = None
+    http_keys: Annotated[
+        Literal["auto", "required"],
+        Field(description="Who comes by HTTP needs a key: unless HOST is the loopback address, or always."),
+        Flag("--http-keys"),
+    ] = "auto"
+    http_hosts: Annotated[
+        tuple[str, ...],
+        Field(description="Names by which the HTTP process may be called, beside those of the loopback address."),
+        Flag("--http-host", "NAME", "none"),
+    ] = ()
+    http_origins: Annotated[
+        tuple[str, ...],
+        Field(description="Other sites whose pages may call the HTTP process from a browser."),
+        Flag("--http-origin", "https://HOST[:PORT]", "none"),
+    ] = ()
+    http_certificate: Annotated[
+        Path | None, Field(description="TLS certificate with its chain, PEM."), Flag("--http-certificate", "FILE", "no TLS")
+    ] = None
+    http_private_key: Annotated[
+        Path | None,
+        Field(description="The certificate's private key, PEM."),
+        Flag("--http-private-key", "FILE", "in the certificate's file"),
+    ] = None
+    http_body: Annotated[
+        Bytes, Field(description="Bytes of a request's body at most."), Flag("--http-body", "SIZE", "100MB")
+    ] = 100_000_000
+    http_rate: Annotated[
+        float,
+        Field(gt=0, description="Requests a second by HTTP of one key or address, ten seconds' worth at once."),
+        Flag("--http-rate", "N"),
+    ] = 50.0
+    http_qualities: Annotated[
+        dict[str, Quality], Field(description="What words for quality mean, each a table with `steps` and `model`.")
+    ] = Field(default_factory=lambda: dict(QUALITIES))
+
+
 class ModelConfig(Settings):
     """All that a person may say of a model and of the workers that run it."""
 
@@ -328,7 +384,7 @@ class ModelConfig(Settings):
         return self.stages.get(stage, StageConfig())
 
 
-class StackConfig(JobSettings, ModelConfig):
+class StackConfig(JobSettings, HttpSettings, ModelConfig):
     """All that a person may say of a stack."""
 
     optimize: Annotated[Optimize, Field(description="What auto is to choose for."), Flag("--optimize")] = "throughput"
@@ -443,6 +499,15 @@ class OrchestratorSpec(Settings):
     doors: dict[Role, str] = Field(default_factory=dict)  # endpoints where the doors for others come to
     guarded: bool = False  # those want keys
     settings: OrchestratorSettings
+
+
+class HttpSpec(Settings):
+    """All that the HTTP process is started with."""
+
+    state: Path
+    endpoint: str  # of the orchestrator's for clients
+    socket: int  # descriptor of the listening socket
+    settings: HttpSettings
 
 
 class DoorSpec(Settings):

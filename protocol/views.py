@@ -3,6 +3,7 @@
 from typing import Literal
 
 from protocol.data import Data
+from protocol.model import ModelDescription
 from protocol.stages import Stage
 
 
@@ -55,6 +56,7 @@ class ModelView(Data):
     dtype: str
     speedups: tuple[str, ...]
     video: bool  # it makes videos
+    description: ModelDescription  # what it takes, and its defaults
     default: bool  # jobs that name no model are for it
     resting: bool  # it has no workers, until a job asks for it
     reason: str  # why they could not be started when it was last asked for, for the stack's user alone

@@ -33,6 +33,8 @@ def keys() -> None:
       triptych up --listen tcp://0.0.0.0:5555
     Where alice sits, with that file:
       triptych submit "a large red circle" --state alice.key
+    For browsers and other programs, by HTTP:
+      triptych keys new alice --http                             (prints it)
     """
 
 
@@ -52,6 +54,7 @@ def key_folder(state: Path | None) -> KeyFolder:
     "--server", metavar="KEY", help="The stack's public key: make a pair here that is let in there with 'add'."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The key's file. [default: NAME.key]")
+@click.option("--http", is_flag=True, help="Make a token for HTTP, and print it: it is kept nowhere.")
 @weight_option
 @state_option
 def new(
@@ -60,12 +63,19 @@ def new(
     endpoint: str | None,
     server: str | None,
     output: Path | None,
+    http: bool,
     weight: float,
     state: Path | None,
 ) -> None:
     """Make a key NAME, let it in, and write the file that its holder needs. Carry it as you would a password."""
     checked_name(name)
     checked_weight(weight)
+    if http:
+        if role != "client" or endpoint or server or output:
+            raise BadRequest("--http makes a client's token, which needs no file.", "Leave out the other options.")
+        print(key_folder(state).issue_token(name, weight))
+        print(f"{name} comes in by HTTP with that as a bearer's key, or as a password of any user's.", file=sys.stderr)
+        return
     output = output or Path(f"{name}.key")
     if output.exists():
         raise BadRequest(f"{str(output)!r} exists already.", "Choose another file with -o, or remove it.")
@@ -124,13 +134,14 @@ def list_keys(as_json: bool, state: Path | None) -> None:
     entries = folder.entries()
     if as_json:
         rows: list[dict[str, Any]] = [
-            {"name": e.name, "role": e.role, "public": e.public, "added": e.added, "weight": e.weight} for e in entries
+            {"name": e.name, "role": e.role, "public": e.public, "added": e.added, "weight": e.weight,
+             "http": bool(e.token)} for e in entries
         ]
         print(json.dumps(rows))
         return
     print_table(
-        ("name", "role", "weight", "added", "public key"),
-        [[e.name, e.role, f"{e.weight:g}", age(e.added), e.public] for e in entries],
+        ("name", "role", "weight", "added", "by HTTP", "public key"),
+        [[e.name, e.role, f"{e.weight:g}", age(e.added), "yes" if e.token else "", e.public] for e in entries],
         wide=0,
     )
     if folder.exists:

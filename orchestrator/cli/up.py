@@ -89,6 +89,8 @@ class Announcer:
             self.arrived()
             seconds = time.monotonic() - self.start
             say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+            if self.supervisor.http_url:
+                say(f"by HTTP: {self.supervisor.http_url}")
             for model in others:
                 say(f"{model.name} starts when a job asks for it: triptych submit --model {model.name} …")
             if told := strays(client):
@@ -98,6 +100,8 @@ class Announcer:
             if self.as_json:
                 seconds = time.monotonic() - self.start
                 said = {"state": str(folder), "clients": published(folder).clients, "seconds": seconds}
+                if self.supervisor.http_url:
+                    said["http"] = self.supervisor.http_url
                 print(json.dumps(said), flush=True)
 
 

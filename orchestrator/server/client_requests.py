@@ -11,7 +11,7 @@ from orchestrator.dispatch.admission import NotLookedAt
 from orchestrator.dispatch.describer_link import DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
-from orchestrator.principal import LocalUser, Principal, job_id_of
+from orchestrator.principal import KeyHolder, LocalUser, Principal, job_id_of
 from orchestrator.server.housekeeping import MOST_FORGOTTEN
 from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.model_rests import ModelRests
@@ -84,6 +84,15 @@ class Peer:
         return self.local or job.owner == self.principal
 
 
+def acting_for(owner: str, peer: Peer) -> Peer:
+    """Return the peer as which a question is answered: this machine's user may ask on behalf of a key; Forbidden."""
+    if not owner:
+        return peer
+    if not peer.local:
+        raise Forbidden("A client's key acts for nobody else.", "Ask with the key of whoever it is for.")
+    return Peer(peer.identity, KeyHolder(owner))
+
+
 def error_message(error: TriptychError, request: int = 0) -> Error:
     """An error as it travels."""
     return Error(request=request, code=error.code, message=error.message, hint=error.hint, item=error.item)
@@ -131,6 +140,7 @@ class ClientRequests:
         """Put the answer, or the reason why there is none, into the outbox."""
         assert isinstance(question, Question)
         with self._told(peer, question):
+            peer = acting_for(question.owner, peer)
             if isinstance(question, Submit):
                 for tensor in tensors:
                     check_picture(tensor)
@@ -402,7 +412,7 @@ class ClientRequests:
             ModelView(
                 name=entry.name, model=entry.description.model, revision=entry.description.revision,
                 pipeline=entry.description.pipeline, dtype=entry.dtype, speedups=entry.speedups,
-                video=entry.description.video is not None, default=entry == default,
+                video=entry.description.video is not None, description=entry.description, default=entry == default,
                 resting=self._rests.rests(entry.name),
                 reason=self._rests.reason(entry.name) if peer.local else "",
                 jobs=self.engine.job_queue.by_model[entry.key],

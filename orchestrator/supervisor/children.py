@@ -1,4 +1,4 @@
-"""The processes of one stack: the orchestrator, the fork server, the describer, and the workers of each stage."""
+"""The processes of one stack: the orchestrator, the fork server, describers, doors, HTTP, and each stage's workers."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ from orchestrator.settings import (
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child, Process
 from orchestrator.supervisor.fork_server import ForkServer
+from orchestrator.supervisor.http_process import HttpProcess, HttpSocket
 from protocol.curve_keys import Role
 from protocol.errors import DoesNotFit
 from protocol.messages.supervisor import RestingModel
@@ -45,6 +46,7 @@ class Children:
         models: Sequence[PlannedModel],
         lifeline: int,
         forks: ForkServer,
+        listening: HttpSocket | None = None,
     ) -> None:
         self._folder, self._config, self._lifeline, self.forks = folder, config, lifeline, forks
         self._models = {model.name: model for model in models}
@@ -58,6 +60,7 @@ class Children:
         self.orchestrator.descriptors = (self.pulse.descriptor,)
         self.orchestrator.environment[PULSE] = str(self.pulse.descriptor)
         self.doors = [self._door(role) for role, _ in config.remote()]
+        self.http = HttpProcess(listening, folder, self._endpoints.clients, lifeline) if listening else None
         self.describers = [self._describer(model) for model in models]
         self.workers: dict[Team, list[Child]] = {(name, stage): [] for name in self._models for stage in STAGES}
         self._resting = {  # numbers of workers by stage, of models that rest
@@ -70,6 +73,8 @@ class Children:
 
     def __iter__(self) -> Iterator[Child]:
         yield from (self.orchestrator, self.forks.child, *self.doors, *self.describers)
+        if self.http:
+            yield self.http.child
         for team in self.workers.values():
             yield from team
 

@@ -27,6 +27,7 @@ from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import UNUSABLE, Child
 from orchestrator.supervisor.children import GRACE_SECONDS, Children, settings_of
 from orchestrator.supervisor.fork_server import new_fork_server
+from orchestrator.supervisor.http_process import HttpSocket
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
 from protocol.errors import Conflict, TriptychError
 from protocol.messages.common import Beat, Message
@@ -58,6 +59,8 @@ class Supervisor:
         """Plan the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
         raise_file_limit()
+        listening = HttpSocket(config) if config.http else None
+        self.http_url = listening.url if listening else ""
         self._lifeline, self._life = os.pipe()
         forks = new_fork_server(folder, self._lifeline)
         forks.start_ahead()
@@ -73,7 +76,7 @@ class Supervisor:
         self._bell.setblocking(False)
         self._signal = 0
         self._done = False  # what it was for is done
-        self._children = Children(folder, config, self.models, self._lifeline, forks)
+        self._children = Children(folder, config, self.models, self._lifeline, forks, listening)
         self._link = OrchestratorLink(self._children.endpoint)
         self._lock: TextIO | None = None
         self._coming: set[str] = set()  # names of models that are being planned for
@@ -163,6 +166,8 @@ class Supervisor:
             self._answered = now  # it was this process that stood still
         self._looked = now
         self._children.pulse.still_for()
+        if self._children.http:
+            self._children.http.look()
         for child in self._children:
             since = child.notice_stop()
             if since is not None and now - since >= STOPPED_SECONDS:
@@ -305,8 +310,9 @@ class Supervisor:
         children, deadline = self._children, time.monotonic() + GRACE_SECONDS
         workers = [child for team in children.workers.values() for child in team]
         leaving = [child for child, _ in children.leaving]
+        http = [children.http.child] if children.http else []
         for group in (
-            [*workers, *leaving, *children.describers],
+            [*http, *workers, *leaving, *children.describers],
             [children.orchestrator, *children.doors, children.forks.child],
         ):
             for child in group:
@@ -321,6 +327,8 @@ class Supervisor:
                     child.process.wait()
         children.forks.close()
         children.pulse.close()
+        if children.http:
+            children.http.close()
         self._link.close()
         self.folder.withdraw()
         os.close(self._life)

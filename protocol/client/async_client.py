@@ -45,9 +45,9 @@ class AsyncInbox:
 class AsyncLink:
     """A socket, read by a task of its own; many questions and listeners may be open at once."""
 
-    def __init__(self, where: str, key: Any, timeout: float) -> None:
+    def __init__(self, where: str, key: Any, timeout: float, owner: str) -> None:
         self._where, self._key, self._timeout = where, key, timeout
-        self._exchange = Exchange()
+        self._exchange = Exchange(owner)
         self._answers: dict[int, asyncio.Future[Envelope]] = {}
         self._answered = False
         self._inboxes: set[AsyncInbox] = set()
@@ -132,11 +132,20 @@ class AsyncLink:
 
 
 class AsyncClient(Calls):
-    """A client like Client, with every method awaited. Use it as an async context manager."""
+    """A client like Client, with every method awaited. Use it as an async context manager.
 
-    def __init__(self, state: str | Path | None = None, endpoint: str | None = None, timeout: float = 10.0) -> None:
+    With `owner`, a stack's own user acts for the holder of the key of that name, whose jobs alone are seen.
+    """
+
+    def __init__(
+        self,
+        state: str | Path | None = None,
+        endpoint: str | None = None,
+        timeout: float = 10.0,
+        owner: str = "",
+    ) -> None:
         where, key = (endpoint, None) if endpoint else reach(Path(state) if state else None)
-        self._async_link = AsyncLink(where, key, timeout)
+        self._async_link = AsyncLink(where, key, timeout, owner)
         super().__init__(self._async_link)
 
     async def __aenter__(self) -> Self:

@@ -63,17 +63,18 @@ REPEATABLE = (
 
 
 class Exchange:
-    """Pairs questions with answers by number."""
+    """Pairs questions with answers by number. `owner` names the key on whose behalf this machine's user asks."""
 
-    def __init__(self) -> None:
+    def __init__(self, owner: str = "") -> None:
         self.identity = new_identity()
+        self._owner = owner
         self._numbers = itertools.count(1)
 
     def ask(self, cls: type[Question], tensors: Sequence[Tensor] = (), **fields: Any) -> tuple[int, list[Buffer]]:
         """A question's number and frames; BadRequest where its fields can't be right."""
         number = next(self._numbers)
         try:
-            return number, wire.encode(cls(request=number, **fields), tensors)
+            return number, wire.encode(cls(request=number, owner=self._owner, **fields), tensors)
         except ValidationError as error:
             fault = error.errors(include_url=False, include_context=False)[0]
             what = "a job's id" if fault["loc"][:1] in (("jobs",), ("job",)) else ".".join(map(str, fault["loc"]))

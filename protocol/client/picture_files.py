@@ -1,6 +1,7 @@
 """Pillow images from the pixels that a stack sends, and picture files that carry their whole recipe."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -91,6 +92,19 @@ def save_picture(image: Image.Image, path: Path, metadata: Metadata | None) -> N
     What is there stays whole until the picture is: it is written beside it and put in its place.
     """
     kind = WRITTEN[path.suffix.lower()]
+    writing(path, lambda draft: image.save(draft, kind, **QUALITY[kind], **in_file(kind, metadata)))
+
+
+def picture_bytes(image: Image.Image, kind: str, metadata: Metadata | None, quality: int | None = None) -> bytes:
+    """Return a picture's file: `kind` is PNG, JPEG or WEBP, the last two of a `quality` from 0 to 100 where given."""
+    given = {"quality": quality, "lossless": False} if quality is not None and kind != "PNG" else QUALITY[kind]
+    file = io.BytesIO()
+    image.save(file, kind, **given, **in_file(kind, metadata))
+    return file.getvalue()
+
+
+def in_file(kind: str, metadata: Metadata | None) -> dict[str, Any]:
+    """Return the arguments of Pillow's `save` that put metadata into a file of a kind."""
     told: dict[str, Any] = {}
     if metadata and kind == "PNG":
         told["pnginfo"] = info = PngInfo()
@@ -102,7 +116,7 @@ def save_picture(image: Image.Image, path: Path, metadata: Metadata | None) -> N
         ifd[MAKER_NOTE] = metadata.making.encode()
         ifd[USER_COMMENT] = b"UNICODE\0" + metadata.parameters.encode("utf-16-be")
         told["exif"] = exif
-    writing(path, lambda draft: image.save(draft, kind, **QUALITY[kind], **told))
+    return told
 
 
 def writing(path: Path, write: Callable[[Path], None]) -> None:
@@ -141,7 +155,7 @@ def put_in_place(path: Path) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
-def making_in_picture(path: Path) -> str:
+def making_in_picture(path: Path | BinaryIO) -> str:
     """Return the making that a picture file carries; empty if it carries none. BadRequest."""
     try:
         with Image.open(path, formats=(*dict.fromkeys(WRITTEN.values()), "GIF")) as image:
@@ -152,20 +166,25 @@ def making_in_picture(path: Path) -> str:
             note = image.getexif().get_ifd(EXIF_IFD).get(MAKER_NOTE, comment)
             return note.decode() if isinstance(note, bytes) and note.startswith(b"{") else ""
     except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError) as error:
-        raise BadRequest(f"{str(path)!r} can't be read as a picture.") from error
+        raise BadRequest(f"{called(path)} can't be read as a picture.") from error
 
 
-def read_recipe(path: Path) -> Made:
+def called(file: Path | BinaryIO) -> str:
+    """Return how to call a file in an error."""
+    return repr(str(file)) if isinstance(file, Path) else "The picture"
+
+
+def read_recipe(path: Path | BinaryIO) -> Made:
     """Return how the picture or video in a file that Triptych wrote was made; BadRequest."""
     from protocol.client.video_files import CONTAINERS, making_of
 
-    if path.suffix.lower() in CONTAINERS:
+    if isinstance(path, Path) and path.suffix.lower() in CONTAINERS:
         chunk = making_of(path)
     else:
         chunk = making_in_picture(path)
     if not chunk:
         raise BadRequest(
-            f"{str(path)!r} carries no recipe.", "Only files that Triptych wrote do, while nobody strips them."
+            f"{called(path)} carries no recipe.", "Only files that Triptych wrote do, while nobody strips them."
         )
     try:
         found = json.loads(chunk)
@@ -175,4 +194,4 @@ def read_recipe(path: Path) -> Made:
             raise ValueError(f"there is no picture {index} of {recipe.num_images}")
         return Made(recipe, index, stages)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadRequest(f"{str(path)!r} carries a recipe that can't be read.") from error
+        raise BadRequest(f"{called(path)} carries a recipe that can't be read.") from error

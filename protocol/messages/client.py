@@ -17,7 +17,10 @@ ModelOf = Annotated[str, Field(max_length=4096)] | None  # its name in the stack
 
 
 class Question(Message):
+    """`owner` names the key on whose behalf this machine's user asks, as the HTTP process does; empty: on its own."""
+
     request: Count
+    owner: Annotated[str, Field(max_length=64)] = ""
 
 
 class Submit(Question):

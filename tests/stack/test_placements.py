@@ -235,7 +235,8 @@ def test_plan_says_what_up_would_do(deep: Path, state: Path) -> None:
         assert words in refused.stderr
         assert "Traceback" not in refused.stderr
     four = ("plan", "--model", str(deep), "--gpus", ",".join(["16GB"] * 4), "--placement", "tensor", "--json")
-    pairs = [worker["gpus"] for worker in json.loads(triptych(*four).stdout)["workers"] if worker["stage"] == "denoise"]
+    workers = json.loads(triptych(*four).stdout)["workers"]
+    pairs = [[gpu["gpu"] for gpu in worker["gpus"]] for worker in workers if worker["stage"] == "denoise"]
     assert pairs == [[0, 1], [2, 3]]  # two heads can't be shared out among four
     uneven = triptych(*four, "--workers", "denoise=1")
     assert (uneven.returncode, "heads of attention" in uneven.stderr) == (5, True)

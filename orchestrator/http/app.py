@@ -1,0 +1,70 @@
+"""The application: its routes, what guards them, and how errors are told."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from orchestrator.access import AllowedKeys, KeyFolder
+from orchestrator.http import health, openai
+from orchestrator.http.asking import Http
+from orchestrator.http.faults import tell
+from orchestrator.http.guard import Guard
+from orchestrator.http.results import Links, Results, file_response
+from orchestrator.http.stack import StackLink
+from orchestrator.pulse import Pulse
+from orchestrator.settings import HttpSpec
+from orchestrator.state_folder import StackFolder
+from orchestrator.version import VERSION
+from protocol.errors import TriptychError
+
+PULSE_SECONDS = 1.0
+DESCRIPTION = """Pictures and videos of a Triptych stack.
+
+`/v1` speaks as OpenAI's Images API does, `/sdapi/v1` as AUTOMATIC1111's web UI, `/api` is Triptych's own: jobs with
+their events and results, workers, models and LoRAs."""
+
+
+def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
+    """Return the application, whose loop moves a `pulse` while it takes requests."""
+    settings, keys = spec.settings, KeyFolder(StackFolder(spec.state).keys)
+    http = Http(settings, StackLink(spec.endpoint), Results(), Links.of(StackFolder(spec.state).keys))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with http.stack.open():
+            beating = asyncio.create_task(beat(pulse))
+            yield
+            beating.cancel()
+
+    app = FastAPI(title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan)
+    app.state.http = http
+    for kind in (TriptychError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, tell)
+    for router in (health.router, openai.router):
+        app.include_router(router)
+    if settings.http_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.http_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Guard, settings=settings, keys=AllowedKeys(keys))
+    app.add_api_route("/pictures/{job}/{index}.{suffix}", linked, include_in_schema=False)
+    return app
+
+
+async def beat(pulse: Pulse) -> None:
+    while True:
+        pulse.beat()
+        await asyncio.sleep(PULSE_SECONDS)
+
+
+async def linked(request: Request, job: str, index: int, suffix: str, expires: int, signature: str, key: str = "") -> Response:
+    """Send a result by a link that was signed here."""
+    http: Http = request.app.state.http
+    http.links.check(key, job, index, suffix, expires, signature)
+    async with http.stack.acting_for(key) as client:
+        return file_response(request, await http.results.file(client, key, job, index, suffix), suffix, f"{job}-{index}")

@@ -1,0 +1,173 @@
+"""From a request by HTTP to jobs: what all its APIs have in common."""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import Request
+
+from orchestrator.http.faults import BadField
+from orchestrator.http.results import Links, Results
+from orchestrator.http.stack import StackLink
+from orchestrator.settings import HttpSettings
+from protocol.client.async_client import AsyncClient
+from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, upright
+from protocol.errors import BadRequest, NoStack, NotFound
+from protocol.job import Job, JobRequest
+from protocol.lora import LORA_NAME, LoraRequest, parse_lora
+from protocol.tensors import Tensor
+from protocol.views import ModelView
+
+SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Http:
+    """All that the routes of one HTTP process share."""
+
+    settings: HttpSettings
+    stack: StackLink
+    results: Results
+    links: Links
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request, and a client that acts for them."""
+
+    key: str  # its name; empty for this machine's user
+    client: AsyncClient
+    http: Http
+
+
+async def caller(request: Request) -> Any:
+    """Whoever makes a request, while it lasts."""
+    http: Http = request.app.state.http
+    key: str = request.state.caller
+    async with http.stack.acting_for(key) as client:
+        yield Caller(key, client, http)
+
+
+@dataclass(slots=True)
+class Wanted:
+    """Jobs that are to be submitted, with the pictures that they begin from; `told` is said beside the answer."""
+
+    requests: list[JobRequest]
+    pictures: Sequence[Tensor] = ()
+    told: list[str] = field(default_factory=list)
+
+    async def submit(self, client: AsyncClient) -> list[Job]:
+        return await client.submit_many(self.requests, watch=True, pictures=self.pictures)
+
+
+async def models_of(client: AsyncClient) -> list[ModelView]:
+    """Return the stack's models, the default one first; NoStack while none is known yet."""
+    if not (models := await client.models()):
+        raise NoStack("The stack is yet looking at its model.", "Ask again in a moment.")
+    return models
+
+
+def model_named(models: Sequence[ModelView], name: str | None, told: list[str]) -> ModelView:
+    """Return the model of a name. One that isn't here becomes the default one, which is said."""
+    found = next((model for model in models if name in (model.name, model.model)), None)
+    if found is not None or name is None:
+        return found or models[0]
+    told.append(f"There is no model {name!r} here: {models[0].name} made this.")
+    return models[0]
+
+
+def model_known(models: Sequence[ModelView], name: str | None) -> ModelView:
+    """Return the model of a name, the default one where none is given; NotFound."""
+    if name is None:
+        return models[0]
+    for model in models:
+        if model.name == name:
+            return model
+    raise NotFound(f"There is no model {name[:100]!r}.", f"There are {', '.join(model.name for model in models)}.")
+
+
+def size_of(text: str) -> tuple[int | None, int | None]:
+    """Return width and height of 'WxH' in pixels; None for 'auto', which leaves it to the model."""
+    if text == "auto":
+        return None, None
+    if (found := SIZE.fullmatch(text)) is None:
+        raise BadField("size", f"{text[:40]!r} is no size.", "Write WIDTHxHEIGHT in pixels, or auto.")
+    return int(found[1]), int(found[2])
+
+
+def spread(request: JobRequest, count: int, model: ModelView) -> list[JobRequest]:
+    """Return jobs that make so many pictures: one, or where a model makes but one at a time, one for each picture."""
+    if count == 1 or model.description.several:
+        return [request.model_copy(update={"num_images": count})]
+    found = []
+    for number in range(count):
+        update: dict[str, Any] = {"id": f"{request.id}-{number}" if request.id else None}
+        if request.seed is not None:
+            update["seed"] = request.seed + number
+        found.append(request.model_copy(update=update))
+    return found
+
+
+def id_of(given: str | None, idempotency: str | None) -> str:
+    """Return the id of a job: as given, or by the request's Idempotency-Key, or a new one."""
+    if given:
+        return given
+    if idempotency:
+        return f"i{hashlib.sha256(idempotency.encode()).hexdigest()[:24]}"
+    return secrets.token_hex(8)
+
+
+def loras_of(texts: Sequence[str]) -> tuple[LoraRequest, ...]:
+    """Return LoRAs as NAME[@WEIGHT] names them: aliases of the stack's alone, no paths; BadField."""
+    found = []
+    for text in texts:
+        name, weight = parse_lora(text)
+        if LORA_NAME.fullmatch(name) is None:
+            raise BadField("loras", f"{text[:100]!r} is no LoRA's name.", "GET /api/loras lists those that there are.")
+        found.append(LoraRequest(name=name, weight=weight))
+    return tuple(found)
+
+
+def file_of(text: str, name: str) -> bytes:
+    """Return the bytes of a file that a field holds as base64, or as a data URL; BadField."""
+    try:
+        return base64.b64decode(DATA_URL.sub("", text, count=1), validate=True)
+    except (binascii.Error, ValueError):
+        raise BadField(name, f"{name} is no base64.", "Send a picture's file as base64, or as a data URL.") from None
+
+
+async def pixels_of(
+    images: Sequence[bytes], mask: bytes | None = None, blur: float = 0, alpha: bool = False, **others: bytes | None
+) -> Inputs:
+    """Return the pixels of files; BadRequest. A mask's clear parts are made anew where `alpha`, and its white ones."""
+
+    def read() -> Inputs:
+        return Inputs(
+            images=tuple(map(picture_of, images)),
+            mask=mask_of(mask, blur, alpha) if mask else None,
+            **{name: picture_of(file) for name, file in others.items() if file},
+        )
+
+    return await asyncio.to_thread(read)
+
+
+def mask_of(file: bytes, blur: float, alpha: bool) -> Tensor:
+    if alpha and upright(file).has_transparency_data:
+        return alpha_mask_of(file, blur)
+    return picture_of(file, mask=True, blur=blur)
+
+
+def check_takes(model: ModelView, image: bool, mask: bool) -> None:
+    """Raise BadRequest where a model makes nothing of a picture, or of a mask."""
+    takes = model.description
+    if mask and takes.inpaint is None and not takes.control_mask:
+        raise BadRequest(f"{model.name} repaints no parts of pictures.", "Send no mask, or choose another model.")
+    if image and takes.image is None and takes.inpaint is None:
+        raise BadRequest(f"{model.name} makes nothing of pictures.", "Send none, or choose another model.")

@@ -1,0 +1,156 @@
+"""What jobs have made, as files: encoded off the event loop, kept for a while, and linked to by signed addresses."""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+import secrets
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from urllib.parse import urlencode
+
+from fastapi import Request, Response
+
+from orchestrator.http.faults import Refused
+from protocol.client.async_client import AsyncClient
+from protocol.client.picture_files import metadata_of, picture_bytes, to_images
+from protocol.client.video_files import save_made, sound_of
+from protocol.curve_keys import read_private, write_private
+from protocol.errors import BadRequest, NotFound
+from protocol.job import Job
+from protocol.pictures import pictures_among
+from protocol.tensors import Tensor
+
+PICTURES = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}  # Pillow's kinds, by suffix
+MEDIA = {
+    "png": "image/png", "jpeg": "image/jpeg", "jpg": "image/jpeg", "webp": "image/webp", "gif": "image/gif",
+    "mp4": "video/mp4", "webm": "video/webm",
+}  # fmt: skip
+CACHE_BYTES = 64 << 20  # of files that were asked for lately
+LINK_SECONDS = 3600  # that a signed link is good for
+RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+class Results:
+    """Files of jobs' pictures and videos. Encoding one is slow beside all else here, so they are kept."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[str, ...], bytes] = OrderedDict()
+        self._bytes = 0
+
+    async def file(
+        self, client: AsyncClient, key: str, job_id: str, index: int, suffix: str, quality: int | None = None
+    ) -> bytes:
+        """Return the file of one of a job's pictures or videos, counted from 0; `key` tells whose job it is. NotFound.
+
+        `quality` is JPEG's and WebP's, from 0 to 100; None: as good as can be.
+        """
+        name = (key, job_id, str(index), suffix, str(quality))
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        job, tensors = await client.results(job_id)
+        if not 0 <= index < job.recipe.num_images:
+            raise NotFound(f"Job {job_id} has {job.recipe.num_images} results; there is no {index}.")
+        file = await asyncio.to_thread(encoded, job, tensors, index, suffix, quality)
+        self._keep(name, file)
+        return file
+
+    async def files(
+        self, client: AsyncClient, key: str, job: Job, suffix: str, quality: int | None = None
+    ) -> list[bytes]:
+        """Return the files of all that a job has made, in order."""
+        names = [(key, job.id, str(index), suffix, str(quality)) for index in range(job.recipe.num_images)]
+        if not all(name in self._kept for name in names):
+            job, tensors = await client.results(job.id)
+            made = [asyncio.to_thread(encoded, job, tensors, i, suffix, quality) for i in range(len(names))]
+            files = await asyncio.gather(*made)
+            for name, file in zip(names, files, strict=True):
+                self._keep(name, file)
+            return files
+        return [self._kept[name] for name in names]
+
+    def _keep(self, name: tuple[str, ...], file: bytes) -> None:
+        if name not in self._kept and len(file) <= CACHE_BYTES:
+            self._kept[name] = file
+            self._bytes += len(file)
+        while self._bytes > CACHE_BYTES:
+            self._bytes -= len(self._kept.popitem(last=False)[1])
+
+
+def encoded(job: Job, tensors: Sequence[Tensor], index: int, suffix: str, quality: int | None) -> bytes:
+    """Return the file of one of a job's results, with its whole recipe; BadRequest where the format doesn't fit."""
+    images = to_images(pictures_among(tensors))
+    metadata = metadata_of(job.recipe, job.id, index, job.records)
+    if job.recipe.frames is None:
+        if suffix not in PICTURES:
+            raise BadRequest(f"Job {job.id} made pictures, no {suffix}.", f"They come as {', '.join(PICTURES)}.")
+        return picture_bytes(images[index], PICTURES[suffix], metadata, quality)
+    with tempfile.TemporaryDirectory(prefix="triptych-") as folder:
+        path = Path(folder, f"video.{suffix}")
+        save_made(images, index, path, job.recipe, metadata, sound_of(tensors, index))
+        return path.read_bytes()
+
+
+def text_of(file: bytes) -> str:
+    return base64.b64encode(file).decode()
+
+
+def file_response(request: Request, file: bytes, suffix: str, tag: str) -> Response:
+    """Return a file, or the range of it that is asked for; it never changes, so that whoever has it keeps it."""
+    headers = {
+        "ETag": f'"{tag}"', "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable",
+        "Content-Disposition": f'inline; filename="{tag}.{suffix}"',
+    }  # fmt: skip
+    if f'"{tag}"' in request.headers.get("if-none-match", ""):
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
+    wanted = RANGE.fullmatch(request.headers.get("range", ""))
+    if wanted is None or wanted[0] == "bytes=-":
+        return Response(file, media_type=MEDIA[suffix], headers=headers)
+    start, end = wanted[1], wanted[2]
+    first = int(start) if start else max(0, len(file) - int(end))
+    last = min(int(end), len(file) - 1) if start and end else len(file) - 1
+    if first > last:
+        headers["Content-Range"] = f"bytes */{len(file)}"
+        return Response(status_code=HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, headers=headers)
+    headers["Content-Range"] = f"bytes {first}-{last}/{len(file)}"
+    return Response(file[first : last + 1], HTTPStatus.PARTIAL_CONTENT, headers, MEDIA[suffix])
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Addresses of results that need no key, for a while: whoever has one may fetch that file."""
+
+    secret: bytes
+
+    @staticmethod
+    def of(folder: Path) -> "Links":
+        """The links that are signed by a folder's secret, made when it is first wanted: they outlive this process."""
+        path = folder / "links"
+        if not path.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
+            write_private(path, secrets.token_hex(32))
+        return Links(bytes.fromhex(read_private(path)))
+
+    def path(self, key: str, job_id: str, index: int, suffix: str, now: float | None = None) -> str:
+        """Return a link's path and query."""
+        expires = int((time.time() if now is None else now) + LINK_SECONDS)
+        query = {"key": key, "expires": expires, "signature": self._sign(key, job_id, index, suffix, expires)}
+        return f"/pictures/{job_id}/{index}.{suffix}?{urlencode(query)}"
+
+    def check(self, key: str, job_id: str, index: int, suffix: str, expires: int, signature: str) -> None:
+        """Refuse a link that was not signed here, or is too old."""
+        if not hmac.compare_digest(self._sign(key, job_id, index, suffix, expires), signature):
+            raise Refused(HTTPStatus.FORBIDDEN, "This link was not made here.", "Ask for a new one.")
+        if time.time() > expires:
+            raise Refused(HTTPStatus.GONE, "This link is too old.", "Ask for a new one.")
+
+    def _sign(self, *parts: object) -> str:
+        text = "\n".join(map(str, parts))
+        return hmac.new(self.secret, text.encode(), hashlib.sha256).hexdigest()
