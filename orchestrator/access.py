@@ -1,6 +1,7 @@
 """The keys that are let in from outside: names, roles and what proves them, in a file that `triptych keys` changes.
 
-A key is a CURVE pair, of which the public part is here, or a token for HTTP, of which a digest is; a client may have both.
+A key is a CURVE pair, of which the public part is here, or a token for HTTP, of which a digest is: a client may have
+both.
 
 The orchestrator looks at it again whenever it has changed, so that a key that is revoked counts for nothing at once,
 also on connections that it made before.

@@ -227,7 +227,9 @@ class HttpSettings(Settings):
         Flag("--http-origin", "https://HOST[:PORT]", "none"),
     ] = ()
     http_certificate: Annotated[
-        Path | None, Field(description="TLS certificate with its chain, PEM."), Flag("--http-certificate", "FILE", "no TLS")
+        Path | None,
+        Field(description="TLS certificate with its chain, PEM."),
+        Flag("--http-certificate", "FILE", "no TLS"),
     ] = None
     http_private_key: Annotated[
         Path | None,

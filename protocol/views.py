@@ -46,6 +46,17 @@ class WorkerView(Data):
     since: float
 
 
+class GpuView(Data):
+    """A GPU of this stack's own host, whose memory is leased to workers."""
+
+    index: int  # by the driver's count
+    name: str
+    budget: int  # bytes that are leased, and what workers keep beside
+    kept: int  # bytes of the budget that workers keep for themselves
+    foreign: int  # bytes that were in use before the stack came
+    used: int | None  # bytes in use by the driver's account; None: there is none
+
+
 class ModelView(Data):
     """A model of the stack."""
 

@@ -134,8 +134,15 @@ def list_keys(as_json: bool, state: Path | None) -> None:
     entries = folder.entries()
     if as_json:
         rows: list[dict[str, Any]] = [
-            {"name": e.name, "role": e.role, "public": e.public, "added": e.added, "weight": e.weight,
-             "http": bool(e.token)} for e in entries
+            {
+                "name": e.name,
+                "role": e.role,
+                "public": e.public,
+                "added": e.added,
+                "weight": e.weight,
+                "http": bool(e.token),
+            }
+            for e in entries
         ]
         print(json.dumps(rows))
         return

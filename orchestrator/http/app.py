@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from orchestrator.access import AllowedKeys, KeyFolder
-from orchestrator.http import health, openai
+from orchestrator.http import a1111, health, jobs, openai
 from orchestrator.http.asking import Http
 from orchestrator.http.faults import tell
 from orchestrator.http.guard import Guard
@@ -45,7 +45,7 @@ def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
     app.state.http = http
     for kind in (TriptychError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
-    for router in (health.router, openai.router):
+    for router in (health.router, openai.router, jobs.router, a1111.router):
         app.include_router(router)
     if settings.http_origins:
         app.add_middleware(
@@ -62,9 +62,13 @@ async def beat(pulse: Pulse) -> None:
         await asyncio.sleep(PULSE_SECONDS)
 
 
-async def linked(request: Request, job: str, index: int, suffix: str, expires: int, signature: str, key: str = "") -> Response:
+async def linked(
+    request: Request, job: str, index: int, suffix: str, expires: int, signature: str, key: str = ""
+) -> Response:
     """Send a result by a link that was signed here."""
     http: Http = request.app.state.http
     http.links.check(key, job, index, suffix, expires, signature)
     async with http.stack.acting_for(key) as client:
-        return file_response(request, await http.results.file(client, key, job, index, suffix), suffix, f"{job}-{index}")
+        return file_response(
+            request, await http.results.file(client, key, job, index, suffix), suffix, f"{job}-{index}"
+        )

@@ -17,7 +17,7 @@ from orchestrator.http.results import Links, Results
 from orchestrator.http.stack import StackLink
 from orchestrator.settings import HttpSettings
 from protocol.client.async_client import AsyncClient
-from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, upright
+from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, upright, video_of
 from protocol.errors import BadRequest, NoStack, NotFound
 from protocol.job import Job, JobRequest
 from protocol.lora import LORA_NAME, LoraRequest, parse_lora
@@ -144,7 +144,13 @@ def file_of(text: str, name: str) -> bytes:
 
 
 async def pixels_of(
-    images: Sequence[bytes], mask: bytes | None = None, blur: float = 0, alpha: bool = False, **others: bytes | None
+    images: Sequence[bytes],
+    mask: bytes | None = None,
+    blur: float = 0,
+    alpha: bool = False,
+    control: bytes | None = None,
+    ip_image: bytes | None = None,
+    video: bytes | None = None,
 ) -> Inputs:
     """Return the pixels of files; BadRequest. A mask's clear parts are made anew where `alpha`, and its white ones."""
 
@@ -152,7 +158,9 @@ async def pixels_of(
         return Inputs(
             images=tuple(map(picture_of, images)),
             mask=mask_of(mask, blur, alpha) if mask else None,
-            **{name: picture_of(file) for name, file in others.items() if file},
+            control=picture_of(control) if control else None,
+            ip_image=picture_of(ip_image) if ip_image else None,
+            videos=(("", video_of(video)),) if video else (),
         )
 
     return await asyncio.to_thread(read)

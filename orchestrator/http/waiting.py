@@ -46,7 +46,9 @@ async def answer(request: Request, work: Awaitable[Any], headers: dict[str, str]
         except Exception as error:
             yield json.dumps(body_of(told(error), request.url.path)).encode()
 
-    return StreamingResponse(late(), media_type="application/json", headers=headers, background=BackgroundTask(end, task))
+    return StreamingResponse(
+        late(), media_type="application/json", headers=headers, background=BackgroundTask(end, task)
+    )
 
 
 async def end(task: "asyncio.Future[Any]") -> None:
@@ -71,7 +73,7 @@ def stream(
         coming: asyncio.Future[bytes] | None = None
         try:
             while True:
-                coming = coming or asyncio.ensure_future(anext(events))  # type: ignore[arg-type]
+                coming = coming or asyncio.ensure_future(anext(events))
                 if not (await asyncio.wait([coming], timeout=KEEP_ALIVE_SECONDS))[0]:
                     yield b": waiting\n\n"
                     continue

@@ -57,7 +57,7 @@ from protocol.messages.common import Error, Message
 from protocol.messages.supervisor import ModelAdded
 from protocol.pictures import check_picture
 from protocol.tensors import Buffer, Tensor
-from protocol.views import ModelView, WorkerView
+from protocol.views import GpuView, ModelView, WorkerView
 
 log = logging.getLogger(__name__)
 
@@ -213,7 +213,10 @@ class ClientRequests:
             case GetWorkers():
                 views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
                 drained, processes = tuple(sorted(engine.drained)), self._supervisor.processes if peer.local else ()
-                self._reply(client, Workers(request=number, workers=views, processes=processes, drained=drained))
+                self._reply(
+                    client,
+                    Workers(request=number, workers=views, processes=processes, drained=drained, gpus=self._gpus()),
+                )
             case Drain(stage=stage, on=on):
                 engine.drain(stage, on)
                 self._reply(client, Done(request=number))
@@ -418,6 +421,16 @@ class ClientRequests:
                 jobs=self.engine.job_queue.by_model[entry.key],
             )
             for entry in entries
+        )  # fmt: skip
+
+    def _gpus(self) -> tuple[GpuView, ...]:
+        accounts = self.engine.leasing.ledger.accounts
+        return tuple(
+            GpuView(
+                index=gpu.number, name=account.name, budget=account.budget + account.kept, kept=account.kept,
+                foreign=account.foreign, used=account.used(),
+            )
+            for gpu, account in sorted(accounts.items(), key=lambda item: item[0].number)
         )  # fmt: skip
 
     def _stack(self, number: int) -> Stack:

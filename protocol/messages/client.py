@@ -11,7 +11,7 @@ from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Er
 from protocol.model import ModelDescription
 from protocol.model_spec import FullName, ModelName, ModelSpec
 from protocol.stages import Stage
-from protocol.views import ModelView, ProcessView, WorkerView
+from protocol.views import GpuView, ModelView, ProcessView, WorkerView
 
 ModelOf = Annotated[str, Field(max_length=4096)] | None  # its name in the stack; None: the default one
 
@@ -191,6 +191,7 @@ class Workers(Message):
     workers: tuple[WorkerView, ...]
     processes: tuple[ProcessView, ...]
     drained: tuple[Stage, ...] = ()
+    gpus: tuple[GpuView, ...] = ()
 
 
 class Stack(Message):

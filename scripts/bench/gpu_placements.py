@@ -223,7 +223,7 @@ class SeveralBench(StackBench):
     def kills(self, client: Client) -> None:
         """The text worker, the denoise worker of each GPU and the fork server: nothing is lost, and others go on."""
         jobs = client.submit_many([self.new_request(seed) for seed in range(3 * len(self.gpus) + 4)])
-        todo = ["text", *self.gpus, "fork server"]
+        todo: list[str | int] = ["text", *self.gpus, "fork server"]
         killed: dict[str | int, str] = {}
         for event in client.events([job.id for job in jobs], timeout=300):
             if event.state != "denoise" or not event.running or event.step < 2 or not todo:
