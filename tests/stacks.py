@@ -23,6 +23,7 @@ class RunningStack:
     folder: Path
     process: subprocess.Popen[str]
     client: Client
+    http: str = ""  # address, where it serves HTTP
 
     def picture(self, prompt: str, **options: object) -> tuple[Job, torch.Tensor]:
         """Submit, wait, fetch: the job and its pictures, uint8 (n, height, width, 3)."""
@@ -48,9 +49,10 @@ def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line, f"the stack ended: {logs(folder)}"
-        assert json.loads(line)["state"] == str(folder)
+        told = json.loads(line)
+        assert told["state"] == str(folder)
         with Client(folder, timeout=30) as client:
-            yield RunningStack(folder, process, client)
+            yield RunningStack(folder, process, client, told.get("http", ""))
     finally:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)

@@ -12,6 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from orchestrator.access import AllowedKeys, KeyFolder
 from orchestrator.http import a1111, health, jobs, openai
 from orchestrator.http.asking import Http
+from orchestrator.http.description import described
 from orchestrator.http.faults import tell
 from orchestrator.http.guard import Guard
 from orchestrator.http.results import Links, Results, file_response
@@ -41,7 +42,10 @@ def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
             yield
             beating.cancel()
 
-    app = FastAPI(title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan)
+    app = FastAPI(
+        title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.openapi = lambda: described(app)  # type: ignore[method-assign]
     app.state.http = http
     for kind in (TriptychError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)

@@ -113,7 +113,7 @@ def told(error: Exception) -> TriptychError:
         case HTTPException():
             status, words = HTTPStatus(error.status_code), str(error.detail)
             if status == HTTPStatus.NOT_FOUND:
-                words = "There is nothing at this path: /docs lists what there is."
+                words = "There is nothing at this path: /openapi.json lists what there is."
             return Refused(status, words.rstrip(".") + ".", headers=error.headers)
     return TriptychError("That is a fault of Triptych's.", "Its log has more: triptych logs http")
 

@@ -40,32 +40,6 @@ File = Annotated[str, Field(description="A file as base64, or as a data URL.")]
 UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state not in ENDED)
 
 
-class Fault(BaseModel):
-    code: str
-    message: str
-    hint: str
-    field: str | None = None
-
-
-class Faulty(BaseModel):
-    """Why a request was not done."""
-
-    error: Fault
-
-
-FAULTS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Faulty, "description": "Something in the request can't be right."},
-    401: {"model": Faulty, "description": "A key is needed."},
-    403: {"model": Faulty, "description": "This key, or this site's page, may not do that."},
-    404: {"model": Faulty, "description": "There is no such job, result or model."},
-    409: {"model": Faulty, "description": "The id is another job's, or the state does not allow it."},
-    413: {"model": Faulty, "description": "The body is too large."},
-    422: {"model": Faulty, "description": "Not used; errors of fields are 400."},
-    429: {"model": Faulty, "description": "Too many requests or jobs: see Retry-After."},
-    503: {"model": Faulty, "description": "The stack gives no answer now: see Retry-After."},
-}
-
-
 class NewJob(BaseModel):
     """A prompt and the settings of its picture; what is left out is as the model has it."""
 
@@ -132,7 +106,7 @@ class Gpu(BaseModel):
 # -- jobs ---------------------------------------------------------------------------------------
 
 
-@router.post("/jobs", status_code=HTTPStatus.CREATED, responses=FAULTS)
+@router.post("/jobs", status_code=HTTPStatus.CREATED)
 async def submit(new: NewJob, who: Who, idempotency_key: Annotated[str | None, Header()] = None) -> Job:
     """Submit a job. It is on disk when this answers; the same request with the same id again is the same job."""
     models = await models_of(who.client)
@@ -163,7 +137,7 @@ async def inputs_of(new: NewJob) -> Inputs:
     return await pixels_of(images, mask, new.mask_blur, control=control, ip_image=ip_image, video=video)
 
 
-@router.get("/jobs", responses=FAULTS)
+@router.get("/jobs")
 async def jobs(
     who: Who,
     state: Annotated[list[JobState], Query()] = [],  # noqa: B006
@@ -173,25 +147,25 @@ async def jobs(
     return await who.client.jobs(state, limit)
 
 
-@router.get("/queue", responses=FAULTS)
+@router.get("/queue")
 async def queue(who: Who, limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> list[Job]:
     """List unfinished jobs, the oldest of the newest ones first."""
     return (await who.client.jobs(UNFINISHED, limit))[::-1]
 
 
-@router.get("/jobs/{job_id}", responses=FAULTS)
+@router.get("/jobs/{job_id}")
 async def job(job_id: JobId, who: Who) -> Job:
     """Show a job as it stands."""
     return await who.client.job(job_id)
 
 
-@router.post("/jobs/{job_id}/cancel", responses=FAULTS)
+@router.post("/jobs/{job_id}/cancel")
 async def cancel(job_id: JobId, who: Who) -> Job:
     """End a job; a worker that has its task stops at its next step."""
     return (await who.client.cancel(job_id))[0]
 
 
-@router.post("/jobs/{job_id}/retry", responses=FAULTS)
+@router.post("/jobs/{job_id}/retry")
 async def retry(job_id: JobId, who: Who) -> Job:
     """Run a failed or cancelled job again, from its last finished stage."""
     return (await who.client.retry(job_id))[0]
@@ -203,7 +177,7 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/jobs/{job_id}/events", response_class=Response, responses={**FAULTS, **EVENTS})
+@router.get("/jobs/{job_id}/events", response_class=Response, responses=EVENTS)
 async def events(
     request: Request, job_id: JobId, who: Who, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:
@@ -238,7 +212,7 @@ FILE: dict[int | str, dict[str, Any]] = {
 }
 
 
-@router.get("/jobs/{job_id}/results/{index}.{suffix}", response_class=Response, responses={**FAULTS, **FILE})
+@router.get("/jobs/{job_id}/results/{index}.{suffix}", response_class=Response, responses=FILE)
 async def result(
     request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], suffix: Suffix, who: Who
 ) -> Response:
@@ -250,7 +224,7 @@ async def result(
 # -- the stack ----------------------------------------------------------------------------------
 
 
-@router.get("/stack", responses=FAULTS)
+@router.get("/stack")
 async def stack(who: Who) -> StackInfo:
     """Show the stack's version, how many jobs stand where, and its default model's parameters."""
     found = await who.client.stack()
@@ -260,14 +234,14 @@ async def stack(who: Who) -> StackInfo:
     )  # fmt: skip
 
 
-@router.get("/workers", responses=FAULTS)
+@router.get("/workers")
 async def workers(who: Who) -> Processes:
     """List workers, and for the stack's own user all of its processes."""
     found = await who.client.workers()
     return Processes(workers=list(found.workers), processes=list(found.processes), drained=list(found.drained))
 
 
-@router.get("/gpus", responses=FAULTS)
+@router.get("/gpus")
 async def gpus(who: Who) -> list[Gpu]:
     """List the GPUs that the stack leases to workers, each with who holds what of it."""
     found, models = await who.client.workers(), await who.client.models()
@@ -290,25 +264,25 @@ def load_of(worker: WorkerView, gpu: int, models: list[ModelView]) -> Load:
     )  # fmt: skip
 
 
-@router.get("/models", responses=FAULTS)
+@router.get("/models")
 async def models(who: Who) -> list[ModelView]:
     """List the stack's models with the parameters that each takes, the default one first."""
     return await who.client.models()
 
 
-@router.post("/models/{name:path}/load", status_code=HTTPStatus.NO_CONTENT, responses=FAULTS)
+@router.post("/models/{name:path}/load", status_code=HTTPStatus.NO_CONTENT)
 async def load(name: str, who: Who) -> None:
     """Start a model's workers. For the stack's own user."""
     await who.client.load_model(name)
 
 
-@router.post("/models/{name:path}/unload", status_code=HTTPStatus.NO_CONTENT, responses=FAULTS)
+@router.post("/models/{name:path}/unload", status_code=HTTPStatus.NO_CONTENT)
 async def unload(name: str, who: Who) -> None:
     """End a model's workers until a job asks for it. For the stack's own user."""
     await who.client.load_model(name, load=False)
 
 
-@router.get("/loras", responses=FAULTS)
+@router.get("/loras")
 async def loras(who: Who, model: Annotated[str | None, Query(max_length=256)] = None) -> list[LoraInfo]:
     """List the LoRAs that have a name in the stack."""
     return await who.client.loras(model)
@@ -325,7 +299,7 @@ class PictureIn(BaseModel):
     image: File
 
 
-@router.post("/recipe", responses=FAULTS)
+@router.post("/recipe")
 async def recipe(given: PictureIn) -> Recipe:
     """Read the recipe that a picture carries which Triptych made."""
     import io

@@ -255,6 +255,12 @@ def steps_for(model: ModelView, quality: Quality | None) -> int | None:
     return max(1, round(own * quality.steps))
 
 
+def base_of(request: Request) -> str:
+    """Return the address that a request came to, as its sender knows it: a proxy says so where it speaks TLS."""
+    scheme = "https" if request.headers.get("x-forwarded-proto") == "https" else request.url.scheme
+    return f"{scheme}://{request.url.netloc}"
+
+
 # -- answering ----------------------------------------------------------------------------------
 
 
@@ -325,7 +331,7 @@ class Teller:
     async def _pictures(self, job: Job, inline: bool = False) -> list[Picture]:
         who, suffix = self._who, self._given.suffix
         if self._given.response_format == "url" and not inline:
-            base = str(self._request.base_url).rstrip("/")
+            base = base_of(self._request)
             paths = [who.http.links.path(who.key, job.id, i, suffix) for i in range(job.recipe.num_images)]
             return [Picture(url=base + path) for path in paths]
         files = await who.http.results.files(who.client, who.key, job, suffix, self._given.output_compression)

@@ -132,7 +132,7 @@ class StackBench:
         return time.perf_counter() - start, {record.stage: round(record.seconds, 3) for record in job.records}
 
     def plan(self, budget: int, *arguments: str) -> dict[str, Any]:
-        """Predict a stack that has run before: workspaces as known, speeds by the table; the first of several models."""
+        """Predict a stack that has run before: workspaces as known, by the table; of several models the first."""
         command = [*TRIPTYCH, "plan", "--json", *self.where(budget), *arguments]
         command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
