@@ -43,7 +43,8 @@ def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
             beating.cancel()
 
     app = FastAPI(
-        title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+        title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None,
+        redirect_slashes=False,
     )
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
     app.state.http = http

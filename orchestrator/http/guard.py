@@ -55,10 +55,7 @@ class Guard:
         except TriptychError as error:
             await response_of(error, scope["path"])(scope, receive, send)
             return
-        try:
-            await self._app(scope, received, with_policy(send))
-        except Refused as error:
-            await response_of(error, scope["path"])(scope, receive, send)
+        await self._app(scope, received, with_policy(send))
 
     # -- from where -----------------------------------------------------------------------------
 

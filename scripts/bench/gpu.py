@@ -287,6 +287,7 @@ def again(part: str, result: Path) -> None:
 )  # fmt: skip
 @click.option("--gpus", "count", default=1, show_default=True, help="2 or more: rows of stacks on so many, see --rows")
 @click.option("--rows", default=",".join(ROWS), show_default=True, help="of --gpus 2 and more: which")
+@click.option("--queue", "each", default=12, show_default=True, help="of --gpus 2 and more: jobs for each GPU")
 @click.option("--part", type=click.Choice(["all", "stages", "stacks", "recipe"]), default="all", show_default=True)
 @click.option("--logs", type=click.Path(path_type=Path), help="folder to keep the stacks' logs in")
 @click.option("--result", type=click.Path(path_type=Path), hidden=True)
@@ -299,6 +300,7 @@ def main(
     budgets: str,
     count: int,
     rows: str,
+    each: int,
     part: str,
     logs: Path | None,
     result: Path | None,
@@ -313,7 +315,7 @@ def main(
             if not result.exists():
                 again("recipe", result)
             budget = int(float(cards.split(",")[0]) * GIB)
-            on_several(model, device, count, size, steps, budget, result, logs, rows.split(","))
+            on_several(model, device, count, size, steps, budget, result, logs, rows.split(","), each)
             return
         if part == "stages":
             single_stages(model, device, size, steps, [float(gib) for gib in cards.split(",")], result)

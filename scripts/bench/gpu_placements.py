@@ -25,7 +25,6 @@ from scripts.bench.gpu_stacks import PROMPT, StackBench, row, watched
 GUIDANCE = 3.5
 ROWS = ("replicas", "compiled", "latency", "tensor", "context", "split", "links", "pairs", "models")
 WARM = 3  # jobs for each denoiser before anything is timed
-QUEUE = 12  # jobs for each GPU
 FORK_SERVER = "workers.runtime.fork_server"
 
 
@@ -134,7 +133,7 @@ def links(gpus: tuple[int, ...], cuda: bool, seconds: float = 3.0, size: int = 1
 class SeveralBench(StackBench):
     """Stacks on several GPUs, each of which gives `budget` bytes."""
 
-    budget = 0
+    budget, each = 0, 12  # jobs for each GPU in a queue
 
     def run(self, what: str, measure: Callable[[Client, dict[str, Any]], None], *arguments: str) -> None:
         """A stack, its plan beside it, and the most that each GPU had in use by the driver."""
@@ -172,7 +171,7 @@ class SeveralBench(StackBench):
 
     def steady(self, what: str, exact: bool) -> Callable[[Client, dict[str, Any]], None]:
         def measure(client: Client, planned: dict[str, Any]) -> None:
-            whole, seconds = self.queue(client, QUEUE * len(self.gpus))
+            whole, seconds = self.queue(client, self.each * len(self.gpus))
             share = planned["picture_seconds"] / seconds
             row(what=f"{what}: seconds a picture in steady state", s=seconds, with_filling_and_draining=whole,
                 of_its_part_of_one_process=seconds / self.ideal, goal=1.05, predicted=share,
@@ -204,7 +203,8 @@ class SeveralBench(StackBench):
         for event in client.events([job.id], timeout=300):
             if event.state == "denoise" and event.running and event.step >= 2 and not start:
                 victim = next(w for w in client.workers().workers if w.job == job.id)
-                psutil.Process(victim.pid).children()[-1].kill()
+                ranks = [p for p in psutil.Process(victim.pid).children() if FORK_SERVER in p.cmdline()]
+                ranks[-1].kill()  # others of its children compile
                 start = time.perf_counter()
         done = client.wait(job.id, 300)
         row(what="one rank killed in mid-run", state=done.state, reasons=len(done.reasons),
@@ -213,7 +213,7 @@ class SeveralBench(StackBench):
 
     def split(self, client: Client, planned: dict[str, Any]) -> None:
         singly = [self.queue(client, 1, same=True)[0] for _ in range(3)]
-        _, together = self.queue(client, QUEUE * len(self.gpus), same=True)
+        _, together = self.queue(client, self.each * len(self.gpus), same=True)
         one = statistics.median(singly)
         count = len(self.gpus)
         row(what=f"split: {count} jobs in flight against one, prompts known", one_s=one, s_a_picture=together,
@@ -252,7 +252,7 @@ class SeveralBench(StackBench):
         names = [model.name for model in client.models()]
         requests = [
             self.new_request(seed).model_copy(update={"model": names[seed % len(names)]})
-            for seed in range(QUEUE * len(self.gpus))
+            for seed in range(self.each * len(self.gpus))
         ]
         start = time.perf_counter()
         jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
@@ -264,12 +264,12 @@ class SeveralBench(StackBench):
 
 def on_several(
     model: Path, device: str, count: int, size: int, steps: int, budget: int, result: Path, logs: Path | None,
-    rows: list[str],
+    rows: list[str], each: int,
 ) -> None:  # fmt: skip
     saved = np.load(result)
     cuda = device.startswith("cuda")
     bench = SeveralBench(model, tuple(range(count)), cuda, size, steps, float(saved["seconds"]), saved["picture"], logs)
-    bench.budget = budget
+    bench.budget, bench.each = budget, each
     compiled = ["--compile"] if cuda else []
     for name in rows:
         start = time.perf_counter()
