@@ -5,7 +5,7 @@ files: each kind of placement is predicted from the same book of workers' bytes,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from orchestrator.memory.lease_sizes import LeaseSize, Need, largest_of, lease_sizes
 from orchestrator.memory.margins import FIRST_HEADROOM, HEADROOM, MARGIN, ROUNDING
@@ -27,6 +27,11 @@ EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate r
 # Seconds in which a host starts a compiled block that exchanges with other GPUs, which large GPUs wait for: two H200s
 # were idle a third and a half of the time (2026-11-26).
 STARTING = {"tensor": 2.1e-3, "context": 2.4e-3}
+# Seconds in which a process starts a block's kernels uncompiled, one job after the other: what four jobs at once in a
+# denoiser cut over four H200s are bound by (2026-11-27).
+STARTING_SPLIT = 1.36e-3
+HOST_LINKS = 183e9  # bytes a second from a host's memory to all of its GPUs: what four H200s copy at once (2026-11-27)
+MOST_OF_A_HOST = 8  # GPUs: more are those of several hosts
 UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
 LOAN_SECONDS = 0.08  # to borrow GPU memory and give it back, beside the weights that come in: an H100, 2026-11-26
 UNCOMPILED_TENSOR = 9.0  # times as long without compiling
@@ -72,10 +77,21 @@ class Prediction:
 
 def predict(profile: ModelProfile, hardware: Hardware, posts: Sequence[Post], terms: Terms) -> Prediction:
     """Predict what a placement will do; DoesNotFit, with what would, where a worker can never do anything."""
-    book = Book(profile, hardware, posts, terms)
+    book = Book(profile, with_shared_links(hardware, posts), posts, terms)
     settled = [book.settle(post) for post in posts]
     work = [book.work(number, post) for number, post in enumerate(settled)]
     return Prediction(tuple(work), steady_state(work, terms.patience), latency(work), profile.recipe.num_images)
+
+
+def with_shared_links(hardware: Hardware, posts: Sequence[Post]) -> Hardware:
+    """Return the hardware with what each link gives while all GPUs that are used copy at once."""
+    used = {gpu for post in posts for gpu in post.gpus}
+    most = HOST_LINKS / min(max(1, len(used)), MOST_OF_A_HOST)
+    cards = [
+        replace(card, rate=replace(card.rate, link=min(card.rate.link, most))) if card.index in used else card
+        for card in hardware.cards
+    ]
+    return replace(hardware, cards=tuple(cards))
 
 
 class Book:
@@ -268,7 +284,11 @@ class Book:
             streamed = max(part.streaming.a_pass for part in parts)
             residency: Residency = "in" if all(part.streaming.nothing for part in parts) else "streamed"
             a_pass = sum(busy) / profile.passes
-            return PlannedWorker(post, shares, residency, streamed, a_pass, sum(busy), busy=tuple(busy))
+            blocks = 0 if self.terms.compiled or cards[0].stands_in else len(profile.blocks)
+            starting = blocks * profile.passes * STARTING_SPLIT
+            return PlannedWorker(
+                post, shares, residency, streamed, a_pass, sum(busy), busy=tuple(busy), starting=starting
+            )
         first, busy = 0, []
         for size, card in zip(post.memory, cards, strict=True):  # as accelerate will cut it: by bytes
             count = len(profile.blocks) * size // max(1, sum(post.memory))

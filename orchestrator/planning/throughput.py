@@ -33,6 +33,7 @@ class PlannedWorker:
     pass_seconds: float
     seconds: float  # a job's stage, once it is there
     swap_seconds: float = 0.0  # to bring its weights in, where it must take turns or borrows memory
+    starting: float = 0.0  # seconds of its host's for a job, which jobs at once take one after the other
     busy: tuple[float, ...] = ()  # seconds a job on each of its GPUs, where they work one after the other
 
     def busy_on(self, gpu: int) -> float:
@@ -80,6 +81,8 @@ def steady_state(work: Sequence[PlannedWorker], patience: float) -> float:
             for gpu in one.post.gpus:
                 busy = one.busy_on(gpu) / (SPLIT_EFFICIENCY if one.busy else 1.0) + turn_seconds(one, work, patience)
                 parts.append((1 - rate * load.get(gpu, 0.0)) / sharing[gpu] / busy)
+            if one.starting:
+                parts.append(1 / one.starting)
             done += min(parts)
         return not denoisers or done >= rate
 

@@ -150,6 +150,13 @@ def test_what_is_configured_is_kept_to() -> None:
     assert (own.post.kind, own.post.memory) == ("own", (3_600_000_000,))
 
 
+def test_four_cards_share_what_their_host_can_send_and_one_process_starts_all_kernels() -> None:
+    four = plan(*["H200:16GiB"] * 4)
+    assert four.prediction.picture_seconds == pytest.approx(1.288, rel=0.05)  # measured on four H200s, 2026-11-27
+    split = plan(*["H200:16GiB"] * 4, placement="split", stages={"denoise": {"workers": 1}})
+    assert split.prediction.picture_seconds == pytest.approx(2.2, rel=0.05)  # likewise
+
+
 def test_many_cards_get_text_encoders_and_vaes_to_match() -> None:
     found = plan(*["RTX 4080:16GB"] * 100)
     counts = {stage: len(found.prediction.of(stage)) for stage in ("text", "denoise", "vae")}
