@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from orchestrator.access import AllowedKeys, KeyFolder
-from orchestrator.http import a1111, health, jobs, openai
+from orchestrator.http import a1111, health, jobs, openai, page
 from orchestrator.http.asking import Http
 from orchestrator.http.description import described
 from orchestrator.http.faults import tell
@@ -33,7 +33,7 @@ their events and results, workers, models and LoRAs."""
 def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
     """Return the application, whose loop moves a `pulse` while it takes requests."""
     settings, keys = spec.settings, KeyFolder(StackFolder(spec.state).keys)
-    http = Http(settings, StackLink(spec.endpoint), Results(), Links.of(StackFolder(spec.state).keys))
+    http = Http(spec.state, settings, StackLink(spec.endpoint), Results(), Links.of(StackFolder(spec.state).keys))
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -43,14 +43,19 @@ def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
             beating.cancel()
 
     app = FastAPI(
-        title="Triptych", version=VERSION, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None,
+        title="Triptych",
+        version=VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         redirect_slashes=False,
     )
     app.openapi = lambda: described(app)  # type: ignore[method-assign]
     app.state.http = http
     for kind in (TriptychError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
-    for router in (health.router, openai.router, jobs.router, a1111.router):
+    for router in (health.router, openai.router, jobs.router, a1111.router, page.router):
         app.include_router(router)
     if settings.http_origins:
         app.add_middleware(

@@ -8,6 +8,7 @@ import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -32,6 +33,7 @@ DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 class Http:
     """All that the routes of one HTTP process share."""
 
+    state: Path  # the stack's folder
     settings: HttpSettings
     stack: StackLink
     results: Results
