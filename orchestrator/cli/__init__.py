@@ -24,6 +24,7 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "cancel": ("orchestrator.cli.jobs", "cancel", "Cancel jobs."),
     "retry": ("orchestrator.cli.submit", "retry", "Run failed or cancelled jobs again, or make a PNG's picture again."),
     "workers": ("orchestrator.cli.stack", "workers", "Show the workers of the running stack."),
+    "top": ("orchestrator.cli.top", "top", "Show what the stack does, until Ctrl-C."),
     "restart": ("orchestrator.cli.stack", "restart", "Restart a stage's workers."),
     "models": ("orchestrator.cli.models", "models", "List the stack's models; load and unload them."),
     "loras": ("orchestrator.cli.loras", "loras", "List the LoRAs that jobs can name."),

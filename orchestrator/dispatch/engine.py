@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.admission import Admission, Either, Pictures
 from orchestrator.dispatch.catalogue import Catalogue
+from orchestrator.dispatch.counters import Counters
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
@@ -75,6 +76,7 @@ class Engine:
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
         self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
+        self.counters = Counters(self._model_name)
         self._handed_back: Counter[str] = Counter()  # tasks that keys' workers have not done, by unfinished job
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
@@ -92,6 +94,7 @@ class Engine:
         """Let an event take effect: stored, queued, counted, and told to those who watch the job."""
         changes = transitions.after(job, event)
         after = changes.job
+        self.counters.happened(job, event, after, time.time())
         self.job_queue.replace(job, after)
         for kind in changes.drop:
             self.store.artifacts.drop(kind, after.id)
@@ -108,6 +111,10 @@ class Engine:
             self.subscriptions.forget_job(after.id)
             log.info("%s", after.state, extra={"job": after.id})
         return after
+
+    def _model_name(self, job: LiveJob) -> str:
+        entry = self.catalogue.of(job.model)
+        return entry.name if entry else ""
 
     def event(self, job: LiveJob, known_as: str) -> JobEvent:
         """A job as it stands, for those who watch it, and know it by some id."""
@@ -222,6 +229,8 @@ class Engine:
         if not self.leasing.leased(worker, leased):
             self.lose_worker(worker, "answered a lease with another")
             return
+        if any(lease.bytes for lease in leased.leases):
+            self.counters.swapped(worker.hello.stage)
         self.dispatch.start_anew([w for w in self.leasing.accounts.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
             for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
@@ -332,6 +341,7 @@ class Engine:
             peak_bytes=result.peak_bytes, warnings=result.warnings, device_kind=worker.hello.device_kind,
             versions=worker.hello.versions, calls=result.calls, wants=result.wants, kept=kept,
         )  # fmt: skip
+        self.counters.streamed(result.stage, streamed_bytes(worker, job))
         self.happened(job, transitions.StageDone(record, result.next, time.time(), result.visits_left))
         if result.next is None:
             self._make_room_for_pictures(job.id)
@@ -440,3 +450,11 @@ class Engine:
             self.store.forget(job)
             self.job_queue.count(job.state, -1)
         return gone
+
+
+def streamed_bytes(worker: Worker, job: LiveJob) -> int:
+    """Return about how many bytes of weights a worker has let pass through its GPU for a job: once a pass."""
+    missing = sum(max(0, part.total_bytes - part.device_bytes) for part in worker.residency if part.state == "streamed")
+    if worker.hello.stage != "denoise":
+        return missing
+    return missing * job.recipe.steps * (2 if (job.recipe.cfg_scale or 0) > 1 else 1)

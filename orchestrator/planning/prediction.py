@@ -25,8 +25,8 @@ SPLIT_SHARE = 1.01  # times what a job takes on one GPU, for the way from one to
 COMMUNICATION = 400_000_000  # bytes of NCCL's buffers on each GPU; not measured yet
 EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate result, for each block and pass
 # Seconds in which a host starts a compiled block that exchanges with other GPUs, which large GPUs wait for: two H200s
-# were idle a third and a half of the time (2026-11-26).
-STARTING = {"tensor": 2.1e-3, "context": 2.4e-3}
+# were idle a third and a half of the time (2026-11-26); four took 1.6 to 2.1 ms (2026-11-27).
+STARTING = {"tensor": 1.8e-3, "context": 2.4e-3}
 # Seconds in which a process starts a block's kernels uncompiled, one job after the other: what four jobs at once in a
 # denoiser cut over four H200s are bound by (2026-11-27).
 STARTING_SPLIT = 1.36e-3

@@ -32,6 +32,7 @@ from protocol.messages.client import (
     FetchPictures,
     GetJobs,
     GetLoras,
+    GetMetrics,
     GetModels,
     GetStack,
     GetWorkers,
@@ -39,6 +40,7 @@ from protocol.messages.client import (
     LoadModel,
     LoraHere,
     Loras,
+    Metrics,
     Models,
     OfferLora,
     Pictures,
@@ -66,7 +68,7 @@ MOST_OF_A_KEY, PARKED_BYTES = 100, 64 << 20  # of one key's, and of the pictures
 MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
-ADMINISTRATION = (Restart, Scale, Drain, CollectGarbage, LoadModel, AddModel, RemoveModel)
+ADMINISTRATION = (GetMetrics, Restart, Scale, Drain, CollectGarbage, LoadModel, AddModel, RemoveModel)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +224,8 @@ class ClientRequests:
                 self._reply(client, Done(request=number))
             case CollectGarbage(older=older):
                 self._reply(client, self._collect(number, older))
+            case GetMetrics():
+                self._reply(client, Metrics(request=number, metrics=engine.counters.metrics()))
             case GetStack():
                 self._reply(client, self._stack(number))
             case OfferLora(digest=digest, bytes=size):

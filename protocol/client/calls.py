@@ -26,6 +26,7 @@ from protocol.messages.client import (
     FetchPictures,
     GetJobs,
     GetLoras,
+    GetMetrics,
     GetModels,
     GetStack,
     GetWorkers,
@@ -34,6 +35,7 @@ from protocol.messages.client import (
     LoadModel,
     LoraHere,
     Loras,
+    Metrics,
     Models,
     OfferLora,
     Pictures,
@@ -49,6 +51,7 @@ from protocol.messages.client import (
     Workers,
 )
 from protocol.messages.common import MAX_JOBS, MOST_LISTED, Message
+from protocol.metrics import Metric
 from protocol.model_spec import ModelSpec
 from protocol.pictures import pictures_among
 from protocol.stages import Stage
@@ -246,6 +249,10 @@ class Calls:
     async def stack(self) -> Stack:
         """Version, model and counts."""
         return await self._message(Stack, GetStack)
+
+    async def metrics(self) -> list[Metric]:
+        """What was counted since the orchestrator was started; Forbidden for keys."""
+        return list((await self._message(Metrics, GetMetrics)).metrics)
 
     async def workers(self) -> Workers:
         """The registered workers, and the processes that the supervisor keeps."""

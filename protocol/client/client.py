@@ -26,6 +26,7 @@ from protocol.errors import NoStack
 from protocol.job import Job, JobRequest, JobState
 from protocol.lora import LoraInfo
 from protocol.messages.client import JobEvent, Question, Stack, Workers
+from protocol.metrics import Metric
 from protocol.model_spec import ModelSpec
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
@@ -234,6 +235,10 @@ class Client:
     def stack(self) -> Stack:
         """Version, model and counts."""
         return run(self._calls.stack())
+
+    def metrics(self) -> list[Metric]:
+        """What was counted since the orchestrator was started; Forbidden for keys."""
+        return run(self._calls.metrics())
 
     def workers(self) -> Workers:
         """The registered workers, and the processes that the supervisor keeps."""

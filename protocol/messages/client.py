@@ -8,6 +8,7 @@ from protocol.data import Digest
 from protocol.job import Job, JobId, JobRequest, JobState
 from protocol.lora import LoraInfo
 from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
+from protocol.metrics import Metric
 from protocol.model import ModelDescription
 from protocol.model_spec import FullName, ModelName, ModelSpec
 from protocol.stages import Stage
@@ -76,6 +77,10 @@ class GetWorkers(Question):
 
 class GetStack(Question):
     kind = "get-stack"
+
+
+class GetMetrics(Question):
+    kind = "get-metrics"
 
 
 class Restart(Question):
@@ -208,6 +213,14 @@ class Stack(Message):
     queue_limit: Count
 
 
+class Metrics(Message):
+    """What was counted since the orchestrator was started."""
+
+    kind = "metrics"
+    request: Count
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=64)]
+
+
 class Collected(Message):
     """The jobs and bytes that were removed."""
 
@@ -257,6 +270,7 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Retry,
     GetWorkers,
     GetStack,
+    GetMetrics,
     Restart,
     Scale,
     Drain,
@@ -270,5 +284,5 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     PutLora,
 )
 TO_CLIENT: tuple[type[Message], ...] = (
-    Jobs, JobEvent, Pictures, Workers, Stack, Collected, Loras, Models, LoraHere, Done, Error,
+    Jobs, JobEvent, Pictures, Workers, Stack, Metrics, Collected, Loras, Models, LoraHere, Done, Error,
 )  # fmt: skip

@@ -90,7 +90,8 @@ def test_a_job_is_cancelled_and_run_again(web: httpx.Client) -> None:
 
 def test_pictures_to_begin_from_and_recipes(web: httpx.Client, served: RunningStack) -> None:
     image = noise()
-    body = {**JOB, "images": [base64.b64encode(png(image)).decode()], "strength": 0.5}
+    text = base64.b64encode(png(image)).decode()
+    body = {**JOB, "images": [text], "strength": 0.5}
     job = finished(web, body)
     options = {name: value for name, value in JOB.items() if name != "prompt"}
     assert torch.equal(
@@ -99,7 +100,7 @@ def test_pictures_to_begin_from_and_recipes(web: httpx.Client, served: RunningSt
     file = web.get(f"/api/jobs/{job['id']}/results/0.png").content
     made = web.post("/api/recipe", json={"image": base64.b64encode(file).decode()}).json()
     assert made["recipe"]["seed"] == 1
-    assert web.post("/api/recipe", json={"image": body["images"][0]}).status_code == 400
+    assert web.post("/api/recipe", json={"image": text}).status_code == 400
 
 
 def test_the_stack_is_shown(web: httpx.Client) -> None:

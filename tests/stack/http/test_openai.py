@@ -103,7 +103,7 @@ def test_a_stream_ends_with_the_whole_picture(sdk: openai.OpenAI) -> None:
     assert events[-1].type == "image_generation.completed"
     assert whole.data
     assert torch.equal(pixels(events[-1].b64_json), pixels(whole.data[0].b64_json))
-    assert events[-1].usage.total_tokens == whole.usage.total_tokens  # type: ignore[union-attr]
+    assert events[-1].usage.total_tokens == whole.usage.total_tokens
 
 
 def test_unknown_models_go_to_the_default_one_and_that_is_said(web: httpx.Client) -> None:
