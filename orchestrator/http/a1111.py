@@ -22,13 +22,12 @@ from orchestrator.http.asking import (
     file_of,
     loras_of,
     model_named,
-    models_of,
     pixels_of,
     spread,
 )
 from orchestrator.http.faults import BadField
 from orchestrator.http.results import text_of
-from orchestrator.http.waiting import answer, ended
+from orchestrator.http.waiting import answer, done
 from protocol.client.input_pictures import Inputs
 from protocol.client.picture_files import parameters_text
 from protocol.errors import BadRequest
@@ -145,7 +144,7 @@ def inverted(mask: bytes) -> bytes:
 
 async def make(request: Request, who: Caller, given: TextToImage, inputs: Inputs, strength: float | None) -> Response:
     told: list[str] = []
-    models = await models_of(who.client)
+    models = await who.models()
     named = given.override_settings.get("sd_model_checkpoint") or chosen.get(who.key)
     model = model_named(models, named if isinstance(named, str) else None, told)
     if model.video:
@@ -190,7 +189,7 @@ def without_loras(prompt: str) -> tuple[str, list[str]]:
 
 
 async def whole(who: Caller, given: TextToImage, jobs: list[Job], model: ModelView, told: list[str]) -> dict[str, Any]:
-    jobs = await ended(who.client, jobs)
+    await done(who.client, jobs)
     images: list[str] = []
     for job in jobs:
         files = await who.http.results.files(who.client, who.key, job, "png")
@@ -224,13 +223,13 @@ async def progress(who: Who, skip_current_image: bool = False) -> Progress:
     if not unfinished:
         return Progress(progress=0.0, eta_relative=0.0, state=ProgressState())
     oldest = unfinished[-1]
-    done = min(1.0, oldest.step / max(1, oldest.recipe.steps)) * 0.95
+    share = min(1.0, oldest.step / max(1, oldest.recipe.steps)) * 0.95
     spent = time.time() - oldest.created
     state = ProgressState(
         job=oldest.id, job_count=len(unfinished), job_timestamp=timestamp(oldest), sampling_step=oldest.step,
         sampling_steps=oldest.recipe.steps,
     )  # fmt: skip
-    return Progress(progress=done, eta_relative=spent / done - spent if done else 0.0, state=state)
+    return Progress(progress=share, eta_relative=spent / share - spent if share else 0.0, state=state)
 
 
 @router.post("/interrupt")
@@ -272,7 +271,7 @@ def parsed(text: str) -> dict[str, str]:
 @router.get("/options")
 async def options(who: Who) -> dict[str, Any]:
     """Show the options that clients look at."""
-    models = await models_of(who.client)
+    models = await who.models()
     model = model_named(models, chosen.get(who.key), [])
     return {
         "sd_model_checkpoint": title(model), "sd_checkpoint_hash": model.revision, "samples_format": "png",
@@ -286,7 +285,7 @@ async def set_options(given: Options, who: Who) -> None:
     name = given.sd_model_checkpoint
     if name is None:
         return
-    for model in await models_of(who.client):
+    for model in await who.models(name):
         if name in (model.name, title(model)):
             chosen[who.key] = model.name
             return
@@ -302,7 +301,7 @@ async def sd_models(who: Who) -> list[dict[str, Any]]:
     """List the stack's models."""
     return [
         {"title": title(m), "model_name": m.name, "hash": m.revision[:10], "sha256": None, "filename": m.name,
-         "config": None} for m in await models_of(who.client)
+         "config": None} for m in await who.models()
     ]  # fmt: skip
 
 

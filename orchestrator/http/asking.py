@@ -6,6 +6,7 @@ import binascii
 import hashlib
 import re
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from protocol.lora import LORA_NAME, LoraRequest, parse_lora
 from protocol.tensors import Tensor
 from protocol.views import ModelView
 
+PATIENCE_SECONDS, POLL_SECONDS = 20.0, 0.1  # for a stack that has just been started, and is looking at its model
+MODELS_SECONDS = 1.0  # that what is known of models may be old
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
@@ -38,6 +41,7 @@ class Http:
     stack: StackLink
     results: Results
     links: Links
+    models: dict[str, tuple[float, list[ModelView]]] = field(default_factory=dict)  # by key, and when they were asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,18 @@ class Caller:
     key: str  # its name; empty for this machine's user
     client: AsyncClient
     http: Http
+
+    async def models(self, name: str | None = None) -> list[ModelView]:
+        """Return the stack's models, the default one first, as of a moment ago; NoStack while none is known yet.
+
+        They are asked for anew where none has the wanted `name`.
+        """
+        since, models = self.http.models.get(self.key, (0.0, []))
+        missing = name is not None and all(name not in (model.name, model.model) for model in models)
+        if missing or time.monotonic() - since > MODELS_SECONDS:
+            models = await models_of(self.client)
+            self.http.models[self.key] = time.monotonic(), models
+        return models
 
 
 async def caller(request: Request) -> Any:
@@ -70,9 +86,12 @@ class Wanted:
 
 
 async def models_of(client: AsyncClient) -> list[ModelView]:
-    """Return the stack's models, the default one first; NoStack while none is known yet."""
-    if not (models := await client.models()):
-        raise NoStack("The stack is yet looking at its model.", "Ask again in a moment.")
+    """Return the stack's models, the default one first, once one is known; NoStack where that takes long."""
+    limit = time.monotonic() + PATIENCE_SECONDS
+    while not (models := await client.models()):
+        if time.monotonic() > limit:
+            raise NoStack("The stack is yet looking at its model.", "Ask again in a moment.")
+        await asyncio.sleep(POLL_SECONDS)
     return models
 
 

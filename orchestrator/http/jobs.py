@@ -17,7 +17,6 @@ from orchestrator.http.asking import (
     id_of,
     loras_of,
     model_known,
-    models_of,
     pixels_of,
 )
 from orchestrator.http.faults import BadField
@@ -109,8 +108,7 @@ class Gpu(BaseModel):
 @router.post("/jobs", status_code=HTTPStatus.CREATED)
 async def submit(new: NewJob, who: Who, idempotency_key: Annotated[str | None, Header()] = None) -> Job:
     """Submit a job. It is on disk when this answers; the same request with the same id again is the same job."""
-    models = await models_of(who.client)
-    model = model_known(models, new.model)
+    model = model_known(await who.models(new.model), new.model)
     fields = new.model_dump(
         exclude={"images", "mask", "mask_blur", "control", "ip_image", "video", "settings", "loras", "id"}
     )

@@ -19,14 +19,13 @@ from orchestrator.http.asking import (
     loras_of,
     model_known,
     model_named,
-    models_of,
     pixels_of,
     size_of,
     spread,
 )
 from orchestrator.http.faults import BadField, fault_of
 from orchestrator.http.results import text_of
-from orchestrator.http.waiting import answer, ended, event, stream
+from orchestrator.http.waiting import answer, done, event, stream
 from orchestrator.settings import Quality
 from protocol.client.input_pictures import Inputs
 from protocol.errors import BadRequest
@@ -140,13 +139,13 @@ class ModelList(BaseModel):
 @router.get("/models")
 async def models(who: Annotated[Caller, Depends(caller)]) -> ModelList:
     """List the stack's models."""
-    return ModelList(data=[Model(id=model.name) for model in await models_of(who.client)])
+    return ModelList(data=[Model(id=model.name) for model in await who.models()])
 
 
 @router.get("/models/{name:path}")
 async def model(name: str, who: Annotated[Caller, Depends(caller)]) -> Model:
     """Show one of the stack's models."""
-    return Model(id=model_known(await models_of(who.client), name).name)
+    return Model(id=model_known(await who.models(name), name).name)
 
 
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -269,7 +268,8 @@ async def respond(
 ) -> Response:
     """Submit what is asked, and answer once it is made, or with events meanwhile."""
     settings = who.http.settings
-    asked, model, quality = wanted(given, inputs, await models_of(who.client), settings.http_qualities, job_id)
+    models = await who.models(given.model)
+    asked, model, quality = wanted(given, inputs, models, settings.http_qualities, job_id)
     if model.video:
         raise BadRequest(f"{model.name} makes videos, no pictures.", "POST /api/jobs makes them.")
     jobs = await asked.submit(who.client)
@@ -298,7 +298,7 @@ class Teller:
 
     async def whole(self, jobs: list[Job]) -> dict[str, Any]:
         """Return the answer once all jobs are done."""
-        jobs = await ended(self._who.client, jobs)
+        await done(self._who.client, jobs)
         data = [picture for job in jobs for picture in await self._pictures(job)]
         recipe = jobs[0].recipe
         return Images(
@@ -310,7 +310,7 @@ class Teller:
     async def events(self, jobs: list[Job]) -> AsyncIterator[bytes]:
         """Yield events as OpenAI's: a completed one for each picture."""
         for job in jobs:
-            (job,) = await ended(self._who.client, [job])
+            await done(self._who.client, [job])
             for picture in await self._pictures(job, inline=True):
                 name = f"{self._kind}.completed"
                 more = {**self._shape(job), "b64_json": picture.b64_json, "usage": self._usage([job]).model_dump()}

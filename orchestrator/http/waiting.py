@@ -21,11 +21,11 @@ SSE = "text/event-stream"
 SSE_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-async def ended(client: AsyncClient, jobs: list[Job]) -> list[Job]:
-    """Return jobs once all are done; JobFailed, JobCancelled for the first that isn't."""
-    async for _ in client.events([job.id for job in jobs]):
-        pass
-    return [raise_unless_done(await client.job(job.id)) for job in jobs]
+async def done(client: AsyncClient, jobs: list[Job]) -> None:
+    """Wait until all jobs are done; JobFailed, JobCancelled for the first that ends otherwise."""
+    async for change in client.events([job.id for job in jobs]):
+        if change.state in ("failed", "cancelled"):
+            raise_unless_done(await client.job(change.job))
 
 
 async def answer(request: Request, work: Awaitable[Any], headers: dict[str, str] | None = None) -> Response:

@@ -11,6 +11,7 @@ from orchestrator.supervisor.child import Child
 from protocol.errors import BadRequest
 
 STILL_SECONDS = 30.0  # without a turn of its loop, after which it hangs
+MOST_PORT = 65535
 BACKLOG = 1024  # connections that may wait to be taken
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
@@ -29,6 +30,8 @@ class HttpSocket:
         host, _, port = (settings.http or "").rpartition(":")
         host = host.strip("[]")
         try:
+            if int(port) > MOST_PORT:
+                raise OverflowError(f"there is no port {port}")
             family, *_, where = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
             self.socket = socket.create_server(where[:2], family=family, backlog=BACKLOG)
         except (OSError, OverflowError) as error:

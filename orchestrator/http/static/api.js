@@ -1,6 +1,12 @@
 // Questions to /api, and small helpers for what is shown.
 
-export class Fault extends Error {}
+// `again`: the same may work in a moment.
+export class Fault extends Error {
+  constructor(words, again = false) {
+    super(words);
+    this.again = again;
+  }
+}
 
 export async function ask(path, body, method) {
   const options = { method: method ?? (body === undefined ? "GET" : "POST"), headers: {} };
@@ -12,13 +18,13 @@ export async function ask(path, body, method) {
   try {
     answer = await fetch(`/api/${path}`, options);
   } catch {
-    throw new Fault("Triptych gives no answer; it is asked again.");
+    throw new Fault("Triptych gives no answer; it is asked again.", true);
   }
   if (answer.status === 204) return null;
   const found = await answer.json().catch(() => null);
   if (!answer.ok) {
     const { message, hint } = found?.error ?? { message: `Answer ${answer.status}.`, hint: "" };
-    throw new Fault(`${message} ${hint ?? ""}`.trim());
+    throw new Fault(`${message} ${hint ?? ""}`.trim(), answer.status === 503 || answer.status === 429);
   }
   return found;
 }
@@ -30,8 +36,8 @@ export async function submit(job) {
     try {
       return await ask("jobs", { ...job, id });
     } catch (fault) {
-      if (!(fault instanceof Fault) || tries >= 20 || !/no answer|No stack/.test(fault.message)) throw fault;
-      await new Promise((done) => setTimeout(done, 500));
+      if (!(fault instanceof Fault) || !fault.again || tries >= 20) throw fault;
+      await new Promise((done) => setTimeout(done, 1000));
     }
   }
 }
