@@ -22,6 +22,7 @@ from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
 from orchestrator.dispatch.picture_check import fault_of_all, fault_of_last_part, fault_of_part
+from orchestrator.dispatch.previews import Previews
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
 from orchestrator.dispatch.step_deadlines import StepDeadlines
@@ -40,7 +41,18 @@ from protocol.gpu_memory import GpuId
 from protocol.job import JobRequest, Kept, StageRecord
 from protocol.messages.client import JobEvent
 from protocol.messages.common import TaskKey
-from protocol.messages.worker import CancelTask, Committed, Leased, Lent, Part, Progress, Ready, Result, TaskFailed
+from protocol.messages.worker import (
+    CancelTask,
+    Committed,
+    Leased,
+    Lent,
+    Part,
+    PreviewFit,
+    Progress,
+    Ready,
+    Result,
+    TaskFailed,
+)
 from protocol.pictures import PICTURES
 from protocol.route import WHOLE
 from protocol.stages import FIRST, USUAL_NEXT, Stage
@@ -75,7 +87,10 @@ class Engine:
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
-        self.dispatch = TaskDispatch(store, outbox, self.fleet, self.job_queue, self.leasing, self.happened)
+        self.previews = Previews(store, outbox)
+        self.dispatch = TaskDispatch(
+            store, outbox, self.fleet, self.job_queue, self.leasing, self.happened, self.previews
+        )
         self.counters = Counters(self._model_name)
         self._handed_back: Counter[str] = Counter()  # tasks that keys' workers have not done, by unfinished job
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
@@ -108,6 +123,7 @@ class Engine:
         if after.ended and not job.ended:
             self.leasing.moved()
             self._handed_back.pop(after.id, None)
+            self.previews.forget(after.id)
             self.subscriptions.forget_job(after.id)
             log.info("%s", after.state, extra={"job": after.id})
         return after
@@ -306,7 +322,15 @@ class Engine:
         if task.saved > job.saved and tensors and all(tensor.name.startswith(CHECKPOINT) for tensor in tensors):
             self.store.artifacts.put("checkpoint", job.id, tensors)
             saved = task.saved
-        self.happened(job, transitions.StepsDone(task.step, saved))
+        if task.preview:
+            self.previews.came(job, task)
+        else:
+            self.happened(job, transitions.StepsDone(task.step, saved))
+
+    def preview_fit(self, worker: Worker, fit: PreviewFit, tensors: tuple[Tensor, ...]) -> None:
+        """Keep a map from latents to colors that was fitted to a job."""
+        if job := self._current(worker, fit):
+            self.previews.fitted(worker, job, fit, tensors)
 
     def part(self, worker: Worker, part: Part, tensors: tuple[Tensor, ...]) -> None:
         """Keep a part of a job's pictures; it is there with the result that comes after it."""

@@ -11,6 +11,7 @@ from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
+from orchestrator.dispatch.previews import Previews
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob, ModelKey
@@ -64,9 +65,11 @@ class TaskDispatch:
         job_queue: JobQueue,
         leasing: Leasing,
         happened: Callable[[LiveJob, Event], LiveJob],
+        previews: Previews,
     ) -> None:
         self._store, self._outbox, self._fleet = store, outbox, fleet
         self._job_queue, self._leasing, self._happened = job_queue, leasing, happened
+        self._previews = previews
         self._hold_until = 0.0  # monotonic seconds
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
@@ -124,11 +127,13 @@ class TaskDispatch:
         task = Task(
             job=job.id, stage=job.stage, attempt=job.attempt, recipe=job.recipe,
             ahead=tuple(other.recipe for other, _ in ahead), allow_tiling=not self._leasing.more(worker),
+            learn_previews=self._previews.learns(job),
         )  # fmt: skip
         theirs = [replace(t, name=f"{AHEAD}{n}:{t.name}") for n, (_, tensors) in enumerate(ahead) for t in tensors]
         along = tuple(other.id for other, _ in ahead)
         self._fleet.give(worker, task, StepDeadlines.key(job.stage, job.recipe), along)
         self._outbox.to_worker(worker.identity, task, (*tensors, *pictures, *(checkpoint or ()), *theirs))
+        self._previews.handed_out(job)
 
     def _ahead(self, job: LiveJob, busy: set[str]) -> Sequence[tuple[LiveJob, tuple[Tensor, ...]]]:
         """Return the next jobs, but for `busy` ones, that their worker may do along with this one, with their inputs.

@@ -34,6 +34,7 @@ from protocol.messages.client import (
     GetLoras,
     GetMetrics,
     GetModels,
+    GetPreview,
     GetStack,
     GetWorkers,
     Jobs,
@@ -44,6 +45,7 @@ from protocol.messages.client import (
     Models,
     OfferLora,
     Pictures,
+    Preview,
     PutLora,
     Question,
     RemoveModel,
@@ -201,6 +203,8 @@ class ClientRequests:
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in live)))
             case FetchPictures(job=job_id, part=part):
                 self._pictures(peer, number, self._own(peer, job_id), part)
+            case GetPreview(job=job_id):
+                self._reply(client, self._preview(number, self._own(peer, job_id)))
             case Cancel(jobs=ids):
                 jobs = [self._own(peer, job_id) for job_id in ids]
                 for job in jobs:
@@ -364,6 +368,12 @@ class ClientRequests:
             )
         else:
             raise NotFound(f"Job {job_id} is {job.state}.", "" if job.ended else "Wait for it.")
+
+    def _preview(self, number: int, job: LiveJob) -> Preview:
+        if job.ended:
+            return Preview(request=number, step=job.step, steps=job.recipe.steps)
+        looked = self.engine.previews.look(job)
+        return Preview(request=number, step=looked.step, steps=job.recipe.steps, file=looked.file)
 
     def _collect(self, number: int, older: float) -> Collected:
         held = sum(self.engine.store.artifacts.bytes_of.values())

@@ -26,6 +26,7 @@ from protocol.messages.worker import (
     Lent,
     LoraPart,
     Part,
+    PreviewFit,
     Progress,
     Ready,
     Result,
@@ -131,6 +132,8 @@ class WorkerRequests:
                 self._answer(identity, Beat())
             case Progress() as task:
                 engine.progress(worker, task, envelope.tensors)
+            case PreviewFit() as fit:
+                engine.preview_fit(worker, fit, envelope.tensors)
             case Part() as part:
                 engine.part(worker, part, envelope.tensors)
             case Result() as result:

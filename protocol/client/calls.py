@@ -28,6 +28,7 @@ from protocol.messages.client import (
     GetLoras,
     GetMetrics,
     GetModels,
+    GetPreview,
     GetStack,
     GetWorkers,
     JobEvent,
@@ -39,6 +40,7 @@ from protocol.messages.client import (
     Models,
     OfferLora,
     Pictures,
+    Preview,
     PutLora,
     Question,
     RemoveModel,
@@ -213,6 +215,13 @@ class Calls:
         """The job, and its pictures, or the frames of its videos in order, as uint8 (n, height, width, 3)."""
         job, tensors = await self.results(job_id)
         return job, pictures_among(tensors)
+
+    async def preview(self, job_id: str) -> Preview:
+        """How a job's picture will look, as far as a worker can tell; whoever asks again has newer ones made.
+
+        The first jobs of a model that somebody looks at have none: colors are learned of them.
+        """
+        return await self._message(Preview, GetPreview, job=job_id)
 
     async def results(self, job_id: str) -> tuple[Job, list[Tensor]]:
         """The job, and all that it made: parts of its `pictures`, and the `sound` of videos; see Pictures."""

@@ -25,7 +25,7 @@ from protocol.curve_keys import PeerKey
 from protocol.errors import NoStack
 from protocol.job import Job, JobRequest, JobState
 from protocol.lora import LoraInfo
-from protocol.messages.client import JobEvent, Question, Stack, Workers
+from protocol.messages.client import JobEvent, Preview, Question, Stack, Workers
 from protocol.metrics import Metric
 from protocol.model_spec import ModelSpec
 from protocol.sockets import dealer, receive, send
@@ -217,6 +217,10 @@ class Client:
     def raw_pictures(self, job_id: str) -> tuple[Job, Tensor]:
         """The job, and its pictures, or the frames of its videos in order, as uint8 (n, height, width, 3)."""
         return run(self._calls.raw_pictures(job_id))
+
+    def preview(self, job_id: str) -> Preview:
+        """How a job's picture will look, as far as a worker can tell; whoever asks again has newer ones made."""
+        return run(self._calls.preview(job_id))
 
     def results(self, job_id: str) -> tuple[Job, list[Tensor]]:
         """The job, and all that it made: parts of its `pictures`, and the `sound` of videos; see Pictures."""

@@ -7,7 +7,18 @@ from pydantic import Field
 from protocol.data import Digest
 from protocol.job import Job, JobId, JobRequest, JobState
 from protocol.lora import LoraInfo
-from protocol.messages.common import MAX_JOBS, MAX_PARTS, MOST_LISTED, Count, Error, JobIds, Line, Message, Name
+from protocol.messages.common import (
+    MAX_JOBS,
+    MAX_PARTS,
+    MOST_LISTED,
+    MOST_PREVIEWED,
+    Count,
+    Error,
+    JobIds,
+    Line,
+    Message,
+    Name,
+)
 from protocol.metrics import Metric
 from protocol.model import ModelDescription
 from protocol.model_spec import FullName, ModelName, ModelSpec
@@ -57,6 +68,13 @@ class FetchPictures(Question):
     kind = "fetch-pictures"
     job: JobId
     part: Annotated[int, Field(ge=0, le=MAX_PARTS)] = 0
+
+
+class GetPreview(Question):
+    """Ask how a job's picture will look; whoever asks again within seconds has newer ones made."""
+
+    kind = "get-preview"
+    job: JobId
 
 
 class Cancel(Question):
@@ -190,6 +208,16 @@ class Pictures(Message):
     parts: Count = 1  # that there are
 
 
+class Preview(Message):
+    """A JPEG of how a job's picture will look, by what is known after so many steps; empty while there is none."""
+
+    kind = "preview"
+    request: Count
+    step: Count
+    steps: Count
+    file: Annotated[bytes, Field(max_length=MOST_PREVIEWED)] = b""
+
+
 class Workers(Message):
     kind = "workers"
     request: Count
@@ -266,6 +294,7 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Watch,
     GetJobs,
     FetchPictures,
+    GetPreview,
     Cancel,
     Retry,
     GetWorkers,
@@ -284,5 +313,5 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     PutLora,
 )
 TO_CLIENT: tuple[type[Message], ...] = (
-    Jobs, JobEvent, Pictures, Workers, Stack, Metrics, Collected, Loras, Models, LoraHere, Done, Error,
+    Jobs, JobEvent, Pictures, Preview, Workers, Stack, Metrics, Collected, Loras, Models, LoraHere, Done, Error,
 )  # fmt: skip

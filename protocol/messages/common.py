@@ -12,6 +12,7 @@ from protocol.stages import Stage
 MOST_MODELS = 256  # of a stack
 MAX_JOBS = 1024  # in one Submit, and ids in one question
 MAX_PARTS = 4096  # of a job's pictures
+MOST_PREVIEWED = 500_000  # bytes of a preview
 MOST_LISTED = 100  # jobs in one answer that weren't asked for by id
 Name = Annotated[str, Field(max_length=128)]
 Line = Annotated[str, Field(max_length=10_000)]

@@ -9,6 +9,7 @@ from protocol.gpu_memory import WeightNeed
 from protocol.job import JobId, Recipe
 from protocol.messages.common import (
     MAX_PARTS,
+    MOST_PREVIEWED,
     Beat,
     Count,
     Counts,
@@ -24,6 +25,8 @@ from protocol.messages.common import (
 from protocol.model import ModelDescription
 from protocol.stages import Stage
 from protocol.views import ComponentView
+
+PREVIEW_LATENTS = "preview-latents"  # the tensor that a map to colors is fitted to, beside a task of the vae stage
 
 
 class WorkerHello(Message):
@@ -89,12 +92,23 @@ class Lent(Message):
 
 
 class Progress(TaskKey):
-    """Some steps are done, and more are to come. A checkpoint of `saved` steps may lie beside it, for any worker."""
+    """Some steps are done, and more are to come. A checkpoint of `saved` steps may lie beside it, for any worker.
+
+    `preview` is a JPEG of how the picture will look, by what is known after these steps.
+    """
 
     kind = "progress"
     step: Count
     steps: Count
     saved: Count = 0
+    preview: Annotated[bytes, Field(max_length=MOST_PREVIEWED)] = b""
+
+
+class PreviewFit(TaskKey):
+    """A map from latents to colors, fitted to so many jobs: the tensor beside it, float32 (features, colors)."""
+
+    kind = "preview-fit"
+    jobs: Count
 
 
 class Part(TaskKey):
@@ -154,6 +168,13 @@ class Task(TaskKey):
     recipe: Recipe
     ahead: Annotated[tuple[Recipe, ...], Field(max_length=MOST_AHEAD)] = ()  # of tasks like it that come next, maybe
     allow_tiling: bool = True  # no more GPU memory can be had than there is; else running short of it is to be told
+    learn_previews: bool = False  # its last latents are to go on to the vae stage, for a map to colors
+
+
+class WantPreview(TaskKey):
+    """Make a preview at the next step, with the map to colors beside it."""
+
+    kind = "want-preview"
 
 
 class LoraPart(Message):
@@ -203,6 +224,7 @@ FROM_WORKER: tuple[type[Message], ...] = (
     Lent,
     Heartbeat,
     Progress,
+    PreviewFit,
     Part,
     Result,
     TaskFailed,
@@ -210,5 +232,5 @@ FROM_WORKER: tuple[type[Message], ...] = (
     WorkerGoodbye,
 )
 TO_WORKER: tuple[type[Message], ...] = (
-    Welcome, Task, SetLease, Borrow, Returned, LoraPart, CancelTask, Committed, Beat, Error,
+    Welcome, Task, WantPreview, SetLease, Borrow, Returned, LoraPart, CancelTask, Committed, Beat, Error,
 )  # fmt: skip

@@ -21,11 +21,13 @@ from protocol.job import Recipe
 from protocol.messages.common import Message
 from protocol.messages.worker import (
     AHEAD,
+    PREVIEW_LATENTS,
     Borrow,
     FetchLora,
     Leased,
     Lent,
     LoraPart,
+    PreviewFit,
     Progress,
     Ready,
     Result,
@@ -33,6 +35,7 @@ from protocol.messages.worker import (
     Task,
     TaskFailed,
 )
+from protocol.pictures import PICTURES
 from protocol.tensors import Tensor
 from protocol.units import format_bytes
 from protocol.views import ComponentView
@@ -49,9 +52,11 @@ from workers.errors import (
 )
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
+from workers.stages import preview
 from workers.stages.batch import BatchedDenoiseStage
 from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
+from workers.stages.preview import Previews
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 from workers.weights.gpu_lease import AnyGpuLease, GpuLease, apply_leases
@@ -141,6 +146,8 @@ class Executor:
         self._was_short = False  # of memory, for a library: what it computes from then on may differ in its last bits
         self._returned: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of a lease that was lent of
         self._cancelled: set[tuple[str, int]] = set()
+        self._previews: tuple[tuple[str, int], Previews] | None = None  # of the current task
+        self._colors = preview.PreviewFit()
         self._lora_parts: queue.SimpleQueue[tuple[LoraPart, bytes]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
 
@@ -156,6 +163,11 @@ class Executor:
 
     def cancel(self, job: str, attempt: int) -> None:
         self._cancelled.add((job, attempt))
+
+    def want_preview(self, job: str, attempt: int, fit: Tensor) -> None:
+        """Make a preview at the task's next step, from any thread."""
+        if (current := self._previews) and current[0] == (job, attempt):
+            current[1].want(fit)
 
     def returned(self, size: int) -> None:
         """Go on, from any thread: what was lent is back, and the lease has `size` bytes."""
@@ -263,6 +275,15 @@ class Executor:
                 progress = Progress(**key, step=step, steps=steps, saved=saved.step if saved else 0)
                 self._emit((progress, saved.tensors if saved else []))
 
+        def show(step: int, file: bytes) -> None:
+            self._emit((Progress(**key, step=step, steps=task.recipe.steps, preview=file), []))
+
+        if task.stage == "denoise":
+            previews = Previews(task.recipe, show, task.learn_previews)
+            self._previews = (task.job, task.attempt), previews
+            report.watcher = previews  # type: ignore[attr-defined]
+        learned = [tensor for tensor in tensors if tensor.name == PREVIEW_LATENTS]
+        tensors = tuple(tensor for tensor in tensors if tensor.name != PREVIEW_LATENTS)
         tensors, theirs = shared_out(task, tensors)
         if isinstance(runner, TextStage):
             runner.ahead = task.ahead
@@ -302,6 +323,8 @@ class Executor:
                 raise StartAnew("a library found no more memory on its host, and may go on without it") from error
         else:
             log.info("%s took %.3f s", task.stage, done.seconds, extra=extra)
+            if learned and done.outcome.next is None:
+                self._learn_colors(key, learned[0], done.outcome, task.recipe.frames is not None)
             result = Result(
                 **key, seconds=done.seconds, next=done.outcome.next, parts=done.outcome.parts,
                 wants=done.outcome.wants,
@@ -312,6 +335,16 @@ class Executor:
             )  # fmt: skip
             self._emit((result, done.outcome.tensors))
         self._cancelled.discard((task.job, task.attempt))
+
+    def _learn_colors(self, key: dict[str, Any], latents: Tensor, outcome: Outcome, video: bool) -> None:
+        """Fit the map of previews to a job that is done; whatever goes wrong there, the job is."""
+        try:
+            pictures = next(tensor for tensor in outcome.tensors if tensor.name == PICTURES)
+            self._colors.video = video
+            if fit := self._colors.see(latents, pictures):
+                self._emit((PreviewFit(**key, jobs=self._colors.jobs), [fit]))
+        except Exception:
+            log.exception("no map for previews could be fitted")
 
 
 def shared_out(task: Task, tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], list[tuple[Tensor, ...]]]:

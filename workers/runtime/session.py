@@ -30,6 +30,7 @@ from protocol.messages.worker import (
     Returned,
     SetLease,
     Task,
+    WantPreview,
     WorkerGoodbye,
     WorkerHello,
 )
@@ -163,6 +164,9 @@ class Session:
                 self._executor.returned(size)
             case LoraPart() as part:
                 self._executor.lora_part(part, b"".join(bytes(tensor.data) for tensor in envelope.tensors))
+            case WantPreview(job=job, attempt=attempt):
+                if envelope.tensors:
+                    self._executor.want_preview(job, attempt, envelope.tensors[0])
             case CancelTask(job=job, attempt=attempt):
                 self._executor.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from protocol.tensors import CHECKPOINT, Tensor
 from workers.errors import StageError
 from workers.replay.call_record import CallRecord
-from workers.stages.contract import Report, Saved
+from workers.stages.contract import Report, Saved, watcher_of
 from workers.stages.loop_state import LoopState, loop_state
 from workers.tensors import from_wire, to_wire
 from workers.weights.forward_trace import standing_in
@@ -356,6 +356,7 @@ class Steps:
         self, report: Report, steps: int, recorder: Recorder | None = None, resume: Resume | None = None
     ) -> None:
         self._report, self._steps, self._recorder, self._resume = report, steps, recorder, resume
+        self._watcher = watcher_of(report)
         self._done = 0
 
     def of_ended(self) -> Saved | None:
@@ -368,6 +369,8 @@ class Steps:
     def end(self, pipeline: DiffusionPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         """`callback_on_step_end` of a pipeline: it changes nothing, and so gives nothing back."""
         self._end(step, getattr(pipeline, "_num_timesteps", 0), inspect.currentframe())
+        if self._watcher:
+            self._watcher.see(pipeline, step, values.get("latents"))
         return {}
 
     def _end(self, step: int, of_loop: int, frame: FrameType | None) -> None:

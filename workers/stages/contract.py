@@ -1,7 +1,7 @@
 """The outcome of a stage, and the reports of its progress."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from protocol.pictures import PICTURES
 from protocol.stages import Stage
@@ -22,6 +22,21 @@ class Report(Protocol):
 
         Raises Cancelled at a step boundary.
         """
+
+
+class Watcher(Protocol):
+    """Looks at a job's latents while it is denoised."""
+
+    def see(self, pipeline: Any, step: int, latents: Any) -> None:
+        """Look at the latents after a step of a loop, counted from 0."""
+
+    def left(self) -> list[Tensor]:
+        """Return what the next stage is to have of it."""
+
+
+def watcher_of(report: Report) -> Watcher | None:
+    """Return who watches a job, where somebody comes with its report."""
+    return getattr(report, "watcher", None)
 
 
 def unheard(step: int, steps: int, saved: Saved | None = None) -> None:

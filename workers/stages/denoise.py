@@ -28,7 +28,7 @@ from workers.stages.checkpoint import (
     read,
     schedulers_of,
 )
-from workers.stages.contract import Outcome, Report, unheard
+from workers.stages.contract import Outcome, Report, unheard, watcher_of
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
 
@@ -79,7 +79,9 @@ class DenoiseStage:
             reset_caches(self.pipeline)
         if run.pending:
             check_finite(run.pending)
-            left, calls = [*run.for_decoding(goes_on, unsure=result is None).pack(), *ended], len(record.calls)
+            watcher = watcher_of(report)
+            seen = watcher.left() if watcher and not goes_on else []
+            left, calls = [*run.for_decoding(goes_on, unsure=result is None).pack(), *ended, *seen], len(record.calls)
             return Outcome(left, next="vae", wants=run.pending[0][0], calls=calls)
         if isinstance(result, Stopped):
             left = [*record.pack(), *ended]
