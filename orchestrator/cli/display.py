@@ -2,12 +2,15 @@
 
 import sys
 import time
-from collections.abc import Sequence
-from typing import Protocol, Self
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol, Self
 
 from protocol.job import Job
 from protocol.messages.client import JobEvent
 from protocol.visible import visible
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 SHOWN = 8  # jobs with a line of their own; more are counted together
 
@@ -16,6 +19,7 @@ class Display(Protocol):
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
     def show(self, event: JobEvent) -> None: ...
+    def picture(self, drawn: "Text") -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -67,6 +71,9 @@ class Silent:
     def show(self, event: JobEvent) -> None:
         pass
 
+    def picture(self, drawn: "Text") -> None:
+        """Show how a picture will look, where there is a terminal."""
+
     def note(self, text: str) -> None:
         pass
 
@@ -92,14 +99,25 @@ class Bars:
     """A bar a job with the stage, the steps, their rate and the time left; many jobs share one more bar."""
 
     def __init__(self, jobs: Sequence[Job], console: "object") -> None:
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+        from rich.text import Text
+
+        class Pictured(Progress):
+            """Bars above a picture."""
+
+            drawn: Text | None = None
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                if self.drawn is not None:
+                    yield self.drawn
 
         assert isinstance(console, Console)
         self._jobs = {job.id: job for job in jobs}
         self._clocks: dict[str, tuple[int, float]] = {}  # first step that was seen, and when
         self._ended: set[str] = set()
-        self._progress = Progress(
+        self._progress = Pictured(
             SpinnerColumn(finished_text=" "),
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -114,7 +132,11 @@ class Bars:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._progress.drawn = None
         self._progress.stop()
+
+    def picture(self, drawn: "Text") -> None:
+        self._progress.drawn = drawn
 
     def show(self, event: JobEvent) -> None:
         ended = event.state in ("done", "failed", "cancelled")

@@ -39,6 +39,18 @@ timeout_option = click.option(
     "--timeout", type=float, metavar="SECONDS", callback=parse_timeout, help="Stop waiting after this; jobs go on."
 )  # fmt: skip
 
+
+def preview_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that show previews of jobs that are waited for."""
+    shown = click.option(
+        "--preview", is_flag=True, help="Show on the terminal how pictures will look, while they are made."
+    )
+    kept = click.option(
+        "--preview-dir", type=click.Path(path_type=Path), metavar="DIR", help="Write that there, as JOB-STEP.jpg."
+    )
+    return shown(kept(command))
+
+
 ALPHA = "alpha"  # for --mask
 SINGLE = ("control_image", "ip_image")  # options of one picture
 RECIPE_FIELDS = ("negative_prompt", "width", "height", "steps", "guidance", "cfg_scale", "seed", "num_images",

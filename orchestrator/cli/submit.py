@@ -17,6 +17,7 @@ from orchestrator.cli.options import (
     given_pictures,
     json_option,
     picture_options,
+    preview_options,
     quiet_option,
     recipe_options,
     requests_from,
@@ -37,6 +38,7 @@ from orchestrator.cli.output import (
     names_of_pattern,
     write,
 )
+from orchestrator.cli.previews import PreviewWatch
 from orchestrator.cli.table import print_lines
 from protocol.client.client import Client
 from protocol.client.exchange import raise_unless_done
@@ -96,6 +98,7 @@ def output_options(command: Command) -> Command:
 @recipe_options
 @output_options
 @click.option("--no-wait", is_flag=True, help="Print the jobs' ids and leave; 'triptych wait JOB' gets the pictures.")
+@preview_options
 @timeout_option
 @json_option
 @quiet_option
@@ -180,10 +183,12 @@ def collect(client: Client, jobs: list[Job], names: Names, options: dict[str, An
     written: list[Path] = []
     lost: list[tuple[Job, BadRequest]] = []
     cells: dict[str, list[Image]] = {}  # of a sheet of all, by job
+    watch = PreviewWatch(client, bool(options.get("preview")), options.get("preview_dir"))
     with make_display(jobs, options["quiet"]) as display:
         try:
             for event in client.events([job.id for job in jobs], options["timeout"]):
                 display.show(event)
+                watch.see(event, display)
                 if event.state == "done":
                     job, tensors = client.results(event.job)
                     paths, errors = write(job, tensors, names[job.id], not options.get("no_metadata"))
@@ -234,6 +239,7 @@ def tell(jobs: list[Job], paths: list[str], options: dict[str, Any]) -> None:
 @click.command()
 @click.argument("job_ids", nargs=-1, metavar="JOB...")
 @output_options
+@preview_options
 @timeout_option
 @json_option
 @quiet_option

@@ -229,7 +229,9 @@ async def progress(who: Who, skip_current_image: bool = False) -> Progress:
         job=oldest.id, job_count=len(unfinished), job_timestamp=timestamp(oldest), sampling_step=oldest.step,
         sampling_steps=oldest.recipe.steps,
     )  # fmt: skip
-    return Progress(progress=share, eta_relative=spent / share - spent if share else 0.0, state=state)
+    file = b"" if skip_current_image else (await who.client.preview(oldest.id)).file
+    left = spent / share - spent if share else 0.0
+    return Progress(progress=share, eta_relative=left, state=state, current_image=text_of(file) if file else None)
 
 
 @router.post("/interrupt")

@@ -219,6 +219,22 @@ async def result(
     return file_response(request, file, suffix, f"{job_id}-{index}")
 
 
+PREVIEW: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
+    204: {"description": "There is none now."},
+}
+
+
+@router.get("/jobs/{job_id}/preview.jpg", response_class=Response, responses=PREVIEW)
+async def preview(job_id: JobId, who: Who) -> Response:
+    """Send how a job's picture will look, by what is known now; whoever asks again has newer ones made."""
+    found = await who.client.preview(job_id)
+    if not found.file:
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+    headers = {"Cache-Control": "no-store", "X-Triptych-Step": str(found.step)}
+    return Response(found.file, media_type="image/jpeg", headers=headers)
+
+
 # -- the stack ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """OpenAI's Images API: /v1/images/generations and /v1/images/edits, and /v1/models."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ from orchestrator.http.asking import (
     spread,
 )
 from orchestrator.http.faults import BadField, fault_of
-from orchestrator.http.results import text_of
+from orchestrator.http.results import enlarged, text_of
 from orchestrator.http.waiting import answer, done, event, stream
 from orchestrator.settings import Quality
 from protocol.client.input_pictures import Inputs
@@ -310,11 +311,30 @@ class Teller:
     async def events(self, jobs: list[Job]) -> AsyncIterator[bytes]:
         """Yield events as OpenAI's: a completed one for each picture."""
         for job in jobs:
+            async for partial in self._partials(job):
+                yield partial
             await done(self._who.client, [job])
             for picture in await self._pictures(job, inline=True):
                 name = f"{self._kind}.completed"
                 more = {**self._shape(job), "b64_json": picture.b64_json, "usage": self._usage([job]).model_dump()}
                 yield event({"type": name, **more}, name)
+
+    async def _partials(self, job: Job) -> AsyncIterator[bytes]:
+        """Yield the previews that are wanted, each once a job has come so far; none where it ends before."""
+        wanted, sent, client = self._given.partial_images or 0, 0, self._who.client
+        if not wanted:
+            return
+        async for change in client.events([job.id]):
+            if change.state != "denoise" or sent == wanted:
+                continue
+            preview = await client.preview(job.id)
+            if preview.file and preview.step * (wanted + 1) >= job.recipe.steps * (sent + 1):
+                size = job.recipe.width, job.recipe.height
+                file = await asyncio.to_thread(enlarged, preview.file, size, self._given.suffix)
+                name = f"{self._kind}.partial_image"
+                more = {**self._shape(job), "b64_json": text_of(file), "partial_image_index": sent}
+                yield event({"type": name, **more}, name)
+                sent += 1
 
     def fault(self, error: Exception) -> dict[str, Any]:
         from orchestrator.http.faults import body_of, told

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import io
 import re
 import secrets
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
+from PIL import Image
 
 from orchestrator.http.faults import Refused
 from protocol.client.async_client import AsyncClient
@@ -96,6 +98,12 @@ def encoded(job: Job, tensors: Sequence[Tensor], index: int, suffix: str, qualit
         path = Path(folder, f"video.{suffix}")
         save_made(images, index, path, job.recipe, metadata, sound_of(tensors, index))
         return path.read_bytes()
+
+
+def enlarged(preview: bytes, size: tuple[int, int], suffix: str) -> bytes:
+    """Return a preview, a JPEG file, as a file of another size and format."""
+    with Image.open(io.BytesIO(preview), formats=("JPEG",)) as image:
+        return picture_bytes(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), PICTURES[suffix], None, 80)
 
 
 def text_of(file: bytes) -> str:

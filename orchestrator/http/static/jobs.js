@@ -14,13 +14,32 @@ function place(job) {
   return doing[job.state] ?? job.state;
 }
 
+// Pictures that are being made, by job: the element stays while its source changes, so that nothing flickers.
+const previews = new Map();
+
+function preview(job) {
+  if (job.state !== "denoise") return previews.get(job.id) ?? null;
+  const image = previews.get(job.id) ?? element("img", { alt: "", hidden: true });
+  previews.set(job.id, image);
+  fetch(`/api/jobs/${encodeURIComponent(job.id)}/preview.jpg`).then(async (answer) => {
+    if (answer.status !== 200) return;
+    const before = image.src;
+    image.src = URL.createObjectURL(await answer.blob());
+    image.hidden = false;
+    if (before) URL.revokeObjectURL(before);
+  }).catch(() => {});
+  return image;
+}
+
 export function drawQueue(jobs) {
   const rows = jobs.map((job) => element("li", { "data-job": job.id },
+    preview(job),
     element("span", { class: "said" }, job.recipe.prompt || "(no prompt)"),
     element("progress", { max: job.recipe.steps, value: job.state === "vae" ? job.recipe.steps : job.step,
       "aria-label": `Progress of ${job.recipe.prompt.slice(0, 60) || job.id}` }),
     element("span", { class: "hint" }, place(job)),
     element("button", { type: "button", "aria-label": `Cancel ${job.recipe.prompt.slice(0, 60)}`, onclick: () => ask(`jobs/${encodeURIComponent(job.id)}/cancel`, {}) }, "Cancel")));
+  for (const id of previews.keys()) if (!jobs.some((job) => job.id === id)) previews.delete(id);
   const list = find("queue");
   const focused = document.activeElement?.closest("[data-job]")?.dataset.job;
   list.replaceChildren(...(rows.length ? rows : [element("li", { class: "hint" }, "Nothing waits.")]));
