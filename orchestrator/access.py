@@ -201,6 +201,11 @@ class AllowedKeys:
         found = self._by_public.get(public)
         return found if found and found.role == role else None
 
+    def knows(self, name: str) -> bool:
+        """Return whether a name is let in, as of now."""
+        self.look_again()
+        return name in self._weights
+
     def holder_of(self, token: str) -> str | None:
         """Return the name of whoever a token for HTTP is; None where it is not let in."""
         return self._by_token.get(digest_of_token(token))

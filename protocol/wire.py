@@ -65,6 +65,15 @@ def decode(frames: Sequence[Buffer], allowed: Iterable[type[Message]] = EVERY_ME
         raise ProtocolError(f"A message of kind {cls.kind!r} is not valid: {_first_fault(error)}.") from error
 
 
+def number_in(frames: Sequence[Buffer]) -> int:
+    """Return the number of a question that can't be taken, as far as its header can be read; else 0."""
+    try:
+        number = _header(frames[1])[0].get("request", 0)
+    except (ProtocolError, IndexError):
+        return 0
+    return number if type(number) is int and 0 <= number < 2**53 else 0
+
+
 def _kind(first: bytes) -> type[Message]:
     if not first:
         raise ProtocolError("The first frame is empty; it should hold the version and the kind.")

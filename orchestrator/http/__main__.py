@@ -12,6 +12,7 @@ from orchestrator.pulse import Pulse
 from orchestrator.settings import HttpSpec
 from protocol.process import end_with_parent, log_to_stderr, report_end
 
+MOST_CONNECTIONS = 2000  # beyond which whoever comes is told 503
 GRACE_SECONDS = 3  # that requests have to end when the stack does
 
 
@@ -23,7 +24,8 @@ def serve(spec: HttpSpec) -> None:
     certificate, private_key = settings.http_certificate, settings.http_private_key
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, server_header=False,
-        timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=75, proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=75,
+        proxy_headers=False,
         ssl_certfile=str(certificate) if certificate else None, ssl_keyfile=str(private_key) if private_key else None,
     )  # fmt: skip
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from orchestrator.http.asking import (
     Caller,
@@ -31,7 +31,7 @@ from orchestrator.http.waiting import answer, done
 from protocol.client.input_pictures import Inputs
 from protocol.client.picture_files import parameters_text
 from protocol.errors import BadRequest
-from protocol.job import ENDED, JOB_STATES, Job, JobRequest, JobState
+from protocol.job import ENDED, JOB_STATES, MAX_IMAGES_IN, Job, JobRequest, JobState
 from protocol.lora import LORA_NAME
 from protocol.views import ModelView
 
@@ -40,6 +40,7 @@ Who = Annotated[Caller, Depends(caller)]
 
 PREFIX = "sd-"  # of the ids of jobs that come this way
 MOST_PICTURES = 16
+MOST_TEXT = 20_000  # characters of what a picture says of itself
 LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?(?::[^<>]*)?>")  # in a prompt
 SAMPLER = "Default"  # the model's own scheduler
 UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state not in ENDED)
@@ -49,7 +50,13 @@ chosen: dict[str, str] = {}  # the models that callers have chosen with POST opt
 class Loose(BaseModel):
     """A body of which other fields are let pass: clients send all that AUTOMATIC1111 has."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        """Take what is null as if it were left out, as AUTOMATIC1111 does."""
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class TextToImage(Loose):
@@ -70,7 +77,7 @@ class TextToImage(Loose):
 
 
 class ImageToImage(TextToImage):
-    init_images: list[str] = []
+    init_images: Annotated[list[str], Field(max_length=MAX_IMAGES_IN)] = []
     mask: str | None = None
     mask_blur: Annotated[float, Field(ge=0, le=1000)] = 4
     inpainting_mask_invert: int = 0
@@ -128,7 +135,7 @@ async def img2img(request: Request, given: ImageToImage, who: Who) -> Response:
     mask = file_of(given.mask, "mask") if given.mask else None
     if mask and given.inpainting_mask_invert:
         mask = await asyncio.to_thread(inverted, mask)
-    inputs = await pixels_of(images, mask, given.mask_blur if mask else 0)
+    inputs = await pixels_of(who.http, images, mask, given.mask_blur if mask else 0)
     return await make(request, who, given, inputs, given.denoising_strength)
 
 
@@ -153,7 +160,7 @@ async def make(request: Request, who: Caller, given: TextToImage, inputs: Inputs
     if given.sampler_name not in (None, SAMPLER) or given.scheduler not in (None, SAMPLER, "Automatic"):
         told.append("The model's own scheduler is used, whatever the sampler.")
     asked = Wanted(spread(job_of(given, model, inputs, strength), count_of(given), model), inputs.tensors, told)
-    jobs = await asked.submit(who.client)
+    jobs = await asked.submit(who.client, watch=True)
     return await answer(request, whole(who, given, jobs, model, told))
 
 
@@ -205,7 +212,7 @@ async def whole(who: Caller, given: TextToImage, jobs: list[Job], model: ModelVi
         "infotexts": [parameters_text(job.recipe, index) for job, index in places], "comments": told,
         "jobs": [job.id for job in jobs],
     }  # fmt: skip
-    parameters = given.model_dump(exclude={"init_images", "mask"})
+    parameters = given.model_dump(exclude={"init_images", "mask", "override_settings"})
     return {"images": images if given.send_images else [], "parameters": parameters, "info": json.dumps(info)}
 
 
@@ -252,19 +259,23 @@ async def skip(who: Who) -> dict[str, Any]:
 @router.post("/png-info")
 async def png_info(given: PngInfo) -> dict[str, Any]:
     """Show the parameters that a picture file carries."""
-    file = file_of(given.image, "image")
-    try:
-        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as picture:
-            text = str(picture.info.get("parameters", ""))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        raise BadField("image", "This can't be read as a picture.", "Send a PNG as base64.") from None
+    text = await asyncio.to_thread(parameters_in, file_of(given.image, "image"))
     return {"info": text, "items": {"parameters": text} if text else {}, "parameters": parsed(text)}
 
 
 def parsed(text: str) -> dict[str, str]:
     """Return the settings of a parameters text, by their names."""
-    last = text.rpartition("\n")[2]
-    return {name.strip(): value.strip() for name, value in re.findall(r"([\w ]+): ([^,]+)(?:,|$)", last)}
+    pairs = (part.partition(": ") for part in text.rpartition("\n")[2].split(", "))
+    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
+
+
+def parameters_in(file: bytes) -> str:
+    """Return the parameters text that a picture carries, as far as one is read; BadField."""
+    try:
+        with Image.open(io.BytesIO(file), formats=("PNG", "JPEG", "WEBP")) as picture:
+            return str(picture.info.get("parameters", ""))[:MOST_TEXT]
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadField("image", "This can't be read as a picture.", "Send a PNG as base64.") from None
 
 
 # -- what there is ------------------------------------------------------------------------------

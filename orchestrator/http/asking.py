@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
+import io
 import re
 import secrets
 import time
@@ -13,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Request
+from PIL import Image
 
+from orchestrator.access import AllowedKeys
 from orchestrator.http.faults import BadField
 from orchestrator.http.results import Links, Results
 from orchestrator.http.stack import StackLink
 from orchestrator.settings import HttpSettings
 from protocol.client.async_client import AsyncClient
-from protocol.client.input_pictures import Inputs, alpha_mask_of, picture_of, upright, video_of
+from protocol.client.input_pictures import FORMATS, Inputs, alpha_mask_of, picture_of, upright, video_of
 from protocol.errors import BadRequest, NoStack, NotFound
-from protocol.job import Job, JobRequest
+from protocol.job import MAX_SEED, Job, JobRequest
 from protocol.lora import LORA_NAME, LoraRequest, parse_lora
+from protocol.pictures import MAX_PIXELS
 from protocol.tensors import Tensor
 from protocol.views import ModelView
 
 PATIENCE_SECONDS, POLL_SECONDS = 20.0, 0.1  # for a stack that has just been started, and is looking at its model
 MODELS_SECONDS = 1.0  # that what is known of models may be old
+AT_ONCE = 2  # requests whose pictures are decoded
+MOST_PIXELS = 2 * MAX_PIXELS  # of a request's pictures together
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+;base64,", re.ASCII)
 
@@ -41,6 +48,8 @@ class Http:
     stack: StackLink
     results: Results
     links: Links
+    keys: AllowedKeys
+    decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(AT_ONCE))
     models: dict[str, tuple[float, list[ModelView]]] = field(default_factory=dict)  # by key, and when they were asked
 
 
@@ -81,8 +90,9 @@ class Wanted:
     pictures: Sequence[Tensor] = ()
     told: list[str] = field(default_factory=list)
 
-    async def submit(self, client: AsyncClient) -> list[Job]:
-        return await client.submit_many(self.requests, watch=True, pictures=self.pictures)
+    async def submit(self, client: AsyncClient, watch: bool) -> list[Job]:
+        """Submit them; `watch` where their events are listened to right away."""
+        return await client.submit_many(self.requests, watch=watch, pictures=self.pictures)
 
 
 async def models_of(client: AsyncClient) -> list[ModelView]:
@@ -131,7 +141,7 @@ def spread(request: JobRequest, count: int, model: ModelView) -> list[JobRequest
     for number in range(count):
         update: dict[str, Any] = {"id": f"{request.id}-{number}" if request.id else None}
         if request.seed is not None:
-            update["seed"] = request.seed + number
+            update["seed"] = (request.seed + number) % (MAX_SEED + 1)
         found.append(request.model_copy(update=update))
     return found
 
@@ -165,6 +175,7 @@ def file_of(text: str, name: str) -> bytes:
 
 
 async def pixels_of(
+    http: Http,
     images: Sequence[bytes],
     mask: bytes | None = None,
     blur: float = 0,
@@ -176,6 +187,7 @@ async def pixels_of(
     """Return the pixels of files; BadRequest. A mask's clear parts are made anew where `alpha`, and its white ones."""
 
     def read() -> Inputs:
+        check_pixels([*images, *(one for one in (mask, control, ip_image) if one)])
         return Inputs(
             images=tuple(map(picture_of, images)),
             mask=mask_of(mask, blur, alpha) if mask else None,
@@ -184,7 +196,21 @@ async def pixels_of(
             videos=(("", video_of(video)),) if video else (),
         )
 
-    return await asyncio.to_thread(read)
+    async with http.decoding:
+        return await asyncio.to_thread(read)
+
+
+def check_pixels(files: Sequence[bytes]) -> None:
+    """Raise BadRequest where pictures have too many pixels together, by their headers alone."""
+    total = 0
+    for file in files:
+        unread = contextlib.suppress(
+            OSError, ValueError, SyntaxError, Image.DecompressionBombError
+        )  # told by who decodes
+        with unread, Image.open(io.BytesIO(file), formats=FORMATS) as image:
+            total += image.width * image.height
+    if total > MOST_PIXELS:
+        raise BadRequest(f"The pictures have {total} pixels together.", f"At most {MOST_PIXELS} are taken.")
 
 
 def mask_of(file: bytes, blur: float, alpha: bool) -> Tensor:
@@ -193,9 +219,11 @@ def mask_of(file: bytes, blur: float, alpha: bool) -> Tensor:
     return picture_of(file, mask=True, blur=blur)
 
 
-def check_takes(model: ModelView, image: bool, mask: bool) -> None:
-    """Raise BadRequest where a model makes nothing of a picture, or of a mask."""
+def check_takes(model: ModelView, image: bool, mask: bool, video: bool = False) -> None:
+    """Raise BadRequest where a model makes nothing of a picture, of a mask or of a video."""
     takes = model.description
+    if video and takes.of_video is None and not any(name in takes.needs for name in ("video", "videos")):
+        raise BadRequest(f"{model.name} makes nothing of videos.", "Send none, or choose another model.")
     if mask and takes.inpaint is None and not takes.control_mask:
         raise BadRequest(f"{model.name} repaints no parts of pictures.", "Send no mask, or choose another model.")
     if image and takes.image is None and takes.inpaint is None:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from protocol.errors import (
@@ -19,6 +20,7 @@ from protocol.errors import (
     ModelMissing,
     NoStack,
     NotFound,
+    ProtocolError,
     QueueFull,
     StateUnusable,
     TriptychError,
@@ -39,6 +41,7 @@ STATUSES: dict[type[TriptychError], HTTPStatus] = {
     JobFailed: HTTPStatus.INTERNAL_SERVER_ERROR,
     JobCancelled: HTTPStatus.CONFLICT,
     WaitTimeout: HTTPStatus.GATEWAY_TIMEOUT,
+    ProtocolError: HTTPStatus.BAD_REQUEST,
 }
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -108,6 +111,8 @@ def told(error: Exception) -> TriptychError:
             return error
         case RequestValidationError():
             return fault_of(error.errors())
+        case ValidationError(title="JobRequest"):  # what no API's own fields have refused
+            return fault_of([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)])
         case HTTPException(__cause__=TriptychError() as cause):  # met while the body was read
             return cause
         case HTTPException():

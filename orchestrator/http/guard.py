@@ -1,9 +1,10 @@
 """Who may come in by HTTP: keys, hosts, origins, sizes and rates, looked at before a request is read."""
 
 import base64
-import binascii
+import contextlib
 import ipaddress
-from collections.abc import Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -21,6 +22,11 @@ SIGNED = "/pictures/"  # what lies below is let out by a link's signature
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 BURST_SECONDS = 10.0  # of a caller's rate, at once
 MOST_CALLERS = 10_000  # whose rates are remembered
+MOST_OPEN = 256  # requests of one key or address, streams among them
+OF_PROXIES = (  # headers that say that a request was sent on for somebody else
+    "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-real-ip", "via", "cf-connecting-ip",
+    "true-client-ip",
+)  # fmt: skip
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="Triptych", charset="UTF-8"'}
 NEEDS_KEY = "On the stack's host: triptych keys new NAME --http"
@@ -39,23 +45,44 @@ class Guard:
         host = (settings.http or "").rpartition(":")[0].strip("[]")
         self._loopback = is_loopback(host)
         self._hosts = {name.lower() for name in (*LOCAL_NAMES, *settings.http_hosts)}
-        self._origins = {origin.rstrip("/").lower() for origin in settings.http_origins}
-        self._rates: dict[str, TokenBucket] = {}
+        self._origins = {normal(origin) for origin in settings.http_origins}
+        self._rates: OrderedDict[str, TokenBucket] = OrderedDict()  # the one that asked last comes last
+        self._open: Counter[str] = Counter()  # requests that are not answered to their end, by whoever they are of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        address = address_of(scope)
         try:
-            self._check_host(scope, headers)
-            scope.setdefault("state", {})["caller"] = caller = self._caller(scope, headers)
-            self._check_rate(caller or address_of(scope))
+            with self._charged(address):
+                self._check_host(scope, headers)
+                caller = self._caller(scope, headers)
+            scope.setdefault("state", {})["caller"] = caller
+            who = f"key {caller}" if caller else address
+            self._take(who)
             received = BodyLimit(receive, headers, self._settings.http_body)
+            if self._open[who] >= MOST_OPEN:
+                raise too_often(f"More than {MOST_OPEN} requests of yours are open.")
         except TriptychError as error:
             await response_of(error, scope["path"])(scope, receive, send)
             return
-        await self._app(scope, received, with_policy(send))
+        self._open[who] += 1
+        try:
+            await self._app(scope, received, with_policy(send))
+        finally:
+            self._open[who] -= 1
+            self._open += Counter()  # lets go of those that are 0
+
+    @contextlib.contextmanager
+    def _charged(self, address: str) -> Iterator[None]:
+        """Count what is refused against its address, too, so that guessing is no quicker than asking."""
+        try:
+            yield
+        except Refused:
+            self._take(address)
+            raise
 
     # -- from where -----------------------------------------------------------------------------
 
@@ -97,7 +124,7 @@ class Guard:
         if self._needs_key:
             given = "This key is not let in." if "authorization" in headers else "A key is needed."
             raise Refused(HTTPStatus.UNAUTHORIZED, given, NEEDS_KEY, CHALLENGE)
-        if "x-forwarded-for" in headers or "forwarded" in headers:
+        if any(name in headers for name in OF_PROXIES):
             raise Refused(
                 HTTPStatus.UNAUTHORIZED,
                 "This comes through a proxy, so that whoever reaches the proxy would come in.",
@@ -112,26 +139,26 @@ class Guard:
         if kind.lower() == "basic":
             try:
                 value = base64.b64decode(value.strip(), validate=True).decode().partition(":")[2]
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:
                 return None
         elif kind.lower() != "bearer":
             return None
         self._keys.look_again()
         return self._keys.holder_of(value.strip())
 
-    def _check_rate(self, who: str) -> None:
+    def _take(self, who: str) -> None:
+        """Count a request against whoever it is of; Refused where that is too often."""
         rate = self._settings.http_rate
-        if len(self._rates) >= MOST_CALLERS:
-            full = rate * BURST_SECONDS
-            self._rates = {name: bucket for name, bucket in self._rates.items() if bucket.left() < full}
         bucket = self._rates.setdefault(who, TokenBucket(rate, rate * BURST_SECONDS))
+        self._rates.move_to_end(who)
+        if len(self._rates) > MOST_CALLERS:
+            self._rates.popitem(last=False)
         if not bucket.take():
-            raise Refused(
-                HTTPStatus.TOO_MANY_REQUESTS,
-                f"More than {rate:g} requests a second come from you.",
-                "Ask again later, and less often.",
-                {"Retry-After": "1"},
-            )
+            raise too_often(f"More than {rate:g} requests a second come from you.")
+
+
+def too_often(words: str) -> Refused:
+    return Refused(HTTPStatus.TOO_MANY_REQUESTS, words, "Ask again later, and less often.", {"Retry-After": "1"})
 
 
 class BodyLimit:
@@ -173,6 +200,11 @@ def with_policy(send: Send) -> Send:
     return sending
 
 
+def normal(origin: str) -> str:
+    """Return an origin as browsers write it."""
+    return origin.rstrip("/").lower()
+
+
 def host_of(named: str) -> str:
     """Return the host in a Host header, without its port."""
     if named.startswith("["):
@@ -181,8 +213,10 @@ def host_of(named: str) -> str:
 
 
 def address_of(scope: Scope) -> str:
+    """Return whence a request comes; of IPv6 the network, of which one host has all addresses."""
     client = scope.get("client")
-    return client[0] if client else ""
+    host = str(client[0]) if client else ""
+    return ":".join(host.split(":")[:4]) if ":" in host else host
 
 
 def is_loopback(host: str) -> bool:

@@ -27,14 +27,18 @@ async def readyz(request: Request, response: Response) -> Health:
     http: Http = request.app.state.http
     try:
         async with http.stack.acting_for("") as client:
-            models, workers = await client.models(), (await client.workers()).workers
-    except TriptychError as error:
-        reasons = [str(error)]
+            models, found = await client.models(), await client.workers()
+    except TriptychError:
+        reasons = ["No stack gives an answer."]
     else:
         reasons = [] if models else ["The stack is yet looking at its model."]
-        there = {worker.stage for worker in workers if worker.state != "loading"}
-        resting = any(model.resting for model in models)  # and starts with the first job
-        reasons += [f"No worker of {stage} is ready." for stage in STAGES if stage not in there and not resting]
+        for model in (model for model in models if not model.resting):  # what rests starts with its first job
+            there = {
+                worker.stage for worker in found.workers
+                if worker.state != "loading" and (worker.revision, worker.speedups) == (model.revision, model.speedups)
+            }  # fmt: skip
+            reasons += [f"No worker of {stage} is ready for {model.name}." for stage in STAGES if stage not in there]
+        reasons += [f"{stage} is drained." for stage in found.drained]
     if reasons:
         response.status_code = 503
         response.headers["Retry-After"] = "2"

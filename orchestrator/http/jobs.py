@@ -1,15 +1,18 @@
 """Triptych's own API: jobs with their events and results, and the stack that makes them."""
 
+import asyncio
+import io
 from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from orchestrator.http.asking import (
     Caller,
+    Http,
     Wanted,
     caller,
     check_takes,
@@ -19,10 +22,10 @@ from orchestrator.http.asking import (
     model_known,
     pixels_of,
 )
-from orchestrator.http.faults import BadField
 from orchestrator.http.results import MEDIA, file_response
 from orchestrator.http.waiting import SSE, event, stream
 from protocol.client.input_pictures import Inputs
+from protocol.client.picture_files import read_recipe
 from protocol.job import ENDED, JOB_STATES, MAX_IMAGES_IN, Job, JobRequest, JobState
 from protocol.lora import MAX_LORAS, LoraInfo
 from protocol.messages.client import JobEvent
@@ -41,6 +44,8 @@ UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state 
 
 class NewJob(BaseModel):
     """A prompt and the settings of its picture; what is left out is as the model has it."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     prompt: Text
     model: Annotated[str, Field(max_length=256)] | None = None
@@ -65,7 +70,10 @@ class NewJob(BaseModel):
     ip_scale: float | None = None
     video: File | None = None
     strength: float | None = None
-    settings: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Text | bool | Int64 | float] = {}
+    settings: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")], Text | bool | Int64 | float],
+        Field(max_length=64),
+    ] = {}
     loras: Annotated[list[str], Field(max_length=MAX_LORAS, description="NAME or NAME@WEIGHT")] = []
     priority: Int64 = 0
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
@@ -112,27 +120,27 @@ async def submit(new: NewJob, who: Who, idempotency_key: Annotated[str | None, H
     fields = new.model_dump(
         exclude={"images", "mask", "mask_blur", "control", "ip_image", "video", "settings", "loras", "id"}
     )
-    inputs = await inputs_of(new)
-    check_takes(model, bool(new.images), new.mask is not None)
+    check_takes(model, bool(new.images), new.mask is not None, new.video is not None)
+    inputs = await inputs_of(who.http, new)
     request = JobRequest(
         **fields, **inputs.fields, settings=tuple((name, as_text(value)) for name, value in new.settings.items()),
         loras=loras_of(new.loras), id=id_of(new.id, idempotency_key),
     )  # fmt: skip
-    return (await Wanted([request], inputs.tensors).submit(who.client))[0]
+    return (await Wanted([request], inputs.tensors).submit(who.client, watch=False))[0]
 
 
 def as_text(value: str | bool | int | float) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-async def inputs_of(new: NewJob) -> Inputs:
+async def inputs_of(http: Http, new: NewJob) -> Inputs:
     """Return the pixels of all that a job begins from; BadField, BadRequest."""
     images = [file_of(image, "images") for image in new.images]
     mask, control, ip_image, video = (
         file_of(file, name) if (file := getattr(new, name)) else None
         for name in ("mask", "control", "ip_image", "video")
     )
-    return await pixels_of(images, mask, new.mask_blur, control=control, ip_image=ip_image, video=video)
+    return await pixels_of(http, images, mask, new.mask_blur, control=control, ip_image=ip_image, video=video)
 
 
 @router.get("/jobs")
@@ -215,10 +223,11 @@ async def result(
     request: Request, job_id: JobId, index: Annotated[int, Path(ge=0, le=10_000)], suffix: Suffix, who: Who
 ) -> Response:
     """Send one of a job's pictures or videos, counted from 0, with its recipe in it."""
-    file = await who.http.results.file(who.client, who.key, job_id, index, suffix)
-    return file_response(request, file, suffix, f"{job_id}-{index}")
+    file, tag = await who.http.results.file(who.client, who.key, job_id, index, suffix)
+    return file_response(request, file, suffix, tag)
 
 
+router.add_api_route("/jobs/{job_id}/results/{index}.{suffix}", result, methods=["HEAD"], include_in_schema=False)
 PREVIEW: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}},
     204: {"description": "There is none now."},
@@ -316,11 +325,5 @@ class PictureIn(BaseModel):
 @router.post("/recipe")
 async def recipe(given: PictureIn) -> Recipe:
     """Read the recipe that a picture carries which Triptych made."""
-    import io
-
-    from protocol.client.picture_files import read_recipe
-
-    if not given.image:
-        raise BadField("image", "There is no image.")
-    made = read_recipe(io.BytesIO(file_of(given.image, "image")))
+    made = await asyncio.to_thread(read_recipe, io.BytesIO(file_of(given.image, "image")))
     return Recipe(recipe=made.recipe.model_dump(mode="json"), index=made.index)

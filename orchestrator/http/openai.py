@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from orchestrator.http.asking import (
@@ -31,6 +31,7 @@ from orchestrator.settings import Quality
 from protocol.client.input_pictures import Inputs
 from protocol.errors import BadRequest
 from protocol.job import MAX_IMAGES_IN, Job, JobRequest
+from protocol.lora import MAX_LORAS
 from protocol.views import ModelView
 
 router = APIRouter(prefix="/v1", tags=["OpenAI"])
@@ -43,8 +44,14 @@ EFFORTS = {"standard": "high", "hd": "high", "auto": "high"}  # other words for 
 Format = Literal["png", "jpeg", "webp"]
 
 
+def listed(given: Any) -> Any:
+    return [given] if isinstance(given, str) else given
+
+
 class ImageOptions(BaseModel):
     """The fields that generations and edits have in common; those after `response_format` are Triptych's own."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     prompt: Annotated[str, Field(max_length=100_000)]
     model: str | None = None
@@ -62,10 +69,12 @@ class ImageOptions(BaseModel):
     negative_prompt: Annotated[str, Field(max_length=100_000)] | None = None
     guidance: float | None = None
     cfg_scale: float | None = None
-    loras: list[str] = Field(default_factory=list, description="NAME or NAME@WEIGHT")
+    loras: Annotated[list[str], BeforeValidator(listed), Field(max_length=MAX_LORAS)] = Field(
+        default_factory=list, description="NAME or NAME@WEIGHT"
+    )
     strength: float | None = None
-    controlnet: str | None = None
-    refiner: str | None = None
+    controlnet: Annotated[str, Field(max_length=256)] | None = None
+    refiner: Annotated[str, Field(max_length=256)] | None = None
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,60}$")] | None = Field(
         None, description="The job's id: the same request with it again is the same job."
     )
@@ -86,7 +95,9 @@ class Generation(ImageOptions):
 class Edit(ImageOptions):
     """A request for pictures of pictures: multipart with files, or JSON with data URLs."""
 
-    image: list[str] = Field(default_factory=list, description="Files; in JSON base64 or data URLs.")
+    image: Annotated[list[str], BeforeValidator(listed), Field(max_length=MAX_IMAGES_IN)] = Field(
+        default_factory=list, description="Files; in JSON base64 or data URLs."
+    )
     mask: str | None = Field(None, description="A file: clear, or where it has no alpha white, is made anew.")
     input_fidelity: Literal["low", "high"] | None = None
 
@@ -181,7 +192,7 @@ async def edits(
     given, images, mask = await read_edit(request)
     if not images:
         raise BadField("image", "There is no image.", "Send one as image, or several as image[].")
-    inputs = await pixels_of(images, mask, alpha=True)
+    inputs = await pixels_of(who.http, images, mask, alpha=True)
     return await respond(request, who, given, inputs, id_of(given.id, idempotency_key), "image_edit")
 
 
@@ -273,7 +284,7 @@ async def respond(
     asked, model, quality = wanted(given, inputs, models, settings.http_qualities, job_id)
     if model.video:
         raise BadRequest(f"{model.name} makes videos, no pictures.", "POST /api/jobs makes them.")
-    jobs = await asked.submit(who.client)
+    jobs = await asked.submit(who.client, watch=True)
     teller = Teller(request, who, given, asked.told, model, quality, kind, sum(one.nbytes for one in inputs.images))
     if given.stream:
         return stream(request, teller.events(jobs), lambda error: event(teller.fault(error), "error"))

@@ -36,7 +36,8 @@ MEDIA = {
 }  # fmt: skip
 CACHE_BYTES = 64 << 20  # of files that were asked for lately
 LINK_SECONDS = 3600  # that a signed link is good for
-RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+AT_ONCE = 4  # jobs whose results are fetched and encoded
 
 
 class Results:
@@ -45,34 +46,39 @@ class Results:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[str, ...], bytes] = OrderedDict()
         self._bytes = 0
+        self._busy = asyncio.Semaphore(AT_ONCE)
 
     async def file(
         self, client: AsyncClient, key: str, job_id: str, index: int, suffix: str, quality: int | None = None
-    ) -> bytes:
-        """Return the file of one of a job's pictures or videos, counted from 0; `key` tells whose job it is. NotFound.
+    ) -> tuple[bytes, str]:
+        """Return the file of one of a job's pictures or videos, counted from 0, and a tag of its own; NotFound.
 
-        `quality` is JPEG's and WebP's, from 0 to 100; None: as good as can be.
+        `key` tells whose job it is. `quality` is JPEG's and WebP's, from 0 to 100; None: as good as can be.
         """
-        name = (key, job_id, str(index), suffix, str(quality))
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        job, tensors = await client.results(job_id)
-        if not 0 <= index < job.recipe.num_images:
-            raise NotFound(f"Job {job_id} has {job.recipe.num_images} results; there is no {index}.")
-        file = await asyncio.to_thread(encoded, job, tensors, index, suffix, quality)
-        self._keep(name, file)
-        return file
+        job = await client.job(job_id)  # which may be another one by now
+        name, tag = name_of(key, job, index, suffix, quality), f"{job.id}-{job.number}-{index}"
+        if name not in self._kept or not job.pictures:
+            async with self._busy:
+                if name in self._kept and job.pictures:  # made meanwhile
+                    return self._kept[name], tag
+                job, tensors = await client.results(job_id)
+                if not 0 <= index < job.recipe.num_images:
+                    raise NotFound(f"Job {job_id} has {job.recipe.num_images} results; there is no {index}.")
+                file = await asyncio.to_thread(encoded, job, tensors, index, suffix, quality)
+            self._keep(name, file)
+            return file, tag
+        self._kept.move_to_end(name)
+        return self._kept[name], tag
 
     async def files(
         self, client: AsyncClient, key: str, job: Job, suffix: str, quality: int | None = None
     ) -> list[bytes]:
         """Return the files of all that a job has made, in order."""
-        names = [(key, job.id, str(index), suffix, str(quality)) for index in range(job.recipe.num_images)]
+        names = [name_of(key, job, index, suffix, quality) for index in range(job.recipe.num_images)]
         if not all(name in self._kept for name in names):
-            job, tensors = await client.results(job.id)
-            made = [asyncio.to_thread(encoded, job, tensors, i, suffix, quality) for i in range(len(names))]
-            files = await asyncio.gather(*made)
+            async with self._busy:
+                job, tensors = await client.results(job.id)
+                files = [await asyncio.to_thread(encoded, job, tensors, i, suffix, quality) for i in range(len(names))]
             for name, file in zip(names, files, strict=True):
                 self._keep(name, file)
             return files
@@ -84,6 +90,11 @@ class Results:
             self._bytes += len(file)
         while self._bytes > CACHE_BYTES:
             self._bytes -= len(self._kept.popitem(last=False)[1])
+
+
+def name_of(key: str, job: Job, index: int, suffix: str, quality: int | None) -> tuple[str, ...]:
+    """Return what a file is kept by: a job's number is no other's, though its id may be, once it is forgotten."""
+    return key, job.id, str(job.number), str(index), suffix, str(quality)
 
 
 def encoded(job: Job, tensors: Sequence[Tensor], index: int, suffix: str, quality: int | None) -> bytes:
@@ -111,9 +122,9 @@ def text_of(file: bytes) -> str:
 
 
 def file_response(request: Request, file: bytes, suffix: str, tag: str) -> Response:
-    """Return a file, or the range of it that is asked for; it never changes, so that whoever has it keeps it."""
+    """Return a file, or the range of it that is asked for."""
     headers = {
-        "ETag": f'"{tag}"', "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=31536000, immutable",
+        "ETag": f'"{tag}"', "Accept-Ranges": "bytes", "Cache-Control": "private, max-age=60",
         "Content-Disposition": f'inline; filename="{tag}.{suffix}"',
     }  # fmt: skip
     if f'"{tag}"' in request.headers.get("if-none-match", ""):
@@ -124,6 +135,8 @@ def file_response(request: Request, file: bytes, suffix: str, tag: str) -> Respo
     start, end = wanted[1], wanted[2]
     first = int(start) if start else max(0, len(file) - int(end))
     last = min(int(end), len(file) - 1) if start and end else len(file) - 1
+    if start and end and int(start) > int(end):  # no range: it is as if none were asked for
+        return Response(file, media_type=MEDIA[suffix], headers=headers)
     if first > last:
         headers["Content-Range"] = f"bytes */{len(file)}"
         return Response(status_code=HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, headers=headers)
@@ -154,7 +167,7 @@ class Links:
 
     def check(self, key: str, job_id: str, index: int, suffix: str, expires: int, signature: str) -> None:
         """Refuse a link that was not signed here, or is too old."""
-        if not hmac.compare_digest(self._sign(key, job_id, index, suffix, expires), signature):
+        if not hmac.compare_digest(self._sign(key, job_id, index, suffix, expires).encode(), signature.encode()):
             raise Refused(HTTPStatus.FORBIDDEN, "This link was not made here.", "Ask for a new one.")
         if time.time() > expires:
             raise Refused(HTTPStatus.GONE, "This link is too old.", "Ask for a new one.")

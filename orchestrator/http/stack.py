@@ -30,7 +30,7 @@ class StackLink:
     async def acting_for(self, key: str) -> AsyncIterator[AsyncClient]:
         """A client on behalf of a key's holder, by the key's name; of this machine's user where that is empty."""
         connection = self._connections.get(key)
-        if connection is None:
+        if connection is None or connection.client.broken:
             connection = self._connections[key] = Connection(AsyncClient(endpoint=self.endpoint, owner=key))
             await connection.client.__aenter__()
         connection.users += 1

@@ -69,12 +69,16 @@ def stream(
 ) -> StreamingResponse:
     """Send events as they come, and a comment now and then where none do; an error becomes the last event."""
 
+    key = request.state.caller
+
     async def sending() -> AsyncIterator[bytes]:
         coming: asyncio.Future[bytes] | None = None
         try:
             while True:
                 coming = coming or asyncio.ensure_future(anext(events))
                 if not (await asyncio.wait([coming], timeout=KEEP_ALIVE_SECONDS))[0]:
+                    if key and not request.app.state.http.keys.knows(key):  # it was revoked meanwhile
+                        return
                     yield b": waiting\n\n"
                     continue
                 try:

@@ -126,10 +126,13 @@ class ClientRequests:
         except StateUnusable:
             raise
         except TriptychError as error:
-            self._reply(client, error_message(error))
+            self._reply(client, error_message(error, wire.number_in(frames)))
         except Exception:
             log.exception("a client's question could not be answered")
-            self._reply(client, Error(code="error", message="The orchestrator failed at this question."))
+            failed = Error(
+                request=wire.number_in(frames), code="error", message="The orchestrator failed at this question."
+            )
+            self._reply(client, failed)
 
     def refuse(self, client: bytes, frames: list[Buffer]) -> None:
         """Say of a question that it is let go, since too many of its key's wait."""

@@ -28,6 +28,8 @@ from protocol.sockets import dealer
 from protocol.tensors import Tensor
 from protocol.wire import Envelope
 
+MOST_KEPT = 10_000  # events that nobody listens to yet
+
 
 class AsyncInbox:
     """Events of some jobs, as they come."""
@@ -52,7 +54,7 @@ class AsyncLink:
         self._answered = False
         self._inboxes: set[AsyncInbox] = set()
         self._kept: set[str] = set()  # jobs whose events are kept until somebody listens
-        self._backlog: deque[JobEvent] = deque()
+        self._backlog: deque[JobEvent] = deque(maxlen=MOST_KEPT)
         self._context = zmq.asyncio.Context()
         self._socket: Any = dealer(self._context, where, self._exchange.identity, key)  # type: ignore[arg-type]
         self._reader: asyncio.Task[None] | None = None
@@ -60,10 +62,15 @@ class AsyncLink:
     def start(self) -> None:
         self._reader = asyncio.create_task(self._read())
 
+    @property
+    def broken(self) -> bool:
+        """Return whether nothing is read any more, so that another connection is needed."""
+        return self._reader is not None and self._reader.done()
+
     async def close(self) -> None:
         if self._reader is not None:
             self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError, Exception):  # which has been told, or will be
                 await self._reader
         self._socket.close(linger=0)
         self._context.term()
@@ -156,6 +163,11 @@ class AsyncClient(Calls):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    @property
+    def broken(self) -> bool:
+        """Return whether the connection is of no use any more."""
+        return self._async_link.broken
 
     async def close(self) -> None:
         """Let go of the connection; jobs go on."""

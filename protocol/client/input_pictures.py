@@ -108,7 +108,9 @@ def decoded(given: "str | os.PathLike[str] | bytes") -> "Iterator[np.ndarray]":
     import numpy as np
 
     try:
-        with av.open(io.BytesIO(given) if isinstance(given, bytes) else os.fspath(given), "r") as file:
+        # What comes as bytes may be anybody's: only containers that name no other files are tried.
+        source: Any = (io.BytesIO(given), "r", container_of(given)) if isinstance(given, bytes) else (os.fspath(given),)
+        with av.open(*source) as file:
             if not file.streams.video:
                 raise BadRequest(f"{told(given)} holds no video.", "Give one: mp4, webm, gif …")
             for frame in file.decode(video=0):
@@ -118,6 +120,17 @@ def decoded(given: "str | os.PathLike[str] | bytes") -> "Iterator[np.ndarray]":
         raise BadRequest(f"There is no file {told(given)}.") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise BadRequest(f"{told(given)} can't be read as a video.", "mp4, webm and gif can.") from error
+
+
+def container_of(file: bytes) -> str:
+    """Return FFmpeg's name for the container that a file begins as; BadRequest for one that is not taken."""
+    if file[4:8] == b"ftyp":
+        return "mov"
+    if file.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if file.startswith(b"GIF8"):
+        return "gif"
+    raise BadRequest("The video can't be read.", "mp4, mov, webm, mkv and gif can.")
 
 
 def alpha_mask_of(given: Given, blur: float = 0) -> Tensor:

@@ -47,6 +47,7 @@ def of_type(kind: Any, bounds: dict[str, int]) -> st.SearchStrategy[Any]:
         return of_model(kind)
     return {
         str: TEXT,
+        bytes: st.binary(max_size=40),
         bool: st.booleans(),
         float: st.floats(allow_nan=False),
         int: st.integers(max(bounds.get("ge", -(2**60)), -(2**60)), min(bounds.get("le", 2**60), 2**60)),

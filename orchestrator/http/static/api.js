@@ -8,6 +8,18 @@ export class Fault extends Error {
   }
 }
 
+// A listener that says what went wrong, where the page says what the stack does.
+export function telling(act) {
+  return async (...given) => {
+    try {
+      await act(...given);
+    } catch (fault) {
+      if (!(fault instanceof Fault)) throw fault;
+      find("state").textContent = fault.message;
+    }
+  };
+}
+
 export async function ask(path, body, method) {
   const options = { method: method ?? (body === undefined ? "GET" : "POST"), headers: {} };
   if (body !== undefined) {

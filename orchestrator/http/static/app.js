@@ -7,9 +7,11 @@ import * as jobs from "./jobs.js";
 import * as stack from "./stack.js";
 
 const VIEWS = ["make", "gallery", "stack"];
+const LOOKS = 10;  // at what the stack does, to one at its models
 const PAUSE = { make: 700, gallery: 5000, stack: 2000 };
 let models = [];
 let timer = null;
+let looks = 0;
 
 const view = () => (VIEWS.includes(location.hash.slice(1)) ? location.hash.slice(1) : "make");
 
@@ -27,7 +29,7 @@ async function look() {
   clearTimeout(timer);
   const now = view();
   try {
-    if (!models.length) models = await form.load();
+    if (!models.length || (looks++ % LOOKS === 0 && (await changed()))) models = await form.load();
     if (now === "make") {
       const [queue, newest] = await Promise.all([ask("queue?limit=50"), ask("jobs?state=done&limit=12")]);
       jobs.drawQueue(queue);
@@ -42,6 +44,12 @@ async function look() {
     clearTimeout(timer);
     timer = setTimeout(() => (document.hidden ? null : look()), PAUSE[now]);
   }
+}
+
+// Return whether models have come or gone.
+async function changed() {
+  const names = (found) => found.map((model) => model.name).join();
+  return names(await ask("models")) !== names(models);
 }
 
 function say(words) {
@@ -73,7 +81,7 @@ async function readRecipe(file) {
   try {
     const { recipe } = await ask("recipe", { image: await base64(file) });
     location.hash = "#make";
-    if (!form.take(recipe)) complain("This recipe is of a model that is not here.");
+    complain(form.take(recipe));
   } catch (fault) {
     if (!(fault instanceof Fault)) throw fault;
     complain(fault.message);

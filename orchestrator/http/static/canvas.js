@@ -1,6 +1,6 @@
 // The picture to begin from, and a mask painted on it.
 
-import { base64, find } from "./api.js";
+import { Fault, base64, find, telling } from "./api.js";
 
 let picture = null;  // an ImageBitmap
 let file = null;  // as it was given
@@ -15,7 +15,7 @@ export function masks(takes) {
 }
 
 export async function use(blob) {
-  picture = await createImageBitmap(blob);
+  picture = await createImageBitmap(blob).catch(() => { throw new Fault("This can't be read as a picture."); });
   file = blob;
   for (const canvas of [find("canvas"), mask]) Object.assign(canvas, { width: picture.width, height: picture.height });
   clear();
@@ -99,7 +99,7 @@ export function listen() {
     last = next;
   });
   for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, () => { last = null; });
-  find("image-file").addEventListener("change", (event) => event.target.files[0] && use(event.target.files[0]));
+  find("image-file").addEventListener("change", telling(async (event) => { if (event.target.files[0]) await use(event.target.files[0]); }));
   find("mask-all").addEventListener("click", all);
   find("mask-clear").addEventListener("click", clear);
   find("image-clear").addEventListener("click", remove);

@@ -126,16 +126,22 @@ export async function job() {
   return job;
 }
 
-// Fill the form by a recipe, so that it makes the same again; with another seed where `seed` is false.
+// Fill the form by a recipe, so that it makes the same again, or with another seed where `seed` is false; what is missing
+// for that is returned in words.
 export function take(recipe, seed = true) {
   const model = models.find((one) => one.description.model === recipe.model && one.revision === recipe.revision)
     ?? models.find((one) => one.revision === recipe.revision);
   if (model) show(model.name);
+  for (const input of document.querySelectorAll(".parameters [name]")) if (input.name !== "model") input.value = "";
+  canvas.remove();
   const typed = { ...recipe, seed: seed ? recipe.seed : "" };
   for (const [name, value] of recipe.settings ?? []) typed[`set:${name}`] = Array.isArray(value) ? value.join(",") : String(value);
   for (const name of ["model", "settings", "loras", "images", "frames", "fps"]) if (!Number.isFinite(typed[name])) delete typed[name];
   fill(typed);
   chosen = (recipe.loras ?? []).map(({ name, weight }) => ({ name, weight }));
   drawLoras();
-  return Boolean(model);
+  if (!model) return "This recipe is of a model that is not here.";
+  if (recipe.images?.length || recipe.mask) return "This began from a picture: choose it below for the same again.";
+  if (recipe.seed > Number.MAX_SAFE_INTEGER) return "Its seed is larger than a browser's numbers: submit it elsewhere.";
+  return "";
 }

@@ -1,6 +1,6 @@
 // The queue, the newest pictures, the gallery, and one result with its recipe.
 
-import { ask, element, find, result } from "./api.js";
+import { Fault, ask, element, find, result, telling } from "./api.js";
 import * as canvas from "./canvas.js";
 import * as form from "./form.js";
 
@@ -31,19 +31,34 @@ function preview(job) {
   return image;
 }
 
-export function drawQueue(jobs) {
-  const rows = jobs.map((job) => element("li", { "data-job": job.id },
-    preview(job),
+// A row for a job; the same one as long as the job is there, so that no click falls between two of them.
+function row(job) {
+  const words = job.recipe.prompt.slice(0, 60) || job.id;
+  return element("li", { "data-job": job.id },
     element("span", { class: "said" }, job.recipe.prompt || "(no prompt)"),
-    element("progress", { max: job.recipe.steps, value: job.state === "vae" ? job.recipe.steps : job.step,
-      "aria-label": `Progress of ${job.recipe.prompt.slice(0, 60) || job.id}` }),
-    element("span", { class: "hint" }, place(job)),
-    element("button", { type: "button", "aria-label": `Cancel ${job.recipe.prompt.slice(0, 60)}`, onclick: () => ask(`jobs/${encodeURIComponent(job.id)}/cancel`, {}) }, "Cancel")));
+    element("progress", { max: job.recipe.steps, "aria-label": `Progress of ${words}` }),
+    element("span", { class: "hint" }),
+    element("button", { type: "button", "aria-label": `Cancel ${words}`,
+      onclick: telling(() => ask(`jobs/${encodeURIComponent(job.id)}/cancel`, {})) }, "Cancel"));
+}
+
+export function drawQueue(jobs) {
+  const there = new Map([...find("queue").children].map((item) => [item.dataset.job, item]));
+  const rows = jobs.map((job) => {
+    const item = there.get(job.id) ?? row(job);
+    item.querySelector("progress").value = job.state === "vae" ? job.recipe.steps : job.step;
+    item.querySelector(".hint").textContent = place(job);
+    const image = preview(job);
+    if (image && image.parentElement !== item) item.prepend(image);
+    return item;
+  });
   for (const id of previews.keys()) if (!jobs.some((job) => job.id === id)) previews.delete(id);
-  const list = find("queue");
-  const focused = document.activeElement?.closest("[data-job]")?.dataset.job;
-  list.replaceChildren(...(rows.length ? rows : [element("li", { class: "hint" }, "Nothing waits.")]));
-  if (focused) list.querySelector(`[data-job="${CSS.escape(focused)}"] button`)?.focus();
+  replace(find("queue"), rows.length ? rows : [find("queue").querySelector(".nothing") ?? element("li", { class: "hint nothing" }, "Nothing waits.")]);
+}
+
+// Put items into a list unless they are there, in this order.
+function replace(list, items) {
+  if (items.length !== list.children.length || items.some((item, number) => item !== list.children[number])) list.replaceChildren(...items);
 }
 
 export function drawPictures(list, jobs) {
@@ -52,7 +67,7 @@ export function drawPictures(list, jobs) {
     const key = `${job.id}/${index}`;
     return there.get(key) ?? tile(job, index, key);
   }));
-  if (items.length !== list.children.length || items.some((item, number) => item !== list.children[number])) list.replaceChildren(...items);
+  replace(list, items);
 }
 
 function tile(job, index, key) {
@@ -87,13 +102,20 @@ function look(job, index) {
 }
 
 export function listen() {
-  const leave = () => { find("detail").close(); location.hash = "#make"; find("prompt").focus(); };
-  find("again").addEventListener("click", () => { form.take(open.job.recipe); leave(); });
-  find("vary").addEventListener("click", () => { form.take(open.job.recipe, false); leave(); });
-  find("use").addEventListener("click", async () => {
+  const leave = (missing = "") => {
+    find("detail").close();
+    location.hash = "#make";
+    find("prompt").focus();
+    find("fault").hidden = !missing;
+    find("fault").textContent = missing;
+  };
+  find("again").addEventListener("click", () => { leave(form.take(open.job.recipe)); });
+  find("vary").addEventListener("click", () => { leave(form.take(open.job.recipe, false)); });
+  find("use").addEventListener("click", telling(async () => {
     const answer = await fetch(result(open.job, open.index));
+    if (!answer.ok) throw new Fault("This result is not here any more.");
     await canvas.use(await answer.blob());
     leave();
-  });
-  find("more").addEventListener("click", () => { shown += PAGE; drawGallery(); });
+  }));
+  find("more").addEventListener("click", telling(async () => { shown += PAGE; await drawGallery(); }));
 }

@@ -1,6 +1,6 @@
 // The stack: GPUs with what lies on them, jobs, models, workers, failures, logs.
 
-import { ask, element, find, size } from "./api.js";
+import { ask, element, find, size, telling } from "./api.js";
 
 const STAGES = ["text", "denoise", "vae"];
 
@@ -25,6 +25,7 @@ export async function draw() {
 function switching(model) {
   const act = async (event) => {
     event.target.disabled = true;
+    event.target.blur();
     await ask(`models/${model.name}/${model.resting ? "load" : "unload"}`, {}).catch((fault) => { find("state").textContent = fault.message; });
     await draw();
   };
@@ -32,6 +33,7 @@ function switching(model) {
 }
 
 function table(id, head, rows) {
+  if (find(id).contains(document.activeElement)) return;  // somebody is about to press a button there
   find(id).replaceChildren(
     element("thead", {}, element("tr", {}, ...head.map((name) => element("th", { scope: "col" }, name)))),
     element("tbody", {}, ...rows.map((row) => element("tr", {}, ...row.map((value) => element("td", {}, value instanceof Node ? value : String(value)))))));
@@ -49,7 +51,7 @@ function bar({ gpu, loads }) {
 async function logs() {
   const select = find("log-name");
   const names = await ask("logs").catch(() => []);
-  if (select.options.length !== names.length) {
+  if ([...select.options].map((option) => option.value).join() !== names.join()) {
     const before = select.value;
     select.replaceChildren(...names.map((name) => element("option", { value: name, selected: name === before }, name)));
   }
@@ -64,5 +66,5 @@ async function logs() {
 }
 
 export function listen() {
-  find("log-name").addEventListener("change", logs);
+  find("log-name").addEventListener("change", telling(logs));
 }

@@ -91,9 +91,19 @@ def test_one_name_comes_by_curve_and_by_http(keys: KeyFolder) -> None:
     assert allowed.entry("", "client") is None
 
 
+@pytest.mark.parametrize("header", ["Basic \xe9", "Basic =", "Bearer \xff", "\xe9", ""])
+def test_headers_of_any_bytes_are_no_key(keys: KeyFolder, header: str) -> None:
+    assert asking(keys, ELSEWHERE)(headers={b"Authorization": header.encode("latin-1")}).status_code == 401
+
+
+def test_guessing_is_limited_as_asking_is(keys: KeyFolder) -> None:
+    ask = asking(keys, ELSEWHERE, http_rate=0.2)
+    assert [ask(headers={"Authorization": "Bearer no"}).status_code for _ in range(3)] == [401, 401, 429]
+
+
 def test_a_proxy_on_this_host_does_not_make_strangers_local(keys: KeyFolder) -> None:
     ask = asking(keys)
-    for name in ("X-Forwarded-For", "Forwarded"):
+    for name in ("X-Forwarded-For", "Forwarded", "X-Real-IP", "Via", "X-Forwarded-Proto", "CF-Connecting-IP"):
         assert ask(headers={name: "for=192.0.2.1"}).status_code == 401
     token = keys.issue_token("alice")
     behind = {"X-Forwarded-For": "192.0.2.1", "Authorization": f"Bearer {token}"}

@@ -1,23 +1,26 @@
 """The HTTP process's parts that need no stack: errors by path, links, fields, and answers where no stack is."""
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
-from orchestrator.http.a1111 import without_loras
+from orchestrator.http.a1111 import parsed, without_loras
 from orchestrator.http.app import create_app
-from orchestrator.http.asking import file_of, id_of, loras_of, size_of, spread
+from orchestrator.http.asking import check_pixels, file_of, id_of, loras_of, size_of, spread
 from orchestrator.http.faults import BadField, Refused, body_of, headers_of, status_of
 from orchestrator.http.openai import steps_for
 from orchestrator.http.results import Links, Results
 from orchestrator.pulse import Pulse
 from orchestrator.settings import HttpSettings, HttpSpec, Quality
+from protocol.client.input_pictures import video_of
 from protocol.errors import BY_CODE, BadRequest, NoStack, QueueFull
-from protocol.job import JobRequest
+from protocol.job import MAX_SEED, JobRequest
 from tests.orchestrator.http.models import model_view
 
 
@@ -44,6 +47,8 @@ def test_a_link_lets_out_that_one_file_for_a_while(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(Refused, match="not made here"):
             links.check(key, job, index, suffix, until, signature)
+    with pytest.raises(Refused, match="not made here"):
+        links.check("alice", "j", 0, "png", expires, "é")
     old = dict(httpx.QueryParams(links.path("alice", "j", 0, "png", now=0.0).partition("?")[2]))
     with pytest.raises(Refused, match="too old"):
         links.check("alice", "j", 0, "png", int(old["expires"]), old["signature"])
@@ -135,6 +140,32 @@ def test_the_description_names_errors_as_they_are_told(tmp_path: Path) -> None:
         "multipart/form-data", "application/json"
     }  # fmt: skip
     assert asked(tmp_path, "GET", "/docs").status_code == 404  # it would load from another host
+
+
+def test_what_pictures_say_is_read_in_time_that_grows_with_its_length() -> None:
+    assert parsed("a\nSteps: 4, Seed: 7, Size: 32x32") == {"Steps": "4", "Seed": "7", "Size": "32x32"}
+    assert parsed("a" * 1_000_000) == {}
+
+
+def test_pictures_are_counted_before_they_are_decoded() -> None:
+    file = io.BytesIO()
+    Image.new("L", (8192, 8192)).save(file, "PNG")
+    check_pixels([file.getvalue()] * 2)
+    with pytest.raises(BadRequest, match="pixels together"):
+        check_pixels([file.getvalue()] * 3)
+
+
+@pytest.mark.parametrize(
+    "file", [b"ffconcat version 1.0\nfile 'a.mp4'\n", b"v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\n", b"#EXTM3U\n"]
+)
+def test_videos_that_would_open_other_files_are_not_tried(file: bytes) -> None:
+    with pytest.raises(BadRequest, match="can't be read"):
+        video_of(file)
+
+
+def test_seeds_of_several_jobs_stay_within_what_a_seed_may_be() -> None:
+    jobs = spread(JobRequest(prompt="a", seed=MAX_SEED), 2, model_view(several=False))
+    assert [job.seed for job in jobs] == [MAX_SEED, 0]
 
 
 def test_files_are_forgotten_before_they_are_too_many() -> None:

@@ -16,6 +16,7 @@ from tests.stacks import RunningStack
 from tests.tiny import plain
 
 PROMPT = "a red circle"
+JSON = {"content-type": "application/json"}
 
 
 def text(image: Image.Image) -> str:
@@ -47,6 +48,10 @@ def test_sillytaverns_requests(web: httpx.Client) -> None:
     ):
         assert web.get(f"/sdapi/v1/{path}").status_code == 200, path
     assert web.get("/sdapi/v1/samplers").json()[0]["name"]
+    nothing = {"override_settings": None, "n_iter": None, "seed": None, "prompt": PROMPT, "steps": 1}
+    assert web.post("/sdapi/v1/txt2img", json={**nothing, "width": 32, "height": 32}).status_code == 200
+    for odd in ('{"prompt": "a", "cfg_scale": NaN}', '{"prompt": "a", "denoising_strength": 1e999}'):
+        assert web.post("/sdapi/v1/txt2img", content=odd, headers=JSON).status_code in (200, 400)
     body = {
         "sampler_name": "Euler a", "scheduler": "Automatic", "steps": 2, "cfg_scale": 7, "width": 32, "height": 32,
         "restore_faces": False, "enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 2, "hr_additional_modules": [],
@@ -119,6 +124,8 @@ def test_interrupt_cancels_what_came_this_way_alone(web: httpx.Client, served: R
         ("img2img", {"prompt": PROMPT}, "init_images"),
         ("img2img", {"prompt": PROMPT, "init_images": ["no"]}, "base64"),
         ("options", {"sd_model_checkpoint": "nothing"}, "nothing"),
+        ("txt2img", {"prompt": PROMPT + " <lora:a:0.1>" * 40}, "loras"),
+        ("img2img", {"prompt": PROMPT, "init_images": ["aGk="] * 17}, "init_images"),
     ],
 )
 def test_what_cannot_be_right_is_refused_in_their_form(web: httpx.Client, path: str, body: dict, words: str) -> None:

@@ -60,6 +60,9 @@ def test_results_come_in_ranges_and_once(web: httpx.Client) -> None:
         part = web.get(address, headers={"Range": f"bytes={wanted}"})
         assert (part.status_code, part.content) == (206, whole.content[start:end])
     assert web.get(address, headers={"Range": f"bytes={len(whole.content)}-"}).status_code == 416
+    for odd in (f"bytes={'9' * 5000}-", "bytes=5-2", "bytes=-", "lines=1-2"):
+        assert web.get(address, headers={"Range": odd}).status_code == 200
+    assert web.head(address).status_code == 200
     assert web.get(address, headers={"If-None-Match": whole.headers["etag"]}).status_code == 304
 
 
@@ -76,6 +79,25 @@ def test_the_same_id_is_the_same_job(web: httpx.Client) -> None:
     assert (first.status_code, again.status_code) == (201, 201)
     assert first.json()["number"] == again.json()["number"]
     assert web.post("/api/jobs", json={**JOB, "id": "mine", "seed": 2}).status_code == 409
+
+
+def test_another_job_of_the_same_id_has_pictures_of_its_own(web: httpx.Client, served: RunningStack) -> None:
+    first = finished(web, {**JOB, "id": "again"})
+    before = web.get("/api/jobs/again/results/0.png")
+    served.client.collect_garbage(0)
+    assert web.get("/api/jobs/again/results/0.png").status_code == 404
+    second = finished(web, {**JOB, "id": "again", "seed": 99})
+    after = web.get("/api/jobs/again/results/0.png")
+    assert first["number"] != second["number"]
+    assert after.content != before.content
+    assert after.headers["etag"] != before.headers["etag"]
+
+
+def test_fields_that_only_a_request_as_a_whole_refuses_are_told(web: httpx.Client) -> None:
+    many = {f"a{number}": 1 for number in range(65)}
+    for odd in ({"settings": many}, {"controlnet": "c" * 300}, {"seed": 2**63}, {"video": "aGk="}):
+        refused = web.post("/api/jobs", json={**JOB, **odd})
+        assert (refused.status_code, bool(refused.json()["error"]["message"])) == (400, True), odd
 
 
 def test_a_job_is_cancelled_and_run_again(web: httpx.Client) -> None:

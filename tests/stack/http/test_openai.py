@@ -154,6 +154,8 @@ def test_the_same_id_or_idempotency_key_is_the_same_job(web: httpx.Client) -> No
         ({"prompt": PROMPT, "loras": ["../etc@1"]}, "loras"),
         ({"size": "32x32"}, "prompt"),
         ({"prompt": PROMPT, "size": "30x30"}, None),
+        ({"prompt": PROMPT, "loras": ["a"] * 40}, "loras"),
+        ({"prompt": PROMPT, "controlnet": "c" * 300}, "controlnet"),
     ],
 )
 def test_what_cannot_be_right_is_refused_in_openais_form(web: httpx.Client, body: dict, field: str | None) -> None:
