@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from orchestrator.access import AllowedKeys, KeyFolder
-from orchestrator.http import a1111, health, jobs, metrics, openai, page
+from orchestrator.http import a1111, health, jobs, metrics, openai, page, videos
 from orchestrator.http.asking import Http
 from orchestrator.http.description import described
 from orchestrator.http.faults import Refused, tell
@@ -65,7 +65,7 @@ def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
     app.state.http = http
     for kind in (TriptychError, RequestValidationError, ValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, tell)
-    for router in (health.router, metrics.router, openai.router, jobs.router, a1111.router, page.router):
+    for router in (health.router, metrics.router, openai.router, videos.router, jobs.router, a1111.router, page.router):
         app.include_router(router)
     app.add_middleware(Guard, settings=settings, keys=http.keys)
     if settings.http_origins:

@@ -283,7 +283,7 @@ async def respond(
     models = await who.models(given.model)
     asked, model, quality = wanted(given, inputs, models, settings.http_qualities, job_id)
     if model.video:
-        raise BadRequest(f"{model.name} makes videos, no pictures.", "POST /api/jobs makes them.")
+        raise BadRequest(f"{model.name} makes videos, no pictures.", "POST /v1/videos makes them.")
     jobs = await asked.submit(who.client, watch=True)
     teller = Teller(request, who, given, asked.told, model, quality, kind, sum(one.nbytes for one in inputs.images))
     if given.stream:

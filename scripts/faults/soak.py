@@ -8,14 +8,18 @@ and SIGSTOP of each process, the supervisor included, one or two at a time, and 
 recovery time of a fault is that until another process stands, ready, in the place of the one that was hit. With --peers
 two hostile clients and a hostile worker (hostile.py) do what they should not meanwhile, each with a key of its own.
 With --loras half of the jobs name one or two of so many LoRAs of random weights. With --models 2 half of them are of a
-second model, which differs in its schedule, by workers of its own.
+second model, which differs in its schedule, by workers of its own. With --http all jobs go and come by HTTP, whose
+process is killed, too.
 """
 
+import base64
 import hashlib
+import io
 import json
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -27,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -36,9 +41,10 @@ from safetensors.torch import save_file
 from protocol.client.client import Client
 from protocol.client.input_pictures import picture_of
 from protocol.errors import TriptychError
-from protocol.job import ENDED, JobRequest
+from protocol.job import ENDED, Job, JobRequest
 from protocol.lora import LoraRequest
 from protocol.stages import STAGES, Stage
+from protocol.tensors import Tensor
 from scripts.faults.hostile_peers import HostilePeers
 from scripts.faults.saboteur import Saboteur, Stack, leftovers, patiently
 
@@ -161,13 +167,19 @@ class Load(threading.Thread):
             self._client = None
         time.sleep(0.02)
 
+    def _submit(self, client: Client, request: JobRequest) -> None:
+        client.submit_many([request], pictures=PICTURES)
+
+    def _digest(self, client: Client, job: Job) -> str:
+        return digest_of(client, job.id)
+
     def _step(self, client: Client) -> None:
         while len(self._open) < IN_FLIGHT and not self.stopping.is_set():
             if self._pending is None:
                 self._count += 1
                 self._pending = self._rng.choice(self._pool).model_copy(update={"id": f"soak{self._count}"})
             # Again, if the answer was lost: the id makes that harmless.
-            client.submit_many([self._pending], pictures=PICTURES)
+            self._submit(client, self._pending)
             job_id = str(self._pending.id)
             self._account.accepted[job_id] = self._wanted[key_of(self._pending)]
             self._open.add(job_id)
@@ -175,7 +187,7 @@ class Load(threading.Thread):
         for job in [client.job(open_id) for open_id in sorted(self._open)]:
             if job.state in ENDED:
                 if job.state == "done":
-                    self._account.done[job.id] = digest_of(client, job.id)
+                    self._account.done[job.id] = self._digest(client, job)
                 elif job.state == "failed" and all("died" in reason or "silent" in reason for reason in job.reasons):
                     self._account.set_aside += 1  # three deaths in a row at one point look like the job's own fault
                     client.retry(job.id)
@@ -186,18 +198,71 @@ class Load(threading.Thread):
         time.sleep(0.02)
 
 
+class HttpLoad(Load):
+    """The same by HTTP: what is submitted, and the files of pictures."""
+
+    def __init__(
+        self, stack: Stack, wanted: dict[str, str], pool: list[JobRequest], seed: int, account: Account, address: str
+    ) -> None:
+        super().__init__(stack, wanted, pool, seed, account)
+        self._web = httpx.Client(base_url=address, timeout=10, trust_env=False)
+
+    def _ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """Ask; TriptychError where there is no answer now, so that it is asked again."""
+        try:
+            answer = self._web.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise TriptychError(str(error)) from error
+        if answer.status_code in (429, 503):
+            raise TriptychError(answer.text)
+        if answer.is_error:
+            self._account.problems.append(f"{path}: {answer.status_code} {answer.text[:300]}")
+        return answer
+
+    def _submit(self, client: Client, request: JobRequest) -> None:
+        fields = request.model_dump(exclude={"images", "mask", "loras", "videos", "settings", "control", "ip_image"})
+        files = {picture.name: png_of(picture) for picture in PICTURES}
+        self._ask("POST", "/api/jobs", json={
+            **{name: value for name, value in fields.items() if value is not None},
+            "images": [files[image] for image in request.images], "mask": files.get(request.mask or ""),
+            "loras": [f"{lora.name}@{lora.weight}" for lora in request.loras],
+        })  # fmt: skip
+
+    def _digest(self, client: Client, job: Job) -> str:
+        pixels = hashlib.sha256()
+        for index in range(job.recipe.num_images):
+            answer = self._ask("GET", f"/api/jobs/{job.id}/results/{index}.png")
+            with Image.open(io.BytesIO(answer.content)) as image:
+                pixels.update(image.convert("RGB").tobytes())
+        return pixels.hexdigest()
+
+
+def png_of(picture: Tensor) -> str:
+    """Return a picture's file as base64."""
+    pixels = np.frombuffer(picture.data, "uint8").reshape(picture.shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(-1) if picture.shape[-1] == 1 else pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
 def key_of(request: JobRequest) -> str:
     return json.dumps(request.model_dump(exclude={"id"}), sort_keys=True)
 
 
 class Trouble:
-    def __init__(self, stack: Stack, rng: random.Random, account: Account) -> None:
+    def __init__(self, stack: Stack, rng: random.Random, account: Account, http: bool = False) -> None:
+        self._faults = {**FAULTS, "kill http": 4} if http else FAULTS
         self._saboteur, self._rng, self._account, self._stack = Saboteur(stack, rng), rng, account, stack
         self._names = sorted(p.name for p in self._saboteur.workers().processes if p.stage is not None)
 
     def make(self) -> None:
         """Make one fault, from its beginning to its end."""
-        kind = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
+        kind = self._rng.choices([*self._faults], [*self._faults.values()])[0]
         self._stack.remember()
         seconds: list[float] = []
         match kind.split():
@@ -217,7 +282,7 @@ class Trouble:
                     return
             case [how, what]:
                 number = signal.SIGKILL if how == "kill" else signal.SIGSTOP
-                name = what if what in ("orchestrator", "forkserver") else self._one_of(what)
+                name = what if what in ("orchestrator", "forkserver", "http") else self._one_of(what)
                 self._hit(name, number, seconds)
         self._account.faults[kind] += 1
         took = ", ".join(f"{value:.2f} s" for value in seconds)
@@ -267,27 +332,38 @@ PLACES = {  # options of `triptych up`
 @click.option(
     "--loras", type=click.IntRange(0, 100), default=0, show_default=True, help="So many, in half of the jobs."
 )
+@click.option("--http", is_flag=True, help="Jobs go and come by HTTP.")
 @click.option("--models", type=click.IntRange(1, 2), default=1, show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def main(
-    minutes: float, seed: int, pause: float, place: str, peers: bool, loras: int, models: int, as_json: bool
+    minutes: float, seed: int, pause: float, place: str, peers: bool, loras: int, models: int, http: bool, as_json: bool
 ) -> None:
     """Random load, random faults, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        report = soak(Path(folder), minutes * 60, seed, pause, place, peers, loras, models)
+        report = soak(Path(folder), minutes * 60, seed, pause, place, peers, loras, models, http)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)
 
 
 def soak(
-    folder: Path, seconds: float, seed: int, pause: float, place: str, peers: bool, loras: int = 0, models: int = 1
+    folder: Path,
+    seconds: float,
+    seed: int,
+    pause: float,
+    place: str,
+    peers: bool,
+    loras: int = 0,
+    models: int = 1,
+    http: bool = False,
 ) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
     named = write_loras(folder / "files", loras, rng) if loras else []
     options = ["--loras", str(folder / "files")] if named else []
     if models > 1:
         options += ["--model", "demo", "--model", f"other={another_model(folder / 'other')}"]
+    port = free_port() if http else 0
+    options += ["--http", f"127.0.0.1:{port}", "--http-rate", "100000"] if http else []
     hostile = HostilePeers(folder) if peers else None
     stack = Stack(folder, [*PLACES[place], *options, *(hostile.let_in() if hostile else [])])
     stack.wait_ready()
@@ -299,7 +375,10 @@ def soak(
             wanted[key_of(request)] = digest_of(client, client.wait(job.id, 120).id)
         model = client.stack().model
     print(f"{len(pool)} undisturbed pictures; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
-    load, trouble = Load(stack, wanted, pool, seed + 1, account), Trouble(stack, rng, account)
+    load = Load(stack, wanted, pool, seed + 1, account)
+    if http:
+        load = HttpLoad(stack, wanted, pool, seed + 1, account, f"http://127.0.0.1:{port}")
+    trouble = Trouble(stack, rng, account, http)
     start = time.monotonic()
     if hostile and model:
         hostile.start(model)
