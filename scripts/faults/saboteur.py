@@ -136,7 +136,7 @@ class Saboteur:
             if name == "orchestrator":
                 return self.client().stack().pid != pid
             workers = self.workers()
-            if name == "forkserver":
+            if name in ("forkserver", "http"):
                 return any(p.name == name and p.pid not in (None, pid) for p in workers.processes)
             return any(w.name == name and w.pid != pid and w.state != "loading" for w in workers.workers)
 
