@@ -42,6 +42,7 @@ class ModelDescription(Data):
     model: str  # as it was given: a folder or a hub repo id
     revision: str
     text_digest: str = ""  # equal for models whose text stages are; empty: it can't be told
+    vae_digest: str = ""  # likewise of their vae stages
     pipeline: str  # class name in diffusers
     size_multiple: Positive  # pixels
     width: Positive  # default, pixels

@@ -10,7 +10,7 @@ from protocol.messages.client import JobEvent
 from protocol.visible import visible
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    from rich.console import RenderableType
 
 SHOWN = 8  # jobs with a line of their own; more are counted together
 
@@ -19,7 +19,7 @@ class Display(Protocol):
     def __enter__(self) -> Self: ...
     def __exit__(self, *error: object) -> None: ...
     def show(self, event: JobEvent) -> None: ...
-    def picture(self, drawn: "Text") -> None: ...
+    def picture(self, drawn: "RenderableType") -> None: ...
     def note(self, text: str) -> None: ...
 
 
@@ -71,7 +71,7 @@ class Silent:
     def show(self, event: JobEvent) -> None:
         pass
 
-    def picture(self, drawn: "Text") -> None:
+    def picture(self, drawn: "RenderableType") -> None:
         """Show how a picture will look, where there is a terminal."""
 
     def note(self, text: str) -> None:
@@ -101,12 +101,11 @@ class Bars:
     def __init__(self, jobs: Sequence[Job], console: "object") -> None:
         from rich.console import Console, RenderableType
         from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
-        from rich.text import Text
 
         class Pictured(Progress):
             """Bars above a picture."""
 
-            drawn: Text | None = None
+            drawn: RenderableType | None = None
 
             def get_renderables(self) -> Iterator[RenderableType]:
                 yield self.make_tasks_table(self.tasks)
@@ -135,7 +134,7 @@ class Bars:
         self._progress.drawn = None
         self._progress.stop()
 
-    def picture(self, drawn: "Text") -> None:
+    def picture(self, drawn: "RenderableType") -> None:
         self._progress.drawn = drawn
 
     def show(self, event: JobEvent) -> None:

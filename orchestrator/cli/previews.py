@@ -1,6 +1,9 @@
-"""Previews of jobs that are waited for: on the terminal by half blocks, and as files."""
+"""Previews of jobs that are waited for: as files, and on the terminal by kitty's graphics or by half blocks."""
 
+import base64
 import io
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,9 +15,14 @@ from protocol.messages.client import JobEvent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from rich.console import Console, ConsoleOptions
+    from rich.segment import Segment
     from rich.text import Text
 
 COLUMNS = 48  # of a preview on a terminal
+CHUNK = 4096  # characters of a picture in one of kitty's escapes
+IMAGE = 7431  # its number there, so that the next one takes its place
+WITH_GRAPHICS = ("xterm-kitty", "xterm-ghostty", "WezTerm", "ghostty")  # names of terminals that have kitty's
 HALF = "▀"  # a character's upper half, in its own color; the lower one is its background's
 
 
@@ -48,7 +56,36 @@ class PreviewWatch:
             from PIL import Image
 
             with Image.open(io.BytesIO(found.file), formats=("JPEG",)) as image:
-                display.picture(blocks(image.convert("RGB")))
+                display.picture(Placed(image) if has_graphics(os.environ) else blocks(image.convert("RGB")))
+
+
+def has_graphics(environment: Mapping[str, str]) -> bool:
+    """Return whether the terminal shows pictures as kitty does, by what it calls itself."""
+    named = (environment.get("TERM", ""), environment.get("TERM_PROGRAM", ""))
+    return "KITTY_WINDOW_ID" in environment or any(name in WITH_GRAPHICS for name in named)
+
+
+class Placed:
+    """A picture for rich that a terminal with kitty's graphics draws itself, over lines that are left empty for it."""
+
+    def __init__(self, image: "Image") -> None:
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        text = base64.b64encode(file.getvalue()).decode()
+        self.rows = max(1, round(COLUMNS * image.height / image.width / 2))
+        chunks = [text[start : start + CHUNK] for start in range(0, len(text), CHUNK)]
+        first = f"a=T,f=100,i={IMAGE},p=1,c={COLUMNS},r={self.rows},C=1,q=2,"
+        self.escapes = "".join(
+            f"\x1b_G{'' if number else first}m={int(number + 1 < len(chunks))};{chunk}\x1b\\"
+            for number, chunk in enumerate(chunks)
+        )
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Segment]":
+        from rich.segment import ControlType, Segment
+
+        yield Segment(self.escapes, None, [(ControlType.HOME,)])  # a control's text takes no room
+        for _ in range(self.rows):
+            yield Segment.line()
 
 
 def blocks(image: "Image") -> "Text":

@@ -24,6 +24,7 @@ from protocol.client.client import Client
 from protocol.client.endpoints import published
 from protocol.errors import NoStack, TriptychError
 from protocol.job import JobRequest
+from protocol.sockets import is_loopback
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
@@ -90,7 +91,7 @@ class Announcer:
             seconds = time.monotonic() - self.start
             say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
             if self.supervisor.http_url:
-                say(f"by HTTP: {self.supervisor.http_url}")
+                say(f"by HTTP: {self.supervisor.http_url}{who_comes(self.supervisor.config)}")
             for model in others:
                 say(f"{model.name} starts when a job asks for it: triptych submit --model {model.name} …")
             if told := strays(client):
@@ -103,6 +104,16 @@ class Announcer:
                 if self.supervisor.http_url:
                     said["http"] = self.supervisor.http_url
                 print(json.dumps(said), flush=True)
+
+
+def who_comes(config: StackConfig) -> str:
+    """Return what a person must know of who comes in by HTTP; nothing where that is this machine's users."""
+    host = (config.http or "").rpartition(":")[0].strip("[]")
+    local = is_loopback(f"tcp://{host}:1")
+    if local and config.http_keys != "required":
+        return ""
+    plain = "" if local or config.http_certificate else "; it travels unencrypted (--http-certificate)"
+    return f"; whoever comes needs a key: triptych keys new NAME --http{plain}"
 
 
 def all_here(client: Client, model: str, wanted: int) -> bool:

@@ -87,7 +87,7 @@ class Engine:
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
-        self.previews = Previews(store, outbox)
+        self.previews = Previews(store, outbox, self._vae_of)
         self.dispatch = TaskDispatch(
             store, outbox, self.fleet, self.job_queue, self.leasing, self.happened, self.previews
         )
@@ -127,6 +127,10 @@ class Engine:
             self.subscriptions.forget_job(after.id)
             log.info("%s", after.state, extra={"job": after.id})
         return after
+
+    def _vae_of(self, job: LiveJob) -> str:
+        entry = self.catalogue.of(job.model)
+        return (entry.description.vae_digest if entry else "") or job.recipe.revision
 
     def _model_name(self, job: LiveJob) -> str:
         entry = self.catalogue.of(job.model)
@@ -317,15 +321,15 @@ class Engine:
         job = self._current(worker, task)
         if job is None:
             return
+        if task.preview:  # of a step that was told of before
+            self.previews.came(job, task)
+            return
         self.deadlines.moved(worker, job.recipe, task.step)
         saved = 0
         if task.saved > job.saved and tensors and all(tensor.name.startswith(CHECKPOINT) for tensor in tensors):
             self.store.artifacts.put("checkpoint", job.id, tensors)
             saved = task.saved
-        if task.preview:
-            self.previews.came(job, task)
-        else:
-            self.happened(job, transitions.StepsDone(task.step, saved))
+        self.happened(job, transitions.StepsDone(task.step, saved))
 
     def preview_fit(self, worker: Worker, fit: PreviewFit, tensors: tuple[Tensor, ...]) -> None:
         """Keep a map from latents to colors that was fitted to a job."""

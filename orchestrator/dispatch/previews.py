@@ -1,12 +1,14 @@
 """Previews of jobs that are denoised: made while somebody looks, each one asked of its worker anew.
 
-The map to colors that a worker needs for them is fitted to jobs that somebody has looked at, and kept by the model's
-revision.
+The map to colors that a worker needs for them is fitted to a VAE's first job, and to those that somebody has looked at,
+and kept by the VAE's digest.
 """
 
 import base64
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from orchestrator.dispatch.fleet import Worker
@@ -18,6 +20,7 @@ from protocol.tensors import Tensor
 
 LOOK_SECONDS = 10.0  # after a look, that previews are yet made
 ENOUGH_JOBS = 16  # to fit a map to
+MOST_TRIES = 3  # at a VAE's first map, while nobody looks
 LARGEST_FIT = 1 << 20  # bytes
 
 
@@ -32,10 +35,13 @@ class Looked:
 
 
 class Previews:
-    def __init__(self, store: Store, outbox: Outbox) -> None:
-        self._store, self._outbox = store, outbox
+    """`vae_of` a job tells its VAE from others."""
+
+    def __init__(self, store: Store, outbox: Outbox, vae_of: Callable[[LiveJob], str]) -> None:
+        self._store, self._outbox, self._vae_of = store, outbox, vae_of
         self._looked: dict[str, Looked] = {}
-        self._fits: dict[str, tuple[int, Tensor | None]] = {}  # jobs and map, by the model's revision
+        self._tries: Counter[str] = Counter()  # jobs of which a VAE's first map was to be fitted
+        self._fits: dict[str, tuple[int, Tensor | None]] = {}  # jobs and map, by VAE
 
     def look(self, job: LiveJob) -> Looked:
         """Return a job's last preview, and have more made for a while."""
@@ -47,15 +53,22 @@ class Previews:
         return looked
 
     def _ask(self, job: LiveJob, looked: Looked) -> None:
-        _, fit = self._fit(job.recipe.revision)
+        _, fit = self._fit(self._vae_of(job))
         if fit is not None and job.worker:
             looked.asked = True
             want = WantPreview(job=job.id, stage=job.stage, attempt=job.attempt)
             self._outbox.to_worker(bytes.fromhex(job.worker), want, (fit,))
 
     def learns(self, job: LiveJob) -> bool:
-        """Return whether colors are to be learned of a job: somebody looks at it, and they are not known well."""
-        return job.id in self._looked and self._fit(job.recipe.revision)[0] < ENOUGH_JOBS
+        """Return whether colors are to be learned of a job: they aren't known, or not well and somebody looks at it."""
+        if job.stage != "denoise":
+            return False
+        vae = self._vae_of(job)
+        known = self._fit(vae)[0]
+        if known == 0 and self._tries[vae] < MOST_TRIES:
+            self._tries[vae] += 1
+            return True
+        return known < ENOUGH_JOBS and job.id in self._looked
 
     def handed_out(self, job: LiveJob) -> None:
         """Ask for a preview of a job that has just been given to a worker, where somebody looks at it."""
@@ -81,23 +94,24 @@ class Previews:
         if worker.process.key or len(tensors) != 1:
             return
         (tensor,) = tensors
-        known, _ = self._fit(job.recipe.revision)
+        vae = self._vae_of(job)
+        known, _ = self._fit(vae)
         if tensor.dtype != "float32" or len(tensor.shape) != 2 or tensor.nbytes > LARGEST_FIT or fit.jobs < known:
             return
         data = bytes(tensor.data)
-        self._fits[job.recipe.revision] = fit.jobs, Tensor("fit", "float32", tensor.shape, data)
+        self._fits[vae] = fit.jobs, Tensor("fit", "float32", tensor.shape, data)
         kept = {"jobs": fit.jobs, "shape": tensor.shape, "data": base64.b64encode(data).decode()}
-        self._store.set(key_of(job.recipe.revision), json.dumps(kept))
+        self._store.set(key_of(vae), json.dumps(kept))
 
-    def _fit(self, revision: str) -> tuple[int, Tensor | None]:
-        if revision not in self._fits:
-            text = self._store.setting(key_of(revision))
-            self._fits[revision] = read_fit(text) if text else (0, None)
-        return self._fits[revision]
+    def _fit(self, vae: str) -> tuple[int, Tensor | None]:
+        if vae not in self._fits:
+            text = self._store.setting(key_of(vae))
+            self._fits[vae] = read_fit(text) if text else (0, None)
+        return self._fits[vae]
 
 
-def key_of(revision: str) -> str:
-    return f"preview-fit {revision}"
+def key_of(vae: str) -> str:
+    return f"preview-fit {vae}"
 
 
 def read_fit(text: str) -> tuple[int, Tensor | None]:

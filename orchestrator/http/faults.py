@@ -101,10 +101,10 @@ def response_of(error: TriptychError, path: str) -> JSONResponse:
 
 async def tell(request: Request, error: Exception) -> JSONResponse:
     """Answer a request with the error that it met."""
-    return response_of(told(error), request.url.path)
+    return response_of(error_of(error), request.url.path)
 
 
-def told(error: Exception) -> TriptychError:
+def error_of(error: Exception) -> TriptychError:
     """Return an error of FastAPI's or Starlette's as one of Triptych's; any other as a fault of Triptych's own."""
     match error:
         case TriptychError():

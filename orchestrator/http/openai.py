@@ -24,7 +24,7 @@ from orchestrator.http.asking import (
     size_of,
     spread,
 )
-from orchestrator.http.faults import BadField, fault_of
+from orchestrator.http.faults import BadField, body_of, error_of, fault_of
 from orchestrator.http.results import enlarged, text_of
 from orchestrator.http.waiting import answer, done, event, stream
 from orchestrator.settings import Quality
@@ -287,8 +287,13 @@ async def respond(
     jobs = await asked.submit(who.client, watch=True)
     teller = Teller(request, who, given, asked.told, model, quality, kind, sum(one.nbytes for one in inputs.images))
     if given.stream:
-        return stream(request, teller.events(jobs), lambda error: event(teller.fault(error), "error"))
+        return stream(request, teller.events(jobs), fault)
     return await answer(request, teller.whole(jobs), {"X-Triptych-Model": model.name})
+
+
+def fault(error: Exception) -> bytes:
+    """Return the last event of a stream that failed."""
+    return event({"type": "error", **body_of(error_of(error), "/v1/")}, "error")
 
 
 class Teller:
@@ -346,11 +351,6 @@ class Teller:
                 more = {**self._shape(job), "b64_json": text_of(file), "partial_image_index": sent}
                 yield event({"type": name, **more}, name)
                 sent += 1
-
-    def fault(self, error: Exception) -> dict[str, Any]:
-        from orchestrator.http.faults import body_of, told
-
-        return {"type": "error", **body_of(told(error), "/v1/")}
 
     def _shape(self, job: Job) -> dict[str, Any]:
         recipe = job.recipe

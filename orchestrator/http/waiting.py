@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.background import BackgroundTask
 
-from orchestrator.http.faults import body_of, told
+from orchestrator.http.faults import body_of, error_of
 from protocol.client.async_client import AsyncClient
 from protocol.client.exchange import raise_unless_done
 from protocol.job import Job
@@ -44,7 +44,7 @@ async def answer(request: Request, work: Awaitable[Any], headers: dict[str, str]
         try:
             yield json.dumps(task.result()).encode()
         except Exception as error:
-            yield json.dumps(body_of(told(error), request.url.path)).encode()
+            yield json.dumps(body_of(error_of(error), request.url.path)).encode()
 
     return StreamingResponse(
         late(), media_type="application/json", headers=headers, background=BackgroundTask(end, task)
@@ -68,7 +68,6 @@ def stream(
     request: Request, events: AsyncIterator[bytes], fault: Callable[[Exception], bytes] | None = None
 ) -> StreamingResponse:
     """Send events as they come, and a comment now and then where none do; an error becomes the last event."""
-
     key = request.state.caller
 
     async def sending() -> AsyncIterator[bytes]:
@@ -87,7 +86,7 @@ def stream(
                     return
                 coming = None
         except Exception as error:
-            found = told(error)
+            found = error_of(error)
             yield fault(found) if fault else event(body_of(found, request.url.path), "error")
         finally:
             if coming is not None:

@@ -219,7 +219,7 @@ class Calls:
     async def preview(self, job_id: str) -> Preview:
         """How a job's picture will look, as far as a worker can tell; whoever asks again has newer ones made.
 
-        The first jobs of a model that somebody looks at have none: colors are learned of them.
+        A VAE's first job has none: colors are learned of it.
         """
         return await self._message(Preview, GetPreview, job=job_id)
 

@@ -65,6 +65,7 @@ def test_openais_partial_images(shown: RunningStack) -> None:
     assert [event.partial_image_index for event in events[:-1]] == list(range(len(events) - 1))
 
 
+@pytest.mark.all
 def test_the_command_line_writes_them(shown: RunningStack, tmp_path: Path) -> None:
     arguments = ("--steps", "120", "--width", "32", "--height", "32", "--preview-dir", str(tmp_path / "p"), "--preview")
     done = triptych("submit", "a red circle", *arguments, "-o", str(tmp_path / "a.png"), folder=shown.folder)

@@ -22,6 +22,7 @@ from workers.errors import cause_of
 from workers.models.call_settings import settings_of
 from workers.models.skeleton import added_names, build_skeleton, pipeline_class
 from workers.models.source import CONTROLNET, REFINER, Source
+from workers.models.stage_digest import stage_digest
 from workers.models.tasks import (
     FRAMES,
     IMAGES,
@@ -37,7 +38,6 @@ from workers.models.tasks import (
     video_arguments,
     video_class,
 )
-from workers.models.text_digest import text_digest
 
 LARGEST = 4  # times the default number of pixels, or of frames
 NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
@@ -80,7 +80,8 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
     return ModelDescription(
         model=source.model,
         revision=source.revision,
-        text_digest=text_digest(source),
+        text_digest=stage_digest(source, "text"),
+        vae_digest=stage_digest(source, "vae"),
         pipeline=source.pipeline,
         size_multiple=size_multiple(pipeline),
         width=width,

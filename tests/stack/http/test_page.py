@@ -117,6 +117,7 @@ def test_a_part_is_painted_anew(page: "Page", demo: RunningStack, tmp_path: Path
     assert job.recipe.mask
 
 
+@pytest.mark.all
 def test_a_recipe_is_read_and_a_lora_chosen(page: "Page", demo: RunningStack, tmp_path: Path) -> None:
     made = demo.client.wait(demo.client.submit("a green square", seed=11, steps=5, loras=["night@0.5"]).id)
     file = tmp_path / "made.png"
@@ -129,6 +130,7 @@ def test_a_recipe_is_read_and_a_lora_chosen(page: "Page", demo: RunningStack, tm
     expect(page.locator("#loras-chosen")).to_contain_text("night")
 
 
+@pytest.mark.all
 def test_what_cannot_be_right_is_said(page: "Page") -> None:
     page.fill("[name=width]", "4096")
     page.fill("[name=height]", "4096")
@@ -142,8 +144,13 @@ def serious(page: "Page", view: str) -> list[tuple[str, str]]:
     return [(view, fault["id"]) for fault in found if fault["impact"] in ("serious", "critical")]
 
 
-@pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 390),
+        *(pytest.param(*place, marks=pytest.mark.all) for place in (("light", 1440), ("dark", 390), ("dark", 1440))),
+    ],
+)
 def test_everybody_can_use_it(demo: RunningStack, browser: "Browser", scheme: str, width: int) -> None:
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()

@@ -39,7 +39,7 @@ def again(stack: RunningStack, body: dict[str, object]) -> httpx.Response:
     raise AssertionError("there was never an answer")
 
 
-@pytest.mark.parametrize("victim", ["http", "orchestrator"])
+@pytest.mark.parametrize("victim", ["http", pytest.param("orchestrator", marks=pytest.mark.all)])
 def test_what_dies_under_load_loses_and_doubles_nothing(victim: str, own: RunningStack) -> None:
     accepted: list[int] = []
 

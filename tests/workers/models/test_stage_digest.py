@@ -12,11 +12,11 @@ from tests import tiny
 from tests.families.case import awake
 from tests.families.pictures import controlnet
 from workers.models.source import locate
-from workers.models.text_digest import text_digest
+from workers.models.stage_digest import stage_digest
 
 
 def digest(folder: Path, **parts: str) -> str:
-    return text_digest(locate(ModelSpec(name=str(folder), **parts), None))
+    return stage_digest(locate(ModelSpec(name=str(folder), **parts), None), "text")
 
 
 def test_what_is_beside_the_text_stage_changes_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The digest of all that a model's text stage computes with, by which models that share it share prompts' embeddings.
+"""The digest of all that a model's stage computes with, by which models share what is known of it.
+
+Those with the same text stage share prompts' embeddings, those with the same VAE colors for previews.
 
 It is exact or not there: small files are read whole, large ones are known by the content that the hub's cache names
 them by, or by being the very same file.
@@ -10,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from protocol.stages import Stage
 from workers.models.skeleton import pipeline_class, plain_settings
 from workers.models.source import Source, stages_of
 
@@ -17,13 +20,13 @@ SMALL = 64 << 20  # bytes of a file that is read whole
 CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
 
 
-def text_digest(source: Source) -> str:
-    """Return sixteen hex digits, equal for models whose text stages are; empty where that can't be told."""
-    beside = any("text" in stages_of(name) for name in (*source.added, *source.single))
+def stage_digest(source: Source, stage: Stage) -> str:
+    """Return sixteen hex digits, equal for models whose stages of a kind are; empty where that can't be told."""
+    beside = any(stage in stages_of(name) for name in (*source.added, *source.single))
     if beside or source.ip_adapter or source.blocks:
         return ""
     cls = pipeline_class(source)
-    names = sorted(source.components("text"))
+    names = sorted(source.components(stage))
     parts: list[Any] = [cls.__name__, plain_settings(source, cls), {name: source.index[name] for name in names}]
     for name in names:
         folder = source.folder_of(name)
