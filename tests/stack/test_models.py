@@ -114,6 +114,7 @@ def test_a_model_starts_when_it_is_asked_for_and_rests_when_told_to(
     assert torch.equal(picture, plain(folders["sd"], prompt="a star", seed=2, **PLAIN))
 
 
+@pytest.mark.all
 def test_a_model_without_jobs_rests_after_a_while_and_comes_again(state: Path, folders: dict[str, Path]) -> None:
     config = state / "stack.toml"
     tables = [f'[models.{name}]\nmodel = "{folder}"\nrest_after = 0.2\n' for name, folder in folders.items()]
@@ -184,6 +185,7 @@ def test_a_model_that_can_no_longer_be_loaded_costs_the_others_nothing(
         )
 
 
+@pytest.mark.all
 def test_a_file_is_a_model_beside_another(state: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     trained = tiny.sd15()
     for parameter in trained.unet.parameters():
@@ -248,6 +250,7 @@ def test_a_default_model_that_rests_and_is_lost_costs_the_others_nothing(
         assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
 
 
+@pytest.mark.all
 def test_a_model_whose_files_change_while_it_rests_is_looked_at_anew(
     state: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:
