@@ -8,6 +8,7 @@ import sys
 import uvicorn
 
 from orchestrator.http.app import create_app
+from orchestrator.http.impatient import Impatient
 from orchestrator.pulse import Pulse
 from orchestrator.settings import HttpSpec
 from protocol.process import end_with_parent, log_to_stderr, report_end
@@ -23,7 +24,7 @@ def serve(spec: HttpSpec) -> None:
     settings = spec.settings
     certificate, private_key = settings.http_certificate, settings.http_private_key
     config = uvicorn.Config(
-        app, lifespan="on", log_config=None, access_log=False, server_header=False,
+        app, http=Impatient, lifespan="on", log_config=None, access_log=False, server_header=False,
         limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=GRACE_SECONDS, timeout_keep_alive=75,
         proxy_headers=False,
         ssl_certfile=str(certificate) if certificate else None, ssl_keyfile=str(private_key) if private_key else None,

@@ -33,12 +33,21 @@ export async function ask(path, body, method) {
     throw new Fault("Triptych gives no answer; it is asked again.", true);
   }
   if (answer.status === 204) return null;
-  const found = await answer.json().catch(() => null);
+  const found = parsed(await answer.text());
   if (!answer.ok) {
     const { message, hint } = found?.error ?? { message: `Answer ${answer.status}.`, hint: "" };
     throw new Fault(`${message} ${hint ?? ""}`.trim(), answer.status === 503 || answer.status === 429);
   }
   return found;
+}
+
+// Read an answer; seeds that are larger than the browser's numbers stay as they are written.
+function parsed(text) {
+  try {
+    return JSON.parse(text, (key, value, context) => (key === "seed" && context?.source && !Number.isSafeInteger(value) && value !== null ? context.source : value));
+  } catch {
+    return null;
+  }
 }
 
 // Submit a job until there is an answer: its id makes that harmless.

@@ -119,7 +119,7 @@ export async function job() {
     if (name === "prompt") continue;
     if (name.startsWith("set:")) job.settings[name.slice(4)] = value;
     else if (name === "model") job.model = value || null;
-    else if (name === "negative_prompt") job.negative_prompt = value;
+    else if (name === "negative_prompt" || name === "seed") job[name] = value;  // a seed may be larger than a number
     else job[name] = Number(value);
   }
   if (!find("inputs").hidden) Object.assign(job, await canvas.given());
@@ -142,6 +142,5 @@ export function take(recipe, seed = true) {
   drawLoras();
   if (!model) return "This recipe is of a model that is not here.";
   if (recipe.images?.length || recipe.mask) return "This began from a picture: choose it below for the same again.";
-  if (recipe.seed > Number.MAX_SAFE_INTEGER) return "Its seed is larger than a browser's numbers: submit it elsewhere.";
   return "";
 }

@@ -3,17 +3,20 @@
 import asyncio
 import io
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from PIL import Image
 
 from orchestrator.http.a1111 import parsed, without_loras
 from orchestrator.http.app import create_app
 from orchestrator.http.asking import check_pixels, file_of, id_of, loras_of, size_of, spread
 from orchestrator.http.faults import BadField, Refused, body_of, headers_of, status_of
+from orchestrator.http.impatient import Impatient
 from orchestrator.http.openai import steps_for
 from orchestrator.http.results import Links, Results
 from orchestrator.pulse import Pulse
@@ -130,6 +133,38 @@ def test_it_lives_without_a_stack_and_is_not_ready(tmp_path: Path) -> None:
     assert asked(tmp_path, "GET", "/healthz").status_code == 200
     ready = asked(tmp_path, "GET", "/readyz")
     assert (ready.status_code, "No stack" in ready.json()["reasons"][0]) == (503, True)
+
+
+def test_a_connection_that_asks_nothing_is_closed_and_one_that_asks_is_not() -> None:
+    class Short(Impatient):
+        seconds = 0.2
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def both() -> tuple[bytes, bytes]:
+        server = uvicorn.Server(uvicorn.Config(app, http=Short, lifespan="off", log_config=None))
+        listening = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve([listening]))
+        address = listening.getsockname()[:2]
+        silent, unused = await asyncio.open_connection(*address)
+        asking, out = await asyncio.open_connection(*address)
+        request = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+        out.write(request)
+        first = await asking.readuntil(b"\r\n\r\n")
+        ended = await silent.read()  # comes back once the connection is closed
+        out.write(request)
+        again = await asking.readuntil(b"\r\n\r\n")
+        assert first.split()[1] == again.split()[1] == b"204"
+        for writer in (out, unused):
+            writer.close()
+            await writer.wait_closed()
+        server.should_exit = True
+        await serving
+        return ended, again
+
+    assert asyncio.run(both())[0] == b""
 
 
 def test_the_description_names_errors_as_they_are_told(tmp_path: Path) -> None:
