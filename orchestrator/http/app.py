@@ -28,8 +28,8 @@ from protocol.errors import TriptychError
 PULSE_SECONDS = 1.0
 DESCRIPTION = """Pictures and videos of a Triptych stack.
 
-`/v1` speaks as OpenAI's Images and Videos APIs do, `/sdapi/v1` as AUTOMATIC1111's web UI; `/api` is Triptych's own: jobs with
-their events and results, workers, models and LoRAs."""
+`/v1` speaks as OpenAI's Images and Videos APIs do, `/sdapi/v1` as AUTOMATIC1111's web UI; `/api` is Triptych's own:
+jobs with their events and results, workers, models and LoRAs."""
 
 
 def create_app(spec: HttpSpec, pulse: Pulse) -> FastAPI:
