@@ -87,11 +87,12 @@ def with_shared_links(hardware: Hardware, posts: Sequence[Post]) -> Hardware:
     """Return the hardware with what each link gives while all GPUs that are used copy at once."""
     used = {gpu for post in posts for gpu in post.gpus}
     most = HOST_LINKS / min(max(1, len(used)), MOST_OF_A_HOST)
-    cards = [
-        replace(card, rate=replace(card.rate, link=min(card.rate.link, most))) if card.index in used else card
-        for card in hardware.cards
-    ]
-    return replace(hardware, cards=tuple(cards))
+
+    def shared(card: Card) -> Card:
+        binds = card.index in used and card.rate.link > most and not card.stands_in
+        return replace(card, rate=replace(card.rate, link=most)) if binds else card
+
+    return replace(hardware, cards=tuple(map(shared, hardware.cards)))
 
 
 class Book:

@@ -17,7 +17,7 @@ from orchestrator.planning.hardware import Card, Hardware, imagined, this_hardwa
 from orchestrator.planning.pipeline_cut import SplitGpu, best_cut, parts_of
 from orchestrator.planning.placement import Post, another, candidates, speedups_of
 from orchestrator.planning.planner import Plan, check, choose, kind_of, look
-from orchestrator.planning.prediction import Terms, predict
+from orchestrator.planning.prediction import HOST_LINKS, Terms, predict, with_shared_links
 from orchestrator.planning.streaming_cost import load_of, pass_seconds, streaming
 from orchestrator.settings import StackConfig
 from protocol.errors import BadRequest, DoesNotFit
@@ -155,6 +155,15 @@ def test_four_cards_share_what_their_host_can_send_and_one_process_starts_all_ke
     assert four.prediction.picture_seconds == pytest.approx(1.288, rel=0.05)  # measured on four H200s, 2026-11-27
     split = plan(*["H200:16GiB"] * 4, placement="split", stages={"denoise": {"workers": 1}})
     assert split.prediction.picture_seconds == pytest.approx(2.2, rel=0.05)  # likewise
+
+
+def test_a_cpu_that_plays_gpus_shares_no_links() -> None:
+    cards = tuple(Card(index, "CPU", GB, STAND_IN) for index in range(4))
+    posts = [Post("denoise", "leases", "cpu", (index,)) for index in range(4)]
+    assert all(card.stands_in for card in with_shared_links(Hardware(cards, ram=GB, cores=2), posts).cards)
+    cards = tuple(replace(card, rate=hardware("H200:16GiB").cards[0].rate) for card in cards)
+    found = with_shared_links(Hardware(cards, ram=GB, cores=2), posts).cards
+    assert {card.rate.link for card in found} == {HOST_LINKS / 4}
 
 
 def test_many_cards_get_text_encoders_and_vaes_to_match() -> None:
