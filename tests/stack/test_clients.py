@@ -74,4 +74,5 @@ def test_both_clients_can_do_the_same() -> None:
     def public(cls: type) -> set[str]:
         return {name for name in dir(cls) if not name.startswith("_")}
 
-    assert public(triptych.Client) == public(triptych.AsyncClient)
+    # What reads an asyncio client's socket is a task, which may have ended.
+    assert public(triptych.Client) == public(triptych.AsyncClient) - {"broken"}
