@@ -51,6 +51,7 @@ def test_jobs_that_somebody_looks_at_are_drawn_with_the_same_bits(shown: Running
     assert shown.client.preview(job).file == b""  # it has a picture now
 
 
+@pytest.mark.all
 def test_openais_partial_images(shown: RunningStack) -> None:
     with httpx.Client(trust_env=False) as http:
         sdk = openai.OpenAI(base_url=f"{shown.http}/v1", api_key="any", max_retries=0, http_client=http)

@@ -92,6 +92,7 @@ def test_a_job_is_watched_cancelled_and_survives_a_reload(page: "Page", demo: Ru
     assert demo.client.jobs(limit=1)[0].state == "cancelled"
 
 
+@pytest.mark.all
 def test_the_orchestrator_may_be_started_anew_meanwhile(page: "Page", demo: RunningStack) -> None:
     os.kill(pid_of(demo, "orchestrator"), signal.SIGKILL)
     make(page, prompt="a blue ring after a restart")
