@@ -77,6 +77,7 @@ def test_a_job_may_choose_a_refiner(state: Path, tmp_path: Path) -> None:
     assert (done.returncode, "nothing to choose among" in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.all
 def test_a_stack_answers_control_images_and_prompts_alone(state: Path, tmp_path: Path) -> None:
     model = tiny.save(tiny.sd15(), tmp_path / "model")
     torch.manual_seed(0)

@@ -46,6 +46,7 @@ def denoisers(stack: RunningStack) -> list[tuple[int, ...]]:
     return sorted(w.gpus for w in stack.client.workers().workers if w.stage == "denoise")
 
 
+@pytest.mark.all
 def test_a_denoiser_cut_over_four_unequal_gpus_has_four_jobs_in_hand(
     deep: Path, wanted: list[torch.Tensor], state: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_jobs_of_two_models_in_turns_are_equal_and_no_budget_is_passed(
         assert {job.recipe.model for job in made} == {str(folder) for folder in folders.values()}
 
 
+@pytest.mark.all
 def test_a_prompt_is_encoded_once_for_models_that_share_their_text_encoders(state: Path, tmp_path: Path) -> None:
     one, other = tiny.save(tiny.flux(), tmp_path / "one"), tmp_path / "other"
     shutil.copytree(one, other)
@@ -144,6 +145,7 @@ def test_what_is_wrong_with_a_models_name_or_its_jobs_is_said_at_once(two: Runni
         two.client.load_model("sdxl")
 
 
+@pytest.mark.all
 def test_files_are_made_again_by_the_model_that_made_them(two: RunningStack, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a", "model": "sd", "seed": 1}\n{"prompt": "b", "seed": 2}\n')
@@ -231,6 +233,7 @@ def test_models_come_to_a_running_stack_and_go(state: Path, folders: dict[str, P
         assert torch.equal(picture, plain(folders["flux"], prompt="a star", seed=1, **PLAIN))
 
 
+@pytest.mark.all
 def test_a_default_model_that_rests_and_is_lost_costs_the_others_nothing(
     state: Path, folders: dict[str, Path], tmp_path: Path
 ) -> None:

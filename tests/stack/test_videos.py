@@ -45,6 +45,7 @@ def test_a_video_of_several_parts_has_the_frames_of_the_plain_pipeline(videos: R
     assert (job.pictures, job.recipe.frames, job.recipe.fps) == (1, FRAMES, 16.0)
 
 
+@pytest.mark.all
 def test_files_of_a_video_tell_how_to_make_it_again(videos: RunningStack, tmp_path: Path) -> None:
     def run(*arguments: str) -> list[str]:
         done = triptych(*arguments, folder=videos.folder, cwd=tmp_path)

@@ -121,6 +121,7 @@ def test_parts_beyond_what_a_job_has_are_refused_and_not_kept(state: Path) -> No
         assert client.wait(job, 20).state == "done"
 
 
+@pytest.mark.all
 def test_a_worker_that_vanishes_with_every_task_costs_no_job(state: Path) -> None:
     """A key's worker takes a task and is gone, again and again; this machine's own does them all."""
     with guarded(state) as running:
@@ -192,6 +193,7 @@ def test_a_key_whose_worker_fails_every_task_costs_no_job_where_this_machine_has
         assert running.client().job(job).reasons == ()
 
 
+@pytest.mark.all
 def test_many_pictures_of_a_keys_worker_come_whole_however_fast_it_is_sent(state: Path) -> None:
     """More at once than may wait for one key: no more is read until there is room, and nothing is let go."""
     count, part = 16, Tensor("pictures", "uint8", (1, 1536, 1536, 3), bytes(1536 * 1536 * 3))

@@ -100,6 +100,7 @@ def test_the_orchestrator_may_be_started_anew_meanwhile(page: "Page", demo: Runn
     assert sum(job.recipe.prompt == "a blue ring after a restart" for job in demo.client.jobs()) == 1
 
 
+@pytest.mark.all
 def test_a_part_is_painted_anew(page: "Page", demo: RunningStack, tmp_path: Path) -> None:
     file = tmp_path / "in.png"
     file.write_bytes(png(Image.fromarray(np.full((128, 128, 3), (20, 120, 200), "uint8"))))
