@@ -14,6 +14,7 @@ from protocol.stages import STAGES, Stage
 JobState = Literal["queued", "text", "denoise", "vae", "done", "failed", "cancelled"]
 ENDED: frozenset[JobState] = frozenset(("done", "failed", "cancelled"))
 JOB_STATES: tuple[JobState, ...] = ("queued", *STAGES, "done", "failed", "cancelled")
+UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state not in ENDED)
 Kept = Literal["text", "latents", ""]  # with the results of jobs of the same text, of this job alone, or nothing
 MAX_IMAGES_IN = 16  # pictures that a job may begin from
 GivenVideos = Annotated[  # (argument of the pipeline's call, digest)

@@ -43,7 +43,7 @@ class Distribution:
 
 
 class Counters:
-    """What was counted since this orchestrator was started. `name_of` a job is its model's name in the stack."""
+    """Counts since this orchestrator was started. `name_of` a job is its model's name in the stack."""
 
     def __init__(self, name_of: Callable[[LiveJob], str]) -> None:
         self._name_of = name_of

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from orchestrator.http.asking import (
     Caller,
     Wanted,
-    caller,
+    Who,
     check_takes,
     file_of,
     loras_of,
@@ -31,19 +31,17 @@ from orchestrator.http.waiting import answer, done
 from protocol.client.input_pictures import Inputs
 from protocol.client.picture_files import parameters_text
 from protocol.errors import BadRequest
-from protocol.job import ENDED, JOB_STATES, MAX_IMAGES_IN, Job, JobRequest, JobState
+from protocol.job import MAX_IMAGES_IN, UNFINISHED, Job, JobRequest
 from protocol.lora import LORA_NAME
 from protocol.views import ModelView
 
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"])
-Who = Annotated[Caller, Depends(caller)]
 
 PREFIX = "sd-"  # of the ids of jobs that come this way
 MOST_PICTURES = 16
 MOST_TEXT = 20_000  # characters of what a picture says of itself
 LORA = re.compile(r"<lora:([^:<>]+)(?::([-+.\d]+))?(?::[^<>]*)?>")  # in a prompt
 SAMPLER = "Default"  # the model's own scheduler
-UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state not in ENDED)
 chosen: dict[str, str] = {}  # the models that callers have chosen with POST options, by their keys
 
 
@@ -287,7 +285,7 @@ async def options(who: Who) -> dict[str, Any]:
     models = await who.models()
     model = model_named(models, chosen.get(who.key), [])
     return {
-        "sd_model_checkpoint": title(model), "sd_checkpoint_hash": model.revision, "samples_format": "png",
+        "sd_model_checkpoint": model.name, "sd_checkpoint_hash": model.revision, "samples_format": "png",
         "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1,
     }  # fmt: skip
 
@@ -299,21 +297,17 @@ async def set_options(given: Options, who: Who) -> None:
     if name is None:
         return
     for model in await who.models(name):
-        if name in (model.name, title(model)):
+        if name == model.name:
             chosen[who.key] = model.name
             return
     raise BadField("sd_model_checkpoint", f"There is no model {name[:100]!r}.", "GET /sdapi/v1/sd-models lists them.")
-
-
-def title(model: ModelView) -> str:
-    return model.name
 
 
 @router.get("/sd-models")
 async def sd_models(who: Who) -> list[dict[str, Any]]:
     """List the stack's models."""
     return [
-        {"title": title(m), "model_name": m.name, "hash": m.revision[:10], "sha256": None, "filename": m.name,
+        {"title": m.name, "model_name": m.name, "hash": m.revision[:10], "sha256": None, "filename": m.name,
          "config": None} for m in await who.models()
     ]  # fmt: skip
 

@@ -12,10 +12,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 from PIL import Image
+from pydantic import BaseModel
 
 from orchestrator.access import AllowedKeys
 from orchestrator.http.faults import BadField
@@ -55,7 +56,7 @@ class Http:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes a request, and a client that acts for them."""
+    """The maker of a request, and a client that acts for them."""
 
     key: str  # its name; empty for this machine's user
     client: AsyncClient
@@ -80,6 +81,9 @@ async def caller(request: Request) -> Any:
     key: str = request.state.caller
     async with http.stack.acting_for(key) as client:
         yield Caller(key, client, http)
+
+
+Who = Annotated[Caller, Depends(caller)]  # the parameter of a route that answers its caller
 
 
 @dataclass(slots=True)
@@ -144,6 +148,13 @@ def spread(request: JobRequest, count: int, model: ModelView) -> list[JobRequest
             update["seed"] = (request.seed + number) % (MAX_SEED + 1)
         found.append(request.model_copy(update=update))
     return found
+
+
+def either_body(form: type[BaseModel]) -> dict[str, Any]:
+    """Return what the OpenAPI document says of a body that comes as JSON or as a form."""
+    kinds = ("multipart/form-data", "application/json")
+    content = {kind: {"schema": form.model_json_schema()} for kind in kinds}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def id_of(given: str | None, idempotency: str | None) -> str:

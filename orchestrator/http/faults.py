@@ -112,7 +112,7 @@ def error_of(error: Exception) -> TriptychError:
         case RequestValidationError():
             return fault_of(error.errors())
         case ValidationError(title="JobRequest"):  # what no API's own fields have refused
-            return fault_of([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)])
+            return fault_in_body(error)
         case HTTPException(__cause__=TriptychError() as cause):  # met while the body was read
             return cause
         case HTTPException():
@@ -121,6 +121,11 @@ def error_of(error: Exception) -> TriptychError:
                 words = "There is nothing at this path: /openapi.json lists what there is."
             return Refused(status, words.rstrip(".") + ".", headers=error.headers)
     return TriptychError("That is a fault of Triptych's.", "Its log has more: triptych logs http")
+
+
+def fault_in_body(error: ValidationError) -> TriptychError:
+    """Return the first thing that is wrong with a body that was read by a model of its own."""
+    return fault_of([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)])
 
 
 def fault_of(faults: Any) -> TriptychError:

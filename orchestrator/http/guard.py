@@ -1,4 +1,4 @@
-"""Who may come in by HTTP: keys, hosts, origins, sizes and rates, looked at before a request is read."""
+"""The guard of who may come in by HTTP: keys, hosts, origins, sizes and rates, looked at before a request is read."""
 
 import base64
 import contextlib
@@ -73,7 +73,8 @@ class Guard:
             await self._app(scope, received, with_policy(send))
         finally:
             self._open[who] -= 1
-            self._open += Counter()  # lets go of those that are 0
+            if not self._open[who]:
+                del self._open[who]
 
     @contextlib.contextmanager
     def _charged(self, address: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Request
+from fastapi import APIRouter, Header, Path, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,7 +14,7 @@ from orchestrator.http.asking import (
     Caller,
     Http,
     Wanted,
-    caller,
+    Who,
     check_takes,
     file_of,
     id_of,
@@ -22,11 +22,11 @@ from orchestrator.http.asking import (
     model_known,
     pixels_of,
 )
-from orchestrator.http.results import MEDIA, file_response
+from orchestrator.http.results import MEDIA, file_answers, file_response
 from orchestrator.http.waiting import SSE, event, stream
 from protocol.client.input_pictures import Inputs
 from protocol.client.picture_files import read_recipe
-from protocol.job import ENDED, JOB_STATES, MAX_IMAGES_IN, Job, JobRequest, JobState
+from protocol.job import ENDED, MAX_IMAGES_IN, UNFINISHED, Job, JobRequest, JobState
 from protocol.lora import MAX_LORAS, LoraInfo
 from protocol.messages.client import JobEvent
 from protocol.model import ModelDescription
@@ -34,12 +34,10 @@ from protocol.views import GpuView, ModelView, ProcessView, WorkerView
 
 router = APIRouter(prefix="/api", tags=["Triptych"])
 
-Who = Annotated[Caller, Depends(caller)]
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Text = Annotated[str, Field(max_length=100_000)]
 File = Annotated[str, Field(description="A file as base64, or as a data URL.")]
-UNFINISHED: tuple[JobState, ...] = tuple(state for state in JOB_STATES if state not in ENDED)
 
 
 class NewJob(BaseModel):
@@ -210,12 +208,7 @@ def number_of(change: JobEvent) -> str:
 
 
 Suffix = Annotated[Literal["png", "jpeg", "jpg", "webp", "gif", "mp4", "webm"], Path()]
-FILE: dict[int | str, dict[str, Any]] = {
-    200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in set(MEDIA.values())}},
-    206: {"description": "The range that was asked for."},
-    304: {"description": "It is as whoever asks has it."},
-    416: {"description": "There is no such range."},
-}
+FILE = file_answers(set(MEDIA.values()))
 
 
 @router.get("/jobs/{job_id}/results/{index}.{suffix}", response_class=Response, responses=FILE)
@@ -312,7 +305,7 @@ async def loras(who: Who, model: Annotated[str | None, Query(max_length=256)] = 
 
 
 class Recipe(BaseModel):
-    """What a picture file says of how it was made."""
+    """The making of a picture, as its file says."""
 
     recipe: dict[str, Any]
     index: int

@@ -3,15 +3,14 @@
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Annotated
 
-from fastapi import APIRouter, Depends, Response
+from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
-from orchestrator.http.asking import Caller, caller
+from orchestrator.http.asking import Who
 from orchestrator.http.jobs import load_of
 from protocol.messages.client import Stack, Workers
 from protocol.metrics import Metric
@@ -22,7 +21,7 @@ PREFIX = "triptych_"
 
 
 class Snapshot(Collector):
-    """What was asked of the stack for one answer."""
+    """A picture of the stack at one moment, for one answer."""
 
     def __init__(self, counted: Iterable[Metric], workers: Workers, stack: Stack, models: list[ModelView]) -> None:
         self._counted, self._workers, self._stack, self._models = counted, workers, stack, models
@@ -92,7 +91,7 @@ def histogram_of(metric: Metric) -> Family:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
-async def metrics(who: Annotated[Caller, Depends(caller)]) -> Response:
+async def metrics(who: Who) -> Response:
     """Show counts and distributions for Prometheus. Its key may be anybody's: it is of the whole stack."""
     async with who.http.stack.acting_for("") as client:
         counted, workers, stack, models = await asyncio.gather(

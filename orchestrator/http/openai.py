@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Header, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
@@ -13,8 +13,9 @@ from starlette.datastructures import FormData, UploadFile
 from orchestrator.http.asking import (
     Caller,
     Wanted,
-    caller,
+    Who,
     check_takes,
+    either_body,
     file_of,
     id_of,
     loras_of,
@@ -24,7 +25,7 @@ from orchestrator.http.asking import (
     size_of,
     spread,
 )
-from orchestrator.http.faults import BadField, body_of, error_of, fault_of
+from orchestrator.http.faults import BadField, body_of, error_of, fault_in_body
 from orchestrator.http.results import enlarged, text_of
 from orchestrator.http.waiting import answer, done, event, stream
 from orchestrator.settings import Quality
@@ -149,13 +150,13 @@ class ModelList(BaseModel):
 
 
 @router.get("/models")
-async def models(who: Annotated[Caller, Depends(caller)]) -> ModelList:
+async def models(who: Who) -> ModelList:
     """List the stack's models."""
     return ModelList(data=[Model(id=model.name) for model in await who.models()])
 
 
 @router.get("/models/{name:path}")
-async def model(name: str, who: Annotated[Caller, Depends(caller)]) -> Model:
+async def model(name: str, who: Who) -> Model:
     """Show one of the stack's models."""
     return Model(id=model_known(await who.models(name), name).name)
 
@@ -169,23 +170,17 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 async def generations(
     request: Request,
     given: Generation,
-    who: Annotated[Caller, Depends(caller)],
+    who: Who,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Make pictures of a prompt."""
     return await respond(request, who, given, Inputs(), id_of(given.id, idempotency_key), "image_generation")
 
 
-EDIT_BODY = {
-    "required": True,
-    "content": {kind: {"schema": Edit.model_json_schema()} for kind in ("multipart/form-data", "application/json")},
-}
-
-
-@router.post("/images/edits", response_model=Images, responses=STREAMED, openapi_extra={"requestBody": EDIT_BODY})
+@router.post("/images/edits", response_model=Images, responses=STREAMED, openapi_extra=either_body(Edit))
 async def edits(
     request: Request,
-    who: Annotated[Caller, Depends(caller)],
+    who: Who,
     idempotency_key: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Make pictures of pictures: change them, or repaint a part of one."""
@@ -205,7 +200,7 @@ async def read_edit(request: Request) -> tuple[Edit, list[bytes], bytes | None]:
         try:
             given = Edit.model_validate_json(await request.body())
         except ValidationError as error:
-            raise located(error) from None
+            raise fault_in_body(error) from None
         mask = file_of(given.mask, "mask") if given.mask else None
         return given, [file_of(image, "image") for image in given.image], mask
     async with request.form(max_files=MAX_IMAGES_IN + 1, max_fields=64, max_part_size=400_000) as form:
@@ -217,7 +212,7 @@ async def read_edit(request: Request) -> tuple[Edit, list[bytes], bytes | None]:
     try:
         return Edit.model_validate(fields), images, masks[0] if masks else None
     except ValidationError as error:
-        raise located(error) from None
+        raise fault_in_body(error) from None
 
 
 def uploads(form: FormData, name: str) -> list[UploadFile]:
@@ -225,10 +220,6 @@ def uploads(form: FormData, name: str) -> list[UploadFile]:
     if any(isinstance(one, str) for one in found):
         raise BadField(name, f"{name} is no file.", "Send it as a file of a multipart form.")
     return [one for one in found if isinstance(one, UploadFile)]
-
-
-def located(error: ValidationError) -> Exception:
-    return fault_of([{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)])
 
 
 def wanted(

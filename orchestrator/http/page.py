@@ -4,11 +4,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query
+from fastapi import APIRouter, Query
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 
-from orchestrator.http.asking import Caller, caller
+from orchestrator.http.asking import Caller, Who
 from orchestrator.http.faults import Refused
 from orchestrator.state_folder import StackFolder
 from protocol.errors import Forbidden, NotFound
@@ -49,15 +49,13 @@ def logs_of(who: Caller) -> dict[str, Path]:
 
 
 @router.get("/api/logs", tags=["Triptych"])
-async def logs(who: Annotated[Caller, Depends(caller)]) -> list[str]:
+async def logs(who: Who) -> list[str]:
     """List the processes that have a log. For the stack's own user."""
     return list(logs_of(who))
 
 
 @router.get("/api/logs/{name}", tags=["Triptych"])
-async def log(
-    name: str, who: Annotated[Caller, Depends(caller)], most: Annotated[int, Query(ge=1, le=MOST_OF_A_LOG)] = 20_000
-) -> Log:
+async def log(name: str, who: Who, most: Annotated[int, Query(ge=1, le=MOST_OF_A_LOG)] = 20_000) -> Log:
     """Show the end of a process's log. For the stack's own user."""
     if (path := logs_of(who).get(name)) is None:
         raise NotFound(f"No process {name[:100]!r} has a log.", "GET /api/logs lists those that have one.")

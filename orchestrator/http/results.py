@@ -1,4 +1,4 @@
-"""What jobs have made, as files: encoded off the event loop, kept for a while, and linked to by signed addresses."""
+"""Files of what jobs have made: encoded off the event loop, kept for a while, and linked to by signed addresses."""
 
 import asyncio
 import base64
@@ -10,10 +10,11 @@ import secrets
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 from fastapi import Request, Response
@@ -119,6 +120,16 @@ def enlarged(preview: bytes, size: tuple[int, int], suffix: str) -> bytes:
 
 def text_of(file: bytes) -> str:
     return base64.b64encode(file).decode()
+
+
+def file_answers(kinds: Collection[str]) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document says of a route that sends files of such media types, see `file_response`."""
+    return {
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}},
+        206: {"description": "The range that was asked for."},
+        304: {"description": "It is as whoever asks has it."},
+        416: {"description": "There is no such range."},
+    }
 
 
 def file_response(request: Request, file: bytes, suffix: str, tag: str) -> Response:

@@ -1,9 +1,9 @@
 """Videos in the shape of OpenAI's /v1/videos: jobs that are asked after, not waited for."""
 
 import asyncio
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
@@ -11,17 +11,17 @@ from starlette.datastructures import UploadFile
 from orchestrator.http.asking import (
     Caller,
     Wanted,
-    caller,
+    Who,
     check_takes,
+    either_body,
     file_of,
     id_of,
     model_named,
     pixels_of,
     size_of,
 )
-from orchestrator.http.faults import BadField
-from orchestrator.http.openai import located
-from orchestrator.http.results import file_response
+from orchestrator.http.faults import BadField, fault_in_body
+from orchestrator.http.results import file_answers, file_response
 from protocol.client.input_pictures import Inputs
 from protocol.errors import BadRequest, NotFound
 from protocol.job import ENDED, Job, JobRequest, JobState
@@ -29,7 +29,6 @@ from protocol.model import VideoTask
 from protocol.views import ModelView
 
 router = APIRouter(prefix="/v1/videos", tags=["OpenAI"])
-Who = Annotated[Caller, Depends(caller)]
 STATUSES: dict[JobState, str] = {"queued": "queued", "done": "completed", "failed": "failed", "cancelled": "failed"}
 
 
@@ -80,13 +79,7 @@ class Deleted(BaseModel):
     deleted: bool
 
 
-BODY = {
-    "required": True,
-    "content": {kind: {"schema": NewVideo.model_json_schema()} for kind in ("multipart/form-data", "application/json")},
-}
-
-
-@router.post("", response_model=Video, openapi_extra={"requestBody": BODY})
+@router.post("", response_model=Video, openapi_extra=either_body(NewVideo))
 async def create(request: Request, who: Who, idempotency_key: Annotated[str | None, Header()] = None) -> Video:
     """Submit a video."""
     given, image = await read(request)
@@ -122,7 +115,7 @@ async def read(request: Request) -> tuple[NewVideo, bytes | None]:
             fields = {name: value for name, value in form.items() if isinstance(value, str) and value}
         return NewVideo.model_validate(fields), image
     except ValidationError as error:
-        raise located(error) from None
+        raise fault_in_body(error) from None
 
 
 def frames_for(task: VideoTask, seconds: float | None, fps: float) -> int | None:
@@ -171,15 +164,7 @@ async def video(video_id: str, who: Who) -> Video:
     return view(await found(who, video_id), None, [])
 
 
-CONTENT: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"video/mp4": {"schema": {"type": "string", "format": "binary"}}}},
-    206: {"description": "The range that was asked for."},
-    304: {"description": "It is as whoever asks has it."},
-    416: {"description": "There is no such range."},
-}
-
-
-@router.get("/{video_id}/content", response_class=Response, responses=CONTENT)
+@router.get("/{video_id}/content", response_class=Response, responses=file_answers({"video/mp4"}))
 async def content(request: Request, video_id: str, who: Who) -> Response:
     """Send a video's file."""
     await found(who, video_id)

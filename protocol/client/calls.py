@@ -260,7 +260,7 @@ class Calls:
         return await self._message(Stack, GetStack)
 
     async def metrics(self) -> list[Metric]:
-        """What was counted since the orchestrator was started; Forbidden for keys."""
+        """Return what was counted since the orchestrator was started; Forbidden for keys."""
         return list((await self._message(Metrics, GetMetrics)).metrics)
 
     async def workers(self) -> Workers:

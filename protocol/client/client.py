@@ -241,7 +241,7 @@ class Client:
         return run(self._calls.stack())
 
     def metrics(self) -> list[Metric]:
-        """What was counted since the orchestrator was started; Forbidden for keys."""
+        """Return what was counted since the orchestrator was started; Forbidden for keys."""
         return run(self._calls.metrics())
 
     def workers(self) -> Workers:
