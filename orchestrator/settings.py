@@ -9,6 +9,7 @@ from pydantic.functional_validators import BeforeValidator
 
 from protocol.curve_keys import Role
 from protocol.model_spec import PARTS, Choice, ModelName, ModelSpec, name_of, with_added
+from protocol.sockets import is_loopback_host
 from protocol.speedups import MOST_BATCH, canonical
 from protocol.stages import STAGES, Stage
 from protocol.units import parse_bytes, parse_seconds
@@ -247,6 +248,16 @@ class HttpSettings(Settings):
     http_qualities: Annotated[
         dict[str, Quality], Field(description="What words for quality mean, each a table with `steps` and `model`.")
     ] = Field(default_factory=lambda: dict(QUALITIES))
+
+    @property
+    def http_host(self) -> str:
+        """The host at which HTTP is served, without its port; empty where it isn't."""
+        return (self.http or "").rpartition(":")[0].strip("[]")
+
+    @property
+    def http_needs_keys(self) -> bool:
+        """Return whether whoever comes by HTTP needs a key."""
+        return self.http_keys == "required" or not is_loopback_host(self.http_host)
 
 
 class ModelConfig(Settings):

@@ -98,6 +98,11 @@ def is_loopback(endpoint: str) -> bool | None:
         return None
     if address.scheme != "tcp" or not host or port is None:
         return None
+    return is_loopback_host(host)
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host's name or address is this machine's own alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -24,7 +24,7 @@ from protocol.client.client import Client
 from protocol.client.endpoints import published
 from protocol.errors import NoStack, TriptychError
 from protocol.job import JobRequest
-from protocol.sockets import is_loopback
+from protocol.sockets import is_loopback_host
 from protocol.visible import visible
 
 POLL_SECONDS = 0.05
@@ -108,11 +108,13 @@ class Announcer:
 
 def who_comes(config: StackConfig) -> str:
     """Return what a person must know of who comes in by HTTP; nothing where that is this machine's users."""
-    host = (config.http or "").rpartition(":")[0].strip("[]")
-    local = is_loopback(f"tcp://{host}:1")
-    if local and config.http_keys != "required":
+    if not config.http_needs_keys:
         return ""
-    plain = "" if local or config.http_certificate else "; it travels unencrypted (--http-certificate)"
+    plain = (
+        ""
+        if is_loopback_host(config.http_host) or config.http_certificate
+        else "; it travels unencrypted (--http-certificate)"
+    )
     return f"; whoever comes needs a key: triptych keys new NAME --http{plain}"
 
 

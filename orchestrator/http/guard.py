@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
@@ -42,8 +41,6 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: HttpSettings, keys: AllowedKeys) -> None:
         self._app, self._settings, self._keys = app, settings, keys
-        host = (settings.http or "").rpartition(":")[0].strip("[]")
-        self._loopback = is_loopback(host)
         self._hosts = {name.lower() for name in (*LOCAL_NAMES, *settings.http_hosts)}
         self._origins = {normal(origin) for origin in settings.http_origins}
         self._rates: OrderedDict[str, TokenBucket] = OrderedDict()  # the one that asked last comes last
@@ -91,7 +88,7 @@ class Guard:
         """Refuse names that are not this host's, where no key is needed, and other sites' pages that change things."""
         named = headers.get("host", "")
         host = host_of(named)
-        if self._loopback and not self._needs_key and host not in self._hosts:
+        if not self._settings.http_needs_keys and host not in self._hosts:
             raise Refused(
                 HTTPStatus.MISDIRECTED_REQUEST,
                 f"{host[:100]!r} is no name of this host's.",
@@ -111,10 +108,6 @@ class Guard:
 
     # -- who ------------------------------------------------------------------------------------
 
-    @property
-    def _needs_key(self) -> bool:
-        return not self._loopback or self._settings.http_keys == "required"
-
     def _caller(self, scope: Scope, headers: Headers) -> str:
         """Return the name of the key that a request comes with; "" for this machine's user. Refused."""
         name = self._key_of(headers.get("authorization", ""))
@@ -122,7 +115,7 @@ class Guard:
             return name
         if scope["path"] in OPEN or scope["path"].startswith(SIGNED) or scope["method"] == "OPTIONS":
             return ""
-        if self._needs_key:
+        if self._settings.http_needs_keys:
             given = "This key is not let in." if "authorization" in headers else "A key is needed."
             raise Refused(HTTPStatus.UNAUTHORIZED, given, NEEDS_KEY, CHALLENGE)
         if any(name in headers for name in OF_PROXIES):
@@ -218,10 +211,3 @@ def address_of(scope: Scope) -> str:
     client = scope.get("client")
     host = str(client[0]) if client else ""
     return ":".join(host.split(":")[:4]) if ":" in host else host
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

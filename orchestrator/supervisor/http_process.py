@@ -27,8 +27,7 @@ class HttpSocket:
             if file is not None and not file.is_file():
                 raise BadRequest(f"There is no file {str(file)!r}.", "Give a PEM file.")
         self.settings = settings
-        host, _, port = (settings.http or "").rpartition(":")
-        host = host.strip("[]")
+        host, port = settings.http_host, (settings.http or "").rpartition(":")[2]
         try:
             if int(port) > MOST_PORT:
                 raise OverflowError(f"there is no port {port}")
