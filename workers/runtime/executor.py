@@ -52,11 +52,10 @@ from workers.errors import (
 )
 from workers.runtime.cpu_lock import CpuTurn
 from workers.runtime.ranks import LeadStage, RankLost
-from workers.stages import preview
 from workers.stages.batch import BatchedDenoiseStage
 from workers.stages.contract import Outcome, Report, Saved
 from workers.stages.denoise import DenoiseStage
-from workers.stages.preview import Previews
+from workers.stages.preview import ColorFit, Previews
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
 from workers.weights.gpu_lease import AnyGpuLease, GpuLease, apply_leases
@@ -147,7 +146,7 @@ class Executor:
         self._returned: queue.SimpleQueue[int] = queue.SimpleQueue()  # bytes of a lease that was lent of
         self._cancelled: set[tuple[str, int]] = set()
         self._previews: tuple[tuple[str, int], Previews] | None = None  # of the current task
-        self._colors = preview.PreviewFit()
+        self._colors = ColorFit()
         self._lora_parts: queue.SimpleQueue[tuple[LoraPart, bytes]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="executor")
 
@@ -340,8 +339,7 @@ class Executor:
         """Fit the map of previews to a job that is done; whatever goes wrong there, the job is."""
         try:
             pictures = next(tensor for tensor in outcome.tensors if tensor.name == PICTURES)
-            self._colors.video = video
-            if fit := self._colors.see(latents, pictures):
+            if fit := self._colors.see(latents, pictures, video):
                 self._emit((PreviewFit(**key, jobs=self._colors.jobs), [fit]))
         except Exception:
             log.exception("no map for previews could be fitted")

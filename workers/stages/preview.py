@@ -85,15 +85,15 @@ def neighbours(grid: torch.Tensor) -> list[torch.Tensor]:
     return [padded[:, y : y + rows, x : x + columns].flatten(1) for y in range(3) for x in range(3)]
 
 
-class PreviewFit:
+class ColorFit:
     """The map from latents to colors, as it is learned: sums over the places of all pictures that were seen."""
 
     def __init__(self) -> None:
-        self.jobs, self.video, self._places = 0, False, 0
+        self.jobs = self._places = 0
         self._squares: torch.Tensor | None = None
         self._products: torch.Tensor | None = None
 
-    def see(self, latents: Tensor, pictures: Tensor) -> Tensor | None:
+    def see(self, latents: Tensor, pictures: Tensor, video: bool = False) -> Tensor | None:
         """Learn of a job's latents and its first picture, or a video's middle; return the map.
 
         That is float32 (9 · channels + 1, 3): the colors by the latents around a place, and by nothing. Until enough
@@ -106,7 +106,7 @@ class PreviewFit:
         count, height, width, _ = pictures.shape
         if height < rows or width < columns:
             return None
-        picture = from_wire(pictures)[count // 2 if self.video else 0].permute(2, 0, 1)[None].float() / 255
+        picture = from_wire(pictures)[count // 2 if video else 0].permute(2, 0, 1)[None].float() / 255
         colors = torch.nn.functional.interpolate(picture, (rows, columns), mode="area")[0].flatten(1).T
         values = torch.cat([*neighbours(grid), grid.new_ones(1, rows * columns)]).T.double()
         squares, products = values.T @ values, values.T @ colors.double()

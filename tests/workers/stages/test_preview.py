@@ -16,7 +16,7 @@ from PIL import Image
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
-from workers.stages.preview import PreviewFit, Previews, drawn, end_of, grid_of, unpacked
+from workers.stages.preview import ColorFit, Previews, drawn, end_of, grid_of, unpacked
 from workers.tensors import from_wire, to_wire
 
 
@@ -91,7 +91,7 @@ def pictures_of(grid: torch.Tensor, map_: torch.Tensor) -> Tensor:
 
 def test_colors_are_learned_of_pictures() -> None:
     map_ = torch.rand(4, 3) / 4
-    fit, learned = PreviewFit(), None
+    fit, learned = ColorFit(), None
     for seed in range(8):
         grid = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(seed))
         learned = fit.see(to_wire("l", grid), pictures_of(grid, map_))
@@ -106,7 +106,7 @@ def test_colors_are_learned_of_pictures() -> None:
 
 
 def test_what_does_not_go_together_teaches_nothing() -> None:
-    fit = PreviewFit()
+    fit = ColorFit()
     small = Tensor("pictures", "uint8", (1, 2, 2, 3), bytes(12))
     assert fit.see(to_wire("l", torch.rand(4, 16, 16)), small) is None
     assert fit.see(to_wire("l", torch.full((4, 2, 2), torch.nan)), small) is None
