@@ -159,18 +159,19 @@ class Leasing:
                 continue
             demands = {holding.gpu: self._demand(worker, holding) for holding in holdings}
             stage, keep = worker.hello.stage, self._keep_alive(worker)
-            resting = None if keep is None else self._fleet.resting_since(worker)
+            resting = self._fleet.resting_since(worker)
+            idle_for = 0.0 if resting is None else now - resting
             found.append(
                 LeasedWorker(
                     id=worker.id, stage=stage, model=worker.model, jobs=worker.hello.parts,
                     demands=demands,
                     held=now - max(holding.since for holding in holdings),
                     lasting=keep is None and worker.refused is None, refused=worker.refused,
-                    expired=keep is not None and resting is not None and now - resting >= keep,
+                    expired=keep is not None and resting is not None and idle_for >= keep,
                     most=max(0, self.ledger.most_workspace(worker.id)),
                     lendable=self._lendable(worker, holdings[0], demands[holdings[0].gpu]), loan=holdings[0].loan,
                     lent_for=now - worker.lent_at if worker.loan == "given" else 0.0,
-                    back_for=now - worker.called_back_at, busy=worker.state == "busy",
+                    back_for=now - worker.called_back_at, busy=worker.state == "busy", idle_for=idle_for,
                 )
             )  # fmt: skip
         return found

@@ -66,6 +66,7 @@ class LeasedWorker:
     lent_for: float = 0.0  # seconds since it was given
     back_for: float = math.inf  # seconds since one came back that had lasted for longer than patience
     busy: bool = False  # it has a task
+    idle_for: float = 0.0  # seconds since it last had one
 
     @property
     def lease(self) -> int:

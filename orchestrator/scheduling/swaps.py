@@ -200,15 +200,18 @@ class Swaps:
     def _goes_first(self, lender: LeasedWorker, want: Want) -> bool:
         """Return whether a lender can do its next task before a task for which it would lend.
 
-        That is one no further from its end; or one of another model that waits too long, and longer. One that was
-        called back in the middle of a task goes on with it for as long as it had lent, before it lends to other models.
+        That is one no further from its end; or one of another model, where the lender has had nothing to do for too
+        long, and for longer than the borrower: however many jobs wait for it, a lender that is at work is not late. One
+        that was called back in the middle of a task goes on with it for as long as it had lent, before it lends to
+        other models.
         """
         tasks = [
             task for task in self.snapshot.waiting.get((lender.stage, lender.model), ())[:1] if lender.covers(task)
         ]
         nearer = any(task.distance <= want.task.distance for task in tasks) and not self._overdue(want)
-        late = any(task.waited > max(self.patience, want.task.waited) for task in tasks)
-        goes_on = lender.busy and lender.back_for < self.patience and not self._overdue(want)
+        out = min(want.task.waited, want.holder.held)
+        late = any(min(task.waited, lender.idle_for) > max(self.patience, out) for task in tasks)
+        goes_on = lender.busy and lender.back_for < self.patience
         return nearer or (lender.model != want.task.model and (late or goes_on))
 
     def _called_back(self, holder: LeasedWorker) -> bool:

@@ -115,6 +115,7 @@ class World:
     now: int = 0
     done: list[str] = field(default_factory=list)
     swaps: int = 0
+    worked: dict[str, int] = field(default_factory=dict)  # by worker: when it last had a task
     came_in: Counter[str] = field(default_factory=Counter)  # times, by worker
     patience: float = 30.0
     lasting: bool = False
@@ -181,6 +182,7 @@ class World:
                 loan=self.loans.get(w),
                 lent_for=self.now - self.lent_since.get(w, self.now) if w in self.loans else 0.0,
                 back_for=self.now - self.called_back.get(w, -math.inf),
+                idle_for=self.now - self.worked.get(w, 0),
                 busy=any(who == w and not isinstance(doing, ChangeLease) for (who, _), doing in self.busy.items()),
             )
             for w in self.needs
@@ -235,6 +237,7 @@ class World:
             if isinstance(doing, ChangeLease):
                 self.held[worker], self.since[worker] = doing.leases, self.now
             else:
+                self.worked[worker] = self.now
                 self._finish(self.stage(worker), *doing)
         for action in decide(snapshot := self.snapshot()):
             worker, _, which = action.worker.partition(".")
@@ -473,7 +476,7 @@ def test_many_of_another_model_make_no_loan_larger() -> None:
 
 @pytest.mark.parametrize(
     ("busy", "back_for", "waited", "lends"),
-    [(True, 5.0, 0.0, False), (True, 5.0, 21.0, True), (True, 21.0, 0.0, True), (False, 5.0, 0.0, True)],
+    [(True, 5.0, 0.0, False), (True, 5.0, 21.0, False), (True, 21.0, 0.0, True), (False, 5.0, 0.0, True)],
 )
 def test_a_lender_that_was_called_back_from_another_model_goes_on_with_its_task(
     busy: bool, back_for: float, waited: float, lends: bool
@@ -570,6 +573,33 @@ def test_a_model_does_not_starve_by_what_it_lends_to_another_that_always_has_job
         world.tick()
     assert "one" in world.done
     assert len(world.done) > 100
+
+
+def test_a_decode_of_another_model_is_lent_for_beside_a_denoiser_whose_jobs_always_wait() -> None:
+    """Those had always waited for longer than it, so that the lender always went first."""
+    moment, long = Need(1, 1, 0, momentary=True), Need(1, 1, 0, lends=True)
+    needs = {f"{stage}/{model}": moment for stage in ("text", "vae") for model in ("a", "b")}
+    needs |= {"vae/b": replace(moment, workspace=1), "denoise/a": replace(long, workspace=2), "denoise/b": long}
+    world = World({0: 3}, needs, dict.fromkeys(needs, (0,)), patience=20.0)
+    for number in range(300):
+        world.of[f"d{number}"] = "a"
+        world.queues.setdefault("denoise", []).append((f"d{number}", 2, world.now))
+        if number == 73:
+            world.of["one"] = "b"
+            world.queues["text"] = [("one", 0, world.now)]
+        world.tick()
+    assert "one" in world.done
+    assert len(world.done) > 30
+
+
+def test_a_task_that_lends_comes_nearer_to_its_end_beside_prompts_that_always_wait() -> None:
+    """A loan that has lasted too long comes back for as long, whatever waits for too long by then."""
+    lender = replace(model_at("denoise", "a", 30), lendable=25, busy=True)
+    text = replace(model_at("text", "b", 0), demands={0: GpuDemand(Need(20, 5, 1, momentary=True))})
+    for back_for, lends in ((5.0, False), (21.0, True)):
+        snapshot = moment([replace(lender, back_for=back_for), text], [("text", "b", 90.0)], {})
+        snapshot = replace(snapshot, gpus={0: GpuSpace(30, 0)}, idle=[IdleWorker(text.id, "text", text.model)])
+        assert [type(action) for action in decide(snapshot)] == [TakeLoan] * lends
 
 
 def test_two_denoisers_take_turns_unless_both_fit_whole() -> None:
