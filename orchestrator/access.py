@@ -19,8 +19,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.principal import KeyHolder, Principal
-from protocol.curve_keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, read_private, write_private
+from orchestrator.principal import Host, KeyHolder, Principal
+from protocol.curve_keys import (
+    DOOR_OF,
+    ROLES,
+    DoorRole,
+    KeyPair,
+    PeerKey,
+    Role,
+    checked_name,
+    checked_public,
+    read_private,
+    write_private,
+)
 from protocol.errors import BadRequest, Conflict, NotFound, StateUnusable
 
 log = logging.getLogger(__name__)
@@ -36,6 +47,10 @@ class Entry:
     added: float  # seconds since the epoch
     weight: float = 1.0  # of a client: how much of the workers' time it has beside others
     token: str = ""  # sha256 of its token for HTTP; empty: it has none
+
+    @property
+    def principal(self) -> Principal:
+        return Host(self.name) if self.role == "host" else KeyHolder(self.name)
 
     def check(self) -> None:
         """Raise BadRequest or ValueError for what can't be an entry."""
@@ -196,10 +211,10 @@ class AllowedKeys:
         """Return an owner's weight: 1 for this machine's user, and for keys that are gone."""
         return self._weights.get(owner.name, 1.0) if isinstance(owner, KeyHolder) else 1.0
 
-    def entry(self, public: str, role: Role) -> Entry | None:
-        """Return the entry of a key, if it is let in with that role."""
+    def entry(self, public: str, door: DoorRole) -> Entry | None:
+        """Return the entry of a key, if it is let in at a door."""
         found = self._by_public.get(public)
-        return found if found and found.role == role else None
+        return found if found and DOOR_OF[found.role] == door else None
 
     def knows(self, name: str) -> bool:
         """Return whether a name is let in, as of now."""

@@ -1,4 +1,4 @@
-"""Principals, on whose behalf something is asked: this machine's own user, or the holder of a key."""
+"""Principals, on whose behalf something is asked or done: this machine's user, a key's holder, another host."""
 
 import hashlib
 from dataclasses import dataclass
@@ -16,7 +16,14 @@ class KeyHolder:
     name: str
 
 
-Principal = LocalUser | KeyHolder
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Another machine of the stack's, by the name of its key: its processes are the stack's own, and it has no jobs."""
+
+    name: str
+
+
+Principal = LocalUser | KeyHolder | Host
 LOCAL_USER = LocalUser()
 
 

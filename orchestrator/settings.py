@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.functional_validators import BeforeValidator
 
-from protocol.curve_keys import Role
+from protocol.curve_keys import NAME, DoorRole
 from protocol.model_spec import PARTS, Choice, ModelName, ModelSpec, name_of, with_added
 from protocol.sockets import is_loopback_host
 from protocol.speedups import MOST_BATCH, canonical
@@ -57,6 +57,7 @@ Positive = Annotated[int, Field(ge=1)]
 Batch = Annotated[int, Field(ge=2, le=MOST_BATCH)]
 Device = Annotated[str, Field(pattern=r"^(auto|mps|cuda(:\d+)?|cpu(:\d+(,\d+)*)?)$")]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+HostName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]  # of its key
 Given = Annotated[str, Field(min_length=1)]  # a folder, a file or a hub id
 Placement = Literal["auto", "replicas", "split", "tensor", "context"]
 Optimize = Literal["throughput", "latency"]
@@ -186,9 +187,9 @@ class JobSettings(Settings):
         Flag("--listen-workers", "tcp://HOST:PORT", "private"),
     ] = None
 
-    def remote(self) -> list[tuple[Role, str]]:
+    def remote(self) -> list[tuple[DoorRole, str]]:
         """TCP endpoints by who may come to them."""
-        wanted: list[tuple[Role, str | None]] = [("client", self.listen), ("worker", self.listen_workers)]
+        wanted: list[tuple[DoorRole, str | None]] = [("client", self.listen), ("worker", self.listen_workers)]
         return [(role, endpoint) for role, endpoint in wanted if endpoint]
 
 
@@ -397,6 +398,24 @@ class ModelConfig(Settings):
         return self.stages.get(stage, StageConfig())
 
 
+class HostConfig(Settings):
+    """The settings of another host of the stack's, which differ from the stack's own."""
+
+    gpus: Annotated[
+        dict[int, Budget],
+        Field(description="The most that the stack may use of a GPU there, contexts included."),
+    ] = Field(default_factory=dict)
+    host_memory: Annotated[
+        Bytes | None, Field(description="The most of that host's memory that the stack may use.")
+    ] = None
+    models: Annotated[
+        tuple[ModelName, ...] | None, Field(description="The stack's models that run there, by name.")
+    ] = None
+    stages: Annotated[
+        dict[Stage, StageConfig], Field(description="Settings of stages there: workers, device, gpus, max_memory.")
+    ] = Field(default_factory=dict)
+
+
 class StackConfig(JobSettings, HttpSettings, ModelConfig):
     """All that a person may say of a stack."""
 
@@ -417,6 +436,7 @@ class StackConfig(JobSettings, HttpSettings, ModelConfig):
         Flag("--checkpoint", "SECONDS|off"),
     ] = 0.1
     models: dict[ModelName, ModelConfig] = Field(default_factory=dict)
+    hosts: dict[HostName, HostConfig] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_models(self) -> "StackConfig":
@@ -468,6 +488,21 @@ class StackConfig(JobSettings, HttpSettings, ModelConfig):
         parts = dict.fromkeys(PARTS) | {choices: {} for choices in CHOICES}
         return self.model_copy(update=parts | {"model": name} | given | {"stages": stages, "models": {}})
 
+    def on_host(self, name: str, memory: int, dtype: Dtype) -> "StackConfig":
+        """Return the configuration of a model on another host, which has so many bytes of memory, in a dtype.
+
+        What is said of this host's GPUs and numbers of workers is not said of others.
+        """
+        own, stages = self.hosts.get(name, HostConfig()), {}
+        for stage in STAGES:
+            here, there = self.stage(stage), own.stages.get(stage, StageConfig())
+            kind = here.device.partition(":")[0]
+            plain = StageConfig(device=kind, quantize=here.quantize, keep_alive=here.keep_alive)
+            said = {field: getattr(there, field) for field in there.model_fields_set}
+            stages[stage] = plain.model_copy(update=said)
+        given = {"gpus": own.gpus, "host_memory": own.host_memory or memory, "stages": stages, "dtype": dtype}
+        return self.model_copy(update=given)
+
     def beside(self, name: str, spec: ModelSpec) -> "StackConfig":
         """Return the configuration of a model that comes to a running stack, as if it were alone."""
         given = {part: value for part in PARTS if (value := getattr(spec, part)) is not None}
@@ -509,7 +544,7 @@ class OrchestratorSpec(Settings):
     state: Path
     clients: str  # endpoint
     workers: str  # endpoint
-    doors: dict[Role, str] = Field(default_factory=dict)  # endpoints where the doors for others come to
+    doors: dict[DoorRole, str] = Field(default_factory=dict)  # endpoints where the doors for others come to
     guarded: bool = False  # those want keys
     settings: OrchestratorSettings
 
@@ -527,6 +562,6 @@ class DoorSpec(Settings):
     """All that a door's process is started with."""
 
     state: Path
-    role: Role
+    role: DoorRole
     inside: str  # endpoint of the orchestrator's for it
     guarded: bool = False  # it wants keys

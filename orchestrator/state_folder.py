@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from protocol.client.endpoints import CPU_LOCK, LORAS, PUBLISHED, Endpoints
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.errors import Conflict, StateUnusable, TriptychError
 
 OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|loras|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
@@ -131,7 +131,7 @@ class StackFolder:
         folder = self.socket_folder()
         return Endpoints(f"ipc://{folder / 'clients'}", f"ipc://{folder / 'workers'}")
 
-    def door_endpoint(self, role: Role) -> str:
+    def door_endpoint(self, role: DoorRole) -> str:
         """Return the endpoint where the door for a role comes to the orchestrator."""
         return f"ipc://{self.socket_folder() / f'door-{role}'}"
 

@@ -1,4 +1,4 @@
-"""CURVE keys, and the file in which a client or worker carries its own. Private to their user, or they are refused.
+"""CURVE keys, and the file in which a peer carries its own. Private to their user, or they are refused.
 
 A key's file is all that its holder needs: where the stack listens, the stack's public key, and the holder's own pair.
 """
@@ -15,8 +15,12 @@ import zmq
 
 from protocol.errors import BadRequest
 
-Role = Literal["client", "worker"]
-ROLES: tuple[Role, ...] = ("client", "worker")
+DoorRole = Literal["client", "worker"]  # where others come in
+Role = Literal["client", "worker", "host"]  # of a key; a host's is the stack's own on another machine
+DOORS: tuple[DoorRole, ...] = ("client", "worker")
+ROLES: tuple[Role, ...] = ("client", "worker", "host")
+DOOR_OF: dict[Role, DoorRole] = {"client": "client", "worker": "worker", "host": "worker"}
+LISTENS: dict[Role, str] = {"client": "--listen", "worker": "--listen-workers", "host": "--listen-workers"}
 Z85 = re.compile(r"[0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40}")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]{0,63}")
 FORMAT = "triptych-key-1"
@@ -37,7 +41,7 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class PeerKey:
-    """The content of a key file: all that a client or worker needs to reach a stack."""
+    """The content of a key file: all that a peer needs to reach a stack."""
 
     name: str
     role: Role
@@ -100,7 +104,7 @@ def load(path: Path) -> PeerKey:
     try:
         match json.loads(read_private(path)):
             case {
-                "format": str(version), "name": str(name), "role": "client" | "worker" as role,
+                "format": str(version), "name": str(name), "role": "client" | "worker" | "host" as role,
                 "endpoint": str(endpoint), "server": str(server), "public": str(public), "secret": str(secret), **rest,
             } if version == FORMAT and not rest and all(map(Z85.fullmatch, (server, public, secret))):  # fmt: skip
                 return PeerKey(name, role, endpoint, server, public, secret)

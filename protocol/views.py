@@ -3,6 +3,7 @@
 from typing import Literal
 
 from protocol.data import Data
+from protocol.host import HostFacts
 from protocol.model import ModelDescription
 from protocol.stages import Stage
 
@@ -47,14 +48,27 @@ class WorkerView(Data):
 
 
 class GpuView(Data):
-    """A GPU of this stack's own host, whose memory is leased to workers."""
+    """A GPU whose memory is leased to workers."""
 
+    host: str
     index: int  # by the driver's count
     name: str
     budget: int  # bytes that are leased, and what workers keep beside
     kept: int  # bytes of the budget that workers keep for themselves
     foreign: int  # bytes that were in use before the stack came
     used: int | None  # bytes in use by the driver's account; None: there is none
+
+
+class HostView(Data):
+    """A host of the stack's beside its own."""
+
+    name: str  # of its key
+    state: Literal["planning", "here", "silent", "refused", "gone"]
+    placing: Literal["", "cordoned", "drained"]  # what keeps new work from it
+    reason: str  # why it was refused
+    facts: HostFacts
+    workers: int  # that it is to have
+    heard: float  # seconds since its last word
 
 
 class ModelView(Data):

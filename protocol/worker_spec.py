@@ -20,8 +20,10 @@ class WorkerSpec(Data):
     stage: Stage
     name: str  # how the stack calls it
     endpoint: str = ""  # the orchestrator's for workers; empty for a stage that runs alone
+    key: str | None = None  # path of the key file with which it comes in there; None: it needs none
     model: ModelSpec = ModelSpec()
     description: ModelDescription | None = None  # of the model, if it is known already
+    same_revision: bool = False  # it must have the files of that description
     device: str = "auto"  # auto, cpu, mps, cuda, cuda:N
     dtype: str = "auto"  # or float32, bfloat16, float16
     visible_gpus: tuple[Index, ...] | None = None  # all others are hidden from it; None: it sees all

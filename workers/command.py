@@ -194,7 +194,7 @@ def join(stage: Stage, name: str, options: dict[str, Any]) -> None:
             key = load(where)
             if key.role != "worker":
                 raise BadRequest(
-                    f"{str(where)!r} is a client's key.", "'triptych keys new NAME --role worker' makes one."
+                    f"{str(where)!r} is a {key.role}'s key.", "'triptych keys new NAME --role worker' makes one."
                 )
             endpoint = key.endpoint
         else:

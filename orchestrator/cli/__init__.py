@@ -28,6 +28,8 @@ COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "restart": ("orchestrator.cli.stack", "restart", "Restart a stage's workers."),
     "models": ("orchestrator.cli.models", "models", "List the stack's models; load and unload them."),
     "loras": ("orchestrator.cli.loras", "loras", "List the LoRAs that jobs can name."),
+    "hosts": ("orchestrator.cli.hosts", "hosts", "List the stack's other hosts; cordon and drain them."),
+    "join": ("orchestrator.cli.join", "join", "Let this machine's GPUs work for a stack on another one."),
     "drain": ("orchestrator.cli.stack", "drain", "Give a stage's workers nothing more to do."),
     "scale": ("orchestrator.cli.stack", "scale", "Change how many workers a stage has."),
     "gc": ("orchestrator.cli.jobs", "gc", "Remove old jobs and their pictures."),

@@ -14,7 +14,7 @@ from orchestrator.cli.options import json_option, state_folder, state_option
 from orchestrator.cli.table import print_table
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import PUBLISHED
-from protocol.curve_keys import ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, save
+from protocol.curve_keys import DOOR_OF, LISTENS, ROLES, KeyPair, PeerKey, Role, checked_name, checked_public, save
 from protocol.errors import BadRequest
 
 role_option = click.option("--role", type=click.Choice(ROLES), default="client", show_default=True)
@@ -33,6 +33,8 @@ def keys() -> None:
       triptych up --listen tcp://0.0.0.0:5555
     Where alice sits, with that file:
       triptych submit "a large red circle" --state alice.key
+    For the GPUs of another machine:
+      triptych keys new box --role host                          (there: triptych join box.key)
     For browsers and other programs, by HTTP:
       triptych keys new alice --http                             (prints it)
     """
@@ -92,22 +94,24 @@ def new(
     first = not folder.exists
     endpoint = endpoint or running_endpoint(state_folder(state), role)
     save(output, folder.issue(name, role, endpoint, weight))
-    use = f"triptych submit … --state {output}" if role == "client" else f"triptych worker STAGE --state {output}"
+    use = {
+        "client": f"triptych submit … --state {output}",
+        "worker": f"triptych worker STAGE --state {output}",
+        "host": f"triptych join {output}",
+    }[role]
     print(f"{output} lets a {role} in at {endpoint}. Carry it there safely; use it as: {use}", file=sys.stderr)
     if first:
-        flag = "--listen" if role == "client" else "--listen-workers"
-        print(f"Start the stack with {flag} tcp://0.0.0.0:PORT (again, if it runs already).", file=sys.stderr)
+        print(f"Start the stack with {LISTENS[role]} tcp://0.0.0.0:PORT (again, if it runs already).", file=sys.stderr)
 
 
 def running_endpoint(folder: Path, role: Role) -> str:
     """Return the endpoint where the running stack listens for a role, as others may find it."""
     try:
-        endpoint = str(json.loads((folder / PUBLISHED).read_text())["remote"][role])
+        endpoint = str(json.loads((folder / PUBLISHED).read_text())["remote"][DOOR_OF[role]])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        flag = "--listen" if role == "client" else "--listen-workers"
         raise BadRequest(
             "No stack runs here that listens for others.",
-            f"Give --endpoint tcp://HOST:PORT, as they will find it, and start the stack with {flag}.",
+            f"Give --endpoint tcp://HOST:PORT, as they will find it, and start the stack with {LISTENS[role]}.",
         ) from error
     return endpoint.replace("//0.0.0.0:", f"//{socket.getfqdn()}:")
 

@@ -17,7 +17,7 @@ from orchestrator.dispatch import transitions
 from orchestrator.dispatch.admission import Admission, Either, Pictures
 from orchestrator.dispatch.catalogue import Catalogue
 from orchestrator.dispatch.counters import Counters
-from orchestrator.dispatch.fleet import Fleet, Worker
+from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
 from orchestrator.dispatch.outbox import Outbox
@@ -81,7 +81,7 @@ class Engine:
         self.fleet, self.subscriptions = Fleet(), Subscriptions()
         self.catalogue = Catalogue(store, settings.models)
         self.deadlines = StepDeadlines(settings.step_timeout)
-        quotas, ledger = Quotas(settings, store, disk), Ledger(accounts, store.workspaces())
+        quotas, ledger = Quotas(settings, store, disk), Ledger({**accounts}, store.workspaces())
         self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of))
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, self._keep_alive, store)
         self.admission = Admission(
@@ -207,6 +207,18 @@ class Engine:
         else:
             self.lose_worker(worker, "died")
         self.leasing.buried(worker.process)
+
+    def bury_process(self, host: str, pid: int, blameless: bool) -> None:
+        """Take out the workers of a process of the stack's that has ended, and free what it held."""
+        process = ProcessId("", host, pid)
+        for worker in self.fleet.of_process(process):
+            self.bury(worker, blameless)
+        self.leasing.buried(process)
+
+    def pids_of(self, host: str) -> set[int]:
+        """Return the processes of the stack's on a host that have workers or hold memory."""
+        workers = {worker.hello.pid for worker in self.fleet if worker.process[:2] == ("", host)}
+        return workers | self.leasing.ghosts(host)
 
     def _not_done(self, worker: Worker, task: TaskKey, reason: str, retry: bool) -> None:
         """Note that a worker has not done its task. A key's worker costs the job no try where this machine has others.

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from orchestrator.dispatch.key_trust import KeyTrust
 from orchestrator.job import ModelKey
-from orchestrator.principal import LOCAL_USER, Principal, to_column
+from orchestrator.principal import LOCAL_USER, Host, Principal, to_column
 from orchestrator.scheduling.snapshot import IdleWorker
 from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
@@ -22,7 +22,7 @@ LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for
 
 
 class ProcessId(NamedTuple):
-    """A worker's process. What a key's holder says of hosts and processes concerns no process but that key's own."""
+    """A worker's process. What a worker's key says of hosts and processes concerns no process but that key's own."""
 
     key: str  # that its word came with; empty: this machine's user
     host: str
@@ -71,13 +71,18 @@ class Worker:
         return self.done > 0 or (self.state != "loading" and time.monotonic() - self.joined > PROVEN_SECONDS)
 
     @property
+    def host(self) -> str:
+        """The host that it runs on: by the name of its key where that is a host's, else as it says itself."""
+        return self.principal.name if isinstance(self.principal, Host) else self.hello.host
+
+    @property
     def process(self) -> ProcessId:
-        return ProcessId(to_column(self.principal), self.hello.host, self.hello.pid)
+        return ProcessId(to_column(self.principal), self.host, self.hello.pid)
 
     @property
     def gpus(self) -> tuple[GpuId, ...]:
         """The GPUs whose memory is leased to its process, if they are this stack's; a key's holder has none."""
-        host = f"{self.process.key}@{self.hello.host}" if self.process.key else self.hello.host
+        host = f"{self.process.key}@{self.host}" if self.process.key else self.host
         return tuple(GpuId(host, number) for number in self.hello.gpus)
 
     @property
@@ -87,7 +92,7 @@ class Worker:
     def view(self) -> WorkerView:
         return WorkerView(
             id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
-            host=self.hello.host, device=self.hello.device, device_kind=self.hello.device_kind,
+            host=self.host, device=self.hello.device, device_kind=self.hello.device_kind,
             versions=self.hello.versions, dtype=self.hello.dtype, model=self.hello.model.model,
             revision=self.hello.model.revision, speedups=self.hello.speedups,
             job=self.task.job if self.task else None, done=self.done, rss_bytes=self.rss_bytes,
@@ -102,6 +107,7 @@ class Fleet:
     clock: Callable[[], float] = time.monotonic
     workers: dict[bytes, Worker] = field(default_factory=dict)
     trust: KeyTrust = field(default_factory=KeyTrust)
+    cordoned: set[str] = field(default_factory=set)  # hosts whose workers get nothing to do
     _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
 
     def __iter__(self) -> Iterator[Worker]:
@@ -163,12 +169,15 @@ class Fleet:
         self._idle.pop(worker.identity, None)
 
     def idle(self) -> list[IdleWorker]:
-        """Return the idle workers whose key doesn't rest, and whose process's lease is not being changed or lent of."""
+        """Return the idle workers that may get something to do.
+
+        Not those whose key rests, whose host is cordoned, or whose process's lease is being changed or lent of.
+        """
         found: list[IdleWorker] = []
         for worker in self._idle.values():
             first = self.first(worker)
             able = first and first.state in ("idle", "busy") and not first.loan
-            if first and able and not self.trust.rests(worker.principal):
+            if first and able and not self.trust.rests(worker.principal) and worker.host not in self.cordoned:
                 found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
         return found
 

@@ -103,6 +103,11 @@ class Leasing:
     def buried(self, process: ProcessId) -> None:
         self.ledger.leave(ghost(process))
 
+    def ghosts(self, host: str) -> set[int]:
+        """Return the numbers of a host's processes that have left the stack, but may hold memory."""
+        start = ghost(ProcessId("", host, 0)).removesuffix("0")
+        return {int(name.removeprefix(start)) for name in self.ledger.holdings if name.startswith(start)}
+
     # -- what next ------------------------------------------------------------------------------
 
     def decide(self, jobs: Mapping[str, LiveJob], drained: Container[Stage] = ()) -> list[Action]:

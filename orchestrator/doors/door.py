@@ -38,7 +38,7 @@ from orchestrator.doors.front import Front
 from orchestrator.settings import DoorSpec
 from orchestrator.state_folder import StackFolder
 from orchestrator.token_bucket import TokenBucket
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.sockets import check_endpoint, dealer, receive, router, send
 from protocol.tensors import Buffer
 from protocol.wire import MAX_TENSORS
@@ -50,8 +50,8 @@ BATCH = 256  # messages of one side before the other is heard again
 MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
 MOST_CONNECTIONS = 512  # at once, those that are not yet authenticated too
 OWN_FILES = 64  # that a door has open besides
-MEMORY_BYTES: dict[Role, int] = {"client": 1 << 30, "worker": 2 << 30}  # of this process; what takes more ends it
-LARGEST_MESSAGE: dict[Role, int] = {"client": LARGEST_QUESTION + (16 << 20), "worker": 1 << 29}  # bytes
+MEMORY_BYTES: dict[DoorRole, int] = {"client": 1 << 30, "worker": 2 << 30}  # of this process; what takes more ends it
+LARGEST_MESSAGE: dict[DoorRole, int] = {"client": LARGEST_QUESTION + (16 << 20), "worker": 1 << 29}  # bytes
 DEAF_SECONDS = 10.0  # that the orchestrator may leave a door without an answer before it is connected to anew
 REMEMBERED = 1000  # peers of a key
 
@@ -254,7 +254,7 @@ class Door:
             self._zap.send_multipart([version, number, code, text, public.encode() if entry else b"", b""])
 
 
-def limit_resources(role: Role) -> int:
+def limit_resources(role: DoorRole) -> int:
     """Take no more memory than a door needs, and as many files as it may; return how many connections those allow."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or hard > MEMORY_BYTES[role]:

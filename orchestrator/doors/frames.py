@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import zmq
 
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.pictures import MAX_PIXELS, MAX_VIDEO_PIXELS
 from protocol.sockets import LAST, MORE, buffers_of
 from protocol.tensors import Buffer
@@ -22,7 +22,7 @@ HIGH_WATER = 50_000  # messages between a door and the orchestrator, each way: t
 LARGEST_QUESTION = 3 * max(MAX_PIXELS, MAX_VIDEO_PIXELS) + (1 << 20)  # bytes of a frame: what a job may begin from
 
 
-def largest_frame(role: Role) -> int:
+def largest_frame(role: DoorRole) -> int:
     """Return the bytes that one frame from a role's peers may have."""
     return LARGEST_QUESTION if role == "client" else MAX_FRAME_BYTES
 

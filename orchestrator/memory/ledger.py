@@ -7,7 +7,7 @@ worker on several GPUs has a holding of each.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.job import ModelKey
@@ -86,7 +86,7 @@ class Holding:
 
 @dataclass(slots=True)
 class Ledger:
-    accounts: Mapping[GpuId, Account] = field(default_factory=dict)  # by the GPU's number
+    accounts: dict[GpuId, Account] = field(default_factory=dict)
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
@@ -95,6 +95,13 @@ class Ledger:
     def __post_init__(self) -> None:
         for key, size in self.learned.items():
             self._note(key, size)
+
+    def close(self, host: str) -> None:
+        """Forget a host's GPUs, and who holds what of them."""
+        for gpu in [gpu for gpu in self.accounts if gpu.host == host]:
+            del self.accounts[gpu]
+        for worker in [w for w, holdings in self.holdings.items() if any(h.gpu.host == host for h in holdings)]:
+            del self.holdings[worker]
 
     def join(self, worker: str, holdings: Iterable[Holding]) -> None:
         self.holdings[worker] = tuple(holdings)

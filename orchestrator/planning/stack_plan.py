@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from orchestrator.gpu_driver import GpuInfo
@@ -72,20 +72,28 @@ def plan_models(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Meas
     Each is planned as if it had the GPUs for itself, since those that are asked for take turns. Memory of the host is
     shared out by their weights where not all fit.
     """
-    found = {name: plan_stack(alone, gpus, measurements) for name, alone in config.each().items()}
+    return plan_each(config.each(), gpus, measurements)
+
+
+def plan_each(
+    configs: Mapping[str, StackConfig], gpus: Sequence[GpuInfo], measurements: Measurements
+) -> tuple[PlannedModel, ...]:
+    """Plan models by their own configurations, as `plan_models` does; `gpus` may be another host's."""
+    found = {name: plan_stack(alone, gpus, measurements) for name, alone in configs.items()}
+    config = next(iter(configs.values()))
     room = max(1, (config.host_memory or free_memory()) - RESERVE)
     weights = sum(plan.weights for plan in found.values())
     if len(found) > 1 and weights > room:
-        for name, alone in config.each().items():
+        for name, alone in configs.items():
             share = RESERVE + room * found[name].weights // weights
             found[name] = plan_stack(alone.model_copy(update={"host_memory": share}), gpus, measurements)
     if len(found) > 1:
         posts = [post for plan in found.values() for post in (*plan.posts, *plan.spare)]
-        playing = sorted({gpu for alone in config.each().values() for gpu in stand_ins(alone)})
+        playing = sorted({gpu for alone in configs.values() for gpu in stand_ins(alone)})
         hardware = this_hardware(gpus, config.gpus, playing, config.host_memory)
         shared = accounts(posts, hardware, gpus)
         found = {name: replace(plan, accounts=shared) for name, plan in found.items()}
-    return tuple(PlannedModel(name, alone, found[name]) for name, alone in config.each().items())
+    return tuple(PlannedModel(name, alone, found[name]) for name, alone in configs.items())
 
 
 def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> StackPlan:

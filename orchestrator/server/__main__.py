@@ -7,8 +7,8 @@ import sys
 
 from orchestrator.gpu_driver import used_bytes
 from orchestrator.memory.ledger import Account, no_driver
+from orchestrator.server.host_links import HOST
 from orchestrator.server.loop import Server
-from orchestrator.server.worker_requests import HOST
 from orchestrator.settings import AccountSettings, OrchestratorSpec
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import Endpoints

@@ -12,9 +12,11 @@ from orchestrator.dispatch.describer_link import DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.job import LiveJob
 from orchestrator.principal import KeyHolder, LocalUser, Principal, job_id_of
+from orchestrator.server.host_links import HOST, HostLinks
 from orchestrator.server.housekeeping import MOST_FORGOTTEN
 from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.model_rests import ModelRests
+from orchestrator.server.rolling_restarts import RollingRestarts
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.settings import ModelSettings
 from orchestrator.version import VERSION
@@ -30,6 +32,7 @@ from protocol.messages.client import (
     Done,
     Drain,
     FetchPictures,
+    GetHosts,
     GetJobs,
     GetLoras,
     GetMetrics,
@@ -37,6 +40,7 @@ from protocol.messages.client import (
     GetPreview,
     GetStack,
     GetWorkers,
+    Hosts,
     Jobs,
     LoadModel,
     LoraHere,
@@ -45,6 +49,7 @@ from protocol.messages.client import (
     Models,
     OfferLora,
     Pictures,
+    PlaceOnHost,
     Preview,
     PutLora,
     Question,
@@ -70,7 +75,9 @@ MOST_OF_A_KEY, PARKED_BYTES = 100, 64 << 20  # of one key's, and of the pictures
 MOST_WATCHED = 5000  # jobs by one connection of a key's
 
 
-ADMINISTRATION = (GetMetrics, Restart, Scale, Drain, CollectGarbage, LoadModel, AddModel, RemoveModel)
+ADMINISTRATION = (
+    GetMetrics, GetHosts, PlaceOnHost, Restart, Scale, Drain, CollectGarbage, LoadModel, AddModel, RemoveModel,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +115,13 @@ class ClientRequests:
         engine: Engine,
         describers: DescriberLinks,
         supervisor: SupervisorLink,
+        hosts: HostLinks,
+        restarts: RollingRestarts,
         uploads: LoraUploads,
         rests: ModelRests,
     ) -> None:
         self.engine, self._describers, self._supervisor = engine, describers, supervisor
-        self._uploads, self._rests = uploads, rests
+        self._uploads, self._rests, self._hosts, self._restarts = uploads, rests, hosts, restarts
         # By client and question, until they can be judged.
         self._parked: dict[tuple[Peer, int], tuple[Submit | GetLoras, tuple[Tensor, ...], float]] = {}
         self._adding: dict[str, set[tuple[Peer, int]]] = {}  # by the names of models that are being added
@@ -221,13 +230,19 @@ class ClientRequests:
                 self._reply(client, Jobs(request=number, jobs=tuple(job.view(peer.principal) for job in jobs)))
             case GetWorkers():
                 views = tuple(self._seen_by(peer, worker.view()) for worker in engine.fleet)
-                drained, processes = tuple(sorted(engine.drained)), self._supervisor.processes if peer.local else ()
+                drained = tuple(sorted(engine.drained))
+                processes = (*self._supervisor.processes, *self._hosts.processes) if peer.local else ()
                 self._reply(
                     client,
                     Workers(request=number, workers=views, processes=processes, drained=drained, gpus=self._gpus()),
                 )
             case Drain(stage=stage, on=on):
                 engine.drain(stage, on)
+                self._reply(client, Done(request=number))
+            case GetHosts():
+                self._reply(client, Hosts(request=number, hosts=self._hosts.views()))
+            case PlaceOnHost(host=host, placing=placing):
+                self._hosts.place(host, placing)
                 self._reply(client, Done(request=number))
             case CollectGarbage(older=older):
                 self._reply(client, self._collect(number, older))
@@ -240,7 +255,7 @@ class ClientRequests:
                 self._reply(client, LoraHere(request=number, bytes=here))
             case Restart(stage=stage):
                 self._supervisor.check(stage)
-                self._supervisor.restart(stage)
+                self._restarts.stage(stage)
                 self._reply(client, Done(request=number))
             case AddModel(model=name, spec=spec):
                 self._supervisor.check()
@@ -444,10 +459,10 @@ class ClientRequests:
         accounts = self.engine.leasing.ledger.accounts
         return tuple(
             GpuView(
-                index=gpu.number, name=account.name, budget=account.budget + account.kept, kept=account.kept,
-                foreign=account.foreign, used=account.used(),
+                host=gpu.host, index=gpu.number, name=account.name, budget=account.budget + account.kept,
+                kept=account.kept, foreign=account.foreign, used=account.used(),
             )
-            for gpu, account in sorted(accounts.items(), key=lambda item: item[0].number)
+            for gpu, account in sorted(accounts.items(), key=lambda item: (item[0].host != HOST, *item[0]))
         )  # fmt: skip
 
     def _stack(self, number: int) -> Stack:

@@ -17,10 +17,10 @@ from orchestrator.access import AllowedKeys
 from orchestrator.counted_log import CountedLog
 from orchestrator.doors import frames as frames_of
 from orchestrator.doors.frames import BEAT, COUNTED_BYTES, HIGH_WATER, MESSAGE, OPEN, largest_frame, size_of, unpacked
-from orchestrator.principal import LOCAL_USER, KeyHolder, Principal
+from orchestrator.principal import LOCAL_USER, Principal
 from orchestrator.server.inbox import Received
 from orchestrator.server.unread import Unread
-from protocol.curve_keys import ROLES, Role
+from protocol.curve_keys import DOORS, DoorRole
 from protocol.sockets import receive, router, send
 from protocol.tensors import Buffer
 
@@ -43,17 +43,17 @@ class DoorSocket:
     listens: bool = False
 
 
-def prefix_of(role: Role) -> bytes:
+def prefix_of(role: DoorRole) -> bytes:
     """Return how the names of a role's peers behind its door begin."""
-    return bytes([len(ROLES) + ROLES.index(role)])
+    return bytes([len(DOORS) + DOORS.index(role)])
 
 
-def role_of(peer: bytes) -> Role:
-    return ROLES[peer[0] - len(ROLES)]
+def role_of(peer: bytes) -> DoorRole:
+    return DOORS[peer[0] - len(DOORS)]
 
 
 def behind_a_door(peer: bytes) -> bool:
-    return peer[0] >= len(ROLES)
+    return peer[0] >= len(DOORS)
 
 
 class DoorSockets:
@@ -65,14 +65,14 @@ class DoorSockets:
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        remote: Sequence[tuple[Role, str]],
-        inside: Mapping[Role, str],
+        remote: Sequence[tuple[DoorRole, str]],
+        inside: Mapping[DoorRole, str],
         allowed: AllowedKeys | None,
         unread: Unread,
         counted: CountedLog,
     ) -> None:
         self._allowed, self._unread, self._counted = allowed, unread, counted
-        self._doors: dict[Role, DoorSocket] = {
+        self._doors: dict[DoorRole, DoorSocket] = {
             role: DoorSocket(
                 router(context, inside[role], largest=largest_frame(role), high_water=HIGH_WATER), endpoint
             )
@@ -82,20 +82,20 @@ class DoorSockets:
         self._keys: dict[bytes, str] = {}  # public keys, by the peers that came with them
         self._peers: dict[str, OrderedDict[bytes, None]] = {}  # clients by public key, the one heard last comes last
         self._gone: list[bytes] = []
-        self._lost: list[Role] = []
+        self._lost: list[DoorRole] = []
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":
         return [door.socket for door in self._doors.values()]
 
     @property
-    def remote(self) -> dict[Role, str]:
+    def remote(self) -> dict[DoorRole, str]:
         """TCP endpoints by role at which doors listen."""
         return {role: door.wanted for role, door in self._doors.items() if door.listens}
 
     # -- what comes -----------------------------------------------------------------------------
 
-    def received(self, role: Role, takes: Callable[[], bool]) -> Iterator[Received]:
+    def received(self, role: DoorRole, takes: Callable[[], bool]) -> Iterator[Received]:
         """Yield what a role's peers have sent. It stays where it is while nobody `takes` it."""
         self.heard_all = True
         if (door := self._doors.get(role)) is None:
@@ -113,7 +113,7 @@ class DoorSockets:
                 yield from self._take(role, bytes(kind), prefix_of(role) + bytes(peer), frames)
         self.heard_all = False
 
-    def _take(self, role: Role, kind: bytes, peer: bytes, frames: list[Buffer]) -> Iterator[Received]:
+    def _take(self, role: DoorRole, kind: bytes, peer: bytes, frames: list[Buffer]) -> Iterator[Received]:
         match kind:
             case frames_of.MESSAGE:
                 if (principal := self._let_in(peer, bytes(frames[0]).decode(), role)) is not None:
@@ -124,7 +124,7 @@ class DoorSockets:
             case frames_of.GONE:
                 self._forget(peer)
 
-    def _let_in(self, peer: bytes, public: str, role: Role) -> Principal | None:
+    def _let_in(self, peer: bytes, public: str, role: DoorRole) -> Principal | None:
         """Return on whose behalf a message has come, and remember its peer; None if its key is not let in."""
         if self._allowed is None:
             return LOCAL_USER
@@ -133,7 +133,7 @@ class DoorSockets:
         self._keys[peer] = public
         if role == "client":
             self._cap(public, peer, entry.name)
-        return KeyHolder(entry.name)
+        return entry.principal
 
     def _cap(self, public: str, peer: bytes, name: str) -> None:
         """Forget the connection of a key that was silent for longest, where it has more than it may."""
@@ -149,11 +149,11 @@ class DoorSockets:
         if self._allowed is None:
             return LOCAL_USER
         entry = self._allowed.entry(self._keys.get(peer, ""), role_of(peer))
-        return KeyHolder(entry.name) if entry else None
+        return entry.principal if entry else None
 
     # -- doors ----------------------------------------------------------------------------------
 
-    def _greet(self, role: Role, door: DoorSocket, identity: bytes, endpoint: str, pid: int) -> None:
+    def _greet(self, role: DoorRole, door: DoorSocket, identity: bytes, endpoint: str, pid: int) -> None:
         """Answer a door's hello: where it is to listen, as long as it doesn't; else that it was heard."""
         if door.identity not in (b"", identity):
             log.warning("the door for %ss has come anew", role)
@@ -187,7 +187,7 @@ class DoorSockets:
             door.pid = 0
         return pids
 
-    def lost(self) -> list[Role]:
+    def lost(self) -> list[DoorRole]:
         """Roles whose door has come anew since the last call."""
         lost, self._lost = self._lost, []
         return lost

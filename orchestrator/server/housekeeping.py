@@ -10,7 +10,7 @@ from orchestrator.removal import Ground
 from orchestrator.server.sockets import Sockets
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import PUBLISHED
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.errors import StateUnusable
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Housekeeping:
 
     def __init__(self, folder: StackFolder, engine: Engine, sockets: Sockets) -> None:
         self._folder, self._engine, self._sockets = folder, engine, sockets
-        self._published: dict[Role, str] = {}
+        self._published: dict[DoorRole, str] = {}
         keep = engine.settings.keep
         paths = [Path(endpoint.removeprefix("ipc://")) for endpoint in astuple(sockets.local)]
         self._ground = Ground([*([folder.database] if keep else []), *paths])

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from orchestrator.doors.frames import size_of
 from orchestrator.principal import KeyHolder, Principal
 from orchestrator.token_bucket import TokenBucket
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.tensors import Buffer
 
 CPU_SHARE, CPU_BURST = 0.25, 0.5  # of one core for one key, in seconds a second; and at once
@@ -32,7 +32,7 @@ class Received:
     """A message as it came."""
 
     peer: bytes
-    role: Role
+    role: DoorRole
     principal: Principal
     frames: list[Buffer]
     at: float = field(default_factory=time.monotonic)

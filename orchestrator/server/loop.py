@@ -23,10 +23,12 @@ from orchestrator.memory.ledger import Account
 from orchestrator.principal import LOCAL_USER, Principal, to_column
 from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
+from orchestrator.server.host_links import HostLinks
 from orchestrator.server.housekeeping import Housekeeping
 from orchestrator.server.inbox import Inbox, Received
 from orchestrator.server.lora_uploads import LoraUploads
 from orchestrator.server.model_rests import ModelRests
+from orchestrator.server.rolling_restarts import RollingRestarts
 from orchestrator.server.sockets import Sockets
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.server.worker_requests import HEARTBEAT_SECONDS, WorkerRequests
@@ -36,7 +38,7 @@ from orchestrator.storage.job_store import Store
 from orchestrator.token_bucket import TokenBucket
 from protocol import wire
 from protocol.client.endpoints import Endpoints
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.errors import StateUnusable
 from protocol.gpu_memory import GpuId
 
@@ -54,7 +56,7 @@ class Server:
         endpoints: Endpoints,
         settings: OrchestratorSettings,
         accounts: Mapping[GpuId, Account],
-        doors: Mapping[Role, str],
+        doors: Mapping[DoorRole, str],
         guarded: bool = False,
     ) -> None:
         """`doors` are the private endpoints where doors for others come to, by role; with `guarded` they want keys."""
@@ -65,14 +67,29 @@ class Server:
         allowed = AllowedKeys(keys)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
         describers = DescriberLinks(self.outbox, self.engine.catalogue, settings.describer)
-        self._supervisor = SupervisorLink(self.outbox, self.engine.fleet)
+        self._supervisor = SupervisorLink(self.outbox)
+        self._hosts = HostLinks(self.engine, self._supervisor, folder)
+        self._restarts = RollingRestarts(
+            self.engine.fleet,
+            lambda: (*self._supervisor.processes, *self._hosts.processes),
+            lambda name: self._hosts.restart(name) or self._supervisor.restart(name),
+        )
         self._uploads = LoraUploads(folder.loras, settings.lora_cache, settings.disk_floor)
         self._rests = ModelRests(self.engine, self._supervisor)
-        self._clients = ClientRequests(self.engine, describers, self._supervisor, self._uploads, self._rests)
+        self._clients = ClientRequests(
+            self.engine, describers, self._supervisor, self._hosts, self._restarts, self._uploads, self._rests
+        )
         self._sockets = Sockets(endpoints, settings.remote(), doors, allowed if guarded else None)
         door_pids = self._sockets.doors.pids
         self._workers = WorkerRequests(
-            self.engine, describers, self._supervisor, self._clients, self._rests, door_pids, self._uploads.part
+            self.engine,
+            describers,
+            self._supervisor,
+            self._clients,
+            self._rests,
+            self._hosts,
+            door_pids,
+            self._uploads.part,
         )
         self._housekeeping = Housekeeping(folder, self.engine, self._sockets)
         self._inbox = Inbox(self._sockets.takes_answers)
@@ -95,8 +112,8 @@ class Server:
                 self._shut_out()
                 self._take()
                 self._end_floods()
-                self._supervisor.replace(self.engine.dispatch.to_restart)
-                self._supervisor.roll()
+                self._replace(self.engine.dispatch.to_restart)
+                self._restarts.roll()
                 self._rests.let_rest(self.engine.dispatch.to_rest)
                 self._rests.see_to_it()
                 self._probe()
@@ -105,6 +122,12 @@ class Server:
                 self._housekeeping.see_to_it()
         finally:
             self._close()
+
+    def _replace(self, names: list[str]) -> None:
+        """Have workers replaced, one after the other, once there is a supervisor; the list is emptied then."""
+        if self._supervisor.there:
+            self._restarts.add(names)
+            names.clear()
 
     def _pause(self) -> int:
         """Milliseconds until there is something to do without a message."""

@@ -16,7 +16,7 @@ from orchestrator.server.door_sockets import DoorSockets, behind_a_door
 from orchestrator.server.inbox import Received
 from orchestrator.server.unread import Unread
 from protocol.client.endpoints import Endpoints
-from protocol.curve_keys import ROLES, Role
+from protocol.curve_keys import DOORS, DoorRole
 from protocol.sockets import COPY_BELOW, receive, router, send
 from protocol.tensors import Buffer
 
@@ -31,12 +31,12 @@ class Sockets:
     def __init__(
         self,
         local: Endpoints,
-        remote: Sequence[tuple[Role, str]],
-        inside: Mapping[Role, str],
+        remote: Sequence[tuple[DoorRole, str]],
+        inside: Mapping[DoorRole, str],
         allowed: AllowedKeys | None,
     ) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._local: dict[Role, zmq.Socket[bytes]] = {
+        self._local: dict[DoorRole, zmq.Socket[bytes]] = {
             "client": router(self._context, local.clients, largest=LARGEST_QUESTION),
             "worker": router(self._context, local.workers),
         }
@@ -52,12 +52,12 @@ class Sockets:
     def wait(self, milliseconds: int) -> None:
         self._poller.poll(milliseconds)
 
-    def received(self, role: Role, takes: Callable[[], bool]) -> Iterator[Received]:
+    def received(self, role: DoorRole, takes: Callable[[], bool]) -> Iterator[Received]:
         """Yield what this machine's peers of a role have sent, as much as lets others come to their turn.
 
         It stays where it is while nobody `takes` it.
         """
-        prefix, self.heard_all = bytes([ROLES.index(role)]), True
+        prefix, self.heard_all = bytes([DOORS.index(role)]), True
         for _ in range(BATCH):
             if not takes():
                 break
@@ -73,7 +73,7 @@ class Sockets:
         if behind_a_door(peer):
             self.doors.send(peer, frames)
             return
-        role, size = ROLES[peer[0]], size_of(frames)
+        role, size = DOORS[peer[0]], size_of(frames)
         socket = self._local[role]
         if role == "worker" or size < COPY_BELOW:
             send(socket, [peer[1:], *frames])

@@ -1,24 +1,25 @@
 """Messages of workers, the describer and the supervisor, and what is done where they fall silent."""
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Sequence
 
 from orchestrator.dispatch.describer_link import DescriberLink, DescriberLinks
 from orchestrator.dispatch.engine import Engine
-from orchestrator.dispatch.fleet import ProcessId, Worker
+from orchestrator.dispatch.fleet import Worker
 from orchestrator.job import ModelKey
-from orchestrator.principal import LocalUser, Principal
+from orchestrator.principal import Host, KeyHolder, LocalUser, Principal
 from orchestrator.server.client_requests import ClientRequests, error_message
 from orchestrator.server.door_sockets import behind_a_door
+from orchestrator.server.host_links import HOST, HostLinks
 from orchestrator.server.model_rests import ModelRests
 from orchestrator.server.supervisor_link import SupervisorLink
 from protocol import wire
 from protocol.errors import StateUnusable, TriptychError
 from protocol.messages.common import Beat, Error, Heartbeat, Message, Welcome
 from protocol.messages.describer import FROM_DESCRIBER, DescriberHello, FoundLora, KnownLoras, Looked, TokenCounts
-from protocol.messages.supervisor import FROM_SUPERVISOR, ModelAdded, Processes, SupervisorHello
+from protocol.messages.host import FROM_HOST
+from protocol.messages.supervisor import FROM_SUPERVISOR, EndHosts, HostPlanned, ModelAdded, Processes, SupervisorHello
 from protocol.messages.worker import (
     FROM_WORKER,
     FetchLora,
@@ -39,7 +40,6 @@ from protocol.tensors import Buffer, Tensor
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
-HOST = socket.gethostname()
 HERE = ("", HOST)  # the beginning of a ProcessId of this host's user
 FROM_LOCAL = FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER
 
@@ -52,18 +52,20 @@ class WorkerRequests:
         supervisor: SupervisorLink,
         clients: ClientRequests,
         rests: ModelRests,
+        hosts: HostLinks,
         door_pids: Callable[[], Sequence[int]],
         lora_part: Callable[[str, int], tuple[int, bytes]] = lambda digest, offset: (0, b""),
     ) -> None:
         """`lora_part` gives how many bytes a LoRA's file has, 0 if it is gone, and some of them from an offset on."""
-        self._door_pids, self._lora_part, self._rests = door_pids, lora_part, rests
+        self._door_pids, self._lora_part, self._rests, self._hosts = door_pids, lora_part, rests, hosts
         self._engine, self._describers, self._supervisor, self._clients = engine, describers, supervisor, clients
 
     def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
         """Do what a message wants; whatever it is, the others go on."""
         try:
-            envelope = wire.decode(frames, FROM_LOCAL if isinstance(peer, LocalUser) else FROM_WORKER)
-            self._take(identity, peer, envelope)
+            envelope = wire.decode(frames, taken_from(peer))
+            if not (isinstance(peer, Host) and self._hosts.handle(identity, peer.name, envelope.message)):
+                self._take(identity, peer, envelope)
         except StateUnusable:
             raise
         except TriptychError as error:
@@ -81,7 +83,8 @@ class WorkerRequests:
             case WorkerHello() as worker_hello:
                 self._welcome(identity, peer, worker_hello)
             case SupervisorHello():
-                self._supervisor.hello(identity)
+                if self._supervisor.hello(identity):
+                    self._hosts.supervisor_came()
                 self._answer(identity, Beat(proven=self._proven()))
             case DescriberHello() as hello:
                 self._describers.hello(identity, hello)
@@ -94,6 +97,10 @@ class WorkerRequests:
                 self._supervisor.keeps(processes)
                 self._rests.told(processes.resting)
                 self._bury(processes.exited_pids, processes.stopped_pids)
+            case HostPlanned() as plan if self._supervisor.is_here(identity):
+                self._hosts.planned(plan)
+            case EndHosts() if self._supervisor.is_here(identity):
+                self._hosts.end()
             case ModelAdded() as added if self._supervisor.is_here(identity):
                 self._clients.model_added(added)
             case _:
@@ -205,10 +212,7 @@ class WorkerRequests:
     def _bury(self, pids: Sequence[int], stopped: Sequence[int]) -> None:
         """Take out the workers of processes that the supervisor saw end: their tasks need not wait for silence."""
         for pid in pids:
-            process = ProcessId(*HERE, pid)
-            for worker in self._engine.fleet.of_process(process):
-                self._engine.bury(worker, blameless=pid in stopped)
-            self._engine.leasing.buried(process)
+            self._engine.bury_process(HOST, pid, blameless=pid in stopped)
             self._describers.gone(pid)
 
     def unreachable(self, identity: bytes) -> None:
@@ -259,3 +263,16 @@ class WorkerRequests:
         self._engine.lose_worker(worker, reason)
         if worker.process[:2] == HERE:
             self._supervisor.kill(worker.hello.pid, reason)
+        elif isinstance(worker.principal, Host):
+            self._hosts.kill(worker.host, worker.hello.pid, reason)
+
+
+def taken_from(peer: Principal) -> tuple[type[Message], ...]:
+    """Return the messages that are taken from a peer."""
+    match peer:
+        case LocalUser():
+            return FROM_LOCAL
+        case Host():
+            return FROM_WORKER + FROM_HOST
+        case KeyHolder():
+            return FROM_WORKER

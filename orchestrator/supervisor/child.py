@@ -1,9 +1,7 @@
 """One process of the supervisor's: how to start it, and what to do when it ends."""
 
-import contextlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,13 +12,13 @@ from typing import BinaryIO, Literal, Protocol
 
 import psutil
 
+from orchestrator.log_files import LOG_LIMIT, rotate
 from protocol.process import LIFELINE, MOST_REPORTED, REPORT, ExitReport
 from protocol.stages import Stage
 from protocol.views import ProcessView
 
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 HEALTHY_SECONDS = 60.0  # after so long, or once it is known to work, the next failure counts as the first again
-LOG_LIMIT = 10_000_000  # bytes; a longer one is put aside
 LOOK_AGAIN_SECONDS = 2.0  # whether what can't be used can be used again
 UNRECOVERABLE = (2, 4, 5, 8)  # exit codes after which another try gives the same: usage, no model, no room, damage
 MOST_KILLED = 5  # times by a signal, before it ever worked: for want of memory, say
@@ -183,11 +181,7 @@ class Child:
         return self.log.open("ab")
 
     def rotate_log(self) -> None:
-        """Put a long log aside; the process goes on writing to the same file, which is empty then."""
-        with contextlib.suppress(OSError):
-            if self.log.stat().st_size > self.log_limit:
-                shutil.copyfile(self.log, self.log.with_suffix(".log.1"))
-                os.truncate(self.log, 0)
+        rotate(self.log, self.log_limit)
 
 
 def exit_reason(code: int, log: Path) -> str:

@@ -1,7 +1,6 @@
 """The processes of one stack: the orchestrator, the fork server, describers, doors, HTTP, and each stage's workers."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from orchestrator.access import KeyFolder
@@ -17,10 +16,12 @@ from orchestrator.settings import (
     StackConfig,
 )
 from orchestrator.state_folder import StackFolder
-from orchestrator.supervisor.child import Child, Process
+from orchestrator.supervisor.child import Child
 from orchestrator.supervisor.fork_server import ForkServer
 from orchestrator.supervisor.http_process import HttpProcess, HttpSocket
-from protocol.curve_keys import Role
+from orchestrator.supervisor.process_keeper import ProcessKeeper
+from orchestrator.supervisor.worker_specs import may_be_forked, worker_spec
+from protocol.curve_keys import DoorRole
 from protocol.errors import DoesNotFit
 from protocol.messages.supervisor import RestingModel
 from protocol.model_spec import ModelSpec
@@ -28,7 +29,6 @@ from protocol.stages import STAGES, Stage
 from protocol.views import ProcessView
 from protocol.worker_spec import DescriberSpec, WorkerSpec
 
-GRACE_SECONDS = 8.0  # from asking a process to stop to killing it
 NEXT_TIME = "Start the stack with it: triptych up --model …"
 Team = tuple[str, Stage]  # a model's workers of a stage
 
@@ -68,7 +68,7 @@ class Children:
             for model in models
         }
         self._failed: dict[str, str] = {}  # why workers of models that rest could not be started
-        self.leaving: list[tuple[Child, float]] = []  # scaled away or restarted, and when to kill
+        self.keeper = ProcessKeeper(forks, lambda: self)
         self.wake(self.default)
 
     def __iter__(self) -> Iterator[Child]:
@@ -109,7 +109,7 @@ class Children:
             settings=settings,
         )
 
-    def _door(self, role: Role) -> Child:
+    def _door(self, role: DoorRole) -> Child:
         spec = DoorSpec(
             state=self._folder.path, role=role, inside=self._folder.door_endpoint(role), guarded=self._guarded
         )
@@ -136,17 +136,13 @@ class Children:
         return f"{model}-" if self._several or model != self.default else ""
 
     def _worker_spec(self, model: PlannedModel, post: Post, name: str) -> WorkerSpec:
-        config, plan = model.config, model.plan
-        return WorkerSpec(
-            stage=post.stage, name=name, endpoint=self._endpoints.workers, model=config.model_spec(),
-            description=plan.description, device=post.device, dtype=plan.dtype,
-            visible_gpus=post.gpus if post.gpus and post.device == "cuda" else None,
-            leased_gpus=post.gpus if post.leased else (), max_memory=post.memory, workspace=post.workspace or None,
-            cut=post.cut, jobs=post.jobs, speedups=plan.speedups,
-            checkpoint_seconds=config.checkpoint if post.stage == "denoise" and config.keep else None,
-            cuda_graphs=config.cuda_graphs,
-            cpu_lock=str(self._folder.cpu_lock), locked_bytes=post.locked, loras=str(self._folder.loras.resolve()),
-        )  # fmt: skip
+        return worker_spec(model, post, name).model_copy(
+            update={
+                "endpoint": self._endpoints.workers,
+                "cpu_lock": str(self._folder.cpu_lock),
+                "loras": str(self._folder.loras.resolve()),
+            }
+        )
 
     def _child(
         self,
@@ -161,38 +157,10 @@ class Children:
 
     # -- starting and ending --------------------------------------------------------------------
 
-    def start_due(self, started: Callable[[Child], None]) -> None:
-        """Start what is to run and doesn't, when its time has come; kill what was to end and hasn't."""
-        now = time.monotonic()
-        self.forks.listen()
-        self.forks.child.proven |= self.forks.ready
-        for child in self:
-            if child.state == "waiting" and child.wanted and now >= child.start_at:
-                if child.forked and self.forks.starting:
-                    continue  # it is there sooner than a process that imports everything by itself
-                child.start(self._spawn)
-                started(child)
-        self.forks.keep_twin()
-        for child, kill_at in self.leaving:
-            if now >= kill_at:
-                child.kill()
-
-    def next_due(self) -> float | None:
-        """Monotonic seconds when `start_due` has something to do."""
-        held = self.forks.starting
-        due = [c.start_at for c in self if c.state == "waiting" and c.wanted and not (c.forked and held)]
-        return min(due + [at for _, at in self.leaving], default=None)
-
-    def _spawn(self, child: Child, report: int) -> Process | None:
-        """Start a child by the fork server, which is itself followed by its twin; None: it has to start anew."""
-        if child is self.forks.child:
-            return self.forks.succeed()
-        return self.forks.spawn(child, report) if child.forked else None
-
     def _add(self, model: PlannedModel, post: Post, number: int) -> None:
         name = f"{self._prefix(model.name)}{post.stage}-{number}"
-        forked = not model.config.stage(post.stage).quantize  # whose library can't be imported before a fork
-        child = self._child(name, "workers.runtime", self._worker_spec(model, post, name), forked=forked)
+        spec = self._worker_spec(model, post, name)
+        child = self._child(name, "workers.runtime", spec, forked=may_be_forked(spec))
         child.model = model.name
         self.workers[model.name, post.stage].append(child)
 
@@ -203,7 +171,7 @@ class Children:
             return
         planned, children = self._models[model], self.workers[model, stage]
         while len(children) > count:
-            self._dismiss(children.pop())
+            self.keeper.dismiss(children.pop())
         start = len(self._prefix(model)) + len(stage) + 1
         taken = {int(child.name[start:]) for child in children}
         free = (n for n in range(1, 1 << 20) if n not in taken)
@@ -213,6 +181,10 @@ class Children:
 
     def knows(self, model: str) -> bool:
         return model in self._models
+
+    def is_awake(self, model: str) -> bool:
+        """Return whether a model has workers, or is to have them."""
+        return model in self._models and model not in self._resting
 
     @property
     def models(self) -> tuple[PlannedModel, ...]:
@@ -243,7 +215,7 @@ class Children:
         self.rest(model)
         for describer in [child for child in self.describers if child.model == model]:
             self.describers.remove(describer)
-            self._dismiss(describer)
+            self.keeper.dismiss(describer)
         for stage in STAGES:
             del self.workers[model, stage]
         self._resting.pop(model, None)
@@ -281,14 +253,8 @@ class Children:
         """End a worker's process in good order, so that another is started; False where there is no such worker."""
         found = [child for child in self if child.stage and child.name == name]
         for child in found:
-            child.wanted, child.failures, child.start_at = True, 0, 0.0
-            self._dismiss(child)
+            self.keeper.restart(child)
         return bool(found)
-
-    def _dismiss(self, child: Child) -> None:
-        child.terminate()
-        if child.process is not None:
-            self.leaving.append((child, time.monotonic() + GRACE_SECONDS))
 
     def prove(self, pids: tuple[int, ...]) -> None:
         """Mark processes as proven, since the orchestrator says that they work."""

@@ -9,12 +9,9 @@ import logging
 import os
 import queue
 import resource
-import signal
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable
 from typing import TextIO
 
 import zmq
@@ -25,14 +22,18 @@ from orchestrator.planning.stack_plan import PlannedModel, plan_models, plan_sta
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import UNUSABLE, Child
-from orchestrator.supervisor.children import GRACE_SECONDS, Children, settings_of
+from orchestrator.supervisor.children import Children, settings_of
 from orchestrator.supervisor.fork_server import new_fork_server
+from orchestrator.supervisor.host_plans import HostPlans
 from orchestrator.supervisor.http_process import HttpSocket
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
+from orchestrator.supervisor.process_keeper import Alarm, Lifeline
 from protocol.errors import Conflict, TriptychError
 from protocol.messages.common import Beat, Message
 from protocol.messages.supervisor import (
     AddModel,
+    EndHosts,
+    HostJoined,
     KillProcess,
     ModelAdded,
     RemoveModel,
@@ -45,7 +46,6 @@ from protocol.model_spec import ModelSpec
 log = logging.getLogger(__name__)
 log.addHandler(logging.NullHandler())  # a person hears of what matters by notices
 
-STOPPED_SECONDS = 0.5  # that a process may stand still by a signal
 KNOCK_SECONDS = 0.1  # between two tries to reach an orchestrator that only comes up
 DEAF_SECONDS = 10.0  # that the orchestrator may leave the supervisor without an answer
 MOST_SAID = 1000  # characters of a reason
@@ -61,23 +61,21 @@ class Supervisor:
         raise_file_limit()
         listening = HttpSocket(config) if config.http else None
         self.http_url = listening.url if listening else ""
-        self._lifeline, self._life = os.pipe()
-        forks = new_fork_server(folder, self._lifeline)
+        self._lifeline = Lifeline()
+        forks = new_fork_server(folder, self._lifeline.read_end)
         forks.start_ahead()
         try:
             self.models = plan_models(config, list_gpus(), measurements_in(folder))
         except BaseException:
             forks.end()
-            os.close(self._life)
-            os.close(self._lifeline)
+            self._lifeline.close()
             raise
-        self._wake, self._bell = socket.socketpair()
-        self._wake.setblocking(False)
-        self._bell.setblocking(False)
-        self._signal = 0
+        self._alarm = Alarm()
         self._done = False  # what it was for is done
-        self._children = Children(folder, config, self.models, self._lifeline, forks, listening)
+        self._children = Children(folder, config, self.models, self._lifeline.read_end, forks, listening)
+        self._keeper = self._children.keeper
         self._link = OrchestratorLink(self._children.endpoint)
+        self._hosts = HostPlans(folder, lambda: self._children.models, self._children.is_awake, self._alarm.ring)
         self._lock: TextIO | None = None
         self._coming: set[str] = set()  # names of models that are being planned for
         self._planned: queue.SimpleQueue[tuple[str, PlannedModel | TriptychError]] = queue.SimpleQueue()
@@ -88,12 +86,12 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until a signal, whose number it returns, or `stop()`: 0. Raises what keeps a stage from ever starting."""
-        with self._signals(), contextlib.ExitStack() as stack:
+        with self._alarm.heed_signals(), contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self.folder.lock("supervisor"))
             try:
-                while not (self._signal or self._done):
+                while not (self._alarm.signal or self._done):
                     self._look_down(stack)
-                    self._children.start_due(self._log_start)
+                    self._keeper.start_due(self._log_start)
                     self._wait()
                     self._end_the_hung()
                     self._reap()
@@ -102,24 +100,12 @@ class Supervisor:
                     self._refuse_hopeless()
             finally:
                 self._shut_down()
-        return self._signal
+        return self._alarm.signal
 
     def stop(self) -> None:
         """End `run`, from any thread."""
         self._done = True
-        self._bell.send(b"!")
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def remember(number: int, frame: FrameType | None) -> None:
-            self._signal = number
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, remember)
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        yield
-        signal.set_wakeup_fd(-1)
+        self._alarm.ring()
 
     def _look_down(self, stack: contextlib.ExitStack) -> None:
         """Look once a second at logs that have grown long, and at the lock, which may be removed with its folder."""
@@ -140,22 +126,18 @@ class Supervisor:
 
     def _wait(self) -> None:
         """Wait for a signal, a child's end, a message, or the next thing that is due."""
-        due = [child.stopped + STOPPED_SECONDS for child in self._children if child.stopped]
-        if (next_start := self._children.next_due()) is not None:
-            due.append(next_start)
-        left = min(
-            [HELLO_SECONDS if self._answered else KNOCK_SECONDS, *(max(0.0, at - time.monotonic()) for at in due)]
-        )
+        left = HELLO_SECONDS if self._answered else KNOCK_SECONDS
+        if (next_due := self._keeper.next_due()) is not None:
+            left = min(left, max(0.0, next_due - time.monotonic()))
         poller = zmq.Poller()
-        poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._alarm.wake, zmq.POLLIN)
         if self._link.socket is not None:
             poller.register(self._link.socket, zmq.POLLIN)
         forks = self._children.forks
         if forks.link is not None and not forks.ready:
             poller.register(forks.link, zmq.POLLIN)
         poller.poll(int(left * 1000) + 1)
-        with contextlib.suppress(BlockingIOError):
-            self._wake.recv(4096)
+        self._alarm.hush()
 
     # -- what hangs, and what has ended ---------------------------------------------------------
 
@@ -168,31 +150,20 @@ class Supervisor:
         self._children.pulse.still_for()
         if self._children.http:
             self._children.http.look()
-        for child in self._children:
-            since = child.notice_stop()
-            if since is not None and now - since >= STOPPED_SECONDS:
-                child.put_down("it was stopped by a signal, and stood still")
-                self._link.stopped(child.process.pid if child.process else 0)
+        for pid in self._keeper.put_down_stopped():
+            self._link.stopped(pid)
         deaf = self._answered and now - self._answered > DEAF_SECONDS and orchestrator.state == "running"
         if deaf and self._children.pulse.still_for() > DEAF_SECONDS:  # else it is busy, and comes to us in time
             orchestrator.put_down(f"it gave no answer for {DEAF_SECONDS:g} s")
 
     def _reap(self) -> None:
-        children = self._children
-        for child in [*children, *(child for child, _ in children.leaving)]:
-            asked = child.state == "stopping"
-            pid = child.reap()
-            if pid is None:
-                continue
+        for child, pid, asked in self._keeper.reap():
             self._link.ended(pid)
             if not asked:
                 self._tell_of_end(child, pid)
-            if child is children.orchestrator:
+            if child is self._children.orchestrator:
                 self._link.hello_again()
                 self._answered = 0.0
-            elif child is children.forks.child:
-                children.forks.lost()
-        children.leaving = [(child, at) for child, at in children.leaving if child.process is not None]
 
     def _tell_of_end(self, child: Child, pid: int) -> None:
         log.warning("%s, process %d, ended: %s", child.name, pid, child.reason)
@@ -231,6 +202,10 @@ class Supervisor:
         self._link.tell(self._children.views(), self._children.resting)
         for message in self._link.hear():
             self._obey(message)
+        for answer in self._hosts.answers():
+            if answer.reason:
+                self.notice(f"the host {answer.host} is refused: {answer.reason}")
+            self._link.say(answer)
 
     def _obey(self, message: Message) -> None:
         match message:
@@ -248,6 +223,8 @@ class Supervisor:
             case RemoveModel(model=model) if self._children.knows(model) and model != self._children.default:
                 self.notice(f"{model} is removed")
                 self._children.remove(model)
+            case HostJoined(host=host, facts=facts):
+                self._hosts.joined(host, facts)
             case RestartProcess(name=name):
                 if self._children.restart(name):
                     self.notice(f"restarting {name}")
@@ -283,7 +260,7 @@ class Supervisor:
             log.exception("%s can't be planned for", name)
             found = TriptychError(f"{name} can't be planned for: {error}")
         self._planned.put((name, found))
-        self._bell.send(b"!")
+        self._alarm.ring()
 
     def _take_planned(self) -> None:
         """Take in the models that were planned for meanwhile."""
@@ -307,32 +284,24 @@ class Supervisor:
     def _shut_down(self) -> None:
         """Stop workers first, so that they hand back what they have; the orchestrator commits and goes last."""
         self.notice("stopping")
-        children, deadline = self._children, time.monotonic() + GRACE_SECONDS
+        self._link.say(EndHosts())
+        children = self._children
         workers = [child for team in children.workers.values() for child in team]
-        leaving = [child for child, _ in children.leaving]
+        leaving = [child for child, _ in self._keeper.leaving]
         http = [children.http.child] if children.http else []
-        for group in (
-            [*http, *workers, *leaving, *children.describers],
-            [children.orchestrator, *children.doors, children.forks.child],
-        ):
-            for child in group:
-                child.terminate()
-            for child in group:
-                if child.process is not None:
-                    with contextlib.suppress(Exception):
-                        child.process.wait(max(0.1, deadline - time.monotonic()))
-                child.kill()
-            for child in group:
-                if child.process is not None:
-                    child.process.wait()
+        self._keeper.end(
+            (
+                [*http, *workers, *leaving, *children.describers],
+                [children.orchestrator, *children.doors, children.forks.child],
+            )
+        )
         children.forks.close()
         children.pulse.close()
         if children.http:
             children.http.close()
         self._link.close()
         self.folder.withdraw()
-        os.close(self._life)
-        os.close(self._lifeline)
+        self._lifeline.close()
 
 
 def why(child: Child) -> TriptychError:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from protocol.client.exchange import (
     PATIENCE_SECONDS,
@@ -24,6 +24,7 @@ from protocol.messages.client import (
     CollectGarbage,
     Drain,
     FetchPictures,
+    GetHosts,
     GetJobs,
     GetLoras,
     GetMetrics,
@@ -31,6 +32,7 @@ from protocol.messages.client import (
     GetPreview,
     GetStack,
     GetWorkers,
+    Hosts,
     JobEvent,
     Jobs,
     LoadModel,
@@ -40,6 +42,7 @@ from protocol.messages.client import (
     Models,
     OfferLora,
     Pictures,
+    PlaceOnHost,
     Preview,
     PutLora,
     Question,
@@ -58,7 +61,7 @@ from protocol.model_spec import ModelSpec
 from protocol.pictures import pictures_among
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from protocol.views import ModelView
+from protocol.views import HostView, ModelView
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -278,6 +281,14 @@ class Calls:
     async def drain(self, stage: Stage, on: bool = True) -> None:
         """Give a stage's workers nothing more to do, or, with `on` False, again."""
         await self._link.ask(Drain, None, stage=stage, on=on)
+
+    async def hosts(self) -> list[HostView]:
+        """The hosts of the stack beside its own."""
+        return list((await self._message(Hosts, GetHosts)).hosts)
+
+    async def place_on_host(self, host: str, placing: Literal["", "cordoned", "drained"]) -> None:
+        """Give a host nothing new to do (cordoned), nor let it keep its workers (drained), or let it work. NotFound."""
+        await self._link.ask(PlaceOnHost, None, host=host, placing=placing)
 
     async def collect_garbage(self, older: int) -> tuple[int, int]:
         """Remove jobs that ended more than so many seconds ago, with their pictures: how many, and bytes on disk."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Container, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import zmq
 
@@ -31,7 +31,7 @@ from protocol.model_spec import ModelSpec
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from protocol.views import ModelView
+from protocol.views import HostView, ModelView
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -173,6 +173,14 @@ class Client:
     def loras(self, model: str | None = None) -> list[LoraInfo]:
         """The LoRAs that have a name in the stack, of its default model or another; NotFound."""
         return run(self._calls.loras(model))
+
+    def hosts(self) -> list[HostView]:
+        """The hosts of the stack beside its own."""
+        return run(self._calls.hosts())
+
+    def place_on_host(self, host: str, placing: Literal["", "cordoned", "drained"]) -> None:
+        """Give a host nothing new to do (cordoned), nor let it keep its workers (drained), or let it work. NotFound."""
+        run(self._calls.place_on_host(host, placing))
 
     def models(self) -> list[ModelView]:
         """The stack's models that are known, the default one first."""

@@ -44,7 +44,8 @@ def reach(state: Path | None) -> tuple[str, PeerKey | None]:
     key = load(where)
     if key.role != "client":
         raise BadRequest(
-            f"{str(where)!r} is a {key.role}'s key.", f"Use it as: triptych {key.role} STAGE --state {where}"
+            f"{str(where)!r} is a {key.role}'s key.",
+            f"Use it as: triptych {f'join {where}' if key.role == 'host' else f'worker STAGE --state {where}'}",
         )
     return key.endpoint, key
 

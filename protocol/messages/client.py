@@ -1,6 +1,6 @@
 """Clients' questions, and the orchestrator's answers and events."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from protocol.metrics import Metric
 from protocol.model import ModelDescription
 from protocol.model_spec import FullName, ModelName, ModelSpec
 from protocol.stages import Stage
-from protocol.views import GpuView, ModelView, ProcessView, WorkerView
+from protocol.views import GpuView, HostView, ModelView, ProcessView, WorkerView
 
 ModelOf = Annotated[str, Field(max_length=4096)] | None  # its name in the stack; None: the default one
 
@@ -111,6 +111,18 @@ class Scale(Question):
     model: ModelOf = None
     stage: Stage
     count: Annotated[int, Field(ge=0, le=1024)]
+
+
+class GetHosts(Question):
+    kind = "get-hosts"
+
+
+class PlaceOnHost(Question):
+    """Give a host nothing new to do (cordoned), nor let it keep what it has (drained), or let it work again."""
+
+    kind = "place-on-host"
+    host: Name
+    placing: Literal["", "cordoned", "drained"]
 
 
 class Drain(Question):
@@ -258,6 +270,14 @@ class Collected(Message):
     bytes: Count
 
 
+class Hosts(Message):
+    """The hosts of the stack beside its own."""
+
+    kind = "hosts"
+    request: Count
+    hosts: tuple[HostView, ...]
+
+
 class Loras(Message):
     """The LoRAs that have a name in the stack."""
 
@@ -303,6 +323,8 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     Restart,
     Scale,
     Drain,
+    GetHosts,
+    PlaceOnHost,
     CollectGarbage,
     GetLoras,
     GetModels,
@@ -313,5 +335,6 @@ FROM_CLIENT: tuple[type[Message], ...] = (
     PutLora,
 )
 TO_CLIENT: tuple[type[Message], ...] = (
-    Jobs, JobEvent, Pictures, Preview, Workers, Stack, Metrics, Collected, Loras, Models, LoraHere, Done, Error,
+    Jobs, JobEvent, Pictures, Preview, Workers, Stack, Metrics, Collected, Loras, Models, LoraHere, Hosts,
+    Done, Error,
 )  # fmt: skip

@@ -5,10 +5,12 @@ from typing import Annotated
 from pydantic import Field
 
 from protocol.data import Data, Text
+from protocol.host import HostFacts
 from protocol.messages.common import MOST_MODELS, Beat, Count, Error, Line, Message, Name
 from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 from protocol.views import ProcessView
+from protocol.worker_spec import WorkerSpec
 
 
 class SupervisorHello(Message):
@@ -90,7 +92,33 @@ class KillProcess(Message):
     reason: Line
 
 
-FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes, ModelAdded)
+class HostJoined(Message):
+    """Another host has come, with what it has: plan for its workers. The answer is HostPlanned."""
+
+    kind = "host-joined"
+    host: Name
+    facts: HostFacts
+
+
+class HostPlanned(Message):
+    """The workers of another host from now on, or why there can be none."""
+
+    kind = "host-planned"
+    host: Name
+    workers: Annotated[tuple[WorkerSpec, ...], Field(max_length=1024)] = ()
+    gpus: Text = ""  # JSON of AccountSettings by GPU, of those whose memory is leased
+    code: Name = "error"
+    reason: Line = ""  # empty: it is welcome
+    hint: Line = ""
+
+
+class EndHosts(Message):
+    """The stack ends: no host is to have workers."""
+
+    kind = "end-hosts"
+
+
+FROM_SUPERVISOR: tuple[type[Message], ...] = (SupervisorHello, Processes, ModelAdded, HostPlanned, EndHosts)
 TO_SUPERVISOR: tuple[type[Message], ...] = (
-    SetScale, WakeModel, AddModel, RemoveModel, RestartProcess, KillProcess, Beat, Error,
+    SetScale, WakeModel, AddModel, RemoveModel, RestartProcess, KillProcess, HostJoined, Beat, Error,
 )  # fmt: skip

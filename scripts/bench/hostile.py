@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from protocol.client.client import Client
-from protocol.curve_keys import Role
+from protocol.curve_keys import DoorRole
 from protocol.job import JobRequest
 from scripts.faults.hostile import DEEDS
 from scripts.faults.hostile_peers import HostilePeers
@@ -33,7 +33,7 @@ def main(deeds: tuple[str, ...], seconds: float) -> None:
 
 
 def beside(folder: Path, deed: str, seconds: float) -> dict[str, object]:
-    role: Role = "worker" if deed == "vanish" else "client"
+    role: DoorRole = "worker" if deed == "vanish" else "client"
     peers = HostilePeers(folder, () if deed == "none" else (("mallory", deed, role),))
     stack = Stack(folder, ["--device", "cpu", *peers.let_in()])
     try:

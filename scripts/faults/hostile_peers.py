@@ -17,11 +17,11 @@ import psutil
 from orchestrator.access import KeyFolder
 from orchestrator.state_folder import StackFolder
 from protocol.client.client import Client
-from protocol.curve_keys import Role, save
+from protocol.curve_keys import DoorRole, save
 from protocol.errors import TriptychError
 from protocol.model import ModelDescription
 
-Deed = tuple[str, str, Role]  # the name of its key, what it does, and in which role
+Deed = tuple[str, str, DoorRole]  # the name of its key, what it does, and in which role
 THREE: tuple[Deed, ...] = (
     ("mallory", "ask", "client"),
     ("mallet", "unread", "client"),
@@ -46,7 +46,7 @@ class HostilePeers:
         """Make their keys; return the options by which the stack listens for them."""
         StackFolder(self._state).create()
         keys, options = KeyFolder(self._state / "keys"), list[str]()
-        flags: tuple[tuple[Role, str], ...] = (("client", "--listen"), ("worker", "--listen-workers"))
+        flags: tuple[tuple[DoorRole, str], ...] = (("client", "--listen"), ("worker", "--listen-workers"))
         for role, flag in flags:
             endpoint = f"tcp://127.0.0.1:{free_port()}"
             options += [flag, endpoint]
@@ -80,7 +80,7 @@ class HostilePeers:
                             size = psutil.Process(process.pid).memory_info().rss / (1 << 20)
                             self.most_megabytes[process.name] = max(size, self.most_megabytes.get(process.name, 0.0))
 
-    def _begin(self, name: str, deed: str, role: Role) -> "subprocess.Popen[bytes]":
+    def _begin(self, name: str, deed: str, role: DoorRole) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "scripts.faults.hostile", deed, str(self._folder / f"{name}.key")]
         command += ["--model", str(self._folder / "model.json")] if deed == "vanish" else []
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -5,8 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NoReturn
 
+from protocol.curve_keys import load
 from protocol.errors import BadRequest
 from protocol.process import LIFELINE, REPORT, end_with_parent, log_to_stderr, report_end
 from protocol.speedups import parse_speedup
@@ -49,7 +51,7 @@ def work(spec: WorkerSpec) -> None:
     with without_quantizers() if forks else contextlib.nullcontext():
         from workers.runtime.worker import serve
 
-    serve(spec)
+    serve(spec, load(Path(spec.key)) if spec.key else None)
 
 
 def begin_anew(spec: WorkerSpec | DescriberSpec, inherited: Mapping[str, str]) -> NoReturn:

@@ -1,7 +1,6 @@
 """The way from a worker's spec to a stage that runs: find the model, describe it, load it onto its devices."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -18,6 +17,7 @@ from diffusers.utils import is_bitsandbytes_available, is_torchao_available
 
 from protocol.curve_keys import PeerKey
 from protocol.errors import BadRequest
+from protocol.host import library_versions
 from protocol.messages.worker import WorkerHello
 from protocol.model import ModelDescription
 from protocol.speedups import batch_of
@@ -74,11 +74,6 @@ def device_kind(device: str) -> str:
 def first_gpu() -> int:
     """The driver's number of the first GPU that this process sees; ValueError where it has another name."""
     return int(os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
-
-
-def versions() -> str:
-    """Return the versions of the libraries that compute a picture."""
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
 
 
 def resolve_dtype(dtype: str, device: str) -> str:
@@ -198,6 +193,12 @@ def prepare(spec: WorkerSpec, source: Source | None = None) -> Prepared:
     source = source or locate(spec.model, spec.stage)
     if (known := spec.description) and (known.model, known.revision) == (source.model, source.revision):
         return Prepared(spec, source, known, device, dtype)
+    if known and spec.same_revision:
+        raise BadRequest(
+            f"{source.model!r} is of revision {source.revision[:40]} on {socket.gethostname()}; the stack's is "
+            f"{known.revision[:40]}, and other weights give other pictures.",
+            f"Get that one there: triptych pull {source.model} --revision …, or copy the folder.",
+        )
     with quiet():
         return Prepared(spec, source, describe(source), device, dtype)
 
@@ -245,7 +246,7 @@ def serve(spec: WorkerSpec, key: PeerKey | None = None) -> None:
         host=socket.gethostname(),
         device=prepared.device,
         device_kind=device_kind(prepared.device),
-        versions=versions(),
+        versions=library_versions(),
         dtype=prepared.dtype,
         model=prepared.description,
         speedups=spec.speedups,

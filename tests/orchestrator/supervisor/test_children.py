@@ -91,7 +91,7 @@ def test_scaling_takes_the_last_and_gives_free_names(children: Children) -> None
     assert names() == ["text-2", "text-3", "text-1"]
     children.scale("m", "text", 1)
     assert names() == ["text-2"]
-    assert not children.leaving
+    assert not children.keeper.leaving
     assert spec(children, "text-2").leased_gpus == (0,)
 
 
