@@ -18,7 +18,7 @@ class HostGpu(Data):
     name: Word
     total_bytes: Size
     free_bytes: Size  # before the host's first worker was started
-    link: Annotated[float, Field(ge=0)] = 0.0  # bytes a second from page-locked memory, at most; 0: unknown
+    link: float = 0.0  # bytes a second from page-locked memory, at most; 0: unknown
 
 
 class HostFacts(Data):

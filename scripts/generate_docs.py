@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from orchestrator.cli import COMMANDS, LazyGroup, cli
 from orchestrator.cli.stack_options import flags_of, help_of
-from orchestrator.settings import HttpSettings, JobSettings, Settings, StackConfig, StageConfig
+from orchestrator.settings import HostConfig, HttpSettings, JobSettings, Settings, StackConfig, StageConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 MADE = "<!-- Made by `python -m scripts.generate_docs`; change the code, not this page. -->\n"
@@ -91,6 +91,14 @@ def configuration() -> str:
     lines += ["## The stack", "", *table(StackConfig, lambda name: name not in apart)]
     lines += ["", "## A stage", "", "In `[stages.text]`, `[stages.denoise]` and `[stages.vae]`.", ""]
     lines += table(StageConfig, lambda name: True)
+    lines += [
+        "",
+        "## Another host",
+        "",
+        "In `[hosts.NAME]`, NAME being that of its key; what is not said is as the plan says.",
+    ]
+    lines += ["", "| key | what |", "|---|---|"]
+    lines += [f"| `{name}` | {cell(field.description or '')} |" for name, field in HostConfig.model_fields.items()]
     lines += ["", "## Jobs, and what is kept", "", *table(JobSettings, lambda name: True)]
     lines += ["", "## HTTP", "", *table(HttpSettings, lambda name: True), "", "Words for quality, in a file:", ""]
     lines += ["```toml", "[http_qualities.low]", "steps = 0.5  # times the model's own", "```"]

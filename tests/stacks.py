@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
+from orchestrator.access import KeyFolder
 from protocol.client.client import Client
+from protocol.curve_keys import save
 from protocol.job import Job
 from tests.tiny import environment
 
@@ -57,6 +59,35 @@ def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     assert process.returncode == 0, logs(folder)
+
+
+@contextlib.contextmanager
+def joined_host(
+    folder: Path, key: Path, *arguments: str, there: Sequence[str] = (), command: Sequence[str] = TRIPTYCH
+) -> Iterator["subprocess.Popen[str]"]:
+    """`triptych join` with a key, run `there`; stopped at the end, if it has not ended before."""
+    process = subprocess.Popen(
+        [*there, *command, "join", str(key), "--folder", str(folder), *arguments],
+        stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+
+
+def host_key(state: Path, name: str, endpoint: str, folder: Path) -> Path:
+    """Let a host in; return the file of its key, in a folder."""
+    path = folder / f"{name}.key"
+    save(path, KeyFolder(state / "keys").issue(name, "host", endpoint))
+    return path
+
+
+def remote_endpoint(state: Path) -> str:
+    """Return where a stack listens for workers and hosts."""
+    return str(json.loads((state / "stack.json").read_text())["remote"]["worker"])
 
 
 def logs(folder: Path) -> str:

@@ -229,6 +229,7 @@ class HostAgent:
         self._keeper.forks.close()
         self._link.close()
         self._lifeline.close()
+        self._alarm.close()
 
 
 def facts_of_this_host() -> HostFacts:

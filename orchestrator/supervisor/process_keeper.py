@@ -135,6 +135,10 @@ class Alarm:
         """Wake the loop, from any thread."""
         self._bell.send(b"!")
 
+    def close(self) -> None:
+        self.wake.close()
+        self._bell.close()
+
     def hush(self) -> None:
         """Take in what has woken the loop."""
         with contextlib.suppress(BlockingIOError):

@@ -15,7 +15,7 @@ from protocol.client.client import Client
 from protocol.curve_keys import KeyPair, PeerKey, save
 from protocol.job import JobRequest
 from scripts.faults.saboteur import patiently
-from tests.stacks import TRIPTYCH, running_stack
+from tests.stacks import TRIPTYCH, remote_endpoint, running_stack
 from tests.tiny import environment
 
 
@@ -105,9 +105,3 @@ def test_a_link_that_is_cut_and_healed_costs_no_job_and_no_bit(link: Link, state
 
 def denoisers(client: Client) -> list[str]:
     return [worker.state for worker in client.workers().workers if worker.stage == "denoise"]
-
-
-def remote_endpoint(state: Path) -> str:
-    import json
-
-    return str(json.loads((state / "stack.json").read_text())["remote"]["worker"])

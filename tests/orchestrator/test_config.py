@@ -96,7 +96,7 @@ def test_what_jobs_choose_is_a_model_of_its_own() -> None:
 
 
 def test_every_setting_has_a_flag_and_a_meaning() -> None:
-    for settings, without in ((StackConfig, {"stages", "models", "http_qualities"}), (StageConfig, set())):
+    for settings, without in ((StackConfig, {"stages", "models", "hosts", "http_qualities"}), (StageConfig, set())):
         flags = {name: (field, flag) for name, field, flag in flags_of(settings)}
         assert flags.keys() == settings.model_fields.keys() - without
         assert all(field.description for field, _ in flags.values())

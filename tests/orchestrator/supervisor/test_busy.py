@@ -24,8 +24,8 @@ class Children:
     def still_for(self) -> float:
         return self._still
 
-    def notice_stop(self) -> None:
-        return None
+    def put_down_stopped(self) -> list[int]:
+        return []
 
     def put_down(self, verdict: str) -> None:
         self.ended.append(verdict)
@@ -35,6 +35,7 @@ class Children:
 def test_an_orchestrator_that_gives_no_answer_is_ended_only_if_its_loop_stands_still(still: float, ended: int) -> None:
     supervisor: Any = Supervisor.__new__(Supervisor)
     supervisor._children = children = Children(still)
+    supervisor._keeper = children
     supervisor._looked = time.monotonic()
     supervisor._answered = time.monotonic() - DEAF_SECONDS - 1
     supervisor._end_the_hung()

@@ -62,7 +62,7 @@ def test_a_stage_that_quantizes_starts_by_itself(state: Path) -> None:
     folder = StackFolder(state / "q")
     folder.create()
     config = StackConfig(model="m", stages={"denoise": {"quantize": "fp8"}})
-    model = PlannedModel("m", config, StackPlan("bfloat16", POSTS, {}, ()))
+    model = PlannedModel("m", config, StackPlan("bfloat16", POSTS, {}, config.speedups()))
     found = Children(folder, config, [model], 0, new_fork_server(folder, 0))
     assert [child.forked for stage in STAGES for child in found.workers["m", stage]] == [True, False, True]
 
