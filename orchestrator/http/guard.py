@@ -1,5 +1,6 @@
 """The guard of who may come in by HTTP: keys, hosts, origins, sizes and rates, looked at before a request is read."""
 
+import asyncio
 import base64
 import contextlib
 from collections import Counter, OrderedDict
@@ -21,6 +22,7 @@ SIGNED = "/pictures/"  # what lies below is let out by a link's signature
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 BURST_SECONDS = 10.0  # of a caller's rate, at once
 MOST_CALLERS = 10_000  # whose rates are remembered
+LINGER_SECONDS = 5.0  # that the rest of a refused request's body is read for
 MOST_OPEN = 256  # requests of one key or address, streams among them
 OF_PROXIES = (  # headers that say that a request was sent on for somebody else
     "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-real-ip", "via", "cf-connecting-ip",
@@ -63,7 +65,7 @@ class Guard:
             if self._open[who] >= MOST_OPEN:
                 raise too_often(f"More than {MOST_OPEN} requests of yours are open.")
         except TriptychError as error:
-            await response_of(error, scope["path"])(scope, receive, send)
+            await answer_early(response_of(error, scope["path"]), scope, receive, send)
             return
         self._open[who] += 1
         try:
@@ -149,6 +151,24 @@ class Guard:
             self._rates.popitem(last=False)
         if not bucket.take():
             raise too_often(f"More than {rate:g} requests a second come from you.")
+
+
+async def answer_early(response: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before a request's body was read, and read what comes of it for a while, to no purpose.
+
+    A connection that is closed with bytes unread is reset, and a proxy then loses the answer that it has not yet read.
+    """
+
+    async def hold(message: Message) -> None:
+        body = message["type"] == "http.response.body"
+        await send({**message, "more_body": True} if body else message)
+
+    await response(scope, receive, hold)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body"):
+                pass
+    await send({"type": "http.response.body", "body": b""})
 
 
 def too_often(words: str) -> Refused:

@@ -331,6 +331,7 @@ class Teller:
         wanted, sent, client = self._given.partial_images or 0, 0, self._who.client
         if not wanted:
             return
+        await client.preview(job.id)  # from now on previews are made
         async for change in client.events([job.id]):
             if change.state != "denoise" or sent == wanted:
                 continue

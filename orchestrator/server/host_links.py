@@ -109,7 +109,8 @@ class HostLinks:
                 log.info("the host %s has left", name)
                 self._bury_all_but(name, ())
                 self._close(name)
-                link.state, link.workers, link.processes = "gone", (), ()
+                link.state = "refused" if link.state == "refused" else "gone"
+                link.workers, link.processes = (), ()
         return True
 
     def _welcome(self, identity: bytes, name: str, hello: HostHello) -> None:

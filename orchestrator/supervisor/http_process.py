@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import socket
+import ssl
 
 from orchestrator.pulse import PULSE, PulseWatch
 from orchestrator.settings import HttpSettings, HttpSpec
@@ -23,9 +24,7 @@ class HttpSocket:
         """Listen at the address of the settings; BadRequest where that can't be, or what serves there is missing."""
         if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
             raise BadRequest(f"--http needs {missing[0]}, which is not installed.", "pip install 'triptych[http]'")
-        for file in (settings.http_certificate, settings.http_private_key):
-            if file is not None and not file.is_file():
-                raise BadRequest(f"There is no file {str(file)!r}.", "Give a PEM file.")
+        check_certificate(settings)
         self.settings = settings
         host, port = settings.http_host, (settings.http or "").rpartition(":")[2]
         try:
@@ -40,6 +39,28 @@ class HttpSocket:
             ) from error
         name = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if settings.http_certificate else 'http'}://{name}:{self.socket.getsockname()[1]}"
+
+
+def check_certificate(settings: HttpSettings) -> None:
+    """Raise BadRequest where TLS is asked for with files that don't serve."""
+    certificate, key = settings.http_certificate, settings.http_private_key
+    for file in (certificate, key):
+        if file is not None and not file.is_file():
+            raise BadRequest(f"There is no file {str(file)!r}.", "Give a PEM file.")
+    if certificate is None:
+        if key is not None:
+            raise BadRequest(f"There is a key {str(key)!r}, and no certificate.", "Give one: --http-certificate FILE")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except (ssl.SSLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or "it can't be read"
+        given = f"{str(certificate)!r}" + (f" with {str(key)!r}" if key else "")
+        raise BadRequest(
+            f"{given} can't be used for TLS: {reason.lower().replace('_', ' ')}.",
+            "Give a PEM certificate with its chain, and its own private key without a passphrase, in the same file or "
+            "as --http-private-key.",
+        ) from error
 
 
 class HttpProcess:

@@ -28,7 +28,7 @@ from orchestrator.supervisor.host_plans import HostPlans
 from orchestrator.supervisor.http_process import HttpSocket
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
 from orchestrator.supervisor.process_keeper import Alarm, Lifeline
-from protocol.errors import Conflict, TriptychError
+from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.messages.common import Beat, Message
 from protocol.messages.supervisor import (
     AddModel,
@@ -59,6 +59,8 @@ class Supervisor:
         """Plan the stack: BadRequest, ModelMissing or DoesNotFit where it can't work."""
         self.folder, self.config, self.notice = folder, config, notice
         raise_file_limit()
+        if not config.http and (config.http_certificate or config.http_private_key):
+            raise BadRequest("A certificate is for HTTP, which is not to be served.", "Give --http HOST:PORT, too.")
         listening = HttpSocket(config) if config.http else None
         self.http_url = listening.url if listening else ""
         self._lifeline = Lifeline()
@@ -179,6 +181,7 @@ class Supervisor:
         """
         children = self._children
         needed = [children.orchestrator, *children.doors, *children.describers]
+        needed += [children.http.child] if children.http else []
         sound = {describer.model for describer in children.describers if describer.ever_proven}
         groups = [[child] for child in needed]
         groups += [team for (model, _), team in children.workers.items() if model in sound]

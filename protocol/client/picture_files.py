@@ -37,7 +37,7 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 
 def parameters_text(recipe: Recipe, index: int) -> str:
     """The recipe as other tools show it (AUTOMATIC1111's `parameters`)."""
-    lines = [recipe.prompt]
+    lines = [" ".join([recipe.prompt, *(f"<lora:{lora.name}:{lora.weight:g}>" for lora in recipe.loras)])]
     if recipe.negative_prompt is not None:
         lines.append(f"Negative prompt: {recipe.negative_prompt}")
     settings: dict[str, object] = {

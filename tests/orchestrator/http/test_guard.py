@@ -156,3 +156,22 @@ def test_rates_are_limited_by_key_and_address(keys: KeyFolder) -> None:
 def test_browsers_are_told_to_take_nothing_for_something_else(keys: KeyFolder) -> None:
     headers = asking(keys)().headers
     assert (headers["x-content-type-options"], headers["x-frame-options"]) == ("nosniff", "DENY")
+
+
+def test_what_comes_of_a_refused_body_is_read_after_the_answer(keys: KeyFolder) -> None:
+    """A connection that is closed with bytes unread is reset, and a proxy loses the answer."""
+    guard = Guard(Starlette(), HttpSettings(http=LOCAL, http_body=10), AllowedKeys(keys))
+    order: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        order.append("read")
+        return {"type": "http.request", "body": b"x" * 8, "more_body": order.count("read") < 3}
+
+    async def send(message: dict[str, Any]) -> None:
+        order.append(f"{message['type']} {message.get('status', message.get('more_body', False))}")
+
+    headers = [(b"host", b"localhost"), (b"content-length", b"24")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers, "client": ("127.0.0.1", 1)}
+    asyncio.run(guard(scope, receive, send))
+    last = "http.response.body False"
+    assert order == ["http.response.start 413", "http.response.body True", "read", "read", "read", last]
