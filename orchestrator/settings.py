@@ -261,6 +261,26 @@ class HttpSettings(Settings):
         return self.http_keys == "required" or not is_loopback_host(self.http_host)
 
 
+class RaySettings(Settings):
+    """Settings of the process that has a Ray cluster's hosts work for the stack."""
+
+    ray: Annotated[
+        Given | None,
+        Field(description="Have the hosts of a Ray cluster work for the stack; auto: the cluster of this machine."),
+        Flag("--ray", "auto|HOST:PORT", "no"),
+    ] = None
+    ray_hosts: Annotated[
+        tuple[str, ...],
+        Field(description="Of the cluster's hosts these only, by the names of their machines."),
+        Flag("--ray-host", "NAME", "all"),
+    ] = ()
+    ray_labels: Annotated[
+        dict[str, str],
+        Field(description="Of the cluster's hosts those only whose nodes have these labels."),
+        Flag("--ray-label", "NAME=VALUE", "all"),
+    ] = Field(default_factory=dict)
+
+
 class ModelConfig(Settings):
     """All that a person may say of a model and of the workers that run it."""
 
@@ -416,7 +436,7 @@ class HostConfig(Settings):
     ] = Field(default_factory=dict)
 
 
-class StackConfig(JobSettings, HttpSettings, ModelConfig):
+class StackConfig(JobSettings, HttpSettings, RaySettings, ModelConfig):
     """All that a person may say of a stack."""
 
     optimize: Annotated[Optimize, Field(description="What auto is to choose for."), Flag("--optimize")] = "throughput"
@@ -556,6 +576,13 @@ class HttpSpec(Settings):
     endpoint: str  # of the orchestrator's for clients
     socket: int  # descriptor of the listening socket
     settings: HttpSettings
+
+
+class RaySpec(Settings):
+    """All that the process that launches on a Ray cluster is started with."""
+
+    state: Path
+    settings: RaySettings
 
 
 class DoorSpec(Settings):

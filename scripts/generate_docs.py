@@ -12,8 +12,8 @@ import click
 from pydantic.fields import FieldInfo
 
 from orchestrator.cli import COMMANDS, LazyGroup, cli
-from orchestrator.cli.stack_options import flags_of, help_of
-from orchestrator.settings import HostConfig, HttpSettings, JobSettings, Settings, StackConfig, StageConfig
+from orchestrator.cli.stack_options import PARTS_OF_STACK, flags_of, help_of
+from orchestrator.settings import HostConfig, HttpSettings, JobSettings, RaySettings, Settings, StackConfig, StageConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 MADE = "<!-- Made by `python -m scripts.generate_docs`; change the code, not this page. -->\n"
@@ -87,7 +87,7 @@ def configuration() -> str:
         "over `TRIPTYCH_UP_…` variables, which win over the file, which wins over the defaults.",
         "",
     ]
-    apart = {*JobSettings.model_fields, *HttpSettings.model_fields}
+    apart = {name for part in PARTS_OF_STACK for name in part.model_fields}
     lines += ["## The stack", "", *table(StackConfig, lambda name: name not in apart)]
     lines += ["", "## A stage", "", "In `[stages.text]`, `[stages.denoise]` and `[stages.vae]`.", ""]
     lines += table(StageConfig, lambda name: True)
@@ -100,6 +100,7 @@ def configuration() -> str:
     lines += ["", "| key | what |", "|---|---|"]
     lines += [f"| `{name}` | {cell(field.description or '')} |" for name, field in HostConfig.model_fields.items()]
     lines += ["", "## Jobs, and what is kept", "", *table(JobSettings, lambda name: True)]
+    lines += ["", "## Hosts of a Ray cluster", "", *table(RaySettings, lambda name: True)]
     lines += ["", "## HTTP", "", *table(HttpSettings, lambda name: True), "", "Words for quality, in a file:", ""]
     lines += ["```toml", "[http_qualities.low]", "steps = 0.5  # times the model's own", "```"]
     return "\n".join(lines) + "\n"

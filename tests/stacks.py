@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +38,16 @@ class RunningStack:
 
 
 @contextlib.contextmanager
-def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
-    """`triptych up` with its workers ready; stopped at the end, and it must stop cleanly."""
+def running_stack(
+    folder: Path, *arguments: str, there: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> Iterator[RunningStack]:
+    """`triptych up` with its workers ready, run `there`; stopped at the end, and it must stop cleanly."""
+    env = env or environment()
     process = subprocess.Popen(
-        [*TRIPTYCH, "up", "--state", str(folder), "--json", *arguments],
+        [*there, *TRIPTYCH, "up", "--state", str(folder), "--json", *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=env,
         stderr=subprocess.DEVNULL,
     )
     try:
@@ -56,7 +59,10 @@ def running_stack(folder: Path, *arguments: str) -> Iterator[RunningStack]:
         with Client(folder, timeout=30) as client:
             yield RunningStack(folder, process, client, told.get("http", ""))
     finally:
-        process.send_signal(signal.SIGINT)
+        if there:  # a signal ends what leads there, not what runs there
+            subprocess.run([*there, *TRIPTYCH, "down", "--state", str(folder)], env=env, check=False, timeout=60)
+        else:
+            process.send_signal(signal.SIGINT)
         process.communicate(timeout=30)
     assert process.returncode == 0, logs(folder)
 

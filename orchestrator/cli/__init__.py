@@ -17,6 +17,7 @@ LONG_NAME = 80  # characters of a file's name that an error shows
 COMMANDS = {  # name → (module, attribute, what `triptych --help` says)
     "run": ("orchestrator.cli.run", "run", "Make pictures without a stack: start one, use it, stop it."),
     "up": ("orchestrator.cli.up", "up", "Start a stack and keep it running, in the foreground."),
+    "down": ("orchestrator.cli.down", "down", "Stop the running stack."),
     "submit": ("orchestrator.cli.submit", "submit", "Submit prompts to the running stack and wait for the pictures."),
     "jobs": ("orchestrator.cli.jobs", "jobs", "List jobs."),
     "show": ("orchestrator.cli.jobs", "show", "Show everything about jobs."),

@@ -11,21 +11,22 @@ from pydantic.fields import FieldInfo
 
 from orchestrator.config import load_config, parse_stage_values
 from orchestrator.gpu_driver import list_gpus
-from orchestrator.settings import Flag, HttpSettings, JobSettings, Settings, StackConfig, StageConfig
+from orchestrator.settings import Flag, HttpSettings, JobSettings, RaySettings, Settings, StackConfig, StageConfig
 from protocol.errors import BadRequest
 from protocol.model_spec import MODEL_NAME, name_of
 from protocol.stages import STAGES, Stage
 
+PARTS_OF_STACK: tuple[type[Settings], ...] = (JobSettings, HttpSettings, RaySettings)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def stack_options(command: Command) -> Command:
     """Add an option for each setting that has a flag, and `--config`."""
     options = [click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")]
-    apart = {*JobSettings.model_fields, *HttpSettings.model_fields}
+    apart = {name for part in PARTS_OF_STACK for name in part.model_fields}
     options += [stack_option(field, flag) for name, field, flag in flags_of(StackConfig) if name not in apart]
     options += [stage_option(field, flag) for _, field, flag in flags_of(StageConfig)]
-    options += [stack_option(field, flag) for part in (JobSettings, HttpSettings) for _, field, flag in flags_of(part)]
+    options += [stack_option(field, flag) for part in PARTS_OF_STACK for _, field, flag in flags_of(part)]
     for option in reversed(options):
         command = option(command)
     return command
@@ -135,8 +136,13 @@ def parse_texts(setting: str, values: tuple[str, ...]) -> dict[str, Any]:
     return {setting: values}
 
 
-TEXTS = {"--http-host": "http_hosts", "--http-origin": "http_origins"}
-ALIASES = {"--lora-alias": "loras", "--controlnet-alias": "controlnets", "--refiner-alias": "refiners"}
+TEXTS = {"--http-host": "http_hosts", "--http-origin": "http_origins", "--ray-host": "ray_hosts"}
+ALIASES = {
+    "--ray-label": "ray_labels",
+    "--lora-alias": "loras",
+    "--controlnet-alias": "controlnets",
+    "--refiner-alias": "refiners",
+}
 PARSERS: dict[str, Callable[[tuple[str, ...]], dict[str, Any]]] = {  # of flags that may be given several times
     "--model": parse_models,
     "--budget": parse_budgets,

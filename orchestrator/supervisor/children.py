@@ -20,6 +20,7 @@ from orchestrator.supervisor.child import Child
 from orchestrator.supervisor.fork_server import ForkServer
 from orchestrator.supervisor.http_process import HttpProcess, HttpSocket
 from orchestrator.supervisor.process_keeper import ProcessKeeper
+from orchestrator.supervisor.ray_process import ray_process
 from orchestrator.supervisor.worker_specs import may_be_forked, worker_spec
 from protocol.curve_keys import DoorRole
 from protocol.errors import DoesNotFit
@@ -61,6 +62,7 @@ class Children:
         self.orchestrator.environment[PULSE] = str(self.pulse.descriptor)
         self.doors = [self._door(role) for role, _ in config.remote()]
         self.http = HttpProcess(listening, folder, self._endpoints.clients, lifeline) if listening else None
+        self.ray = ray_process(config, folder, lifeline) if config.ray else None
         self.describers = [self._describer(model) for model in models]
         self.workers: dict[Team, list[Child]] = {(name, stage): [] for name in self._models for stage in STAGES}
         self._resting = {  # numbers of workers by stage, of models that rest
@@ -75,6 +77,8 @@ class Children:
         yield from (self.orchestrator, self.forks.child, *self.doors, *self.describers)
         if self.http:
             yield self.http.child
+        if self.ray:
+            yield self.ray
         for team in self.workers.values():
             yield from team
 

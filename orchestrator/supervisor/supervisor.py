@@ -28,6 +28,7 @@ from orchestrator.supervisor.host_plans import HostPlans
 from orchestrator.supervisor.http_process import HttpSocket
 from orchestrator.supervisor.orchestrator_link import HELLO_SECONDS, OrchestratorLink
 from orchestrator.supervisor.process_keeper import Alarm, Lifeline
+from orchestrator.supervisor.ray_process import ready_for_ray
 from protocol.errors import BadRequest, Conflict, TriptychError
 from protocol.messages.common import Beat, Message
 from protocol.messages.supervisor import (
@@ -62,6 +63,8 @@ class Supervisor:
         if not config.http and (config.http_certificate or config.http_private_key):
             raise BadRequest("A certificate is for HTTP, which is not to be served.", "Give --http HOST:PORT, too.")
         listening = HttpSocket(config) if config.http else None
+        if config.ray:
+            config = self.config = ready_for_ray(config, folder)
         self.http_url = listening.url if listening else ""
         self._lifeline = Lifeline()
         forks = new_fork_server(folder, self._lifeline.read_end)
@@ -182,6 +185,7 @@ class Supervisor:
         children = self._children
         needed = [children.orchestrator, *children.doors, *children.describers]
         needed += [children.http.child] if children.http else []
+        needed += [children.ray] if children.ray else []
         sound = {describer.model for describer in children.describers if describer.ever_proven}
         groups = [[child] for child in needed]
         groups += [team for (model, _), team in children.workers.items() if model in sound]
@@ -292,9 +296,10 @@ class Supervisor:
         workers = [child for team in children.workers.values() for child in team]
         leaving = [child for child, _ in self._keeper.leaving]
         http = [children.http.child] if children.http else []
+        ray = [children.ray] if children.ray else []
         self._keeper.end(
             (
-                [*http, *workers, *leaving, *children.describers],
+                [*ray, *http, *workers, *leaving, *children.describers],
                 [children.orchestrator, *children.doors, children.forks.child],
             )
         )

@@ -1,0 +1,33 @@
+"""`python -m orchestrator.ray_launcher SPEC`: the launcher's process, as the supervisor starts it; SPEC is JSON."""
+
+import os
+import signal
+import sys
+
+from orchestrator.settings import RaySpec
+from orchestrator.state_folder import StackFolder
+from protocol.process import end_with_parent, log_to_stderr, report_end
+
+
+def launch(spec: RaySpec) -> None:
+    """Look after the cluster until told to stop."""
+    from orchestrator.ray_launcher.launcher import RayLauncher
+
+    launcher = RayLauncher(StackFolder(spec.state), spec.settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: launcher.stop())
+    launcher.run()
+
+
+def main() -> int:
+    end_with_parent()
+    log_to_stderr("ray", limited=True)
+    os.umask(0o077)
+    try:
+        launch(RaySpec.model_validate_json(sys.argv[1]))
+    except BaseException as error:
+        return report_end(error)
+    return 0
+
+
+sys.exit(main())

@@ -1,0 +1,234 @@
+"""Puts an agent on each node of a Ray cluster, as detached actors: Ray launches and places, Triptych judges.
+
+Actors are known by their names, so that another launcher of the same stack adopts them. A node that Ray calls dead is
+no news: whether a host works the orchestrator hears from its agent.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util import get_node_ip_address
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from orchestrator.access import KeyFolder
+from orchestrator.ray_launcher.actor import HostActor
+from orchestrator.settings import RaySettings
+from orchestrator.state_folder import StackFolder
+from protocol.client.endpoints import PUBLISHED
+from protocol.errors import NotFound, TriptychError
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "triptych"
+LOOK_SECONDS = 2.0  # between two looks at the cluster
+ANSWER_SECONDS = 60.0  # for an actor to be there: its node imports what it needs
+STOP_SECONDS = 20.0
+NICE = 0  # that workers should be run at
+
+
+@dataclass(slots=True)
+class Placed:
+    """A host, and its actor."""
+
+    name: str
+    node: str  # Ray's id
+    actor: Any
+    public: Any  # reference of its public key, while that is not known
+    since: float  # monotonic seconds
+    joined: str = ""  # endpoint that it was told
+
+
+class RayLauncher:
+    def __init__(self, folder: StackFolder, settings: RaySettings) -> None:
+        self._folder, self._settings = folder, settings
+        self._keys = KeyFolder(folder.keys)
+        self._stack = stack_id(folder)
+        self._hosts: dict[str, Placed] = {}  # by node
+        self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        """Look after the cluster until told to stop; then end the stack's actors."""
+        connect(self._settings.ray or "auto")
+        log.info("the Ray cluster has %d nodes", len(alive()))
+        while not self._stop.wait(LOOK_SECONDS if self._hosts else 0.1):
+            for node in self._wanted():
+                if node["NodeID"] not in self._hosts:
+                    self._place(node)
+            for host in list(self._hosts.values()):
+                self._look_after(host)
+        self._end()
+
+    # -- which nodes ----------------------------------------------------------------------------
+
+    def _wanted(self) -> Iterator[dict[str, Any]]:
+        """Yield the nodes that are to be hosts: by name and label, and not the stack's own host."""
+        for node in alive():
+            name, labels = node["NodeManagerHostname"], node.get("Labels") or {}
+            chosen = not self._settings.ray_hosts or name in self._settings.ray_hosts
+            fits = all(labels.get(label) == value for label, value in self._settings.ray_labels.items())
+            if chosen and fits and not is_this_machine(node):
+                yield node
+
+    def _name_of(self, node: Mapping[str, Any]) -> str:
+        """Return a host's name for a node: its machine's, with a part of its id where that is taken."""
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(node["NodeManagerHostname"])).strip("-_.")[:40] or "node"
+        others = {host.name for host in self._hosts.values()} | {socket.gethostname()}
+        others |= {entry.name for entry in self._keys.entries() if entry.role != "host"}
+        return f"{name}-{node['NodeID'][:8]}" if name in others else name
+
+    # -- actors ---------------------------------------------------------------------------------
+
+    def _place(self, node: Mapping[str, Any]) -> None:
+        name, where = self._name_of(node), str(node["NodeID"])
+        for known in [host for host in self._hosts.values() if host.name == name]:
+            del self._hosts[known.node]  # the machine has come again, as another node
+        actor = (
+            ray.remote(HostActor)
+            .options(
+                name=actor_name(self._stack, name, where),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                max_restarts=-1,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(where, soft=False),
+            )
+            .remote(name, self._stack)
+        )
+        self._hosts[where] = Placed(name, where, actor, actor.public.remote(), time.monotonic())
+        log.info("%s: an actor on node %s", name, where)
+
+    def _look_after(self, host: Placed) -> None:
+        """Let a host in once its key is known, and tell it where the stack is; a node that is gone is forgotten."""
+        try:
+            if host.public is not None:
+                if not ray.wait([host.public], timeout=0)[0]:
+                    return
+                self._let_in(host.name, ray.get(host.public, timeout=ANSWER_SECONDS))
+                host.public = None
+            endpoint = self._endpoint()
+            if endpoint and endpoint != host.joined:
+                ray.get(host.actor.join.remote(endpoint, self._keys.server().public), timeout=ANSWER_SECONDS)
+                host.joined = endpoint
+            if host.joined:
+                self._tell(host.name, ray.get(host.actor.state.remote(), timeout=ANSWER_SECONDS))
+        except ray.exceptions.GetTimeoutError:
+            self._say(host.name, "its actor does not answer")
+        except (ray.exceptions.ActorUnavailableError, ray.exceptions.ActorUnschedulableError) as error:
+            self._say(host.name, f"its actor can't be reached: {first_line(error)}")  # which isn't its death
+        except ray.exceptions.RayError as error:
+            self._say(host.name, f"its actor has died: {first_line(error)}")
+            del self._hosts[host.node]
+
+    def _let_in(self, name: str, public: str) -> None:
+        for entry in self._keys.entries():
+            if entry.name == name and entry.public == public:
+                return
+            if name == entry.name or public == entry.public:
+                self._keys.revoke(entry.name)  # of an earlier life of that machine
+        self._keys.add(name, "host", public)
+
+    def _tell(self, name: str, state: Mapping[str, Any]) -> None:
+        if state["reason"]:
+            self._say(name, f"its agent has ended: {state['reason']}")
+        elif state["niceness"] > NICE:
+            self._say(
+                name,
+                f"its workers run at nice {state['niceness']}, behind others: start Ray with RAY_worker_niceness=0",
+            )
+        else:
+            self._said.pop(name, None)
+
+    def _say(self, name: str, trouble: str) -> None:
+        if self._said.get(name) != trouble:
+            self._said[name] = trouble
+            log.warning("%s: %s", name, trouble)
+
+    def _endpoint(self) -> str:
+        """Return where hosts find the stack; empty while it is not there yet."""
+        try:
+            published = json.loads((self._folder.path / PUBLISHED).read_text())
+            port = str(published["remote"]["worker"]).rpartition(":")[2]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+        return f"tcp://{get_node_ip_address()}:{port}"
+
+    def _end(self) -> None:
+        """End the actors in good order, and let their hosts in no more."""
+        names = [host.name for host in self._hosts.values()]
+        end_actors(self._stack)
+        for name in names:
+            try:
+                self._keys.revoke(name)
+            except (NotFound, TriptychError) as error:
+                log.warning("%s", error)
+
+
+def connect(address: str) -> None:
+    ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+
+
+def alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def is_this_machine(node: Mapping[str, Any]) -> bool:
+    return bool(node["NodeManagerAddress"] == get_node_ip_address())
+
+
+def stack_id(folder: StackFolder) -> str:
+    """Return a stack's name in a cluster, the same for each of its lives."""
+    return hashlib.sha256(f"{socket.gethostname()}:{folder.path.resolve()}".encode()).hexdigest()[:12]
+
+
+def actor_name(stack: str, host: str, node: str) -> str:
+    return f"{stack}/{host}/{node[:8]}"
+
+
+def end_actors(stack: str) -> list[str]:
+    """End all actors of a stack's, in good order where they do it in time; return their names."""
+    found = [str(row["name"]) for row in ray.util.list_named_actors(all_namespaces=True) if of_stack(row, stack)]
+    actors = []
+    for name in found:
+        try:
+            actors.append(ray.get_actor(name, namespace=NAMESPACE))
+        except ValueError:  # it has ended meanwhile
+            continue
+    stops = [actor.stop.remote() for actor in actors]
+    if stops:
+        ray.wait(stops, num_returns=len(stops), timeout=STOP_SECONDS)
+    for actor in actors:
+        ray.kill(actor, no_restart=True)
+    return found
+
+
+def of_stack(row: Mapping[str, Any], stack: str) -> bool:
+    return row["namespace"] == NAMESPACE and str(row["name"]).startswith(f"{stack}/")
+
+
+def first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def end_leftovers(state: Path, address: str) -> list[str]:
+    """End what a stack that is no more has left in a cluster; return the names of its actors."""
+    connect(address)
+    try:
+        return end_actors(stack_id(StackFolder(state)))
+    finally:
+        ray.shutdown()

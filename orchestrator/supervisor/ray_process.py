@@ -1,0 +1,52 @@
+"""The process that puts agents on the hosts of a Ray cluster, where a stack is to use one."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from orchestrator.access import KeyFolder
+from orchestrator.settings import RaySettings, RaySpec, StackConfig
+from orchestrator.state_folder import StackFolder
+from orchestrator.supervisor.child import Child
+from protocol.errors import BadRequest
+from protocol.sockets import is_loopback
+
+ANY_PORT = "tcp://0.0.0.0:0"
+
+
+def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
+    """Return the configuration of a stack that a Ray cluster's hosts join; BadRequest where it can't be, or isn't safe.
+
+    Whoever reaches a Ray cluster runs programs on its hosts: it must ask for a token.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise BadRequest("--ray needs ray, which is not installed.", "pip install 'triptych[ray]'")
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        raise BadRequest(
+            "Ray lets everybody in who reaches its ports, unless it asks for a token.",
+            "Make one (ray get-auth-token --generate), give it to all hosts, and set RAY_AUTH_MODE=token on each.",
+        )
+    if (file := token_file()) and file.exists() and file.stat().st_mode & 0o077:
+        raise BadRequest(f"Others can read {str(file)!r}, which lets into the Ray cluster.", f"chmod 600 {file}")
+    if config.listen_workers and is_loopback(config.listen_workers):
+        raise BadRequest(
+            f"--listen-workers is {config.listen_workers!r}, where no other host finds it.",
+            "Leave it out, or give tcp://0.0.0.0:PORT.",
+        )
+    KeyFolder(folder.keys).server()  # so that the doors want keys
+    return config.model_copy(update={"listen_workers": config.listen_workers or ANY_PORT})
+
+
+def token_file() -> Path | None:
+    """Return the file that Ray takes its token from; None where it is in the environment."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def ray_process(config: RaySettings, folder: StackFolder, lifeline: int) -> Child:
+    given = {name: getattr(config, name) for name in RaySettings.model_fields}
+    spec = RaySpec(state=folder.path, settings=RaySettings(**given))
+    child = Child("ray", None, ["-m", "orchestrator.ray_launcher"], spec.model_dump_json(), folder.log("ray"), lifeline)
+    child.essential = True
+    return child
