@@ -1,12 +1,15 @@
 """The folder of one stack: database, artifacts, sockets, logs, and the locks that keep a second stack out."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import re
+import signal
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +17,11 @@ from typing import TextIO
 
 from protocol.client.endpoints import CPU_LOCK, LORAS, PUBLISHED, Endpoints
 from protocol.curve_keys import DoorRole
-from protocol.errors import Conflict, StateUnusable, TriptychError
+from protocol.errors import Conflict, StateUnusable, TriptychError, WaitTimeout
 
 OURS = re.compile(r"jobs(\.backup)?\.sqlite.*|artifacts|loras|logs|keys|sockets|stack\.json(\.new)?|\w+\.lock")
 ARTIFACT = re.compile(r"(text|checkpoint|latents|pictures)-[0-9a-f]{24}")  # names of artifacts' files
+END_SECONDS, LOOK_SECONDS = 60.0, 0.05  # that a stack may take for its end, and between two looks
 LONGEST_IPC_PATH = 100  # sun_path holds 108 bytes on Linux, 104 on macOS
 
 
@@ -173,6 +177,33 @@ class StackFolder:
         file.write(str(os.getpid()))
         file.flush()
         return file
+
+
+def end_stack(folder: Path) -> bool:
+    """Stop what runs in a stack's folder, and wait until it has ended; return whether anything did. WaitTimeout."""
+    lock = folder / "supervisor.lock"
+    if not lock.exists() or not is_held(lock):
+        return False
+    owner = lock.read_text().strip()
+    if owner.isdigit():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(owner), signal.SIGTERM)
+    until = time.monotonic() + END_SECONDS
+    while is_held(lock):
+        if time.monotonic() > until:
+            raise WaitTimeout(f"The stack, process {owner}, has not stopped yet.", "Look at: triptych logs")
+        time.sleep(LOOK_SECONDS)
+    return True
+
+
+def is_held(lock: Path) -> bool:
+    """Return whether a process holds a lock file."""
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def shortened(path: Path) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.networks import OtherHost, other_hosts
+from scripts.faults.networks import OtherHost
+from scripts.faults.saboteur import patiently
+from tests.networks import hosts_or_skip
 from tests.tiny import environment
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -43,10 +45,10 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int) -> Iterator[RayCluster]:
-    """A head and so many nodes beside it. What ends them are the hosts' ends."""
+def ray_cluster(nodes: int, redis: bool = False) -> Iterator[RayCluster]:
+    """A head and so many nodes beside it, whose state is kept in Redis or nowhere. They end with their hosts."""
     pytest.importorskip("ray")
-    with other_hosts(nodes + 1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
+    with hosts_or_skip(nodes + 1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
         env = {
             **environment(),
             "RAY_AUTH_MODE": "token",
@@ -60,6 +62,11 @@ def ray_cluster(nodes: int) -> Iterator[RayCluster]:
         env.pop("TRIPTYCH_STATE", None)
         head, *others = network.hosts
         cluster = RayCluster(head, others, env, Path(folder))
+        if redis:
+            head.serve(["redis-server", "--bind", head.address, "--protected-mode", "no", "--save", ""])
+            ping = head.there(["redis-cli", "-h", head.address, "ping"])
+            patiently(lambda: subprocess.run(ping, capture_output=True, check=False).returncode == 0)
+            env["RAY_REDIS_ADDRESS"] = f"{head.address}:6379"
         for host in network.hosts:
             cluster.start(host)
         try:

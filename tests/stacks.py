@@ -43,6 +43,7 @@ def running_stack(
 ) -> Iterator[RunningStack]:
     """`triptych up` with its workers ready, run `there`; stopped at the end, and it must stop cleanly."""
     env = env or environment()
+    running: RunningStack | None = None
     process = subprocess.Popen(
         [*there, *TRIPTYCH, "up", "--state", str(folder), "--json", *arguments],
         stdout=subprocess.PIPE,
@@ -57,8 +58,10 @@ def running_stack(
         told = json.loads(line)
         assert told["state"] == str(folder)
         with Client(folder, timeout=30) as client:
-            yield RunningStack(folder, process, client, told.get("http", ""))
+            running = RunningStack(folder, process, client, told.get("http", ""))
+            yield running
     finally:
+        process = running.process if running else process  # a test may have put another in its place
         if there:  # a signal ends what leads there, not what runs there
             subprocess.run([*there, *TRIPTYCH, "down", "--state", str(folder)], env=env, check=False, timeout=60)
         else:

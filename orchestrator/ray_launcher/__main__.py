@@ -11,10 +11,11 @@ from protocol.process import end_with_parent, log_to_stderr, report_end
 
 def launch(spec: RaySpec) -> None:
     """Look after the cluster until told to stop."""
-    from orchestrator.ray_launcher.launcher import RayLauncher
+    from orchestrator.ray_launcher.launcher import RayLauncher, connect
 
     launcher = RayLauncher(StackFolder(spec.state), spec.settings)
-    for number in (signal.SIGTERM, signal.SIGINT):
+    connect(spec.settings.ray or "auto")
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own meanwhile
         signal.signal(number, lambda number, frame: launcher.stop())
     launcher.run()
 

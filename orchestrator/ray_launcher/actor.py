@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
-from orchestrator.state_folder import StackFolder
+from orchestrator.state_folder import StackFolder, end_stack
 from protocol.client.endpoints import default_folder
 from protocol.curve_keys import FORMAT, KeyPair, PeerKey, load, write_private
-from protocol.errors import BadRequest
+from protocol.errors import BadRequest, TriptychError
 from protocol.process import LIFELINE
 
 OF_RAY = ("RAY_", "PYTHONUNBUFFERED")
@@ -118,6 +118,8 @@ class HostActor:
             time.sleep(AGAIN_SECONDS[min(failures, len(AGAIN_SECONDS)) - 1])
 
     def _start(self) -> "subprocess.Popen[bytes]":
+        with contextlib.suppress(TriptychError):
+            end_stack(self._folder.path)  # an agent whose actor is on its way out, its node having died
         command = [sys.executable, "-m", "orchestrator.cli", "join", str(self._key_file)]
         with self._folder.log("agent").open("ab") as log:
             return subprocess.Popen(

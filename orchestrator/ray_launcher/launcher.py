@@ -10,7 +10,6 @@ import logging
 import re
 import socket
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ log = logging.getLogger(__name__)
 NAMESPACE = "triptych"
 LOOK_SECONDS = 2.0  # between two looks at the cluster
 ANSWER_SECONDS = 60.0  # for an actor to be there: its node imports what it needs
-STOP_SECONDS = 20.0
+STOP_SECONDS = 6.0  # for all agents to end, less than the supervisor waits for this process
 NICE = 0  # that workers should be run at
 
 
@@ -42,9 +41,9 @@ class Placed:
 
     name: str
     node: str  # Ray's id
+    address: str  # of the machine
     actor: Any
     public: Any  # reference of its public key, while that is not known
-    since: float  # monotonic seconds
     joined: str = ""  # endpoint that it was told
 
 
@@ -54,6 +53,7 @@ class RayLauncher:
         self._keys = KeyFolder(folder.keys)
         self._stack = stack_id(folder)
         self._hosts: dict[str, Placed] = {}  # by node
+        self._replaced: set[str] = set()  # nodes whose machines have come again as others, whatever Ray says of them
         self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
         self._stop = threading.Event()
 
@@ -61,8 +61,7 @@ class RayLauncher:
         self._stop.set()
 
     def run(self) -> None:
-        """Look after the cluster until told to stop; then end the stack's actors."""
-        connect(self._settings.ray or "auto")
+        """Look after the cluster, to which this process is connected, until told to stop; then end the actors."""
         log.info("the Ray cluster has %d nodes", len(alive()))
         while not self._stop.wait(LOOK_SECONDS if self._hosts else 0.1):
             for node in self._wanted():
@@ -80,7 +79,7 @@ class RayLauncher:
             name, labels = node["NodeManagerHostname"], node.get("Labels") or {}
             chosen = not self._settings.ray_hosts or name in self._settings.ray_hosts
             fits = all(labels.get(label) == value for label, value in self._settings.ray_labels.items())
-            if chosen and fits and not is_this_machine(node):
+            if chosen and fits and not is_this_machine(node) and node["NodeID"] not in self._replaced:
                 yield node
 
     def _name_of(self, node: Mapping[str, Any]) -> str:
@@ -93,9 +92,12 @@ class RayLauncher:
     # -- actors ---------------------------------------------------------------------------------
 
     def _place(self, node: Mapping[str, Any]) -> None:
-        name, where = self._name_of(node), str(node["NodeID"])
-        for known in [host for host in self._hosts.values() if host.name == name]:
-            del self._hosts[known.node]  # the machine has come again, as another node
+        where, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
+        for known in [host for host in self._hosts.values() if host.address == address]:
+            self._replaced.add(known.node)  # Ray may hold it for alive for minutes
+            del self._hosts[known.node]
+            ray.kill(known.actor, no_restart=True)
+        name = self._name_of(node)
         actor = (
             ray.remote(HostActor)
             .options(
@@ -109,7 +111,7 @@ class RayLauncher:
             )
             .remote(name, self._stack)
         )
-        self._hosts[where] = Placed(name, where, actor, actor.public.remote(), time.monotonic())
+        self._hosts[where] = Placed(name, where, address, actor, actor.public.remote())
         log.info("%s: an actor on node %s", name, where)
 
     def _look_after(self, host: Placed) -> None:

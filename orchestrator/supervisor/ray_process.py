@@ -1,13 +1,16 @@
 """The process that puts agents on the hosts of a Ray cluster, where a stack is to use one."""
 
 import importlib.util
+import json
 import os
+import socket
 from pathlib import Path
 
 from orchestrator.access import KeyFolder
 from orchestrator.settings import RaySettings, RaySpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child
+from protocol.client.endpoints import PUBLISHED
 from protocol.errors import BadRequest
 from protocol.sockets import is_loopback
 
@@ -34,7 +37,17 @@ def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
             "Leave it out, or give tcp://0.0.0.0:PORT.",
         )
     KeyFolder(folder.keys).server()  # so that the doors want keys
-    return config.model_copy(update={"listen_workers": config.listen_workers or ANY_PORT})
+    return config.model_copy(update={"listen_workers": config.listen_workers or same_port(folder)})
+
+
+def same_port(folder: StackFolder) -> str:
+    """Return an endpoint at the port of a stack that was killed, where hosts still look for it; or at any port."""
+    try:
+        port = int(json.loads((folder.path / PUBLISHED).read_text())["remote"]["worker"].rpartition(":")[2])
+        with socket.create_server(("", port)):
+            return f"tcp://0.0.0.0:{port}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ANY_PORT
 
 
 def token_file() -> Path | None:

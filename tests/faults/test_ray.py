@@ -1,39 +1,215 @@
 """Hosts of a Ray cluster: Ray launches agents and keeps them, and whatever of it dies costs no job and no bit."""
 
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
+from protocol.client.client import Client
 from protocol.job import JobRequest
 from protocol.views import WorkerView
+from scripts.faults.networks import OtherHost
 from scripts.faults.saboteur import patiently
-from tests.rays import RayCluster, ray_cluster
-from tests.stacks import RunningStack, running_stack
+from tests.rays import RAY, RayCluster, ray_cluster
+from tests.stacks import TRIPTYCH, RunningStack, running_stack
 
-REQUEST = JobRequest(prompt="a red star", seed=1, steps=40, width=32, height=32)
+REQUEST = JobRequest(prompt="a red star", seed=1, steps=60, width=32, height=32)
+OURS = ("workers.runtime", "orchestrator.")  # in command lines of what the stack starts
 
 
 @dataclass
 class RayStack:
     cluster: RayCluster
     stack: RunningStack
+    settings: list[str]
 
-    def on(self, name: str) -> list[WorkerView]:
+    @property
+    def client(self) -> Client:
+        return self.stack.client
+
+    @property
+    def boxes(self) -> list[OtherHost]:
+        return self.cluster.nodes
+
+    def on(self, box: OtherHost) -> list[WorkerView]:
         """The workers of a host that are loaded."""
-        return [w for w in self.stack.client.workers().workers if w.host == name and w.state != "loading"]
+        return [w for w in self.client.workers().workers if w.host == box.name and w.state != "loading"]
+
+    def all_here(self, *boxes: OtherHost) -> bool:
+        return all(len(self.on(box)) == 3 for box in boxes or self.boxes)
+
+    def pids(self) -> set[tuple[str, int]]:
+        return {(w.host, w.pid) for box in self.boxes for w in self.on(box)}
+
+    def state_of(self, box: OtherHost) -> str:
+        return next(host.state for host in self.client.hosts() if host.name == box.name)
 
 
 @pytest.fixture
 def ray_stack(state: Path, flux_dev: Path) -> Iterator[RayStack]:
-    settings = ["--model", str(flux_dev), "--device", "cpu", "--checkpoint", "0"]
+    """Two hosts beside the head's, where all denoising is done."""
     with ray_cluster(2) as cluster:
-        there, address = cluster.head.there(), cluster.address
-        with running_stack(state, *settings, "--ray", address, there=there, env=cluster.env) as stack:
-            yield RayStack(cluster, stack)
+        yield from stack_on(cluster, state, flux_dev)
 
 
-def test_agents_come_to_all_nodes_and_end_with_the_stack(ray_stack: RayStack) -> None:
-    one, two = ray_stack.cluster.nodes
-    patiently(lambda: len(ray_stack.on(one.name)) == len(ray_stack.on(two.name)) == 3, 90)
+def stack_on(cluster: RayCluster, state: Path, model: Path) -> Iterator[RayStack]:
+    settings = ["--model", str(model), "--device", "cpu", "--checkpoint", "0", "--ray", cluster.address]
+    with running_stack(state, *settings, there=cluster.head.there(), env=cluster.env) as stack:
+        found = RayStack(cluster, stack, settings)
+        patiently(found.all_here, 90)
+        yield found
+    for box in cluster.nodes:  # after a good end nothing is left anywhere
+        patiently(lambda box=box: not any(ours in line for line in box.processes() for ours in OURS), 30)
+
+
+def trouble(here: RayStack, fault: Callable[[], None], back: Callable[[], bool], count: int = 4) -> None:
+    """Make a fault while all hosts denoise: all jobs come to their end with the same bits, and it is overcome."""
+    wanted = picture(here)
+    jobs = here.client.submit_many([REQUEST] * count, watch=True)
+    for event in here.client.events([jobs[0].id], timeout=60):
+        if event.state == "denoise" and event.step > 3:
+            break
+    fault()
+    for job in jobs:
+        here.client.wait(job.id, 120)
+        assert here.stack.pictures(job.id).equal(wanted)
+    found = [here.client.job(job.id) for job in jobs]
+    assert all([record.stage for record in job.records] == ["text", "denoise", "vae"] for job in found)
+    patiently(back, 90)
+
+
+def picture(here: RayStack) -> torch.Tensor:
+    wanted = here.stack.picture(REQUEST.prompt, **REQUEST.model_dump(exclude_defaults=True, exclude={"prompt"}))[1]
+    here.client.scale("denoise", 0)
+    return wanted
+
+
+def test_agents_come_to_all_nodes_and_a_killed_actor_comes_again(ray_stack: RayStack) -> None:
+    box = ray_stack.boxes[0]
+    before = {worker.pid for worker in ray_stack.on(box)}
+
+    def fault() -> None:
+        (actor,) = box.pids("ray::HostActor")
+        box.kill(actor)
+
+    trouble(ray_stack, fault, lambda: ray_stack.all_here() and not before & {w.pid for w in ray_stack.on(box)})
+    assert "host" in {row["role"] for row in keys_of(ray_stack)}
+
+
+def keys_of(here: RayStack) -> list[dict[str, str]]:
+    import json
+
+    listed = subprocess.run(
+        [*TRIPTYCH, "keys", "list", "--json", "--state", str(here.stack.folder)],
+        capture_output=True, check=True, text=True, env=here.cluster.env,
+    )  # fmt: skip
+    found: list[dict[str, str]] = json.loads(listed.stdout)
+    return found
+
+
+@pytest.mark.all
+def test_a_worker_and_an_agent_are_killed_on_two_hosts_at_once(ray_stack: RayStack) -> None:
+    one, two = ray_stack.boxes
+
+    def fault() -> None:
+        one.kill(next(w.pid for w in ray_stack.on(one) if w.stage == "denoise"))
+        two.kill(two.pids("orchestrator.cli join")[0])
+
+    trouble(ray_stack, fault, ray_stack.all_here)
+
+
+@pytest.mark.all
+def test_a_raylet_is_killed_and_its_node_comes_again(ray_stack: RayStack) -> None:
+    box = ray_stack.boxes[0]
+
+    def fault() -> None:
+        box.kill(box.pids("raylet/raylet")[0])
+        patiently(lambda: not any(ours in line for line in box.processes() for ours in OURS))
+        ray_stack.cluster.start(box)
+
+    trouble(ray_stack, fault, ray_stack.all_here)
+
+
+@pytest.mark.all
+def test_the_launcher_and_the_orchestrator_are_killed_and_hosts_dont_notice(ray_stack: RayStack) -> None:
+    head, before = ray_stack.cluster.head, ray_stack.pids()
+
+    def fault() -> None:
+        head.kill(head.pids("orchestrator.ray_launcher")[0])
+        head.kill(ray_stack.client.stack().pid)
+
+    trouble(ray_stack, fault, ray_stack.all_here)
+    assert ray_stack.pids() == before
+
+
+@pytest.mark.all
+def test_the_supervisor_is_killed_and_the_next_one_adopts_the_hosts(ray_stack: RayStack) -> None:
+    head, before, stack = ray_stack.cluster.head, ray_stack.pids(), ray_stack.stack
+    wanted = picture(ray_stack)
+    jobs = ray_stack.client.submit_many([REQUEST] * 3)
+    head.kill(head.pids("orchestrator.cli up")[0])
+    stack.process.communicate(timeout=30)
+    with running_stack(stack.folder, *ray_stack.settings, there=head.there(), env=ray_stack.cluster.env) as again:
+        for job in jobs:
+            again.client.wait(job.id, 120)
+            assert again.pictures(job.id).equal(wanted)
+        ray_stack.stack = again
+        patiently(ray_stack.all_here, 60)
+        assert ray_stack.pids() == before
+    stack.process = subprocess.Popen(["true"], text=True)  # what the fixture ends has ended
+    stack.process.wait()
+
+
+@pytest.mark.all
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("seconds", [5, 75])
+def test_a_link_is_cut_and_healed(ray_stack: RayStack, seconds: int) -> None:
+    box, before = ray_stack.boxes[0], ray_stack.pids()
+
+    def fault() -> None:
+        box.cut()
+        subprocess.run(["sleep", str(seconds)], check=True)  # as long as the link is to be down
+        box.heal()
+
+    trouble(ray_stack, fault, ray_stack.all_here)
+    assert ray_stack.pids() == before  # nobody was replaced
+
+
+@pytest.mark.all
+def test_a_host_is_gone_for_good(ray_stack: RayStack) -> None:
+    box, other = ray_stack.boxes
+
+    trouble(ray_stack, box.switch_off, lambda: ray_stack.all_here(other) and ray_stack.state_of(box) == "silent")
+    ray_stack.cluster.nodes.remove(box)
+
+
+@pytest.mark.all
+@pytest.mark.timeout(400)
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="the cluster's state is kept in Redis")
+def test_the_clusters_control_store_is_killed_and_comes_again(state: Path, flux_dev: Path) -> None:
+    """With Redis behind it nothing that it knew is lost; Triptych does without it meanwhile."""
+    with ray_cluster(1, redis=True) as cluster:
+        for here in stack_on(cluster, state, flux_dev):
+            before, head = here.pids(), cluster.head
+
+            (store,) = head.pids("gcs/gcs_server")
+            command = head.run("cat", f"/proc/{store}/cmdline").rstrip("\0").split("\0")
+            settings = head.run("cat", f"/proc/{store}/environ").rstrip("\0").split("\0")
+            trouble(here, lambda head=head, store=store: head.kill(store), here.all_here)
+            assert here.pids() == before
+            head.serve(["env", "-i", *settings, *command])  # nobody restarts it by itself
+            patiently(lambda here=here: launcher_is_back(here), 60)
+            assert here.pids() == before
+
+
+def launcher_is_back(here: RayStack) -> bool:
+    """Return whether the cluster answers, as the launcher needs it for a good end."""
+    listed = subprocess.run(
+        here.cluster.head.there([RAY, "list", "nodes", "--address", here.cluster.address]),
+        capture_output=True, env=here.cluster.env, timeout=60, check=False, text=True,
+    )  # fmt: skip
+    return listed.returncode == 0
