@@ -26,7 +26,8 @@ from protocol.units import parse_seconds
     "--alone", default="10m", show_default=True, metavar="10m", help="End the workers here after so long without a "
     "word of the stack.",
 )  # fmt: skip
-def join(key: Path, folder: Path | None, alone: str) -> None:
+@click.option("--once", is_flag=True, help="End with the stack, rather than to wait for its next start.")
+def join(key: Path, folder: Path | None, alone: str, once: bool) -> None:
     """Let this machine's GPUs work for the stack that KEYFILE is for, until Ctrl-C.
 
     The stack says which workers run here, watches and restarts them. The models must lie here, too, and the same
@@ -46,4 +47,4 @@ def join(key: Path, folder: Path | None, alone: str) -> None:
     os.umask(0o077)
     end_with_parent()
     say(f"{peer.name} joins the stack at {peer.endpoint}; logs in {place.logs}. Stop with Ctrl-C.")
-    HostAgent(place, peer, key, seconds, say).run()
+    HostAgent(place, peer, key, seconds, say, once).run()

@@ -2,7 +2,7 @@
 
 import bisect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from orchestrator.dispatch.transitions import (
     Claimed,
@@ -21,6 +21,7 @@ from protocol.metrics import Metric, Sample
 from protocol.stages import Stage
 
 LIMITS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)  # seconds
+SHORT_LIMITS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)  # seconds
 RECOVERIES = {
     Failed: "failed", HandedBack: "handed_back", Claimed: "claimed", InputLost: "input_lost",
     ShortOfMemory: "short_of_memory",
@@ -31,11 +32,12 @@ Labels = tuple[str, ...]
 class Distribution:
     """How often something took how long."""
 
-    def __init__(self) -> None:
-        self.counts, self.sum = [0] * (len(LIMITS) + 1), 0.0
+    def __init__(self, limits: Sequence[float] = LIMITS) -> None:
+        self._limits = limits
+        self.counts, self.sum = [0] * (len(limits) + 1), 0.0
 
     def add(self, seconds: float) -> None:
-        self.counts[bisect.bisect_left(LIMITS, seconds)] += 1
+        self.counts[bisect.bisect_left(self._limits, seconds)] += 1
         self.sum += seconds
 
     def sample(self, labels: Labels) -> Sample:
@@ -53,6 +55,7 @@ class Counters:
         self._streamed: Counter[Labels] = Counter()  # bytes by stage
         self._cached = 0
         self._wait = Distribution()
+        self._decisions = Distribution(SHORT_LIMITS)
         self._stages: dict[Labels, Distribution] = {}  # by stage and model
         self._whole: dict[str, Distribution] = {}  # by model
 
@@ -82,6 +85,10 @@ class Counters:
         """Count bytes of weights that have passed through a GPU."""
         self._streamed[(stage,)] += size
 
+    def decided(self, seconds: float) -> None:
+        """Count a look for what is to be done next."""
+        self._decisions.add(seconds)
+
     def metrics(self) -> tuple[Metric, ...]:
         return (
             counter("jobs_total", "jobs that have ended", ("state", "model", "owner"), self._jobs),
@@ -94,6 +101,7 @@ class Counters:
             ),
             counter("cached_prompts_total", "prompts whose embeddings were known", (), Counter({(): self._cached})),
             seconds("queue_wait_seconds", "from a job's acceptance to its first task", (), {(): self._wait}),
+            seconds("decision_seconds", "a look for what workers do next", (), {(): self._decisions}, SHORT_LIMITS),
             seconds("stage_seconds", "a visit of a stage", ("stage", "model"), self._stages),
             seconds(
                 "job_seconds", "from acceptance to pictures", ("model",), {(m,): d for m, d in self._whole.items()}
@@ -106,6 +114,8 @@ def counter(name: str, what: str, labels: Labels, counts: "Counter[Labels]") -> 
     return Metric(name=name, kind="counter", what=what, labels=labels, samples=samples)
 
 
-def seconds(name: str, what: str, labels: Labels, found: Mapping[Labels, Distribution]) -> Metric:
+def seconds(
+    name: str, what: str, labels: Labels, found: Mapping[Labels, Distribution], limits: Sequence[float] = LIMITS
+) -> Metric:
     samples = tuple(distribution.sample(values) for values, distribution in sorted(found.items()))
-    return Metric(name=name, kind="histogram", what=what, labels=labels, limits=LIMITS, samples=samples)
+    return Metric(name=name, kind="histogram", what=what, labels=labels, limits=tuple(limits), samples=samples)

@@ -324,7 +324,11 @@ class Engine:
 
     def assign(self) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
+        if not self.dispatch.is_due(self.drained):
+            return
+        begun = time.perf_counter()
         self.dispatch.assign(self.drained)
+        self.counters.decided(time.perf_counter() - begun)
 
     # -- what workers say of their tasks --------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from protocol.stages import Stage
 from protocol.views import ComponentView, WorkerView
 
 SILENCE_SECONDS = 5.0  # a worker's loop beats twice a second, even while it computes
+VOUCHED_SECONDS = 10.0  # of a worker that says less, since its host's agent tells when its process ends
 PROVEN_SECONDS = 2.0
 LOADING_SECONDS = 60.0  # while it loads, libraries may hold its interpreter for long
 
@@ -108,12 +109,14 @@ class Fleet:
     workers: dict[bytes, Worker] = field(default_factory=dict)
     trust: KeyTrust = field(default_factory=KeyTrust)
     cordoned: set[str] = field(default_factory=set)  # hosts whose workers get nothing to do
+    changes: int = 0  # that may change what is to be done next
     _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self.workers.values())
 
     def hello(self, identity: bytes, hello: WorkerHello, principal: Principal = LOCAL_USER) -> Worker:
+        self.changes += 1
         worker = Worker(identity, hello, time.time(), self.clock(), principal)
         self.workers[identity] = worker
         return worker
@@ -129,26 +132,31 @@ class Fleet:
         worker.rss_bytes, worker.gpu_bytes = beat.rss_bytes, beat.gpu_bytes
 
     def ready(self, worker: Worker) -> None:
+        self.changes += 1
         worker.state, worker.task, worker.along, worker.idle_since = "idle", None, (), self.clock()
         self._idle[worker.identity] = worker
 
     def swap(self, worker: Worker) -> None:
         """Mark a worker whose lease changes as swapping; it says when it is done."""
+        self.changes += 1
         del self._idle[worker.identity]
         worker.state, worker.pace, worker.moved = "swapping", None, self.clock()
 
     def borrow(self, worker: Worker) -> None:
         """Note that a worker is to lend of its memory, before anything else."""
+        self.changes += 1
         worker.loan = "asked"
         if worker.state == "idle":
             worker.moved = self.clock()
 
     def lent(self, worker: Worker, size: int) -> None:
+        self.changes += 1
         worker.loan, worker.lent_at = "given" if size else "", self.clock()
         worker.moved = worker.lent_at
 
     def return_loan(self, worker: Worker, patience: float) -> None:
         """Note that a worker has back what it lent; after more than `patience` seconds it keeps that for a while."""
+        self.changes += 1
         worker.loan, worker.moved = "", self.clock()
         if worker.moved - worker.lent_at > patience:
             worker.called_back_at = worker.moved
@@ -156,6 +164,7 @@ class Fleet:
     def give(
         self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None, along: tuple[str, ...] = ()
     ) -> None:
+        self.changes += 1
         self._idle.pop(worker.identity, None)
         worker.state, worker.task, worker.pace, worker.along = "busy", task, pace, along
         worker.step, worker.moved = 0, self.clock()
@@ -164,7 +173,13 @@ class Fleet:
         """Return the jobs that workers may be doing along with their tasks; they wait for those."""
         return {job for worker in self for job in worker.along}
 
+    def cordon(self, host: str, on: bool) -> None:
+        """Give a host's workers nothing to do, or let them have something again."""
+        self.changes += 1
+        (self.cordoned.add if on else self.cordoned.discard)(host)
+
     def remove(self, worker: Worker) -> None:
+        self.changes += 1
         self.workers.pop(worker.identity, None)
         self._idle.pop(worker.identity, None)
 
@@ -195,10 +210,14 @@ class Fleet:
         resting = all(w.state == "idle" for w in all_of_it)
         return max(w.idle_since for w in all_of_it) if resting else None
 
-    def silent(self) -> list[Worker]:
-        now = self.clock()
-        limits = {"loading": LOADING_SECONDS}
-        return [worker for worker in self if now - worker.heard > limits.get(worker.state, SILENCE_SECONDS)]
+    def silent(self, vouched: Container[str] = ()) -> list[Worker]:
+        """Return the workers that have said nothing for too long; `vouched` are hosts whose agents are heard."""
+        now, limits = self.clock(), {"loading": LOADING_SECONDS}
+
+        def limit(worker: Worker) -> float:
+            return limits.get(worker.state, VOUCHED_SECONDS if worker.host in vouched else SILENCE_SECONDS)
+
+        return [worker for worker in self if now - worker.heard > limit(worker)]
 
     def of_process(self, process: ProcessId) -> list[Worker]:
         return [worker for worker in self if worker.process == process]

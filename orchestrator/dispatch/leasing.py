@@ -36,6 +36,7 @@ from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
 
+JUDGED_ALIKE_SECONDS = 0.25  # that what can be had of GPUs counts as the same
 LESS = 0.9  # of a loan that a worker could not give
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
@@ -57,6 +58,7 @@ class Leasing:
         self._remember, self._remember_step_seconds = store.remember_workspace, store.remember_step_seconds
         self._paces: dict[str, float] = {}  # seconds a step
         self._standstill = Standstill()
+        self._judged: dict[ModelKey, tuple[object, tuple[DoesNotFit | None, int | None]]] = {}
         self.accounts = MemoryAccounts(ledger, fleet)
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
 
@@ -312,26 +314,45 @@ class Leasing:
             self.learn(worker, recipe, self.ledger.after_shortage(first.id))
         return more
 
-    def _freed_by_others(self, worker: Worker) -> int:
-        """Return the bytes of a worker's GPUs, the least of any, that other models' contexts take, which may rest."""
-        others = [other.id for other in self._fleet if other.model != worker.model and not other.process.key]
-        held = [h for other in others for h in self.ledger.holdings.get(other, ())]
-        return min((sum(h.overhead for h in held if h.gpu == gpu) for gpu in worker.gpus), default=0)
+    def _most_had(self, key: ModelKey) -> tuple[DoesNotFit | None, int | None]:
+        """Return why no worker of a stage of a model can ever do anything, and the most bytes for a denoising task.
+
+        None: nothing keeps them from it; no denoiser, or one that works in memory of its own, sets a limit. All jobs of
+        a submission are judged by it, so that it is found once for a moment.
+        """
+        moment = self._fleet.changes, self.ledger.changes, int(time.monotonic() / JUDGED_ALIKE_SECONDS)
+        if self._judged.get(key, (None,))[0] != moment:
+            self._judged[key] = moment, self._find_most(key)
+        return self._judged[key][1]
+
+    def _find_most(self, key: ModelKey) -> tuple[DoesNotFit | None, int | None]:
+        beside: dict[GpuId, int] = {}  # bytes that other models' contexts take, which may rest
+        for other in self._fleet:
+            if other.model != key and not other.process.key:
+                for holding in self.ledger.holdings.get(other.id, ()):
+                    beside[holding.gpu] = beside.get(holding.gpu, 0) + holding.overhead
+        processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
+        freed = {worker.id: min((beside.get(gpu, 0) for gpu in worker.gpus), default=0) for worker in processes}
+        for stage in STAGES:
+            reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]
+            if reasons and all(reasons) and not any(freed.values()):
+                return DoesNotFit(
+                    f"{reasons[0]}.", "Give its GPU a larger --budget, or choose another GPU or the CPU."
+                ), None
+        denoisers = [worker.id for worker in processes if worker.hello.stage == "denoise"]
+        if not denoisers or any(worker not in self.ledger.holdings for worker in denoisers):
+            return None, None
+        return None, max(self.ledger.most_workspace(worker) + freed[worker] for worker in denoisers)
 
     def refuse_what_never_fits(self, recipe: Recipe, model: ModelDescription) -> None:
         """Judge by what stages are known to take; DoesNotFit names the largest size of that shape that fits."""
         key = ModelKey.of_recipe(recipe)
-        processes = [worker for worker in self._fleet if worker.model == key and not worker.hello.part]
-        freed = {worker.id: self._freed_by_others(worker) for worker in processes}
-        for stage in STAGES:
-            reasons = [self.hopeless(worker) for worker in processes if worker.hello.stage == stage]
-            if reasons and all(reasons) and not any(freed.values()):
-                raise DoesNotFit(f"{reasons[0]}.", "Give its GPU a larger --budget, or choose another GPU or the CPU.")
-        denoisers = [worker.id for worker in processes if worker.hello.stage == "denoise"]
-        if not denoisers or any(worker not in self.ledger.holdings for worker in denoisers):
+        refusal, most = self._most_had(key)
+        if refusal:
+            raise refusal
+        if most is None:
             return
         wanted = self.ledger.certain("denoise", key, recipe)
-        most = max(self.ledger.most_workspace(worker) + freed[worker] for worker in denoisers)
         if wanted <= most:
             return
         scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple

@@ -27,12 +27,14 @@ class StageQueues:
         self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
         self.depth: Counter[Line] = Counter()
+        self.changes = 0
 
     def add(self, job: LiveJob) -> None:
         own = self._lists.setdefault((job.stage, job.model), {}).setdefault(job.owner, [])
         bisect.insort(own, (job.order, job.id, self._seconds.expected(job)))
         self.depth[job.stage, job.model, job.distance] += 1
         self._since[job.id] = time.monotonic()
+        self.changes += 1
 
     def remove(self, job: LiveJob) -> None:
         """Take a job out of its stage's queue; nothing happens if it isn't there."""
@@ -45,6 +47,10 @@ class StageQueues:
                 del owners[job.owner]
             self.depth[job.stage, job.model, job.distance] -= 1
             del self._since[job.id]
+            self.changes += 1
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def since(self, job_id: str) -> float:
         """Monotonic seconds when a waiting job came to its stage."""

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.dispatch import transitions
@@ -32,6 +32,8 @@ REST_SECONDS = 30.0  # that a model may take to rest, with its processes killed 
 MOST_WAITING = 64  # jobs that are looked through for what a worker may do along with another
 MOST_BESIDE = MAX_TENSORS // 2  # tensors of other jobs beside a task
 MOST_TEXT = 20_000  # characters of one of those jobs: a message's header holds all their recipes
+WAITING_SECONDS = 0.25  # between two decisions that the time alone may change, while tasks wait
+IDLE_SECONDS = 1.0  # and while none do: what is free of GPUs changes outside of the stack, and keep-alives end
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
 MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
 
@@ -71,6 +73,8 @@ class TaskDispatch:
         self._job_queue, self._leasing, self._happened = job_queue, leasing, happened
         self._previews = previews
         self._hold_until = 0.0  # monotonic seconds
+        self._seen: object = None  # all that a decision depends on, as of the last one, but for the time
+        self._look_again = 0.0  # monotonic seconds, when the time alone may change it
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
         self.to_rest: list[ModelKey] = []  # models that others need the GPU memory of
@@ -86,11 +90,24 @@ class TaskDispatch:
         times += [due for due in (self._job_queue.next_due(), self._fleet.trust.next_due()) if due is not None]
         return min(times, default=None)
 
+    def is_due(self, drained: Collection[Stage]) -> bool:
+        """Return whether anything may have changed since the last decision, so that there may be another."""
+        self._job_queue.end_delays()
+        now, queues = time.monotonic(), self._job_queue.queues
+        if now < self._hold_until:
+            return False
+        changes = queues.changes, self._fleet.changes, self._leasing.ledger.changes, frozenset(drained)
+        rest_ends = self._fleet.trust.next_due()
+        if changes == self._seen and now < self._look_again:
+            return False
+        self._seen = changes
+        self._look_again = now + (WAITING_SECONDS if len(queues) else IDLE_SECONDS)
+        if rest_ends is not None:
+            self._look_again = min(self._look_again, rest_ends)
+        return True
+
     def assign(self, drained: Container[Stage]) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
-        self._job_queue.end_delays()
-        if time.monotonic() < self._hold_until:
-            return
         actions = self._leasing.decide(self._job_queue.jobs, drained)
         if self._leasing.standing:
             self._end_standstill(self._leasing.standing)

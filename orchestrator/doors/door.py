@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 ZAP = "inproc://zeromq.zap.01"
 BATCH = 256  # messages of one side before the other is heard again
 MESSAGES_A_SECOND, BURST = 200.0, 1000.0  # of one client's key
-MOST_CONNECTIONS = 512  # at once, those that are not yet authenticated too
+MOST_CONNECTIONS: dict[DoorRole, int] = {"client": 512, "worker": 4096}  # at once, those not yet authenticated too
 OWN_FILES = 64  # that a door has open besides
 MEMORY_BYTES: dict[DoorRole, int] = {"client": 1 << 30, "worker": 2 << 30}  # of this process; what takes more ends it
 LARGEST_MESSAGE: dict[DoorRole, int] = {"client": LARGEST_QUESTION + (16 << 20), "worker": 1 << 29}  # bytes
@@ -59,7 +59,7 @@ REMEMBERED = 1000  # peers of a key
 class Door:
     """`connections`: how many there may be at once."""
 
-    def __init__(self, spec: DoorSpec, connections: int = MOST_CONNECTIONS) -> None:
+    def __init__(self, spec: DoorSpec, connections: int) -> None:
         self._connections = connections
         self._role, self._inside_endpoint = spec.role, spec.inside
         self._keys = KeyFolder(StackFolder(spec.state).keys)
@@ -261,4 +261,4 @@ def limit_resources(role: DoorRole) -> int:
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES[role], hard))
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
-    return max(1, min(MOST_CONNECTIONS, (files - OWN_FILES) // 3))
+    return max(1, min(MOST_CONNECTIONS[role], (files - OWN_FILES) // 3))

@@ -89,6 +89,7 @@ class Ledger:
     accounts: dict[GpuId, Account] = field(default_factory=dict)
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
+    changes: int = 0  # of GPUs, and of who holds anything
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
     _uncounted: dict[GpuId, int] = field(default_factory=dict)  # by GPU, see `as_measured`
 
@@ -98,6 +99,7 @@ class Ledger:
 
     def close(self, host: str) -> None:
         """Forget a host's GPUs, and who holds what of them."""
+        self.changes += 1
         for gpu in [gpu for gpu in self.accounts if gpu.host == host]:
             del self.accounts[gpu]
         for worker in [w for w, holdings in self.holdings.items() if any(h.gpu.host == host for h in holdings)]:
@@ -117,6 +119,12 @@ class Ledger:
 
     def leave(self, worker: str) -> None:
         self.holdings.pop(worker, None)
+        self.changes += 1
+
+    def open(self, gpu: GpuId, account: Account) -> None:
+        """Let a GPU's memory be leased."""
+        self.accounts[gpu] = account
+        self.changes += 1
 
     def orphan(self, worker: str, ghost: str) -> None:
         """Move the holdings of a worker that has left to `ghost`: its process may still hold its memory."""

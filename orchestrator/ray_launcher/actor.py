@@ -108,7 +108,9 @@ class HostActor:
             with self._changed:
                 self._agent = self._start()
             code = self._agent.wait()
-            if not self._wanted.is_set() or code == 0:
+            if code == 0:
+                self._wanted.clear()  # the stack has ended
+            if not self._wanted.is_set():
                 continue
             if code in STAYS_DOWN:
                 self._reason = last_line(self._folder.log("agent"))
@@ -123,7 +125,7 @@ class HostActor:
         command = [sys.executable, "-m", "orchestrator.cli", "join", str(self._key_file)]
         with self._folder.log("agent").open("ab") as log:
             return subprocess.Popen(
-                [*command, "--folder", str(self._folder.path)],
+                [*command, "--folder", str(self._folder.path), "--once"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -19,7 +19,7 @@ from protocol.errors import Conflict, NotFound
 from protocol.gpu_memory import GpuId
 from protocol.host import HostFacts
 from protocol.messages.common import Beat, Error, Message, Welcome
-from protocol.messages.host import HostGoodbye, HostHello, HostLog, HostStatus, HostWorkers
+from protocol.messages.host import HostEnds, HostGoodbye, HostHello, HostLog, HostStatus, HostWorkers
 from protocol.messages.supervisor import HostJoined, HostPlanned, KillProcess, RestartProcess
 from protocol.views import HostView, ProcessView
 from protocol.worker_spec import WorkerSpec
@@ -51,14 +51,17 @@ class HostLink:
     def facts(self) -> HostFacts:
         return self.hello.facts
 
+    @property
+    def silent(self) -> bool:
+        return time.monotonic() - self.heard > SILENCE_SECONDS
+
     def view(self, placing: Placing) -> HostView:
-        silent = time.monotonic() - self.heard
         state: Literal["planning", "here", "silent", "refused", "gone"] = self.state
-        if self.state in ("planning", "here") and silent > SILENCE_SECONDS:
+        if self.state in ("planning", "here") and self.silent:
             state = "silent"
         return HostView(
             name=self.name, state=state, placing=placing, reason=self.reason, facts=self.facts,
-            workers=len(self.workers), heard=silent,
+            workers=len(self.workers), heard=time.monotonic() - self.heard,
         )  # fmt: skip
 
 
@@ -77,6 +80,11 @@ class HostLinks:
 
     def __iter__(self) -> Iterator[HostLink]:
         return iter(self._links.values())
+
+    @property
+    def heard(self) -> set[str]:
+        """The hosts whose agents are there and not silent."""
+        return {link.name for link in self if link.state == "here" and not link.silent}
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:
@@ -178,18 +186,18 @@ class HostLinks:
         """Let no host have workers any more: the stack ends."""
         self._ending = True
         for link in self:
-            self._tell_workers(link)
+            if link.state != "gone":
+                self._answer(link.identity, HostEnds())
 
     def place(self, name: str, placing: Placing) -> None:
         """Give a host's workers nothing new, end them, or let them work; it outlives a restart. NotFound."""
         if name not in self._links and name not in self._accounts:
             raise NotFound(f"There is no host {name!r}.", "'triptych hosts' lists those that there are.")
+        self._engine.fleet.cordon(name, bool(placing))
         if placing:
             self._placing[name] = placing
-            self._engine.fleet.cordoned.add(name)
         else:
             self._placing.pop(name, None)
-            self._engine.fleet.cordoned.discard(name)
         self._engine.store.set("placing", json.dumps(self._placing))
         if link := self._links.get(name):
             self._tell_workers(link)
@@ -216,8 +224,8 @@ class HostLinks:
         return False
 
     def _tell_workers(self, link: HostLink) -> None:
-        if link.state == "here":
-            none = self._ending or self._placing.get(link.name) == "drained"
+        if link.state == "here" and not self._ending:
+            none = self._placing.get(link.name) == "drained"
             self._answer(link.identity, HostWorkers(workers=() if none else link.workers))
 
     # -- its GPUs -------------------------------------------------------------------------------
@@ -226,9 +234,8 @@ class HostLinks:
         """Let the memory of a host's GPUs be leased."""
         for index, gpu in gpus.items():
             used = functools.partial(self._used, name, index) if gpu.driver else no_driver
-            self._engine.leasing.ledger.accounts[GpuId(name, index)] = Account(
-                gpu.budget, gpu.foreign, used, gpu.kept, gpu.name
-            )
+            account = Account(gpu.budget, gpu.foreign, used, gpu.kept, gpu.name)
+            self._engine.leasing.ledger.open(GpuId(name, index), account)
 
     def _close(self, name: str) -> None:
         self._engine.leasing.ledger.close(name)

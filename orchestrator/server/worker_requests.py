@@ -40,6 +40,8 @@ from protocol.tensors import Buffer, Tensor
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 0.5
+BESIDE_AN_AGENT = 2.5  # the same of a host's workers, for which the host's agent gives a sign of life each second
+LOOK_SECONDS = 0.25  # between two looks for silent workers: their cost is that of the time, not of what workers say
 HERE = ("", HOST)  # the beginning of a ProcessId of this host's user
 FROM_LOCAL = FROM_WORKER + FROM_SUPERVISOR + FROM_DESCRIBER
 
@@ -58,6 +60,7 @@ class WorkerRequests:
     ) -> None:
         """`lora_part` gives how many bytes a LoRA's file has, 0 if it is gone, and some of them from an offset on."""
         self._door_pids, self._lora_part, self._rests, self._hosts = door_pids, lora_part, rests, hosts
+        self._looked = 0.0  # monotonic seconds
         self._engine, self._describers, self._supervisor, self._clients = engine, describers, supervisor, clients
 
     def handle(self, identity: bytes, peer: Principal, frames: list[Buffer]) -> None:
@@ -171,7 +174,7 @@ class WorkerRequests:
         if identity in engine.fleet.workers:
             self._answer(identity, Error(code="conflict", message="This worker has said hello already."))
             return
-        if not engine.settings.describer and isinstance(peer, LocalUser):
+        if not engine.settings.describer and not isinstance(peer, KeyHolder):
             engine.catalogue.learn(hello)
         elif isinstance(peer, LocalUser):
             self._notice_change(hello)
@@ -182,7 +185,8 @@ class WorkerRequests:
                 engine.dismiss_worker(old)  # which has lost its link, and names its task next
         engine.leasing.buried(worker.process)  # the same process again, which tells what it holds
         log.info("%s joined: %s on %s, process %d", hello.name, hello.stage, hello.device, hello.pid)
-        self._answer(identity, Welcome(heartbeat_seconds=HEARTBEAT_SECONDS))
+        pause = BESIDE_AN_AGENT if isinstance(peer, Host) else HEARTBEAT_SECONDS
+        self._answer(identity, Welcome(heartbeat_seconds=pause))
         self._clients.unpark()
 
     def _notice_change(self, hello: WorkerHello) -> None:
@@ -247,10 +251,14 @@ class WorkerRequests:
         Only those can be found silent whose words were all read: this machine's own, or those behind the door.
         """
 
+        if (now := time.monotonic()) - self._looked < LOOK_SECONDS or not (heard_all or heard_door):
+            return
+        self._looked = now
+
         def heard(worker: Worker) -> bool:
             return heard_door if behind_a_door(worker.identity) else heard_all
 
-        for worker in filter(heard, self._engine.fleet.silent()):
+        for worker in filter(heard, self._engine.fleet.silent(self._hosts.heard)):
             self._give_up(worker, "fell silent")
         for pid in filter(None, [link.silent() for link in self._describers]):
             self._supervisor.kill(pid, "fell silent")

@@ -31,7 +31,7 @@ from protocol.curve_keys import PeerKey
 from protocol.errors import from_wire
 from protocol.host import HostFacts, HostGpu, library_versions
 from protocol.messages.common import Beat, Error, Message, Welcome
-from protocol.messages.host import HostGoodbye, HostHello, HostLog, HostStatus, HostWorkers
+from protocol.messages.host import HostEnds, HostGoodbye, HostHello, HostLog, HostStatus, HostWorkers
 from protocol.messages.supervisor import KillProcess, RestartProcess
 from protocol.worker_spec import WorkerSpec
 
@@ -55,10 +55,11 @@ class HostAgent:
         key_file: Path,
         alone_seconds: float,
         notice: Callable[[str], None],
+        ends_with_stack: bool = False,
     ) -> None:
         raise_file_limit()
         self._folder, self._key_file, self._notice = folder, key_file.resolve(), notice
-        self._alone_seconds = alone_seconds
+        self._alone_seconds, self._ends_with_stack, self._done = alone_seconds, ends_with_stack, False
         self._facts = facts_of_this_host()
         self._lifeline, self._alarm = Lifeline(), Alarm()
         forks = new_fork_server(folder, self._lifeline.read_end)
@@ -79,7 +80,7 @@ class HostAgent:
         with self._alarm.heed_signals(), contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self._folder.lock("supervisor"))
             try:
-                while not self._alarm.signal:
+                while not (self._alarm.signal or self._done):
                     self._keeper.start_due(self._note_start)
                     self._wait()
                     self._hear()
@@ -118,6 +119,10 @@ class HostAgent:
                 self._notice(f"the stack at {self._link.endpoint} knows this host")
             case HostWorkers(workers=specs):
                 self._keep({spec.name: self._here(spec) for spec in specs})
+            case HostEnds():
+                self._notice("the stack has ended")
+                self._keep({})
+                self._done = self._ends_with_stack
             case RestartProcess(name=name) if name in self._workers:
                 self._notice(f"restarting {name}")
                 self._keeper.restart(self._workers[name])

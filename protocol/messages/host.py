@@ -55,5 +55,11 @@ class HostWorkers(Message):
     workers: Annotated[tuple[WorkerSpec, ...], Field(max_length=1024)]
 
 
+class HostEnds(Message):
+    """The stack ends: the host is to have no workers, and an agent that Ray has started ends, too."""
+
+    kind = "host-ends"
+
+
 FROM_HOST: tuple[type[Message], ...] = (HostHello, HostStatus, HostLog, HostGoodbye)
-TO_HOST: tuple[type[Message], ...] = (Welcome, HostWorkers, RestartProcess, KillProcess, Beat, Error)
+TO_HOST: tuple[type[Message], ...] = (Welcome, HostWorkers, HostEnds, RestartProcess, KillProcess, Beat, Error)

@@ -209,7 +209,7 @@ def test_the_clusters_control_store_is_killed_and_comes_again(state: Path, flux_
 def launcher_is_back(here: RayStack) -> bool:
     """Return whether the cluster answers, as the launcher needs it for a good end."""
     listed = subprocess.run(
-        here.cluster.head.there([RAY, "list", "nodes", "--address", here.cluster.address]),
+        here.cluster.head.there([RAY, "status", "--address", here.cluster.address]),
         capture_output=True, env=here.cluster.env, timeout=60, check=False, text=True,
     )  # fmt: skip
     return listed.returncode == 0

@@ -111,7 +111,7 @@ def test_connections_are_capped_below_the_file_limit_and_local_users_unharmed(st
         before = running.doors["client"].pid
         with hostile(running, "connections"):
             _, files = resource.prlimit(running.doors["client"].pid, resource.RLIMIT_NOFILE)
-            most = min(MOST_CONNECTIONS, (files - OWN_FILES) // 3)
+            most = min(MOST_CONNECTIONS["client"], (files - OWN_FILES) // 3)
             while f"{most} connections are open" not in running.door_log():
                 assert local.stack().pid == running.process.pid
             assert client_of(running, "bob").submit("a cat").state == "queued"  # while it goes on
