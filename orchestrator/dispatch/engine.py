@@ -87,11 +87,11 @@ class Engine:
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
         )
+        self.counters = Counters(self._model_name)
         self.previews = Previews(store, outbox, self._vae_of)
         self.dispatch = TaskDispatch(
-            store, outbox, self.fleet, self.job_queue, self.leasing, self.happened, self.previews
+            store, outbox, self.fleet, self.job_queue, self.leasing, self.happened, self.previews, self.counters
         )
-        self.counters = Counters(self._model_name)
         self._handed_back: Counter[str] = Counter()  # tasks that keys' workers have not done, by unfinished job
         self.drained: set[Stage] = set(json.loads(store.setting("drained") or "[]"))
         for job in store.unfinished():
@@ -326,9 +326,7 @@ class Engine:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
         if not self.dispatch.is_due(self.drained):
             return
-        begun = time.perf_counter()
         self.dispatch.assign(self.drained)
-        self.counters.decided(time.perf_counter() - begun)
 
     # -- what workers say of their tasks --------------------------------------------------------
 

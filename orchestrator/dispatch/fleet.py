@@ -1,15 +1,16 @@
 """The workers that have said hello, and what each is doing. A worker has one task at a time."""
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from orchestrator.dispatch.key_trust import KeyTrust
 from orchestrator.job import ModelKey
 from orchestrator.principal import LOCAL_USER, Host, Principal, to_column
-from orchestrator.scheduling.snapshot import IdleWorker
+from orchestrator.scheduling.snapshot import IdleWorker, Place
 from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
 from protocol.messages.worker import WorkerHello
@@ -90,6 +91,10 @@ class Worker:
     def model(self) -> ModelKey:
         return ModelKey.of_worker(self.hello)
 
+    @property
+    def place(self) -> Place:
+        return self.hello.stage, self.model
+
     def view(self) -> WorkerView:
         return WorkerView(
             id=self.id, name=self.hello.name, stage=self.hello.stage, state=self.state, pid=self.hello.pid,
@@ -110,7 +115,9 @@ class Fleet:
     trust: KeyTrust = field(default_factory=KeyTrust)
     cordoned: set[str] = field(default_factory=set)  # hosts whose workers get nothing to do
     changes: int = 0  # that may change what is to be done next
-    _idle: dict[bytes, Worker] = field(default_factory=dict)  # the one that waits longest comes first
+    _idle: dict[Place, dict[bytes, Worker]] = field(default_factory=dict)  # of each the one that waits longest first
+    _lenders: dict[bytes, Worker] = field(default_factory=dict)
+    _accompanied: dict[bytes, Worker] = field(default_factory=dict)  # that may do other jobs along with their tasks
 
     def __iter__(self) -> Iterator[Worker]:
         return iter(self.workers.values())
@@ -134,30 +141,37 @@ class Fleet:
     def ready(self, worker: Worker) -> None:
         self.changes += 1
         worker.state, worker.task, worker.along, worker.idle_since = "idle", None, (), self.clock()
-        self._idle[worker.identity] = worker
+        self._accompanied.pop(worker.identity, None)
+        self._idle.setdefault(worker.place, {})[worker.identity] = worker
 
     def swap(self, worker: Worker) -> None:
         """Mark a worker whose lease changes as swapping; it says when it is done."""
         self.changes += 1
-        del self._idle[worker.identity]
+        self._leave_idle(worker)
         worker.state, worker.pace, worker.moved = "swapping", None, self.clock()
 
     def borrow(self, worker: Worker) -> None:
         """Note that a worker is to lend of its memory, before anything else."""
         self.changes += 1
         worker.loan = "asked"
+        self._lenders[worker.identity] = worker
         if worker.state == "idle":
             worker.moved = self.clock()
 
     def lent(self, worker: Worker, size: int) -> None:
         self.changes += 1
         worker.loan, worker.lent_at = "given" if size else "", self.clock()
+        if size:
+            self._lenders[worker.identity] = worker
+        else:
+            self._lenders.pop(worker.identity, None)
         worker.moved = worker.lent_at
 
     def return_loan(self, worker: Worker, patience: float) -> None:
         """Note that a worker has back what it lent; after more than `patience` seconds it keeps that for a while."""
         self.changes += 1
         worker.loan, worker.moved = "", self.clock()
+        self._lenders.pop(worker.identity, None)
         if worker.moved - worker.lent_at > patience:
             worker.called_back_at = worker.moved
 
@@ -165,13 +179,15 @@ class Fleet:
         self, worker: Worker, task: TaskKey, pace: tuple[Stage, ModelKey, int] | None, along: tuple[str, ...] = ()
     ) -> None:
         self.changes += 1
-        self._idle.pop(worker.identity, None)
+        self._leave_idle(worker)
         worker.state, worker.task, worker.pace, worker.along = "busy", task, pace, along
+        if along:
+            self._accompanied[worker.identity] = worker
         worker.step, worker.moved = 0, self.clock()
 
     def taken_along(self) -> set[str]:
         """Return the jobs that workers may be doing along with their tasks; they wait for those."""
-        return {job for worker in self for job in worker.along}
+        return {job for worker in self._accompanied.values() for job in worker.along}
 
     def cordon(self, host: str, on: bool) -> None:
         """Give a host's workers nothing to do, or let them have something again."""
@@ -181,20 +197,39 @@ class Fleet:
     def remove(self, worker: Worker) -> None:
         self.changes += 1
         self.workers.pop(worker.identity, None)
-        self._idle.pop(worker.identity, None)
+        self._leave_idle(worker)
+        self._lenders.pop(worker.identity, None)
+        self._accompanied.pop(worker.identity, None)
 
-    def idle(self) -> list[IdleWorker]:
-        """Return the idle workers that may get something to do.
+    def _leave_idle(self, worker: Worker) -> None:
+        there = self._idle.get(worker.place, {})
+        there.pop(worker.identity, None)
+        if not there:
+            self._idle.pop(worker.place, None)
+
+    def idle(self, most: Callable[[Place], int | None] = lambda place: None) -> list[IdleWorker]:
+        """Return the idle workers that may get something to do; of a place those that wait longest, `most` of them.
 
         Not those whose key rests, whose host is cordoned, or whose process's lease is being changed or lent of.
         """
         found: list[IdleWorker] = []
-        for worker in self._idle.values():
-            first = self.first(worker)
-            able = first and first.state in ("idle", "busy") and not first.loan
-            if first and able and not self.trust.rests(worker.principal) and worker.host not in self.cordoned:
-                found.append(IdleWorker(worker.id, worker.hello.stage, worker.model, first.id))
+        for place, there in self._idle.items():
+            able = (worker for worker in there.values() if self._may_work(worker))
+            found += [
+                IdleWorker(worker.id, *place, first.id if (first := self.first(worker)) else worker.id)
+                for worker in itertools.islice(able, most(place))
+            ]
         return found
+
+    def _may_work(self, worker: Worker) -> bool:
+        first = self.first(worker)
+        able = first is not None and first.state in ("idle", "busy") and not first.loan
+        return able and not self.trust.rests(worker.principal) and worker.host not in self.cordoned
+
+    @property
+    def lenders(self) -> Collection[Worker]:
+        """The workers that lend of their lease, or are asked to."""
+        return self._lenders.values()
 
     def first(self, worker: Worker) -> Worker | None:
         """Return the one of its process's workers that has their lease."""

@@ -58,6 +58,7 @@ class Leasing:
         self._remember, self._remember_step_seconds = store.remember_workspace, store.remember_step_seconds
         self._paces: dict[str, float] = {}  # seconds a step
         self._standstill = Standstill()
+        self._leased_places: set[Place] = set()  # where some worker has ever worked in leases
         self._judged: dict[ModelKey, tuple[object, tuple[DoesNotFit | None, int | None]]] = {}
         self.accounts = MemoryAccounts(ledger, fleet)
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
@@ -79,6 +80,7 @@ class Leasing:
                 for gpu, needs, context, lease, left in rows
             ]
             self.ledger.join(worker.id, holdings)
+            self._leased_places.add(worker.place)
             worker.lendable_bytes = ready.lendable_bytes
             if ready.lent_bytes and self.ledger.lent(worker.id, ready.lent_bytes):
                 self._fleet.lent(worker, ready.lent_bytes)
@@ -118,17 +120,24 @@ class Leasing:
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
         """
         self.standing = []
-        idle = self._fleet.idle()
-        if not idle and not self._lenders():
+        idle = self._fleet.idle(self._worth_a_look)
+        if not idle and not self._fleet.lenders:
             return []
         snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
         if any(map(takes_more, actions)):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
-        if any(snapshot.waiting.values()):
+        if snapshot.holders and any(snapshot.waiting.values()):
             self.standing = self._standstill.look(snapshot, actions, self._busy())
         return actions
+
+    def _worth_a_look(self, place: Place) -> int | None:
+        """Return how many of a place's idle workers matter: all that work in leases, of others as many as tasks wait.
+
+        So the cost of a decision is that of what can be done, whatever the number of workers.
+        """
+        return None if place in self._leased_places else self._queues.at(*place)
 
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
@@ -142,7 +151,7 @@ class Leasing:
         return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience)
 
     def _lenders(self) -> set[str]:
-        return {worker.id for worker in self._fleet if worker.loan == "given"}
+        return {worker.id for worker in self._fleet.lenders if worker.loan == "given"}
 
     def _busy(self) -> Busy:
         """Return the workers that work, and those whose leases are being changed, now."""
@@ -160,6 +169,8 @@ class Leasing:
     def _holders(self, gpus: Container[GpuId]) -> list[LeasedWorker]:
         now = time.monotonic()
         found: list[LeasedWorker] = []
+        if not self.ledger.holdings:
+            return found
         for worker in self._fleet:
             holdings = self.ledger.holdings.get(worker.id)
             if holdings is None or holdings[0].gpu not in gpus:

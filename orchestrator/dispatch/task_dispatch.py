@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 
 from orchestrator.dispatch import transitions
+from orchestrator.dispatch.counters import Counters
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.dispatch.job_queue import JobQueue
 from orchestrator.dispatch.leasing import Leasing
@@ -68,10 +69,11 @@ class TaskDispatch:
         leasing: Leasing,
         happened: Callable[[LiveJob, Event], LiveJob],
         previews: Previews,
+        counters: Counters,
     ) -> None:
         self._store, self._outbox, self._fleet = store, outbox, fleet
         self._job_queue, self._leasing, self._happened = job_queue, leasing, happened
-        self._previews = previews
+        self._previews, self._counters = previews, counters
         self._hold_until = 0.0  # monotonic seconds
         self._seen: object = None  # all that a decision depends on, as of the last one, but for the time
         self._look_again = 0.0  # monotonic seconds, when the time alone may change it
@@ -108,7 +110,9 @@ class TaskDispatch:
 
     def assign(self, drained: Container[Stage]) -> None:
         """Let the scheduler pair idle workers with waiting tasks and change leases, and send both."""
+        begun = time.perf_counter()
         actions = self._leasing.decide(self._job_queue.jobs, drained)
+        self._counters.decided(time.perf_counter() - begun)
         if self._leasing.standing:
             self._end_standstill(self._leasing.standing)
             return  # which has changed what there is to decide

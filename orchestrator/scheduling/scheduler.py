@@ -121,6 +121,8 @@ def pair(
     left = list(tasks)
     given: list[Assign] = []
     for worker in idle:
+        if not left:
+            break
         holder = holders.get(worker.holder)
         task = next((task for task in left if holder is None or holder.can_ever(task)), None)
         if task and (holder is None or holder.covers(task)):

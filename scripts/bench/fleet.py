@@ -10,6 +10,7 @@ orchestrator, its door and the hosts share this machine's cores: `of a core` cou
 import contextlib
 import json
 import os
+import socket as socket_module
 import subprocess
 import sys
 import tempfile
@@ -30,17 +31,19 @@ from orchestrator.version import VERSION
 from protocol import wire
 from protocol.client.client import Client
 from protocol.client.endpoints import PUBLISHED
-from protocol.curve_keys import PeerKey, load, save
+from protocol.curve_keys import load, save
 from protocol.host import HostFacts, library_versions
 from protocol.job import JobRequest
 from protocol.messages.common import Heartbeat
 from protocol.messages.host import HostHello, HostStatus
+from protocol.messages.supervisor import TO_SUPERVISOR, HostJoined, HostPlanned, SupervisorHello
 from protocol.messages.worker import Ready, WorkerHello
-from protocol.sockets import dealer, new_identity
+from protocol.sockets import dealer, new_identity, receive
 from protocol.stages import USUAL_NEXT, Stage
 from protocol.tensors import Buffer
 from scripts.bench.stack import MODEL, OUTPUTS
 
+LOCAL_PIDS = 10_000_000  # of no process
 FEEDERS = 2  # processes that play hosts
 STAGES_OF_EACH: tuple[Stage, ...] = ("denoise", "text", "vae")
 JOIN_SECONDS = 300.0
@@ -50,17 +53,21 @@ IDLE_SECONDS = 20.0
 class NullHost:
     """A host's agent, and its workers, which answer tasks at once."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", key: PeerKey, each: int, number: int) -> None:
-        facts = HostFacts(
-            hostname=key.name, version=VERSION, versions=library_versions(), memory_bytes=1 << 35, cores=8
-        )
-        self.agent = dealer(context, key.endpoint, new_identity(), key)
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", where: str, each: int, number: int) -> None:
+        key = None if where.startswith("ipc:") else load(Path(where))
+        endpoint, name = (key.endpoint, key.name) if key else (where, socket_module.gethostname())
+        self.agent = dealer(context, endpoint, new_identity(), key) if key else None
         self.workers: dict[zmq.Socket[bytes], Stage] = {}
-        say(self.agent, wire.encode(HostHello(facts=facts, pid=1, pids=tuple(range(2, each + 2)))))
+        pids = range(2, each + 2) if key else range(LOCAL_PIDS + number * each, LOCAL_PIDS + (number + 1) * each)
+        if self.agent:
+            facts = HostFacts(
+                hostname=name, version=VERSION, versions=library_versions(), memory_bytes=1 << 35, cores=8
+            )
+            say(self.agent, wire.encode(HostHello(facts=facts, pid=1, pids=tuple(pids))))
         for index in range(each):
             stage = STAGES_OF_EACH[(number * each + index) % 8 if (number * each + index) % 8 < 3 else 0]
-            socket = dealer(context, key.endpoint, new_identity(), key)
-            hello = WorkerHello(name=f"{stage}-{index}@{key.name}", stage=stage, pid=index + 2, host=key.name,
+            socket = dealer(context, endpoint, new_identity(), key)
+            hello = WorkerHello(name=f"{stage}-{index}@{name}", stage=stage, pid=pids[index], host=name,
                                 device="none", dtype="float32", model=MODEL)  # fmt: skip
             for message in (hello, Ready()):
                 say(socket, wire.encode(message))
@@ -68,7 +75,7 @@ class NullHost:
 
     @property
     def sockets(self) -> "list[zmq.Socket[bytes]]":
-        return [self.agent, *self.workers]
+        return [*([self.agent] if self.agent else []), *self.workers]
 
 
 def say(socket: "zmq.Socket[bytes]", frames: Sequence[Buffer]) -> None:
@@ -82,11 +89,11 @@ BEAT = wire.encode(Heartbeat(rss_bytes=0, gpu_bytes=0))
 STATUS = wire.encode(HostStatus())
 
 
-def play(keys: list[Path], each: int, first: int) -> None:
+def play(keys: list[str], each: int, first: int) -> None:
     """Play hosts, until killed."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, len(keys) * (each + 1) + 64)
-    hosts = [NullHost(context, load(path), each, first + number) for number, path in enumerate(keys)]
+    hosts = [NullHost(context, key, each, first + number) for number, key in enumerate(keys)]
     stage_of = {socket: stage for host in hosts for socket, stage in host.workers.items()}
     poller = zmq.Poller()
     for host in hosts:
@@ -104,7 +111,8 @@ def play(keys: list[Path], each: int, first: int) -> None:
         if now - told >= 1.0:
             told = now
             for host in hosts:
-                say(host.agent, STATUS)
+                if host.agent:
+                    say(host.agent, STATUS)
         if now - beaten >= beat_seconds:
             beaten = now
             for socket in stage_of:
@@ -155,13 +163,28 @@ def published(folder: Path) -> dict[str, str]:
     return remote
 
 
+def supervise(endpoint: str) -> None:
+    """Let all hosts in that come, as a supervisor does; until this process ends."""
+    link = dealer(zmq.Context(), endpoint, new_identity())
+    while True:
+        say(link, wire.encode(SupervisorHello(pid=os.getpid())))
+        until = time.monotonic() + 1
+        while link.poll(max(0, int((until - time.monotonic()) * 1000))):
+            message = wire.decode(receive(link), TO_SUPERVISOR).message
+            if isinstance(message, HostJoined):
+                say(link, wire.encode(HostPlanned(host=message.host, gpus="{}")))
+
+
 @contextlib.contextmanager
-def fleet(folder: Path, hosts: int, each: int) -> Iterator[None]:
+def fleet(folder: Path, hosts: int, each: int, local: bool) -> Iterator[None]:
     keys = KeyFolder(folder / "keys")
     endpoint, paths = published(folder)["worker"], []
     for number in range(hosts):
-        paths.append(folder / f"host{number}.key")
-        save(paths[-1], keys.issue(f"host{number}", "host", endpoint))
+        path = folder / f"host{number}.key"
+        if not local:
+            save(path, keys.issue(f"host{number}", "host", endpoint))
+        paths.append(f"ipc://{folder}/w" if local else str(path))
+    threading.Thread(target=supervise, args=(f"ipc://{folder}/w",), daemon=True).start()
     share = -(-hosts // FEEDERS)
     feeders = [
         subprocess.Popen([sys.executable, "-m", "scripts.bench.fleet", "--feed", str(each), "--first", str(start),
@@ -198,17 +221,24 @@ def row(**values: Any) -> None:
 @click.option("--each", default=8, show_default=True, help="workers of each host")
 @click.option("--jobs", default=20_000, show_default=True)
 @click.option("--queued", default=100_000, show_default=True)
+@click.option("--local", is_flag=True, help="Workers of this machine's own, over ipc, without hosts, keys or a door.")
 @click.option("--feed", type=int, hidden=True)
 @click.option("--first", type=int, default=0, hidden=True)
-@click.option("--key", "keys", multiple=True, type=click.Path(path_type=Path), hidden=True)
-def main(hosts: int, each: int, jobs: int, queued: int, feed: int | None, first: int, keys: tuple[Path, ...]) -> None:
+@click.option("--key", "keys", multiple=True, hidden=True, help="A host's key file, or where a local one's come.")
+def main(
+    hosts: int, each: int, jobs: int, queued: int, local: bool, feed: int | None, first: int, keys: tuple[str, ...]
+) -> None:
     """Many workers that do nothing."""
     if feed is not None:
         play(list(keys), feed, first)
         return
     with tempfile.TemporaryDirectory(prefix="tf-") as name:
         folder = Path(name)
-        with orchestrator(folder) as (server, door), fleet(folder, hosts, each), Client(folder, timeout=120) as client:
+        with (
+            orchestrator(folder) as (server, door),
+            fleet(folder, hosts, each, local),
+            Client(folder, timeout=120) as client,
+        ):
             begun = time.monotonic()
             while len(client.workers().workers) < hosts * each:
                 assert time.monotonic() - begun < JOIN_SECONDS, "not all workers have come"
