@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
@@ -76,7 +77,9 @@ class TaskDispatch:
         self._previews, self._counters = previews, counters
         self._hold_until = 0.0  # monotonic seconds
         self._seen: object = None  # all that a decision depends on, as of the last one, but for the time
-        self._look_again = 0.0  # monotonic seconds, when the time alone may change it
+        self.clock: Callable[[], float] = time.monotonic
+        self._look_again = 0.0  # seconds of the clock, when the time alone may change it
+        self._rest_ends = math.inf  # monotonic seconds, when a key's workers may work again
         self.to_restart: list[str] = []  # names of workers to be started anew, for no fault of a job's
         self._restarted: set[tuple[str, str]] = set()  # (worker, why) of those that were told so
         self.to_rest: list[ModelKey] = []  # models that others need the GPU memory of
@@ -99,13 +102,11 @@ class TaskDispatch:
         if now < self._hold_until:
             return False
         changes = queues.changes, self._fleet.changes, self._leasing.ledger.changes, frozenset(drained)
-        rest_ends = self._fleet.trust.next_due()
-        if changes == self._seen and now < self._look_again:
+        if changes == self._seen and self.clock() < self._look_again and now < self._rest_ends:
             return False
-        self._seen = changes
-        self._look_again = now + (WAITING_SECONDS if len(queues) else IDLE_SECONDS)
-        if rest_ends is not None:
-            self._look_again = min(self._look_again, rest_ends)
+        self._seen, rest_ends = changes, self._fleet.trust.next_due()
+        self._look_again = self.clock() + (WAITING_SECONDS if len(queues) else IDLE_SECONDS)
+        self._rest_ends = math.inf if rest_ends is None else rest_ends
         return True
 
     def assign(self, drained: Container[Stage]) -> None:

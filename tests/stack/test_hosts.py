@@ -77,6 +77,7 @@ def test_a_hosts_workers_make_the_same_pictures_and_die_and_come_back(stack: Run
     assert not on(client)
 
 
+@pytest.mark.all
 def test_workers_end_with_their_agent_and_jobs_go_on_with_the_next_one(stack: RunningStack, tmp_path: Path) -> None:
     client, picture = stack.client, wanted(stack)
     key = key_of(stack, tmp_path)
@@ -95,6 +96,7 @@ def test_workers_end_with_their_agent_and_jobs_go_on_with_the_next_one(stack: Ru
             assert stack.pictures(job.id).equal(picture)
 
 
+@pytest.mark.all
 def test_hosts_outlive_the_orchestrator_and_the_supervisor(state: Path, flux_dev: Path, tmp_path: Path) -> None:
     settings = ["--model", str(flux_dev), "--device", "cpu", "--listen-workers", "tcp://127.0.0.1:0"]
     KeyFolder(state / "keys").server()
@@ -107,7 +109,7 @@ def test_hosts_outlive_the_orchestrator_and_the_supervisor(state: Path, flux_dev
             patiently(lambda: {worker.pid for worker in on(stack.client)} == before)
             patiently(lambda: host(stack.client).state == "here")
             stack.process.send_signal(signal.SIGINT)  # the stack ends, in good order
-            stack.process.wait(30)
+            stack.process.communicate(timeout=30)
             patiently(lambda: not any(map(psutil.pid_exists, before)))
             assert agent.poll() is None
             stack.process = subprocess.Popen(["true"], text=True)  # it is over, and the next one is this machine's own
@@ -116,6 +118,7 @@ def test_hosts_outlive_the_orchestrator_and_the_supervisor(state: Path, flux_dev
                 patiently(lambda: len(on(again.client)) == 3, 60)
 
 
+@pytest.mark.all
 def test_a_host_is_cordoned_drained_and_resumed_and_that_outlives_the_orchestrator(
     stack: RunningStack, tmp_path: Path
 ) -> None:
@@ -128,7 +131,8 @@ def test_a_host_is_cordoned_drained_and_resumed_and_that_outlives_the_orchestrat
         job = client.submit(REQUEST)
         os.kill(client.stack().pid, signal.SIGKILL)
         patiently(lambda: len(on(client)) == 3)
-        assert (host(client).placing, client.job(job.id).state) == ("cordoned", "queued")
+        patiently(lambda: [view.placing for view in client.hosts()] == ["cordoned"])
+        assert client.job(job.id).state == "queued"
         assert all(worker.job is None for worker in on(client))
         client.place_on_host("box", "")
         for event in client.events([job.id], timeout=60):
@@ -160,6 +164,7 @@ def test_a_host_with_another_torch_is_refused_in_a_line(stack: RunningStack, tmp
     assert "box is refused" in triptych("hosts", folder=stack.folder).stderr
 
 
+@pytest.mark.all
 def test_two_agents_with_one_key_are_one_host(stack: RunningStack, tmp_path: Path) -> None:
     """The second is heard once the first is gone; a key whose host is called as this one is refused."""
     key, client = key_of(stack, tmp_path), stack.client

@@ -113,6 +113,7 @@ class World:
         at_once = RetryDelays((0.0,))
         self.engine = Engine(store, self.outbox, settings, {GpuId("h", 0): account}, self.folder, at_once)
         self.engine.leasing._standstill = Standstill(lambda: self.now)
+        self.engine.dispatch.clock = lambda: self.now
         for sim in self.sims:
             self.join(sim)
 
