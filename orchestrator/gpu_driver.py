@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,6 +76,11 @@ def _link(handle: Any) -> float:
     except pynvml.NVMLError:
         return 0.0
     return PCIE_BYTES.get(generation, 0.0) * int(lanes) / 16
+
+
+def label_of(host: str, index: int) -> str:
+    """Return how a GPU is called: by its number, with its host where that is another one than this."""
+    return str(index) if host == socket.gethostname() else f"{host}:{index}"
 
 
 def used_bytes(index: int) -> int | None:

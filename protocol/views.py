@@ -50,13 +50,17 @@ class WorkerView(Data):
 class GpuView(Data):
     """A GPU whose memory is leased to workers."""
 
-    host: str
+    host: str  # as workers' views name it
     index: int  # by the driver's count
     name: str
     budget: int  # bytes that are leased, and what workers keep beside
     kept: int  # bytes of the budget that workers keep for themselves
     foreign: int  # bytes that were in use before the stack came
     used: int | None  # bytes in use by the driver's account; None: there is none
+
+    def has(self, worker: WorkerView) -> bool:
+        """Return whether a worker works in leases of it."""
+        return worker.host == self.host and self.index in worker.gpus
 
 
 class HostView(Data):

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.cli.options import state_folder, state_option
+from orchestrator.gpu_driver import label_of
 from protocol.client.client import Client
 from protocol.errors import NoStack
 from protocol.job import JOB_STATES
@@ -74,9 +75,9 @@ def pace_line(counted: list[Metric]) -> Text:
 
 def bar(gpu: GpuView, workers: Workers) -> Text:
     """Return a GPU as a bar of its leases."""
-    line = Text(f"GPU {gpu.index} ")
+    line = Text(f"GPU {label_of(gpu.host, gpu.index)} ")
     free, words = BAR, []
-    for worker in (worker for worker in workers.workers if gpu.index in worker.gpus):
+    for worker in (worker for worker in workers.workers if gpu.has(worker)):
         size = held(worker, gpu.index)
         cells = min(free, round(BAR * size / gpu.budget))
         free -= cells

@@ -262,7 +262,7 @@ async def gpus(who: Who) -> list[Gpu]:
     """List the GPUs that the stack leases to workers, each with who holds what of it."""
     found, models = await who.client.workers(), await who.client.models()
     return [
-        Gpu(gpu=gpu, loads=[load_of(worker, gpu.index, models) for worker in found.workers if gpu.index in worker.gpus])
+        Gpu(gpu=gpu, loads=[load_of(worker, gpu.index, models) for worker in found.workers if gpu.has(worker)])
         for gpu in found.gpus
     ]
 

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
+from orchestrator.gpu_driver import label_of
 from orchestrator.http.asking import Who
 from orchestrator.http.jobs import load_of
 from protocol.messages.client import Stack, Workers
@@ -58,9 +59,9 @@ class Snapshot(Collector):
         lease = GaugeMetricFamily(f"{PREFIX}gpu_lease_bytes", "bytes of leases", labels=["gpu", "stage"])
         context = GaugeMetricFamily(f"{PREFIX}gpu_context_bytes", "bytes of contexts", labels=["gpu", "stage"])
         for gpu in self._workers.gpus:
-            name, leases, contexts = str(gpu.index), Counter[str](), Counter[str]()
+            name, leases, contexts = label_of(gpu.host, gpu.index), Counter[str](), Counter[str]()
             for worker in self._workers.workers:
-                if gpu.index in worker.gpus:
+                if gpu.has(worker):
                     load = load_of(worker, gpu.index, self._models)
                     leases[load.stage] += load.lease
                     contexts[load.stage] += load.context

@@ -43,7 +43,7 @@ function bar({ gpu, loads }) {
   const part = (kind, bytes, words) => element("span", { class: kind, style: `width: ${(100 * bytes) / gpu.budget}%`, title: `${words}, ${size(bytes)}` });
   const rows = loads.flatMap((load) => [part(load.stage, load.lease, `lease of ${load.worker}`), part("context", load.context, `context of ${load.worker}`)]);
   const words = loads.map((load) => `${load.worker}: ${size(load.lease)}${load.streamed ? `, ${size(load.streamed)} streamed` : ""}`);
-  const name = `GPU ${gpu.index}${gpu.name ? `: ${gpu.name}` : ""}, ${size(gpu.budget)}${gpu.used === null ? "" : `, ${size(gpu.used)} in use by the driver's count`}`;
+  const name = `GPU ${gpu.index} of ${gpu.host}${gpu.name ? `: ${gpu.name}` : ""}, ${size(gpu.budget)}${gpu.used === null ? "" : `, ${size(gpu.used)} in use by the driver's count`}`;
   return element("div", {}, element("div", {}, name), element("div", { class: "bar", role: "img", "aria-label": `${name}. ${words.join("; ")}` }, ...rows),
     element("div", { class: "key" }, ...words.map((word) => element("span", {}, word))));
 }
