@@ -24,7 +24,7 @@ from orchestrator.ray_launcher.actor import HostActor
 from orchestrator.settings import RaySettings
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import PUBLISHED
-from protocol.errors import NotFound, TriptychError
+from protocol.errors import BadRequest, NotFound, TriptychError
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class RayLauncher:
     def run(self) -> None:
         """Look after the cluster, to which this process is connected, until told to stop; then end the actors."""
         log.info("the Ray cluster has %d nodes", len(alive()))
+        self._check_alone()
         while not self._stop.wait(LOOK_SECONDS if self._hosts else 0.1):
             for node in self._wanted():
                 if node["NodeID"] not in self._hosts:
@@ -70,6 +71,16 @@ class RayLauncher:
             for host in list(self._hosts.values()):
                 self._look_after(host)
         self._end()
+
+    def _check_alone(self) -> None:
+        """Raise BadRequest where another stack has hosts that this one is to have: each would plan for the whole."""
+        rows = [row for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE]
+        taken = {str(row["name"]).split("/")[1] for row in rows if not of_stack(row, self._stack)}
+        if both := sorted(taken & {self._name_of(node) for node in self._wanted()}):
+            raise BadRequest(
+                f"Another stack has the host {both[0]} of this Ray cluster.",
+                "Choose others with --ray-host or --ray-label, or end that stack: triptych down --ray ADDRESS.",
+            )
 
     # -- which nodes ----------------------------------------------------------------------------
 
@@ -181,7 +192,14 @@ class RayLauncher:
 
 
 def connect(address: str) -> None:
-    ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    """Connect this process to a cluster; BadRequest where there is none, or it is not for us."""
+    try:
+        ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR, log_to_driver=False)
+    except Exception as error:  # of many kinds: no cluster, another version, another token
+        raise BadRequest(
+            f"The Ray cluster at {address!r} can't be used: {first_line(error)}",
+            "Is it up (ray status), of the same versions of Ray and Python, and with the same token?",
+        ) from error
 
 
 def alive() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from protocol.errors import BadRequest
 from protocol.sockets import is_loopback
 
 ANY_PORT = "tcp://0.0.0.0:0"
+REACH_SECONDS = 5.0
 
 
 def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
@@ -31,6 +32,7 @@ def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
         )
     if (file := token_file()) and file.exists() and file.stat().st_mode & 0o077:
         raise BadRequest(f"Others can read {str(file)!r}, which lets into the Ray cluster.", f"chmod 600 {file}")
+    check_reachable(str(config.ray))
     if config.listen_workers and is_loopback(config.listen_workers):
         raise BadRequest(
             f"--listen-workers is {config.listen_workers!r}, where no other host finds it.",
@@ -38,6 +40,20 @@ def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
         )
     KeyFolder(folder.keys).server()  # so that the doors want keys
     return config.model_copy(update={"listen_workers": config.listen_workers or same_port(folder)})
+
+
+def check_reachable(address: str) -> None:
+    """Raise BadRequest where nothing answers at the address of a cluster."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadRequest(
+            f"No Ray cluster answers at {address!r}: {reason}.", "Give the address of its head, HOST:PORT, or auto."
+        ) from error
 
 
 def same_port(folder: StackFolder) -> str:
