@@ -508,7 +508,7 @@ class StackConfig(JobSettings, HttpSettings, RaySettings, ModelConfig):
         parts = dict.fromkeys(PARTS) | {choices: {} for choices in CHOICES}
         return self.model_copy(update=parts | {"model": name} | given | {"stages": stages, "models": {}})
 
-    def on_host(self, name: str, memory: int, dtype: Dtype) -> "StackConfig":
+    def on_host(self, name: str, memory: int, dtype: str) -> "StackConfig":
         """Return the configuration of a model on another host, which has so many bytes of memory, in a dtype.
 
         What is said of this host's GPUs and numbers of workers is not said of others.

@@ -22,6 +22,7 @@ from orchestrator.planning.planner import Plan, choose
 from orchestrator.planning.stack_plan import stack_dtype
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
+from protocol.curve_keys import NAME
 from protocol.errors import BadRequest
 from protocol.model_profile import ModelProfile
 from protocol.units import format_bytes, parse_bytes
@@ -33,12 +34,17 @@ NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anythi
 @stack_options
 @click.option("--link", metavar="25GB/s", help="What a GPU gets from memory, each. [default: as the driver tells]")
 @click.option("--ram", metavar="64GB", help="Memory of the machine. [default: this one's]")
+@click.option(
+    "--hosts", multiple=True, metavar="NAME=16GB,16GB", help="Another host, and its GPUs as for --gpus; several times."
+)  # fmt: skip
 @click.option("--size", callback=parse_size, metavar="WxH", help="Of the pictures. [default: the model's own]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the model's own]")
 @click.option("--cfg-scale", type=float, help="True classifier-free guidance. [default: the model's own]")
 @json_option
 @state_option
-def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, **options: Any) -> None:
+def plan(
+    state: Path | None, as_json: bool, link: str | None, ram: str | None, hosts: tuple[str, ...], **options: Any
+) -> None:
     """Say what a stack would do: what lies where, what is streamed, seconds a step and a picture, and what would help.
 
     Nothing is loaded, and of a hub model only its small files are downloaded. --gpus may give GPUs that aren't here, by
@@ -48,6 +54,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
     triptych plan --model black-forest-labs/FLUX.1-dev
     triptych plan --model black-forest-labs/FLUX.1-dev --gpus 16GB,16GB --link 25GB/s
     triptych plan --model black-forest-labs/FLUX.1-dev --gpus "RTX 4090:24GB,RTX 3060:12GB" --optimize latency
+    triptych plan --model black-forest-labs/FLUX.1-dev --gpus 16GB --hosts "box=RTX 4090:24GB,RTX 4090:24GB"
     """
     thought = [value for value in options["gpus"] if not NUMBERS.fullmatch(value)]
     options["gpus"] = tuple(value for value in options["gpus"] if value not in thought)
@@ -65,6 +72,7 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
         measurements = measurements_in(StackFolder(state_folder(state)))
     told: list[dict[str, Any]] = []
     several = len(config.each()) > 1
+    others = dict(map(parse_host, hosts))
     for name, alone in config.each().items():
         hardware = this_hardware(gpus, alone.gpus, stand_ins(alone), alone.host_memory or all_memory())
         if thought:
@@ -73,17 +81,37 @@ def plan(state: Path | None, as_json: bool, link: str | None, ram: str | None, *
             hardware = replace(hardware, ram=parse_bytes(ram))
         if link is not None:
             hardware = with_link(hardware, link)
-        profile = find_profile(alone, stack_dtype(alone, bool(hardware.cards)))
-        known = measurements.of(hardware, profile, alone.speedups())
-        found = choose(alone, profile, known, measurements.terms(alone, profile))
-        if as_json:
-            told.append(as_data(found, profile, hardware) | ({"name": name} if several else {}))
-        else:
-            show(found, profile, hardware, alone.optimize, f"{name}: " if several else "")
+        dtype = stack_dtype(alone, bool(hardware.cards or others))
+        profile = find_profile(alone, dtype)
+        places = {"": (alone, hardware)} if hardware.cards or not others else {}
+        for host, cards in others.items():
+            there = alone.on_host(host, hardware.ram, dtype)
+            machine = Hardware(imagined(cards, there.gpus), there.host_memory or hardware.ram, hardware.cores)
+            places[host] = there, with_link(machine, link) if link is not None else machine
+        pictures = 0.0
+        for host, (settings, machine) in places.items():
+            known = measurements.of(machine, profile, settings.speedups())
+            found = choose(settings, profile, known, measurements.terms(settings, profile))
+            pictures += found.prediction.pictures_an_hour
+            named = ({"name": name} if several else {}) | ({"host": host} if host else {})
+            if as_json:
+                told.append(as_data(found, profile, machine) | named)
+            else:
+                show(found, profile, machine, settings.optimize, "".join(f"{part}: " for part in named.values()))
+        if len(places) > 1 and not as_json:
+            print(f"All hosts together: {pictures:.0f} pictures an hour.")
     if as_json:
-        print(json.dumps(told if several else told[0]))
+        print(json.dumps(told if several or others else told[0]))
     elif several:
         print("Note: models that have jobs at once take turns, and each is planned as if it were alone.")
+
+
+def parse_host(text: str) -> tuple[str, str]:
+    """Split NAME=GPUS; BadRequest."""
+    name, equals, cards = text.partition("=")
+    if not (equals and cards and NAME.fullmatch(name)):
+        raise BadRequest(f"--hosts {text!r} is not right.", 'Write --hosts box=16GB,16GB, or "box=RTX 4090:24GB".')
+    return name, cards
 
 
 def show(found: Plan, profile: ModelProfile, hardware: Hardware, optimize: str, prefix: str) -> None:

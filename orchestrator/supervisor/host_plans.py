@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from orchestrator.gpu_driver import GpuInfo
 from orchestrator.planning.calibration import measurements_in
 from orchestrator.planning.stack_plan import PlannedModel, plan_each
-from orchestrator.settings import Dtype, HostConfig, StackConfig
+from orchestrator.settings import HostConfig, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.worker_specs import worker_spec
 from orchestrator.version import VERSION
@@ -149,8 +149,7 @@ def check_equal(name: str, facts: HostFacts) -> None:
 
 def on_host(name: str, facts: HostFacts, model: PlannedModel) -> StackConfig:
     """Return a model's configuration on another host, such that its pictures are equal."""
-    dtype: Dtype = model.plan.dtype  # type: ignore[assignment]
-    config = model.config.on_host(name, facts.memory_bytes, dtype)
+    config = model.config.on_host(name, facts.memory_bytes, model.plan.dtype)
     parallel = any("parallel=" in speedup for speedup in model.plan.speedups)
     if config.placement == "auto" and config.compile and not parallel:
         return config.model_copy(update={"placement": "replicas"})

@@ -188,3 +188,21 @@ def test_the_reference_pages_are_what_the_code_says() -> None:
     docs = Path(__file__).parents[2] / "docs"
     assert (docs / "commands.md").read_text() == commands()
     assert (docs / "configuration.md").read_text() == configuration()
+
+
+def test_what_is_said_of_this_hosts_gpus_is_not_said_of_others(tmp_path: Path) -> None:
+    path = tmp_path / "stack.toml"
+    path.write_text(
+        'model = "m"\nhost_memory = "16GB"\n[gpus]\n0 = "8GB"\n'
+        '[stages.denoise]\ndevice = "cuda:1"\nworkers = 2\nmax_memory = "7GB"\nkeep_alive = 5\n'
+        '[hosts.box]\ngpus = {1 = "20GB"}\nhost_memory = "64GB"\n[hosts.box.stages]\nvae.workers = 0\n'
+    )
+    config = load_config(path, {}, {})
+    box, other = config.on_host("box", 1, "bfloat16"), config.on_host("other", 32 * 10**9, "bfloat16")
+    assert (box.gpus, box.host_memory, box.stage("vae").workers) == ({1: 20 * 10**9}, 64 * 10**9, 0)
+    assert (other.gpus, other.host_memory, other.stage("vae").workers) == ({}, 32 * 10**9, None)
+    denoise = other.stage("denoise")
+    assert (denoise.device, denoise.workers, denoise.max_memory, denoise.keep_alive) == ("cuda", None, (), 5.0)
+    with pytest.raises(BadRequest, match=r"hosts\.box\.gpu"):
+        path.write_text("[hosts.box]\ngpu = 1\n")
+        load_config(path, {}, {})
