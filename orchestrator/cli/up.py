@@ -90,6 +90,8 @@ class Announcer:
             self.arrived()
             seconds = time.monotonic() - self.start
             say(f'ready after {seconds:.1f} s. In another terminal: triptych submit "a large red circle" -o circle.png')
+            if not wanted:
+                say("no worker runs here; jobs wait for those of other hosts, or that are started by hand")
             if self.supervisor.http_url:
                 say(f"by HTTP: {self.supervisor.http_url}{who_comes(self.supervisor.config)}")
             for model in others:
