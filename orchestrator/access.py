@@ -56,7 +56,7 @@ class Entry:
         """Raise BadRequest or ValueError for what can't be an entry."""
         checked_name(self.name)
         checked_weight(self.weight)
-        if self.role not in ROLES or not (self.public or self.token):
+        if self.role not in ROLES or not (self.public or self.token) or (self.role == "host" and "@" in self.name):
             raise ValueError(self.role)
         if self.public:
             checked_public(self.public)
@@ -100,6 +100,10 @@ class KeyFolder:
     def add(self, name: str, role: Role, public: str, weight: float = 1.0) -> None:
         """Let a key in; BadRequest, or Conflict if the name or the key is there already."""
         checked_name(name)
+        if role == "host" and "@" in name:
+            raise BadRequest(
+                f"{name!r} is no name for a host.", "Use one without '@', which stands before it in workers' names."
+            )
         checked_weight(weight)
         with self._changing() as entries:
             for entry in entries:
@@ -215,6 +219,10 @@ class AllowedKeys:
         """Return the entry of a key, if it is let in at a door."""
         found = self._by_public.get(public)
         return found if found and DOOR_OF[found.role] == door else None
+
+    def is_host(self, name: str) -> bool:
+        """Return whether a name is let in as a host, as of the last look."""
+        return any(entry.name == name and entry.role == "host" for entry in self._by_public.values())
 
     def knows(self, name: str) -> bool:
         """Return whether a name is let in, as of now."""

@@ -44,5 +44,10 @@ def to_column(principal: Principal) -> str:
     return principal.name if isinstance(principal, KeyHolder) else ""
 
 
+def name_of(principal: Principal) -> str:
+    """Return a principal's name for a log."""
+    return "this machine's user" if isinstance(principal, LocalUser) else principal.name
+
+
 def from_column(name: str) -> Principal:
     return KeyHolder(name) if name else LOCAL_USER

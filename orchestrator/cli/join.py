@@ -1,13 +1,14 @@
 """`join`: this machine's GPUs for a stack on another one, in the foreground."""
 
 import os
+import sys
 from pathlib import Path
 
 import click
 
 from orchestrator.cli.up import say
 from orchestrator.state_folder import StackFolder
-from orchestrator.supervisor.host_agent import HostAgent
+from orchestrator.supervisor.host_agent import ENDED_WITH_STACK, HostAgent
 from protocol.client.endpoints import default_folder
 from protocol.curve_keys import load
 from protocol.errors import BadRequest
@@ -47,4 +48,6 @@ def join(key: Path, folder: Path | None, alone: str, once: bool) -> None:
     os.umask(0o077)
     end_with_parent()
     say(f"{peer.name} joins the stack at {peer.endpoint}; logs in {place.logs}. Stop with Ctrl-C.")
-    HostAgent(place, peer, key, seconds, say, once).run()
+    agent = HostAgent(place, peer, key, seconds, say, once)
+    if agent.run() == 0:
+        sys.exit(ENDED_WITH_STACK)

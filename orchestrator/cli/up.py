@@ -123,8 +123,8 @@ def who_comes(config: StackConfig) -> str:
 def all_here(client: Client, model: str, wanted: int) -> bool:
     """Return whether a model has so many workers that have loaded, or rests already; the supervisor must be known."""
     found = client.workers()
-    pids = {process.pid for process in found.processes if process.model == model}
-    loaded = sum(worker.state != "loading" and worker.pid in pids for worker in found.workers)
+    here = {(process.name, process.pid) for process in found.processes if process.model == model}
+    loaded = sum(worker.state != "loading" and (worker.name, worker.pid) in here for worker in found.workers)
     rests = any(view.resting for view in client.models() if view.name == model)
     return bool(found.processes) and (loaded >= wanted or rests)
 

@@ -23,6 +23,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 BURST_SECONDS = 10.0  # of a caller's rate, at once
 MOST_CALLERS = 10_000  # whose rates are remembered
 LINGER_SECONDS = 5.0  # that the rest of a refused request's body is read for
+MOST_LINGERING = 64
 MOST_OPEN = 256  # requests of one key or address, streams among them
 OF_PROXIES = (  # headers that say that a request was sent on for somebody else
     "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "forwarded", "x-real-ip", "via", "cf-connecting-ip",
@@ -46,6 +47,7 @@ class Guard:
         self._hosts = {name.lower() for name in (*LOCAL_NAMES, *settings.http_hosts)}
         self._origins = {normal(origin) for origin in settings.http_origins}
         self._rates: OrderedDict[str, TokenBucket] = OrderedDict()  # the one that asked last comes last
+        self._lingering = 0  # refused requests whose rest is read
         self._open: Counter[str] = Counter()  # requests that are not answered to their end, by whoever they are of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,7 +67,15 @@ class Guard:
             if self._open[who] >= MOST_OPEN:
                 raise too_often(f"More than {MOST_OPEN} requests of yours are open.")
         except TriptychError as error:
-            await answer_early(response_of(error, scope["path"]), scope, receive, send)
+            refusal = response_of(error, scope["path"])
+            if self._lingering >= MOST_LINGERING:
+                await refusal(scope, receive, send)
+                return
+            self._lingering += 1
+            try:
+                await answer_early(refusal, scope, receive, send)
+            finally:
+                self._lingering -= 1
             return
         self._open[who] += 1
         try:

@@ -89,6 +89,7 @@ class Ledger:
     accounts: dict[GpuId, Account] = field(default_factory=dict)
     learned: dict[str, int] = field(default_factory=dict)  # workspace in bytes, see `workspace_key`
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
+    touched: dict[GpuId, float] = field(default_factory=dict)  # monotonic seconds of a GPU's last change in the book
     changes: int = 0  # of GPUs, and of who holds anything
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
     _uncounted: dict[GpuId, int] = field(default_factory=dict)  # by GPU, see `as_measured`
@@ -96,6 +97,13 @@ class Ledger:
     def __post_init__(self) -> None:
         for key, size in self.learned.items():
             self._note(key, size)
+
+    def shut(self, gpu: GpuId) -> None:
+        """Forget a GPU that is there no more, and who holds anything of it."""
+        del self.accounts[gpu]
+        for worker in [w for w, holdings in self.holdings.items() if any(h.gpu == gpu for h in holdings)]:
+            del self.holdings[worker]
+        self.changes += 1
 
     def close(self, host: str) -> None:
         """Forget a host's GPUs, and who holds what of them."""
@@ -107,6 +115,7 @@ class Ledger:
 
     def join(self, worker: str, holdings: Iterable[Holding]) -> None:
         self.holdings[worker] = tuple(holdings)
+        self._touch(worker)
 
     def wants(self, worker: str, needs: Sequence[WeightNeed]) -> bool:
         """Take in what a worker needs from now on; return whether it is booked as holding so many GPUs."""
@@ -118,6 +127,7 @@ class Ledger:
         return True
 
     def leave(self, worker: str) -> None:
+        self._touch(worker)
         self.holdings.pop(worker, None)
         self.changes += 1
 
@@ -176,6 +186,12 @@ class Ledger:
             if lease.bytes > holding.booked + max(0, self.free(holding.gpu)):
                 raise AssertionError(f"a lease of {lease.bytes} bytes would pass the budget of GPU {holding.gpu}")
             holding.asked = lease
+        self._touch(worker)
+
+    def _touch(self, worker: str) -> None:
+        """Note that a driver's earlier count of a worker's GPUs is not as the book has it now."""
+        now = time.monotonic()
+        self.touched.update((holding.gpu, now) for holding in self.holdings.get(worker, ()))
 
     def settled(self, worker: str, leases: Sequence[Lease], kept: Sequence[int]) -> None:
         """Book that a worker has what `leases` say, and holds `kept` beside it; no `kept` is nothing."""
@@ -184,6 +200,7 @@ class Ledger:
             holding.lease, holding.weight_bytes, holding.asked = lease.bytes, lease.weight_bytes, None
             holding.keeps(left)
             holding.since = time.monotonic()
+        self._touch(worker)
 
     def borrow(self, worker: str, size: int) -> None:
         """Note that a worker on one GPU is asked to lend; the bytes are its own until it has."""
@@ -196,6 +213,7 @@ class Ledger:
         if len(holdings) != 1 or size > holdings[0].lease:
             return False
         holdings[0].loan = Loan(size, given=True) if size else None
+        self._touch(worker)
         return True
 
     def return_loan(self, worker: str, missing: int) -> int:
@@ -208,6 +226,7 @@ class Ledger:
         if size > max(0, self.free(holding.gpu)):
             raise AssertionError(f"a loan of {size} bytes is not free on GPU {holding.gpu} yet")
         holding.loan, holding.lease = None, holding.lease - missing
+        self._touch(worker)
         return holding.lease
 
     def has_worked(self, worker: str, contexts: Sequence[int]) -> None:

@@ -52,15 +52,21 @@ class Hardware:
 
 
 def this_hardware(
-    gpus: Sequence[GpuInfo], budgets: Mapping[int, int | None], stand_ins: Sequence[int], memory: int | None = None
+    gpus: Sequence[GpuInfo],
+    budgets: Mapping[int, int | None],
+    stand_ins: Sequence[int],
+    memory: int | None = None,
+    cores: int | None = None,
 ) -> Hardware:
     """Return what the driver tells; `budgets` in bytes by GPU, none: all that is free; a CPU may stand in for some.
 
-    `memory` are bytes of the host; None: all that is free.
+    `memory` are bytes of the host, None: all that is free; `cores` its number of them, None: this one's.
     """
     cards = [_card(gpu, budgets.get(gpu.index)) for gpu in gpus if gpu.index not in stand_ins]
     cards += [Card(index, "CPU that stands in for a GPU", budgets.get(index) or 0, STAND_IN) for index in stand_ins]
-    return Hardware(tuple(sorted(cards, key=lambda card: card.index)), memory or free_memory(), os.cpu_count() or 1)
+    return Hardware(
+        tuple(sorted(cards, key=lambda card: card.index)), memory or free_memory(), cores or os.cpu_count() or 1
+    )
 
 
 def _card(gpu: GpuInfo, budget: int | None) -> Card:

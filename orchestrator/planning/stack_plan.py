@@ -76,17 +76,17 @@ def plan_models(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Meas
 
 
 def plan_each(
-    configs: Mapping[str, StackConfig], gpus: Sequence[GpuInfo], measurements: Measurements
+    configs: Mapping[str, StackConfig], gpus: Sequence[GpuInfo], measurements: Measurements, cores: int | None = None
 ) -> tuple[PlannedModel, ...]:
-    """Plan models by their own configurations, as `plan_models` does; `gpus` may be another host's."""
-    found = {name: plan_stack(alone, gpus, measurements) for name, alone in configs.items()}
+    """Plan models by their own configurations, as `plan_models` does; of another host, where `cores` are given."""
+    found = {name: plan_stack(alone, gpus, measurements, cores) for name, alone in configs.items()}
     config = next(iter(configs.values()))
     room = max(1, (config.host_memory or free_memory()) - RESERVE)
     weights = sum(plan.weights for plan in found.values())
     if len(found) > 1 and weights > room:
         for name, alone in configs.items():
             share = RESERVE + room * found[name].weights // weights
-            found[name] = plan_stack(alone.model_copy(update={"host_memory": share}), gpus, measurements)
+            found[name] = plan_stack(alone.model_copy(update={"host_memory": share}), gpus, measurements, cores)
     if len(found) > 1:
         posts = [post for plan in found.values() for post in (*plan.posts, *plan.spare)]
         playing = sorted({gpu for alone in configs.values() for gpu in stand_ins(alone)})
@@ -96,12 +96,17 @@ def plan_each(
     return tuple(PlannedModel(name, alone, found[name]) for name, alone in configs.items())
 
 
-def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements) -> StackPlan:
-    """Place a model's workers by the best plan; BadRequest, ModelMissing or DoesNotFit where none can work."""
+def plan_stack(
+    config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measurements, cores: int | None = None
+) -> StackPlan:
+    """Place a model's workers by the best plan; BadRequest, ModelMissing or DoesNotFit where none can work.
+
+    `cores` are those of another host, whose GPUs `gpus` are; None: it is for this one.
+    """
     dtype = stack_dtype(config, bool(gpus))
-    check_devices(config, gpus)
+    check_devices(config, gpus, here=cores is None)
     check_budgets(config, gpus)
-    hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory)
+    hardware = this_hardware(gpus, config.gpus, stand_ins(config), config.host_memory, cores)
     check(config, hardware)
     plan, unplanned, description, limited, weights = None, "", None, False, 0
     posts = first(config, gpus)
@@ -127,11 +132,11 @@ def plan_stack(config: StackConfig, gpus: Sequence[GpuInfo], measurements: Measu
     )  # fmt: skip
 
 
-def check_devices(config: StackConfig, gpus: Sequence[GpuInfo]) -> None:
-    """Raise BadRequest where a stage is to use a kind of device that isn't here."""
+def check_devices(config: StackConfig, gpus: Sequence[GpuInfo], here: bool = True) -> None:
+    """Raise BadRequest where a stage is to use a kind of device that isn't there; of other hosts the GPUs tell all."""
     for stage in STAGES:
         device = config.stage(stage).device.partition(":")[0]
-        if device == "cuda" and not gpus and not any(map(os.path.exists, DRIVERS)):
+        if device == "cuda" and not gpus and not (here and any(map(os.path.exists, DRIVERS))):
             raise BadRequest(f"{stage} is to use CUDA; no driver of a GPU is here.", "Use --device cpu, or auto.")
         if device == "mps" and sys.platform != "darwin":
             raise BadRequest(f"{stage} is to use mps, which only macOS has.", "Use --device auto, cpu or cuda.")

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 
+from orchestrator.pulse import Pulse
 from orchestrator.settings import RaySpec
 from orchestrator.state_folder import StackFolder
 from protocol.process import end_with_parent, log_to_stderr, report_end
@@ -13,7 +14,7 @@ def launch(spec: RaySpec) -> None:
     """Look after the cluster until told to stop."""
     from orchestrator.ray_launcher.launcher import RayLauncher, connect
 
-    launcher = RayLauncher(StackFolder(spec.state), spec.settings)
+    launcher = RayLauncher(StackFolder(spec.state), spec.settings, Pulse.inherited().beat)
     connect(spec.settings.ray or "auto")
     for number in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own meanwhile
         signal.signal(number, lambda number, frame: launcher.stop())

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from orchestrator.state_folder import StackFolder, end_stack
+from orchestrator.supervisor.host_agent import ENDED_WITH_STACK
 from protocol.client.endpoints import default_folder
 from protocol.curve_keys import FORMAT, KeyPair, PeerKey, load, write_private
 from protocol.errors import BadRequest, TriptychError
@@ -26,7 +27,8 @@ OF_RAY = ("RAY_", "PYTHONUNBUFFERED")
 GRACE_SECONDS = 12.0  # that an agent may take for its end
 AGAIN_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before an agent that has ended is started again
 HEALTHY_SECONDS = 60.0
-STAYS_DOWN = (2, 4, 5, 8)  # exit codes after which another try gives the same
+UNLIKELY_SOON = (2, 4, 5, 8)  # exit codes after which another try gives the same, until somebody has done something
+REFUSED_SECONDS = 60.0  # until the next one
 
 
 class HostActor:
@@ -45,7 +47,8 @@ class HostActor:
         self._agent: subprocess.Popen[bytes] | None = None
         self._lifeline, self._life = os.pipe()
         self._reason = ""
-        self._wanted = threading.Event()
+        self._asked = 0  # times that it was told to join
+        self._wanted, self._hurry = threading.Event(), threading.Event()
         self._changed = threading.Lock()
         if self._key.endpoint:
             self._wanted.set()
@@ -71,8 +74,9 @@ class HostActor:
             if (endpoint, server) != (self._key.endpoint, self._key.server) or not self._key.endpoint:
                 self._key = self._save(replace(self._key, endpoint=endpoint, server=server))
                 self._end()
-            self._reason = ""
+            self._reason, self._asked = "", self._asked + 1
             self._wanted.set()
+            self._hurry.set()
 
     def state(self) -> dict[str, Any]:
         """Return whether the agent runs, why it does not, and how this node treats processes."""
@@ -80,7 +84,7 @@ class HostActor:
         return {
             "pid": agent.pid if agent and agent.poll() is None else None,
             "reason": self._reason,
-            "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+            "niceness": os.getpriority(os.PRIO_PROCESS, agent.pid) if agent and agent.poll() is None else 0,
         }
 
     def stop(self) -> None:
@@ -100,24 +104,27 @@ class HostActor:
 
     def _keep(self) -> None:
         with contextlib.suppress(PermissionError):
-            os.setpriority(os.PRIO_PROCESS, 0, 0)  # Ray's workers are nice to others: 15
+            os.setpriority(os.PRIO_PROCESS, 0, 0)  # of this thread, from which the agent has it: Ray's workers have 15
         failures = 0
         while True:
             self._wanted.wait()
-            begun = time.monotonic()
-            with self._changed:
-                self._agent = self._start()
-            code = self._agent.wait()
-            if code == 0:
-                self._wanted.clear()  # the stack has ended
+            begun, asked = time.monotonic(), self._asked
+            try:
+                with self._changed:
+                    self._agent = self._start()
+                code = self._agent.wait()
+            except OSError as error:
+                code, self._reason = 1, f"it can't be started: {error}"
+            if code == ENDED_WITH_STACK and asked == self._asked:
+                self._wanted.clear()
             if not self._wanted.is_set():
                 continue
-            if code in STAYS_DOWN:
+            if code in UNLIKELY_SOON:
                 self._reason = last_line(self._folder.log("agent"))
-                self._wanted.clear()
-                continue
             failures = 1 if time.monotonic() - begun > HEALTHY_SECONDS else failures + 1
-            time.sleep(AGAIN_SECONDS[min(failures, len(AGAIN_SECONDS)) - 1])
+            pause = REFUSED_SECONDS if code in UNLIKELY_SOON else AGAIN_SECONDS[min(failures, len(AGAIN_SECONDS)) - 1]
+            self._hurry.wait(pause)
+            self._hurry.clear()
 
     def _start(self) -> "subprocess.Popen[bytes]":
         with contextlib.suppress(TriptychError):

@@ -10,10 +10,11 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.util import get_node_ip_address
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 NAMESPACE = "triptych"
 LOOK_SECONDS = 2.0  # between two looks at the cluster
+MOST_PAUSE_SECONDS = 300.0  # before another actor where one can't live
 ANSWER_SECONDS = 60.0  # for an actor to be there: its node imports what it needs
 STOP_SECONDS = 6.0  # for all agents to end, less than the supervisor waits for this process
 NICE = 0  # that workers should be run at
@@ -43,17 +45,23 @@ class Placed:
     node: str  # Ray's id
     address: str  # of the machine
     actor: Any
-    public: Any  # reference of its public key, while that is not known
-    joined: str = ""  # endpoint that it was told
+    asked: Any  # reference of the answer that is waited for
+    what: Literal["public", "join", "state"] = "public"  # that was asked
+    since: float = field(default_factory=time.monotonic)
+    told: str = ""  # endpoint that it was told last
 
 
 class RayLauncher:
-    def __init__(self, folder: StackFolder, settings: RaySettings) -> None:
+    def __init__(self, folder: StackFolder, settings: RaySettings, beat: Callable[[], None] = lambda: None) -> None:
+        """`beat` is called in each turn: it works."""
+        self._beat = beat
         self._folder, self._settings = folder, settings
         self._keys = KeyFolder(folder.keys)
         self._stack = stack_id(folder)
         self._hosts: dict[str, Placed] = {}  # by node
         self._replaced: set[str] = set()  # nodes whose machines have come again as others, whatever Ray says of them
+        self._failures: dict[str, int] = {}  # in a row, by node
+        self._not_before: dict[str, float] = {}  # monotonic seconds of the next try, by node
         self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
         self._stop = threading.Event()
 
@@ -65,8 +73,9 @@ class RayLauncher:
         log.info("the Ray cluster has %d nodes", len(alive()))
         self._check_alone()
         while not self._stop.wait(LOOK_SECONDS if self._hosts else 0.1):
+            self._beat()
             for node in self._wanted():
-                if node["NodeID"] not in self._hosts:
+                if node["NodeID"] not in self._hosts and time.monotonic() > self._not_before.get(node["NodeID"], 0.0):
                     self._place(node)
             for host in list(self._hosts.values()):
                 self._look_after(host)
@@ -94,7 +103,13 @@ class RayLauncher:
                 yield node
 
     def _name_of(self, node: Mapping[str, Any]) -> str:
-        """Return a host's name for a node: its machine's, with a part of its id where that is taken."""
+        """Return a host's name for a node: that of its actor if there is one, else its machine's.
+
+        With a part of the node's id where that is taken.
+        """
+        for row in ray.util.list_named_actors(all_namespaces=True):
+            if of_stack(row, self._stack) and str(row["name"]).endswith(f"/{node['NodeID'][:8]}"):
+                return str(row["name"]).split("/")[1]
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(node["NodeManagerHostname"])).strip("-_.")[:40] or "node"
         others = {host.name for host in self._hosts.values()} | {socket.gethostname()}
         others |= {entry.name for entry in self._keys.entries() if entry.role != "host"}
@@ -126,26 +141,37 @@ class RayLauncher:
         log.info("%s: an actor on node %s", name, where)
 
     def _look_after(self, host: Placed) -> None:
-        """Let a host in once its key is known, and tell it where the stack is; a node that is gone is forgotten."""
+        """Take a host's answer if it has come, and ask it the next thing: nobody waits for a node that is silent."""
         try:
-            if host.public is not None:
-                if not ray.wait([host.public], timeout=0)[0]:
-                    return
-                self._let_in(host.name, ray.get(host.public, timeout=ANSWER_SECONDS))
-                host.public = None
-            endpoint = self._endpoint()
-            if endpoint and endpoint != host.joined:
-                ray.get(host.actor.join.remote(endpoint, self._keys.server().public), timeout=ANSWER_SECONDS)
-                host.joined = endpoint
-            if host.joined:
-                self._tell(host.name, ray.get(host.actor.state.remote(), timeout=ANSWER_SECONDS))
-        except ray.exceptions.GetTimeoutError:
-            self._say(host.name, "its actor does not answer")
+            if not ray.wait([host.asked], timeout=0)[0]:
+                if time.monotonic() - host.since > ANSWER_SECONDS:
+                    self._say(host.name, "its actor does not answer")
+                return
+            answer = ray.get(host.asked)
+            if host.what == "public":
+                self._let_in(host.name, answer)
+            elif host.what == "state":
+                self._tell(host.name, answer)
+                self._failures.pop(host.node, None)
+            self._ask(host)
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.ActorUnschedulableError) as error:
             self._say(host.name, f"its actor can't be reached: {first_line(error)}")  # which isn't its death
+            self._ask(host)
         except ray.exceptions.RayError as error:
             self._say(host.name, f"its actor has died: {first_line(error)}")
             del self._hosts[host.node]
+            failures = self._failures[host.node] = self._failures.get(host.node, 0) + 1
+            self._not_before[host.node] = time.monotonic() + min(MOST_PAUSE_SECONDS, LOOK_SECONDS * 2**failures)
+
+    def _ask(self, host: Placed) -> None:
+        """Tell a host where the stack is, if that is news; else ask how it is."""
+        endpoint = self._endpoint()
+        if endpoint and endpoint != host.told:
+            host.what, host.told = "join", endpoint
+            host.asked = host.actor.join.remote(endpoint, self._keys.server().public)
+        else:
+            host.what, host.asked = "state", host.actor.state.remote()
+        host.since = time.monotonic()
 
     def _let_in(self, name: str, public: str) -> None:
         for entry in self._keys.entries():

@@ -5,7 +5,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HOST = socket.gethostname()
 HEARTBEAT_SECONDS = 1.0
+STATUS_SECONDS = 0.5  # that a driver's count may be old when it is told
 SILENCE_SECONDS = 5.0
 TAKEOVER_SECONDS = 3.0  # without a word of an agent, after which another one with its key takes its place
 Placing = Literal["", "cordoned", "drained"]
@@ -46,6 +47,8 @@ class HostLink:
     workers: tuple[WorkerSpec, ...] = ()  # that it is to have
     processes: tuple[ProcessView, ...] = ()
     used: dict[int, int] = field(default_factory=dict)  # bytes by GPU, as its driver told last
+    told: float = 0.0  # monotonic seconds, when it did
+    number: int = 0  # of the last word about workers
 
     @property
     def facts(self) -> HostFacts:
@@ -74,6 +77,7 @@ class HostLinks:
         self._placing: dict[str, Placing] = json.loads(engine.store.setting("placing") or "{}")
         self._accounts: dict[str, dict[str, dict[str, object]]] = json.loads(engine.store.setting("hosts") or "{}")
         self._ending = False
+        self._next_number = time.time_ns() // 1000  # so that no word of an earlier orchestrator has it
         engine.fleet.cordoned.update(self._placing)
         for name, gpus in self._accounts.items():
             self._open(name, {int(index): AccountSettings.model_validate(gpu) for index, gpu in gpus.items()})
@@ -88,7 +92,12 @@ class HostLinks:
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:
-        return tuple(process for link in self for process in link.processes)
+        """The processes of hosts that are heard."""
+        return tuple(process for link in self if not link.silent for process in link.processes)
+
+    def knows_gpus(self, name: str, gpus: Sequence[int]) -> bool:
+        """Return whether the memory of these GPUs of a host can be leased."""
+        return all(GpuId(name, gpu) in self._engine.leasing.ledger.accounts for gpu in gpus)
 
     def views(self) -> tuple[HostView, ...]:
         return tuple(link.view(self._placing.get(link.name, "")) for link in sorted(self, key=lambda link: link.name))
@@ -144,12 +153,17 @@ class HostLinks:
         return another and time.monotonic() - known.heard < TAKEOVER_SECONDS
 
     def _take_status(self, link: HostLink, status: HostStatus) -> None:
-        link.processes = status.processes
+        link.processes = tuple(process for process in status.processes if process.name.endswith(f"@{link.name}"))
+        link.told = link.heard
         link.used = {gpu.index: used for gpu, used in zip(link.facts.gpus, status.used_bytes, strict=False)}
         for pid in status.exited_pids:
             self._engine.bury_process(link.name, pid, blameless=pid in status.stopped_pids)
-        mine = [worker for worker in self._engine.fleet if worker.host == link.name and worker.proven]
+        mine = [w for w in self._engine.fleet if w.process[:2] == ("", link.name) and w.proven]
         self._answer(link.identity, Beat(proven=tuple({worker.hello.pid for worker in mine})))
+        if self._ending:
+            self._answer(link.identity, HostEnds())
+        elif link.state == "here" and status.heard != link.number:
+            self._tell_workers(link)  # the last word was lost
 
     def _bury_all_but(self, name: str, pids: tuple[int, ...]) -> None:
         """Take out what is known of a host's processes that are no more."""
@@ -211,10 +225,16 @@ class HostLinks:
         if link := self._links.get(name):
             self._answer(link.identity, KillProcess(pid=pid, reason=reason))
 
-    def forget(self, name: str) -> None:
-        """Forget a host whose key was revoked."""
-        self._links.pop(name, None)
-        self._close(name)
+    def forget_all_but(self, is_let_in: Callable[[str], bool]) -> None:
+        """Forget hosts whose keys were revoked: their workers, their GPUs, and whether they were cordoned."""
+        for name in [name for name in {*self._links, *self._accounts, *self._placing} if not is_let_in(name)]:
+            log.info("the host %s is forgotten: its key was revoked", name)
+            self._links.pop(name, None)
+            self._bury_all_but(name, ())
+            self._close(name)
+            if self._placing.pop(name, None):
+                self._engine.fleet.cordon(name, False)
+                self._engine.store.set("placing", json.dumps(self._placing))
 
     def _tell_keeper(self, process: str, message: Message) -> bool:
         for link in self:
@@ -225,17 +245,21 @@ class HostLinks:
 
     def _tell_workers(self, link: HostLink) -> None:
         if link.state == "here" and not self._ending:
-            none = self._placing.get(link.name) == "drained"
-            self._answer(link.identity, HostWorkers(workers=() if none else link.workers))
+            none, workers = self._placing.get(link.name) == "drained", link.workers
+            link.number = self._next_number = self._next_number + 1
+            self._answer(link.identity, HostWorkers(number=link.number, workers=() if none else workers))
 
     # -- its GPUs -------------------------------------------------------------------------------
 
     def _open(self, name: str, gpus: dict[int, AccountSettings]) -> None:
-        """Let the memory of a host's GPUs be leased."""
+        """Let the memory of a host's GPUs be leased, and of no others."""
+        ledger = self._engine.leasing.ledger
+        for known in [known for known in ledger.accounts if known.host == name and known.number not in gpus]:
+            ledger.shut(known)
         for index, gpu in gpus.items():
             used = functools.partial(self._used, name, index) if gpu.driver else no_driver
             account = Account(gpu.budget, gpu.foreign, used, gpu.kept, gpu.name)
-            self._engine.leasing.ledger.open(GpuId(name, index), account)
+            ledger.open(GpuId(name, index), account)
 
     def _close(self, name: str) -> None:
         self._engine.leasing.ledger.close(name)
@@ -243,8 +267,9 @@ class HostLinks:
             self._engine.store.set("hosts", json.dumps(self._accounts))
 
     def _used(self, name: str, index: int) -> int | None:
-        link = self._links.get(name)
-        return link.used.get(index) if link else None
+        """Return a GPU's bytes in use by its driver, as last told; None where the book has changed since."""
+        link, changed = self._links.get(name), self._engine.leasing.ledger.touched.get(GpuId(name, index), 0.0)
+        return link.used.get(index) if link and link.told > changed + STATUS_SECONDS else None
 
     def _answer(self, identity: bytes, message: Message) -> None:
         self._engine.outbox.to_worker(identity, message)

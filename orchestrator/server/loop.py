@@ -20,7 +20,7 @@ from orchestrator.dispatch.describer_link import DescriberLinks
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Letter, Outbox
 from orchestrator.memory.ledger import Account
-from orchestrator.principal import LOCAL_USER, Principal, to_column
+from orchestrator.principal import LOCAL_USER, Principal, name_of
 from orchestrator.pulse import Pulse
 from orchestrator.server.client_requests import ClientRequests
 from orchestrator.server.host_links import HostLinks
@@ -64,7 +64,7 @@ class Server:
         self.outbox = Outbox()
         self.store = Store(folder.database if settings.keep else None, folder.artifacts)
         keys = KeyFolder(folder.keys)
-        allowed = AllowedKeys(keys)
+        allowed = self._allowed = AllowedKeys(keys)
         self.engine = Engine(self.store, self.outbox, settings, accounts, folder.artifacts, weight_of=allowed.weight)
         describers = DescriberLinks(self.outbox, self.engine.catalogue, settings.describer)
         self._supervisor = SupervisorLink(self.outbox)
@@ -156,14 +156,14 @@ class Server:
     def _end_floods(self) -> None:
         """Let go of keys' workers that say more than can be heard, and of doors that say nothing."""
         for principal in self._inbox.floods():
-            self._sockets.counted.warn(f"the workers of {to_column(principal)} say more than can be heard")
+            self._sockets.counted.warn(f"the workers of {name_of(principal)} say more than can be heard")
             self._workers.let_go(principal)
         for pid in self._sockets.doors.silent():
             self._supervisor.kill(pid, "fell silent")
 
     def _let_wait(self, received: Received) -> None:
         if not self._inbox.put(received):
-            name = to_column(received.principal)
+            name = name_of(received.principal)
             self._sockets.counted.warn(f"{name} sends more than it is answered in its turn, which is let go")
             told = self._told.setdefault(received.principal, TokenBucket(TOLD_A_SECOND, TOLD_AT_ONCE))
             if received.role == "client" and told.take():
@@ -197,6 +197,7 @@ class Server:
             return
         self._probed = now
         self._uploads.end_idle()
+        self._hosts.forget_all_but(self._allowed.is_host)
         for client, job_id in self.engine.subscriptions.probe(PROBE_ROUNDS):
             job, known_as = self.engine.job_queue.jobs.get(job_id), self.engine.subscriptions.of(job_id).get(client)
             if job and known_as:

@@ -174,6 +174,13 @@ class WorkerRequests:
         if identity in engine.fleet.workers:
             self._answer(identity, Error(code="conflict", message="This worker has said hello already."))
             return
+        if isinstance(peer, Host) and not hello.name.endswith(f"@{peer.name}"):
+            self._answer(
+                identity, Error(code="protocol", message=f"{hello.name!r} is no name of a worker on {peer.name}.")
+            )
+            return
+        if isinstance(peer, Host) and not self._hosts.knows_gpus(peer.name, hello.gpus):
+            return  # it says hello again, and is taken once its host's plan is here
         if not engine.settings.describer and not isinstance(peer, KeyHolder):
             engine.catalogue.learn(hello)
         elif isinstance(peer, LocalUser):

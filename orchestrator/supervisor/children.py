@@ -20,7 +20,7 @@ from orchestrator.supervisor.child import Child
 from orchestrator.supervisor.fork_server import ForkServer
 from orchestrator.supervisor.http_process import HttpProcess, HttpSocket
 from orchestrator.supervisor.process_keeper import ProcessKeeper
-from orchestrator.supervisor.ray_process import ray_process
+from orchestrator.supervisor.ray_process import RayProcess
 from orchestrator.supervisor.worker_specs import may_be_forked, worker_spec
 from protocol.curve_keys import DoorRole
 from protocol.errors import DoesNotFit
@@ -62,7 +62,7 @@ class Children:
         self.orchestrator.environment[PULSE] = str(self.pulse.descriptor)
         self.doors = [self._door(role) for role, _ in config.remote()]
         self.http = HttpProcess(listening, folder, self._endpoints.clients, lifeline) if listening else None
-        self.ray = ray_process(config, folder, lifeline) if config.ray else None
+        self.ray = RayProcess(config, folder, lifeline) if config.ray else None
         self.describers = [self._describer(model) for model in models]
         self.workers: dict[Team, list[Child]] = {(name, stage): [] for name in self._models for stage in STAGES}
         self._resting = {  # numbers of workers by stage, of models that rest
@@ -78,7 +78,7 @@ class Children:
         if self.http:
             yield self.http.child
         if self.ray:
-            yield self.ray
+            yield self.ray.child
         for team in self.workers.values():
             yield from team
 
@@ -131,11 +131,11 @@ class Children:
             stages=stages, speedups=plan.speedups, loras=str(self._folder.loras.resolve()),
             lora_folder=folder and str(Path(folder).expanduser().resolve()), lora_aliases=tuple(config.loras.items()),
         )  # fmt: skip
-        child = self._child(f"{self._prefix(model.name)}describer", "workers.runtime", spec, forked=True)
+        child = self._child(f"{self.prefix_of(model.name)}describer", "workers.runtime", spec, forked=True)
         child.essential, child.model = True, model.name
         return child
 
-    def _prefix(self, model: str) -> str:
+    def prefix_of(self, model: str) -> str:
         """Return what the names of a model's processes begin with; nothing for a stack's only model."""
         return f"{model}-" if self._several or model != self.default else ""
 
@@ -162,7 +162,7 @@ class Children:
     # -- starting and ending --------------------------------------------------------------------
 
     def _add(self, model: PlannedModel, post: Post, number: int) -> None:
-        name = f"{self._prefix(model.name)}{post.stage}-{number}"
+        name = f"{self.prefix_of(model.name)}{post.stage}-{number}"
         spec = self._worker_spec(model, post, name)
         child = self._child(name, "workers.runtime", spec, forked=may_be_forked(spec))
         child.model = model.name
@@ -176,7 +176,7 @@ class Children:
         planned, children = self._models[model], self.workers[model, stage]
         while len(children) > count:
             self.keeper.dismiss(children.pop())
-        start = len(self._prefix(model)) + len(stage) + 1
+        start = len(self.prefix_of(model)) + len(stage) + 1
         taken = {int(child.name[start:]) for child in children}
         free = (n for n in range(1, 1 << 20) if n not in taken)
         while len(children) < count:

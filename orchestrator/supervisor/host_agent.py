@@ -6,14 +6,17 @@ themselves speak with the orchestrator, over links of their own with the same ke
 """
 
 import contextlib
+import json
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+import psutil
 import zmq
 
 from orchestrator.gpu_driver import list_gpus, used_bytes
@@ -37,7 +40,10 @@ from protocol.worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+@-]{0,400}")  # of a worker, and of its log
+ENDED_WITH_STACK = 10  # exit code
 STATUS_SECONDS = 1.0
+LAST_LIFE_SECONDS = 15.0  # that processes of an agent that was killed may take to be gone
 KNOCK_SECONDS = 0.2  # between two looks while nothing is known of the stack
 LOGGED_AT_ONCE = 32_768  # bytes of a worker's log, each second
 
@@ -60,6 +66,7 @@ class HostAgent:
         raise_file_limit()
         self._folder, self._key_file, self._notice = folder, key_file.resolve(), notice
         self._alone_seconds, self._ends_with_stack, self._done = alone_seconds, ends_with_stack, False
+        self._wait_for_the_last_life()
         self._facts = facts_of_this_host()
         self._lifeline, self._alarm = Lifeline(), Alarm()
         forks = new_fork_server(folder, self._lifeline.read_end)
@@ -70,13 +77,25 @@ class HostAgent:
         self._tails: dict[str, LogTail] = {}
         self._exited: list[int] = []  # process numbers that the orchestrator was not told of yet
         self._stopped: list[int] = []  # of them, those that stood still by a signal
+        self._last_word = 0  # number of the last word about workers
         self._said: dict[str, str] = {}  # why workers ended last, by name: what lasts is said once
         self._told = 0.0  # monotonic seconds of the last status
         self._changed = False  # there is something to tell at once
         self._lock: TextIO | None = None
 
+    @property
+    def _pids_file(self) -> Path:
+        return self._folder.path / "agent.lock"
+
+    def _wait_for_the_last_life(self) -> None:
+        """Wait for processes of an agent that was killed, which end with it: they may hold GPU memory yet."""
+        with contextlib.suppress(OSError, ValueError):
+            pids, until = json.loads(self._pids_file.read_text()), time.monotonic() + LAST_LIFE_SECONDS
+            while time.monotonic() < until and any(map(is_worker, pids)):
+                time.sleep(KNOCK_SECONDS)
+
     def run(self) -> int:
-        """Run until a signal, whose number it returns. Raises why the stack doesn't take this host."""
+        """Run until a signal, whose number it returns, or 0 at the stack's end. Raises why the stack refuses it."""
         with self._alarm.heed_signals(), contextlib.ExitStack() as stack:
             self._lock = stack.enter_context(self._folder.lock("supervisor"))
             try:
@@ -117,8 +136,9 @@ class HostAgent:
         match message:
             case Welcome():
                 self._notice(f"the stack at {self._link.endpoint} knows this host")
-            case HostWorkers(workers=specs):
-                self._keep({spec.name: self._here(spec) for spec in specs})
+            case HostWorkers(number=number, workers=specs):
+                self._last_word = number
+                self._keep({spec.name: self._here(spec) for spec in specs if NAME.fullmatch(spec.name)})
             case HostEnds():
                 self._notice("the stack has ended")
                 self._keep({})
@@ -183,6 +203,8 @@ class HostAgent:
     def _note_start(self, child: Child) -> None:
         log.info("started %s, process %d", child.name, child.process.pid if child.process else 0)
         self._changed = True
+        with contextlib.suppress(OSError):
+            self._pids_file.write_text(json.dumps(list(self._pids())))
 
     def _reap(self) -> None:
         for child, pid, asked in self._keeper.reap():
@@ -205,6 +227,7 @@ class HostAgent:
             exited_pids=exited,
             stopped_pids=tuple(pid for pid in self._stopped if pid in exited),
             used_bytes=tuple(used_bytes(gpu.index) or 0 for gpu in self._facts.gpus),
+            heard=self._last_word,
         )
         if self._link.say(status):
             self._told, self._changed = now, False
@@ -235,6 +258,14 @@ class HostAgent:
         self._link.close()
         self._lifeline.close()
         self._alarm.close()
+
+
+def is_worker(pid: object) -> bool:
+    """Return whether a number is that of a process of Triptych's workers now."""
+    try:
+        return isinstance(pid, int) and any("workers.runtime" in word for word in psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return False
 
 
 def facts_of_this_host() -> HostFacts:

@@ -96,8 +96,8 @@ class ProcessKeeper:
     @staticmethod
     def end(groups: Iterable[Sequence[Child]]) -> None:
         """End groups of processes, one group after the other, in good order where they do it in time."""
-        deadline = time.monotonic() + GRACE_SECONDS
         for group in groups:
+            deadline = time.monotonic() + GRACE_SECONDS
             for child in group:
                 child.terminate()
             for child in group:

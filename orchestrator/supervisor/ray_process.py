@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from orchestrator.access import KeyFolder
+from orchestrator.pulse import PULSE, PulseWatch
 from orchestrator.settings import RaySettings, RaySpec, StackConfig
 from orchestrator.state_folder import StackFolder
 from orchestrator.supervisor.child import Child
@@ -73,9 +74,24 @@ def token_file() -> Path | None:
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
-def ray_process(config: RaySettings, folder: StackFolder, lifeline: int) -> Child:
-    given = {name: getattr(config, name) for name in RaySettings.model_fields}
-    spec = RaySpec(state=folder.path, settings=RaySettings(**given))
-    child = Child("ray", None, ["-m", "orchestrator.ray_launcher"], spec.model_dump_json(), folder.log("ray"), lifeline)
-    child.essential = True
-    return child
+class RayProcess:
+    """The launcher's process. Once it has worked it is started again whenever it has ended: a cluster may be away."""
+
+    def __init__(self, config: RaySettings, folder: StackFolder, lifeline: int) -> None:
+        self._pulse = PulseWatch()
+        given = {name: getattr(config, name) for name in RaySettings.model_fields}
+        spec = RaySpec(state=folder.path, settings=RaySettings(**given))
+        self.child = Child(
+            "ray", None, ["-m", "orchestrator.ray_launcher"], spec.model_dump_json(), folder.log("ray"), lifeline,
+            essential=True, descriptors=(self._pulse.descriptor,), environment={PULSE: str(self._pulse.descriptor)},
+        )  # fmt: skip
+
+    def look(self) -> None:
+        """Note that it works, which it shows by each turn of its loop."""
+        if self.child.state == "running":
+            self._pulse.still_for()
+            if self._pulse.beaten:
+                self.child.proven = self.child.ever_proven = True
+
+    def close(self) -> None:
+        self._pulse.close()

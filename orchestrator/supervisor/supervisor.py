@@ -80,7 +80,10 @@ class Supervisor:
         self._children = Children(folder, config, self.models, self._lifeline.read_end, forks, listening)
         self._keeper = self._children.keeper
         self._link = OrchestratorLink(self._children.endpoint)
-        self._hosts = HostPlans(folder, lambda: self._children.models, self._children.is_awake, self._alarm.ring)
+        children = self._children
+        self._hosts = HostPlans(
+            folder, lambda: children.models, children.is_awake, children.prefix_of, self._alarm.ring
+        )
         self._lock: TextIO | None = None
         self._coming: set[str] = set()  # names of models that are being planned for
         self._planned: queue.SimpleQueue[tuple[str, PlannedModel | TriptychError]] = queue.SimpleQueue()
@@ -155,6 +158,8 @@ class Supervisor:
         self._children.pulse.still_for()
         if self._children.http:
             self._children.http.look()
+        if self._children.ray:
+            self._children.ray.look()
         for pid in self._keeper.put_down_stopped():
             self._link.stopped(pid)
         deaf = self._answered and now - self._answered > DEAF_SECONDS and orchestrator.state == "running"
@@ -185,7 +190,7 @@ class Supervisor:
         children = self._children
         needed = [children.orchestrator, *children.doors, *children.describers]
         needed += [children.http.child] if children.http else []
-        needed += [children.ray] if children.ray else []
+        needed += [children.ray.child] if children.ray else []
         sound = {describer.model for describer in children.describers if describer.ever_proven}
         groups = [[child] for child in needed]
         groups += [team for (model, _), team in children.workers.items() if model in sound]
@@ -296,7 +301,7 @@ class Supervisor:
         workers = [child for team in children.workers.values() for child in team]
         leaving = [child for child, _ in self._keeper.leaving]
         http = [children.http.child] if children.http else []
-        ray = [children.ray] if children.ray else []
+        ray = [children.ray.child] if children.ray else []
         self._keeper.end(
             (
                 [*ray, *http, *workers, *leaving, *children.describers],
@@ -307,6 +312,8 @@ class Supervisor:
         children.pulse.close()
         if children.http:
             children.http.close()
+        if children.ray:
+            children.ray.close()
         self._link.close()
         self.folder.withdraw()
         self._lifeline.close()

@@ -15,6 +15,7 @@ MAX_PARTS = 4096  # of a job's pictures
 MOST_PREVIEWED = 500_000  # bytes of a preview
 MOST_LISTED = 100  # jobs in one answer that weren't asked for by id
 Name = Annotated[str, Field(max_length=128)]
+ProcessName = Annotated[str, Field(max_length=512)]  # MODEL-STAGE-NUMBER@HOST
 Line = Annotated[str, Field(max_length=10_000)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Counts = Annotated[tuple[Count, ...], Field(max_length=64)]  # one for each GPU

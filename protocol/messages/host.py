@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from protocol.host import HostFacts
-from protocol.messages.common import Beat, Count, Error, Message, Name, Welcome
+from protocol.messages.common import Beat, Count, Error, Message, ProcessName, Welcome
 from protocol.messages.supervisor import KillProcess, RestartProcess
 from protocol.views import ProcessView
 from protocol.worker_spec import WorkerSpec
@@ -32,13 +32,14 @@ class HostStatus(Message):
     exited_pids: Pids = ()
     stopped_pids: Pids = ()  # of them, which no task can have ended
     used_bytes: Annotated[tuple[Count, ...], Field(max_length=64)] = ()  # of each GPU of the facts, by its driver
+    heard: Count = 0  # the number of the last HostWorkers
 
 
 class HostLog(Message):
     """What a worker has written to its log since."""
 
     kind = "host-log"
-    name: Name
+    name: ProcessName
     text: Annotated[str, Field(max_length=MOST_LOGGED)]
 
 
@@ -52,6 +53,7 @@ class HostWorkers(Message):
     """The workers that the host is to have from now on. What their paths and their way here are the agent knows."""
 
     kind = "host-workers"
+    number: Count  # of this word; the agent's status says which it has heard last
     workers: Annotated[tuple[WorkerSpec, ...], Field(max_length=1024)]
 
 

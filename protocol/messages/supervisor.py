@@ -6,7 +6,7 @@ from pydantic import Field
 
 from protocol.data import Data, Text
 from protocol.host import HostFacts
-from protocol.messages.common import MOST_MODELS, Beat, Count, Error, Line, Message, Name
+from protocol.messages.common import MOST_MODELS, Beat, Count, Error, Line, Message, Name, ProcessName
 from protocol.model_spec import ModelSpec
 from protocol.stages import Stage
 from protocol.views import ProcessView
@@ -81,7 +81,7 @@ class RestartProcess(Message):
     """End a worker's process in good order, and start another."""
 
     kind = "restart-process"
-    name: Name
+    name: ProcessName
 
 
 class KillProcess(Message):

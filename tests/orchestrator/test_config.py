@@ -203,6 +203,6 @@ def test_what_is_said_of_this_hosts_gpus_is_not_said_of_others(tmp_path: Path) -
     assert (other.gpus, other.host_memory, other.stage("vae").workers) == ({}, 32 * 10**9, None)
     denoise = other.stage("denoise")
     assert (denoise.device, denoise.workers, denoise.max_memory, denoise.keep_alive) == ("cuda", None, (), 5.0)
+    path.write_text("[hosts.box]\ngpu = 1\n")
     with pytest.raises(BadRequest, match=r"hosts\.box\.gpu"):
-        path.write_text("[hosts.box]\ngpu = 1\n")
         load_config(path, {}, {})

@@ -40,7 +40,7 @@ from workers.runtime.executor import Executor, StartAnew, resident_bytes
 
 log = logging.getLogger(__name__)
 
-SILENCE_SECONDS = 4.0  # without an answer, after which the link counts as dead
+SILENCE_SECONDS, SILENT_BEATS = 4.0, 3  # without an answer, after which the link counts as dead
 WELCOME_SECONDS = 1.0  # the same for the hello, which may have gone to an orchestrator that was just being killed
 
 
@@ -111,6 +111,10 @@ class Session:
             self._socket.close()
             self._socket = None
 
+    @property
+    def _silence_seconds(self) -> float:
+        return max(SILENCE_SECONDS, SILENT_BEATS * self._beat_seconds)
+
     def _say(self, message: Message, tensors: list[Tensor] | None = None) -> None:
         """Send, waiting a moment for a link that is only being made; a lost link is for `_keep_alive`."""
         assert self._socket is not None
@@ -123,7 +127,7 @@ class Session:
 
     def _keep_alive(self) -> None:
         now = time.monotonic()
-        if now - self._heard > (SILENCE_SECONDS if self._welcome else WELCOME_SECONDS):
+        if now - self._heard > (self._silence_seconds if self._welcome else WELCOME_SECONDS):
             log.warning("the orchestrator is silent; connecting anew")
             self._connect()
         elif self._welcome and now - self._beaten >= self._beat_seconds:

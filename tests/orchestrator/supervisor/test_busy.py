@@ -13,7 +13,7 @@ class Children:
 
     def __init__(self, still: float) -> None:
         self.orchestrator = self
-        self.pulse, self.http = self, None
+        self.pulse, self.http, self.ray = self, None, None
         self.state = "running"
         self.ended: list[str] = []
         self._still = still

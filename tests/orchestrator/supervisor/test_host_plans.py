@@ -33,12 +33,12 @@ def planned(name: str = "m", speedups: tuple[str, ...] = (), **settings: object)
 
 def test_a_host_has_workers_of_its_own_number_in_the_stacks_dtype(tmp_path: Path) -> None:
     (found,) = plan_for("box", facts(), [planned()], StackFolder(tmp_path))
-    specs = list(specs_for("box", found, several=False))
+    specs = list(specs_for("box", found, ""))
     assert [spec.name for spec in specs] == ["text-1@box", "denoise-1@box", "vae-1@box"]
     assert all(spec.dtype == "float32" and spec.same_revision and not spec.endpoint for spec in specs)
     own = HostConfig(stages={"text": StageConfig(workers=0), "denoise": StageConfig(workers=3)})
     (found,) = plan_for("box", facts(), [planned(hosts={"box": own})], StackFolder(tmp_path))
-    assert [spec.stage for spec in specs_for("box", found, several=True)] == ["denoise"] * 3 + ["vae"]
+    assert [spec.stage for spec in specs_for("box", found, "m-")] == ["denoise"] * 3 + ["vae"]
 
 
 def test_what_bits_depend_on_must_be_equal(tmp_path: Path) -> None:
@@ -52,8 +52,16 @@ def test_what_bits_depend_on_must_be_equal(tmp_path: Path) -> None:
 def test_models_of_a_host_are_those_that_it_is_said_to_run(tmp_path: Path) -> None:
     both = [planned(name, hosts={"box": HostConfig(models=("b",))}) for name in ("a", "b")]
     assert [model.name for model in plan_for("box", facts(), both, StackFolder(tmp_path))] == ["b"]
-    with pytest.raises(BadRequest, match="'b', which is no model"):
-        plan_for("box", facts(), both[:1], StackFolder(tmp_path))
+    assert plan_for("box", facts(), both[:1], StackFolder(tmp_path)) == ()
+
+
+def test_a_model_that_fits_no_gpu_of_a_host_is_left_out_and_the_others_run(tmp_path: Path) -> None:
+    stages = {stage: StageConfig(device="cuda") for stage in ("text", "denoise", "vae")}
+    gpu = PlannedModel("g", StackConfig(model="g", stages=stages), StackPlan("float32", POSTS, {}, ()))
+    found = plan_for("box", facts(), [planned("a"), gpu], StackFolder(tmp_path))
+    assert [model.name for model in found] == ["a"]
+    with pytest.raises(BadRequest, match="CUDA"):
+        plan_for("box", facts(), [gpu], StackFolder(tmp_path))
 
 
 def answers(plans: HostPlans) -> list[HostPlanned]:
@@ -69,7 +77,9 @@ def answers(plans: HostPlans) -> list[HostPlanned]:
 
 def test_answers_come_when_asked_and_when_models_wake_or_come(tmp_path: Path) -> None:
     models, awake = [planned("a")], {"a"}
-    plans = HostPlans(StackFolder(tmp_path), lambda: models, awake.__contains__, lambda: None)
+    plans = HostPlans(
+        StackFolder(tmp_path), lambda: models, awake.__contains__, {"a": "", "b": "b-"}.__getitem__, lambda: None
+    )
     plans.joined("box", facts())
     (answer,) = answers(plans)
     assert [spec.name for spec in answer.workers] == ["text-1@box", "denoise-1@box", "vae-1@box"]
@@ -81,7 +91,7 @@ def test_answers_come_when_asked_and_when_models_wake_or_come(tmp_path: Path) ->
     models.append(planned("b"))
     awake.update("ab")
     (answer,) = answers(plans)
-    assert {spec.name for spec in answer.workers if spec.stage == "vae"} == {"a-vae-1@box", "b-vae-1@box"}
+    assert {spec.name for spec in answer.workers if spec.stage == "vae"} == {"vae-1@box", "b-vae-1@box"}
     plans.joined("old", facts(version="0"))
     (answer,) = answers(plans)
     assert answer.reason.startswith("old has another version")
