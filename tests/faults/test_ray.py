@@ -88,6 +88,7 @@ def picture(here: RayStack) -> torch.Tensor:
     return wanted
 
 
+@pytest.mark.all
 def test_agents_come_to_all_nodes_and_a_killed_actor_comes_again(ray_stack: RayStack) -> None:
     box = ray_stack.boxes[0]
     before = {worker.pid for worker in ray_stack.on(box)}
