@@ -39,6 +39,14 @@ def on(client: Client, host: str = "box") -> list[WorkerView]:
     return [w for w in client.workers().workers if w.host == host and w.state != "loading"]
 
 
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has taken in, its parent having been killed, doesn't."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def host(client: Client, name: str = "box") -> HostView:
     return next(view for view in client.hosts() if view.name == name)
 
@@ -89,7 +97,7 @@ def test_workers_end_with_their_agent_and_jobs_go_on_with_the_next_one(stack: Ru
             if event.state == "denoise" and event.step > 3:
                 break
         agent.kill()
-        patiently(lambda: not any(map(psutil.pid_exists, pids)))
+        patiently(lambda: not any(map(runs, pids)))
     with joined_host(tmp_path / "box", key):  # whose first word tells that the others are no more
         for job in jobs:
             client.wait(job.id, 60)
@@ -110,7 +118,7 @@ def test_hosts_outlive_the_orchestrator_and_the_supervisor(state: Path, flux_dev
             patiently(lambda: host(stack.client).state == "here")
             stack.process.send_signal(signal.SIGINT)  # the stack ends, in good order
             stack.process.communicate(timeout=30)
-            patiently(lambda: not any(map(psutil.pid_exists, before)))
+            patiently(lambda: not any(map(runs, before)))
             assert agent.poll() is None
             stack.process = subprocess.Popen(["true"], text=True)  # it is over, and the next one is this machine's own
             stack.process.wait()
