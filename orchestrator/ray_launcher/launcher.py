@@ -84,10 +84,10 @@ class RayLauncher:
     def _check_alone(self) -> None:
         """Raise BadRequest where another stack has hosts that this one is to have: each would plan for the whole."""
         rows = [row for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE]
-        taken = {str(row["name"]).split("/")[1] for row in rows if not of_stack(row, self._stack)}
-        if both := sorted(taken & {self._name_of(node) for node in self._wanted()}):
+        taken = {str(row["name"]).split("/")[2] for row in rows if not of_stack(row, self._stack)}
+        if both := sorted(node["NodeManagerHostname"] for node in self._wanted() if node["NodeID"][:8] in taken):
             raise BadRequest(
-                f"Another stack has the host {both[0]} of this Ray cluster.",
+                f"Another stack has the host {both[0]!r} of this Ray cluster.",
                 "Choose others with --ray-host or --ray-label, or end that stack: triptych down --ray ADDRESS.",
             )
 
@@ -156,7 +156,7 @@ class RayLauncher:
             self._ask(host)
         except (ray.exceptions.ActorUnavailableError, ray.exceptions.ActorUnschedulableError) as error:
             self._say(host.name, f"its actor can't be reached: {first_line(error)}")  # which isn't its death
-            self._ask(host)
+            self._ask_again(host)
         except ray.exceptions.RayError as error:
             self._say(host.name, f"its actor has died: {first_line(error)}")
             del self._hosts[host.node]
@@ -172,6 +172,15 @@ class RayLauncher:
         else:
             host.what, host.asked = "state", host.actor.state.remote()
         host.since = time.monotonic()
+
+    def _ask_again(self, host: Placed) -> None:
+        """Ask what was not answered."""
+        if host.what == "public":
+            host.asked, host.since = host.actor.public.remote(), time.monotonic()
+            return
+        if host.what == "join":
+            host.told = ""
+        self._ask(host)
 
     def _let_in(self, name: str, public: str) -> None:
         for entry in self._keys.entries():
