@@ -50,18 +50,19 @@ def workers(device_map: bool, as_json: bool, quiet: bool, state: Path | None) ->
 
 def table(found: Workers) -> list[list[str]]:
     """The registered workers, then processes that have no worker to show."""
-    processes = {(process.name, process.pid): process for process in found.processes if process.pid}
-    rows = [row(worker, processes.get((worker.name, worker.pid))) for worker in sorted(found.workers, key=by_name)]
-    shown = {(worker.name, worker.pid) for worker in found.workers}
+    processes = {place_of(process): process for process in found.processes if process.pid}
+    rows = [row(worker, processes.get(place_of(worker))) for worker in sorted(found.workers, key=lambda w: w.name)]
+    shown = {place_of(worker) for worker in found.workers}
     for process in found.processes:
-        if process.stage is not None and (process.name, process.pid) not in shown:
+        if process.stage is not None and place_of(process) not in shown:
             note = process.reason if process.state == "waiting" else "loading its libraries"
             rows.append([process.name, process.state, str(process.pid or "-"), "-", "-", "-", "-", "-", note])
     return rows
 
 
-def by_name(worker: WorkerView) -> str:
-    return worker.name
+def place_of(one: WorkerView | ProcessView) -> tuple[str, int | None]:
+    """Return where a process is: its host, empty for the stack's own, and its number there."""
+    return one.name.partition("@")[2], one.pid
 
 
 def row(worker: WorkerView, process: ProcessView | None) -> list[str]:

@@ -15,6 +15,7 @@ import click
 
 from orchestrator.cli.options import state_folder, state_option
 from orchestrator.cli.plan_words import in_words
+from orchestrator.cli.stack import place_of
 from orchestrator.cli.stack_options import stack_config, stack_options
 from orchestrator.cli.strays import strays
 from orchestrator.settings import StackConfig
@@ -123,8 +124,8 @@ def who_comes(config: StackConfig) -> str:
 def all_here(client: Client, model: str, wanted: int) -> bool:
     """Return whether a model has so many workers that have loaded, or rests already; the supervisor must be known."""
     found = client.workers()
-    here = {(process.name, process.pid) for process in found.processes if process.model == model}
-    loaded = sum(worker.state != "loading" and (worker.name, worker.pid) in here for worker in found.workers)
+    here = {place_of(process) for process in found.processes if process.model == model}
+    loaded = sum(worker.state != "loading" and place_of(worker) in here for worker in found.workers)
     rests = any(view.resting for view in client.models() if view.name == model)
     return bool(found.processes) and (loaded >= wanted or rests)
 
