@@ -96,6 +96,11 @@ def read_private(path: Path) -> str:
 def save(path: Path, key: PeerKey) -> None:
     if path.exists():
         raise BadRequest(f"{str(path)!r} exists already.", "Choose another file with -o, or remove it.")
+    write_key(path, key)
+
+
+def write_key(path: Path, key: PeerKey) -> None:
+    """Write a key's file, in the place of one that is there."""
     write_private(path, json.dumps({"format": FORMAT, **asdict(key)}, indent=1) + "\n")
 
 

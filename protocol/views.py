@@ -63,12 +63,15 @@ class GpuView(Data):
         return worker.host == self.host and self.index in worker.gpus
 
 
+Placing = Literal["", "cordoned", "drained"]  # what keeps new work from a host
+
+
 class HostView(Data):
     """A host of the stack's beside its own."""
 
     name: str  # of its key
     state: Literal["planning", "here", "silent", "refused", "gone"]
-    placing: Literal["", "cordoned", "drained"]  # what keeps new work from it
+    placing: Placing
     reason: str  # why it was refused
     facts: HostFacts
     workers: int  # that it is to have

@@ -1,6 +1,5 @@
 """`down`: the end of a stack, and of what it has started on other hosts."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -8,8 +7,8 @@ import click
 
 from orchestrator.cli.options import state_folder, state_option
 from orchestrator.state_folder import end_stack
+from orchestrator.supervisor.ray_process import check_installed
 from protocol.client.endpoints import no_stack
-from protocol.errors import BadRequest
 
 
 @click.command()
@@ -24,8 +23,7 @@ def down(ray: str | None, state: Path | None) -> None:
     if running:
         print("The stack has stopped.", file=sys.stderr)
     if ray is not None:
-        if importlib.util.find_spec("ray") is None:
-            raise BadRequest("--ray needs ray, which is not installed.", "pip install 'triptych[ray]'")
+        check_installed()
         from orchestrator.ray_launcher.launcher import end_leftovers
 
         found = end_leftovers(folder, ray)

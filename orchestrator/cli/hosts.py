@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import click
 
@@ -13,7 +12,7 @@ from orchestrator.cli.table import print_lines, print_table
 from protocol.client.client import Client
 from protocol.messages.client import Workers
 from protocol.units import format_bytes
-from protocol.views import HostView, ProcessView
+from protocol.views import HostView, Placing, ProcessView
 
 
 @click.group(invoke_without_command=True)
@@ -70,7 +69,7 @@ def troubles(found: Sequence[HostView], processes: Sequence[ProcessView]) -> lis
     return told + [f"{process.name} is down: {process.reason}" for process in down if process.reason]
 
 
-def place(name: str, placing: Literal["", "cordoned", "drained"], state: Path | None) -> None:
+def place(name: str, placing: Placing, state: Path | None) -> None:
     with Client(state_folder(state)) as client:
         client.place_on_host(name, placing)
 

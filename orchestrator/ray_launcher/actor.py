@@ -4,13 +4,12 @@ Ray knows names, a public key and an endpoint of it. The node's secret is made o
 """
 
 import contextlib
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import psutil
 from orchestrator.state_folder import StackFolder, end_stack
 from orchestrator.supervisor.host_agent import ENDED_WITH_STACK
 from protocol.client.endpoints import default_folder
-from protocol.curve_keys import FORMAT, KeyPair, PeerKey, load, write_private
+from protocol.curve_keys import KeyPair, PeerKey, load, write_key
 from protocol.errors import BadRequest, TriptychError
 from protocol.process import LIFELINE
 
+SET_BY_RAY = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 OF_RAY = ("RAY_", "PYTHONUNBUFFERED")
 GRACE_SECONDS = 12.0  # that an agent may take for its end
 AGAIN_SECONDS = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)  # before an agent that has ended is started again
@@ -61,7 +61,7 @@ class HostActor:
         return self._save(PeerKey(self._name, "host", "", pair.public, pair.public, pair.secret))
 
     def _save(self, key: PeerKey) -> PeerKey:
-        write_private(self._key_file, json.dumps({"format": FORMAT, **asdict(key)}, indent=1) + "\n")
+        write_key(self._key_file, key)
         return key
 
     def public(self) -> str:
@@ -80,11 +80,11 @@ class HostActor:
 
     def state(self) -> dict[str, Any]:
         """Return whether the agent runs, why it does not, and how this node treats processes."""
-        agent = self._agent
+        pid = self._agent.pid if self._agent and self._agent.poll() is None else None
         return {
-            "pid": agent.pid if agent and agent.poll() is None else None,
+            "pid": pid,
             "reason": self._reason,
-            "niceness": os.getpriority(os.PRIO_PROCESS, agent.pid) if agent and agent.poll() is None else 0,
+            "niceness": os.getpriority(os.PRIO_PROCESS, pid) if pid else 0,
         }
 
     def stop(self) -> None:
@@ -149,8 +149,7 @@ def environment_of_node() -> dict[str, str]:
     try:
         found = psutil.Process(os.getppid()).environ()
     except psutil.Error:
-        found = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS",)}
-        found.pop("CUDA_VISIBLE_DEVICES", None)
+        found = {name: value for name, value in os.environ.items() if name not in SET_BY_RAY}
     return {name: value for name, value in found.items() if not name.startswith(OF_RAY)}
 
 

@@ -21,7 +21,7 @@ from protocol.host import HostFacts
 from protocol.messages.common import Beat, Error, Message, Welcome
 from protocol.messages.host import HostEnds, HostGoodbye, HostHello, HostLog, HostStatus, HostWorkers
 from protocol.messages.supervisor import HostJoined, HostPlanned, KillProcess, RestartProcess
-from protocol.views import HostView, ProcessView
+from protocol.views import HostView, Placing, ProcessView
 from protocol.worker_spec import WorkerSpec
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ HEARTBEAT_SECONDS = 1.0
 STATUS_SECONDS = 0.5  # that a driver's count may be old when it is told
 SILENCE_SECONDS = 5.0
 TAKEOVER_SECONDS = 3.0  # without a word of an agent, after which another one with its key takes its place
-Placing = Literal["", "cordoned", "drained"]
 
 
 @dataclass(slots=True)

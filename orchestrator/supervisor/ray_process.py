@@ -24,8 +24,7 @@ def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
 
     Whoever reaches a Ray cluster runs programs on its hosts: it must ask for a token.
     """
-    if importlib.util.find_spec("ray") is None:
-        raise BadRequest("--ray needs ray, which is not installed.", "pip install 'triptych[ray]'")
+    check_installed()
     if os.environ.get("RAY_AUTH_MODE") != "token":
         raise BadRequest(
             "Ray lets everybody in who reaches its ports, unless it asks for a token.",
@@ -65,6 +64,12 @@ def same_port(folder: StackFolder) -> str:
             return f"tcp://0.0.0.0:{port}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ANY_PORT
+
+
+def check_installed() -> None:
+    """Raise BadRequest where there is no ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise BadRequest("--ray needs ray, which is not installed.", "pip install 'triptych[ray]'")
 
 
 def token_file() -> Path | None:

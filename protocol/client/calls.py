@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from protocol.client.exchange import (
     PATIENCE_SECONDS,
@@ -61,7 +61,7 @@ from protocol.model_spec import ModelSpec
 from protocol.pictures import pictures_among
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from protocol.views import HostView, ModelView
+from protocol.views import HostView, ModelView, Placing
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class Calls:
         """The hosts of the stack beside its own."""
         return list((await self._message(Hosts, GetHosts)).hosts)
 
-    async def place_on_host(self, host: str, placing: Literal["", "cordoned", "drained"]) -> None:
+    async def place_on_host(self, host: str, placing: Placing) -> None:
         """Give a host nothing new to do (cordoned), nor let it keep its workers (drained), or let it work. NotFound."""
         await self._link.ask(PlaceOnHost, None, host=host, placing=placing)
 

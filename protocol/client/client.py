@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Container, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import zmq
 
@@ -31,7 +31,7 @@ from protocol.model_spec import ModelSpec
 from protocol.sockets import dealer, receive, send
 from protocol.stages import Stage
 from protocol.tensors import Tensor
-from protocol.views import HostView, ModelView
+from protocol.views import HostView, ModelView, Placing
 from protocol.wire import Envelope
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class Client:
         """The hosts of the stack beside its own."""
         return run(self._calls.hosts())
 
-    def place_on_host(self, host: str, placing: Literal["", "cordoned", "drained"]) -> None:
+    def place_on_host(self, host: str, placing: Placing) -> None:
         """Give a host nothing new to do (cordoned), nor let it keep its workers (drained), or let it work. NotFound."""
         run(self._calls.place_on_host(host, placing))
 

@@ -1,6 +1,6 @@
 """Clients' questions, and the orchestrator's answers and events."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ from protocol.metrics import Metric
 from protocol.model import ModelDescription
 from protocol.model_spec import FullName, ModelName, ModelSpec
 from protocol.stages import Stage
-from protocol.views import GpuView, HostView, ModelView, ProcessView, WorkerView
+from protocol.views import GpuView, HostView, ModelView, Placing, ProcessView, WorkerView
 
 ModelOf = Annotated[str, Field(max_length=4096)] | None  # its name in the stack; None: the default one
 
@@ -122,7 +122,7 @@ class PlaceOnHost(Question):
 
     kind = "place-on-host"
     host: Name
-    placing: Literal["", "cordoned", "drained"]
+    placing: Placing
 
 
 class Drain(Question):
