@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 from pydantic import ValidationError
 
@@ -123,6 +124,18 @@ class ExitReport(Data):
             return ExitReport.model_validate_json(data) if data else None
         except ValidationError:
             return None
+
+
+def run_process(name: str, work: Callable[[str], None]) -> int:
+    """Be a process of the supervisor's, started with its spec as JSON, which `work` gets; return the exit code."""
+    end_with_parent()
+    log_to_stderr(name, limited=True)
+    os.umask(0o077)
+    try:
+        work(sys.argv[1])
+    except BaseException as error:
+        return report_end(error)
+    return 0
 
 
 def report_end(error: BaseException) -> int:

@@ -1,7 +1,6 @@
 """`python -m orchestrator.http SPEC`: the HTTP process, as the supervisor starts it; SPEC is JSON."""
 
 import logging
-import os
 import socket
 import sys
 
@@ -11,7 +10,7 @@ from orchestrator.http.app import create_app
 from orchestrator.http.impatient import Impatient
 from orchestrator.pulse import Pulse
 from orchestrator.settings import HttpSpec
-from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.process import run_process
 
 MOST_CONNECTIONS = 2000  # beyond which whoever comes is told 503
 GRACE_SECONDS = 3  # that requests have to end when the stack does
@@ -33,15 +32,4 @@ def serve(spec: HttpSpec) -> None:
     uvicorn.Server(config).run(sockets=[listening])
 
 
-def main() -> int:
-    end_with_parent()
-    log_to_stderr("http", limited=True)
-    os.umask(0o077)
-    try:
-        serve(HttpSpec.model_validate_json(sys.argv[1]))
-    except BaseException as error:
-        return report_end(error)
-    return 0
-
-
-sys.exit(main())
+sys.exit(run_process("http", lambda spec: serve(HttpSpec.model_validate_json(spec))))

@@ -1,13 +1,12 @@
 """`python -m orchestrator.ray_launcher SPEC`: the launcher's process, as the supervisor starts it; SPEC is JSON."""
 
-import os
 import signal
 import sys
 
 from orchestrator.pulse import Pulse
 from orchestrator.settings import RaySpec
 from orchestrator.state_folder import StackFolder
-from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.process import run_process
 
 
 def launch(spec: RaySpec) -> None:
@@ -21,15 +20,4 @@ def launch(spec: RaySpec) -> None:
     launcher.run()
 
 
-def main() -> int:
-    end_with_parent()
-    log_to_stderr("ray", limited=True)
-    os.umask(0o077)
-    try:
-        launch(RaySpec.model_validate_json(sys.argv[1]))
-    except BaseException as error:
-        return report_end(error)
-    return 0
-
-
-sys.exit(main())
+sys.exit(run_process("ray", lambda spec: launch(RaySpec.model_validate_json(spec))))

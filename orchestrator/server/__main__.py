@@ -1,7 +1,6 @@
 """`python -m orchestrator.server SPEC`: the orchestrator's process, as the supervisor starts it; SPEC is JSON."""
 
 import functools
-import os
 import signal
 import sys
 
@@ -13,7 +12,7 @@ from orchestrator.settings import AccountSettings, OrchestratorSpec
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import Endpoints
 from protocol.gpu_memory import GpuId
-from protocol.process import end_with_parent, log_to_stderr, report_end
+from protocol.process import run_process
 
 
 def orchestrate(spec: OrchestratorSpec) -> None:
@@ -37,15 +36,4 @@ def account(index: int, gpu: AccountSettings) -> Account:
     return Account(gpu.budget, gpu.foreign, used, gpu.kept, gpu.name)
 
 
-def main() -> int:
-    end_with_parent()
-    log_to_stderr("orchestrator", limited=True)
-    os.umask(0o077)
-    try:
-        orchestrate(OrchestratorSpec.model_validate_json(sys.argv[1]))
-    except BaseException as error:
-        return report_end(error)
-    return 0
-
-
-sys.exit(main())
+sys.exit(run_process("orchestrator", lambda spec: orchestrate(OrchestratorSpec.model_validate_json(spec))))
