@@ -130,6 +130,14 @@ def links(gpus: tuple[int, ...], cuda: bool, seconds: float = 3.0, size: int = 1
         of_alone=sum(together) / sum(alone))  # fmt: skip
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Return a process's command; nothing of one that has ended."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
 class SeveralBench(StackBench):
     """Stacks on several GPUs, each of which gives `budget` bytes."""
 
@@ -203,7 +211,7 @@ class SeveralBench(StackBench):
         for event in client.events([job.id], timeout=300):
             if event.state == "denoise" and event.running and event.step >= 2 and not start:
                 victim = next(w for w in client.workers().workers if w.job == job.id)
-                ranks = [p for p in psutil.Process(victim.pid).children() if FORK_SERVER in p.cmdline()]
+                ranks = [p for p in psutil.Process(victim.pid).children() if FORK_SERVER in command_of(p)]
                 ranks[-1].kill()  # others of its children compile
                 start = time.perf_counter()
         done = client.wait(job.id, 300)
@@ -230,7 +238,7 @@ class SeveralBench(StackBench):
                 continue
             next_one, workers = todo[0], client.workers().workers
             if next_one == "fork server":
-                forked = [p for p in psutil.Process().children(recursive=True) if FORK_SERVER in p.cmdline()]
+                forked = [p for p in psutil.Process().children(recursive=True) if FORK_SERVER in command_of(p)]
                 min(forked, key=psutil.Process.create_time).kill()  # all that it forks are called as it is
                 todo.pop(0)
                 continue

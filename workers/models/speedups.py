@@ -161,6 +161,11 @@ def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
 
 
 def keep_compiled_code() -> None:
-    """Keep compiled code on disk, of all sizes and for all GPUs with blocks: a restart need not compile again."""
+    """Keep compiled code on disk, of all sizes and for all GPUs with blocks: a restart need not compile again.
+
+    Nothing that changes bits is chosen by timing it: each process computes what the others do.
+    """
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+    if hasattr(torch._inductor.config, "deterministic"):  # torch 2.9 has no such setting
+        torch._inductor.config.deterministic = True
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_path("triptych") / "compiled"))

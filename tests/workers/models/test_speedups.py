@@ -70,6 +70,15 @@ def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
     assert all(map(torch.equal, latents(flux, speed, int(size * share)), fast))
 
 
+def test_nothing_that_changes_bits_is_chosen_by_timing_where_blocks_are_compiled(
+    flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    assert loaded(flux, StageSpeedups(compile=True)).residencies["transformer"].compiled
+    assert torch._inductor.config.deterministic
+
+
 def loaded(folder: Path, speed: StageSpeedups):  # type: ignore[no-untyped-def]
     return load(read("x", folder, None), "denoise", Devices(CPU, {0: 1 << 40}), torch.float32, speed)
 
