@@ -73,10 +73,10 @@ def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
 def test_nothing_that_changes_bits_is_chosen_by_timing_where_blocks_are_compiled(
     flux: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
-    assert loaded(flux, StageSpeedups(compile=True)).residencies["transformer"].compiled
-    assert torch._inductor.config.deterministic
+    with torch._inductor.config.patch(deterministic=False):
+        assert loaded(flux, StageSpeedups(compiled=True)).residencies["transformer"].compiled
+        assert torch._inductor.config.deterministic
 
 
 def loaded(folder: Path, speed: StageSpeedups):  # type: ignore[no-untyped-def]
