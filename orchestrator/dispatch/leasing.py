@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.memory_accounts import MemoryAccounts
@@ -26,6 +27,7 @@ from orchestrator.scheduling.snapshot import (
     Snapshot,
     TakeLoan,
     WaitingTask,
+    far_ahead,
 )
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
@@ -37,6 +39,9 @@ from protocol.stages import STAGES, Stage
 from protocol.units import format_bytes
 
 JUDGED_ALIKE_SECONDS = 0.25  # that what can be had of GPUs counts as the same
+FEW_GPUS = 32  # with idle workers, up to which all are looked at in each decision
+ALL_SECONDS = 2.0  # between two looks at all
+IN_TURNS = 16  # GPUs
 LESS = 0.9  # of a loan that a worker could not give
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
@@ -62,6 +67,9 @@ class Leasing:
         self._judged: dict[ModelKey, tuple[object, tuple[DoesNotFit | None, int | None]]] = {}
         self.accounts = MemoryAccounts(ledger, fleet)
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
+        self.partly = False  # the last decision was about some of the idle workers
+        self._looked = self._all_due = 0.0  # monotonic seconds of the last one, and of the next about all
+        self._turn = 0
 
     # -- workers come, and go -------------------------------------------------------------------
 
@@ -120,7 +128,7 @@ class Leasing:
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
         """
         self.standing = []
-        idle = self._fleet.idle(self._worth_a_look)
+        idle, all_of_them = self._worth_looking_at(self._fleet.idle(self._worth_a_look))
         if not idle and not self._fleet.lenders:
             return []
         snapshot = self._snapshot(idle, jobs, drained)
@@ -128,7 +136,7 @@ class Leasing:
         if any(map(takes_more, actions)):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
-        if snapshot.holders and any(snapshot.waiting.values()):
+        if all_of_them and snapshot.holders and any(snapshot.waiting.values()):
             self.standing = self._standstill.look(snapshot, actions, self._busy())
         return actions
 
@@ -139,16 +147,51 @@ class Leasing:
         """
         return None if place in self._leased_places else self._queues.at(*place)
 
+    def _worth_looking_at(self, idle: list[IdleWorker]) -> tuple[Sequence[IdleWorker], bool]:
+        """Return the idle workers that a decision is about, and whether that is all of them.
+
+        Beside few GPUs it is; beside many all of them now and then, and else those where something has changed, and in
+        turns some of those that could do what waits.
+        """
+        now, since = time.monotonic(), self._looked
+        there: dict[GpuId, list[IdleWorker]] = {}
+        for worker in idle:
+            for holding in self.ledger.holdings.get(worker.holder, ())[:1]:
+                there.setdefault(holding.gpu, []).append(worker)
+        self._looked = now
+        self.partly = len(there) > FEW_GPUS and now < self._all_due
+        if not self.partly:
+            self._all_due = now + ALL_SECONDS
+            return idle, True
+        workers = self._fleet.workers
+        chosen = {gpu for gpu in there if self.ledger.touched.get(gpu, 0.0) >= since}
+        chosen |= {gpu for gpu, some in there.items() for w in some if workers[bytes.fromhex(w.id)].idle_since >= since}
+        can_help: dict[GpuId, None] = {}
+        wanted = Counter({place: self._queues.at(*place) for place in {(w.stage, w.model) for w in idle}})
+        for gpu, some in there.items():
+            for worker in some:
+                place = worker.stage, worker.model
+                if wanted[place] > 0 and self.ledger.holdings[worker.holder][0].lease:
+                    wanted[place] -= 1
+                    chosen.add(gpu)
+                elif wanted[place] > 0:
+                    can_help[gpu] = None
+        others = [gpu for gpu in can_help if gpu not in chosen]
+        self._turn = (self._turn + IN_TURNS) % max(1, len(others))
+        chosen.update((others[self._turn :] + others)[:IN_TURNS])
+        holdings = self.ledger.holdings
+        return [w for w in idle if w.holder not in holdings or holdings[w.holder][0].gpu in chosen], False
+
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self.accounts.concerned({worker.holder for worker in idle} | self._lenders()))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
         waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
-        here, ledger = {worker.id for worker in self._fleet}, self.ledger
+        here, ledger = {worker.id for gpu in gpus for worker in self._on(gpu)}, self.ledger
         spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
-        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience)
+        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience, far_ahead(self._fleet.counts))
 
     def _lenders(self) -> set[str]:
         return {worker.id for worker in self._fleet.lenders if worker.loan == "given"}
@@ -166,15 +209,18 @@ class Leasing:
         """Note that a task came nearer to its end, or that a worker came or went."""
         self._standstill.moved()
 
-    def _holders(self, gpus: Container[GpuId]) -> list[LeasedWorker]:
+    def _on(self, gpu: GpuId) -> Iterator[Worker]:
+        """Yield the workers that hold something of a GPU, but for those that have left."""
+        workers = self._fleet.workers
+        found = (workers.get(bytes.fromhex(name)) for name in self.ledger.on(gpu) if "/" not in name)
+        return (worker for worker in found if worker)
+
+    def _holders(self, gpus: Iterable[GpuId]) -> list[LeasedWorker]:
         now = time.monotonic()
         found: list[LeasedWorker] = []
-        if not self.ledger.holdings:
-            return found
-        for worker in self._fleet:
-            holdings = self.ledger.holdings.get(worker.id)
-            if holdings is None or holdings[0].gpu not in gpus:
-                continue
+        there = {worker.identity: worker for gpu in gpus for worker in self._on(gpu)}
+        for worker in sorted(there.values(), key=lambda worker: worker.joined):
+            holdings = self.ledger.holdings[worker.id]
             demands = {holding.gpu: self._demand(worker, holding) for holding in holdings}
             stage, keep = worker.hello.stage, self._keep_alive(worker)
             resting = self._fleet.resting_since(worker)

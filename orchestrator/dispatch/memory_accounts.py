@@ -1,6 +1,6 @@
 """Accounts of GPU memory, for when nothing moves: which worker holds what, which keep what no lease gives back."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
 
 from orchestrator.dispatch.fleet import Fleet, Worker
 from orchestrator.job import LiveJob, ModelKey
@@ -48,10 +48,8 @@ class MemoryAccounts:
 
     def _account_of(self, gpu: GpuId, names: Mapping[str, str]) -> str:
         """Describe a GPU's budget, by what each worker has of it."""
-        account, rows = self._ledger.accounts[gpu], self._ledger.holdings.items()
-        here = [
-            (names.get(worker, "an ended process"), h) for worker, holdings in rows for h in holdings if h.gpu == gpu
-        ]
+        account = self._ledger.accounts[gpu]
+        here = [(names.get(worker, "an ended process"), holding) for worker, holding in self._ledger.on(gpu).items()]
         held = ", ".join(
             f"{name} {format_bytes(h.booked)} leased and {format_bytes(h.overhead)} beside it" for name, h in here
         )
@@ -62,11 +60,7 @@ class MemoryAccounts:
             told += f", and {format_bytes(others)} are in use by other programs, by its driver's count"
         return told
 
-    def concerned(self, holders: Container[str]) -> set[GpuId]:
+    def concerned(self, holders: Iterable[str]) -> set[GpuId]:
         """Return the GPUs of these holders, and of all holders that lie on one of those and on others."""
-        everybody = [{holding.gpu for holding in holdings} for holdings in self._ledger.holdings.values()]
-        gpus = {h.gpu for worker, holdings in self._ledger.holdings.items() if worker in holders for h in holdings}
-        spread = [demands for demands in everybody if len(demands) > 1]
-        while more := [demands for demands in spread if demands & gpus and not demands <= gpus]:
-            gpus |= set().union(*more)
-        return gpus
+        holdings = self._ledger.holdings
+        return self._ledger.together(holding.gpu for holder in holders for holding in holdings.get(holder, ()))

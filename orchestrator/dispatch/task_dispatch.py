@@ -35,6 +35,7 @@ MOST_WAITING = 64  # jobs that are looked through for what a worker may do along
 MOST_BESIDE = MAX_TENSORS // 2  # tensors of other jobs beside a task
 MOST_TEXT = 20_000  # characters of one of those jobs: a message's header holds all their recipes
 WAITING_SECONDS = 0.25  # between two decisions that the time alone may change, while tasks wait
+PARTLY_SECONDS = 0.02  # where the last decision was about some of the workers that might do it
 IDLE_SECONDS = 1.0  # and while none do: what is free of GPUs changes outside of the stack, and keep-alives end
 HOLD_SECONDS = 1.0  # after a restart, for workers to come back and name their tasks
 MEMORY_HINT = "a smaller picture, fewer a job, a larger --budget, another GPU or --device cpu for a stage would help"
@@ -105,7 +106,8 @@ class TaskDispatch:
         if changes == self._seen and self.clock() < self._look_again and now < self._rest_ends:
             return False
         self._seen, rest_ends = changes, self._fleet.trust.next_due()
-        self._look_again = self.clock() + (WAITING_SECONDS if len(queues) else IDLE_SECONDS)
+        soon = PARTLY_SECONDS if self._leasing.partly else WAITING_SECONDS
+        self._look_again = self.clock() + (soon if len(queues) else IDLE_SECONDS)
         self._rest_ends = math.inf if rest_ends is None else rest_ends
         return True
 

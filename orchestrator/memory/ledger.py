@@ -7,7 +7,7 @@ worker on several GPUs has a holding of each.
 import contextlib
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from orchestrator.job import ModelKey
@@ -91,6 +91,8 @@ class Ledger:
     holdings: dict[str, tuple[Holding, ...]] = field(default_factory=dict)  # by worker, one for each of its GPUs
     touched: dict[GpuId, float] = field(default_factory=dict)  # monotonic seconds of a GPU's last change in the book
     changes: int = 0  # of GPUs, and of who holds anything
+    _on_gpu: dict[GpuId, dict[str, Holding]] = field(default_factory=dict)  # the same by GPU
+    _spread: set[str] = field(default_factory=set)  # workers on several GPUs
     _seen: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)  # by stage and model: (pixels, bytes)
     _uncounted: dict[GpuId, int] = field(default_factory=dict)  # by GPU, see `as_measured`
 
@@ -101,21 +103,35 @@ class Ledger:
     def shut(self, gpu: GpuId) -> None:
         """Forget a GPU that is there no more, and who holds anything of it."""
         del self.accounts[gpu]
-        for worker in [w for w, holdings in self.holdings.items() if any(h.gpu == gpu for h in holdings)]:
-            del self.holdings[worker]
+        for worker in [*self.on(gpu)]:
+            self._drop(worker)
         self.changes += 1
 
     def close(self, host: str) -> None:
         """Forget a host's GPUs, and who holds what of them."""
         self.changes += 1
         for gpu in [gpu for gpu in self.accounts if gpu.host == host]:
-            del self.accounts[gpu]
-        for worker in [w for w, holdings in self.holdings.items() if any(h.gpu.host == host for h in holdings)]:
-            del self.holdings[worker]
+            self.shut(gpu)
 
     def join(self, worker: str, holdings: Iterable[Holding]) -> None:
-        self.holdings[worker] = tuple(holdings)
+        self._put(worker, tuple(holdings))
         self._touch(worker)
+
+    def _put(self, worker: str, holdings: tuple[Holding, ...]) -> None:
+        self._drop(worker)
+        self.holdings[worker] = holdings
+        for holding in holdings:
+            self._on_gpu.setdefault(holding.gpu, {})[worker] = holding
+        if len(holdings) > 1:
+            self._spread.add(worker)
+
+    def _drop(self, worker: str) -> tuple[Holding, ...]:
+        """Forget what a worker holds; return it."""
+        holdings = self.holdings.pop(worker, ())
+        for holding in holdings:
+            self._on_gpu[holding.gpu].pop(worker, None)
+        self._spread.discard(worker)
+        return holdings
 
     def wants(self, worker: str, needs: Sequence[WeightNeed]) -> bool:
         """Take in what a worker needs from now on; return whether it is booked as holding so many GPUs."""
@@ -128,7 +144,7 @@ class Ledger:
 
     def leave(self, worker: str) -> None:
         self._touch(worker)
-        self.holdings.pop(worker, None)
+        self._drop(worker)
         self.changes += 1
 
     def open(self, gpu: GpuId, account: Account) -> None:
@@ -138,21 +154,33 @@ class Ledger:
 
     def orphan(self, worker: str, ghost: str) -> None:
         """Move the holdings of a worker that has left to `ghost`: its process may still hold its memory."""
-        if holdings := self.holdings.pop(worker, None):
-            self.holdings[ghost] = holdings
+        if holdings := self._drop(worker):
+            self._put(ghost, holdings)
+
+    def on(self, gpu: GpuId) -> Mapping[str, Holding]:
+        """Return who holds what of a GPU."""
+        return self._on_gpu.get(gpu, {})
+
+    def together(self, gpus: Iterable[GpuId]) -> set[GpuId]:
+        """Return GPUs with those that workers which lie on one of them lie on besides."""
+        found = {*gpus}
+        spread = [{holding.gpu for holding in self.holdings[worker]} for worker in self._spread]
+        while more := [gpus for gpus in spread if gpus & found and not gpus <= found]:
+            found |= set().union(*more)
+        return found
 
     def available(self, gpu: GpuId) -> int:
         """Bytes for leases: the budget without contexts and what is kept beside them."""
-        return self.accounts[gpu].budget - sum(h.overhead for h in self._on(gpu)) - self.uncounted(gpu)
+        return self.accounts[gpu].budget - sum(h.overhead for h in self.on(gpu).values()) - self.uncounted(gpu)
 
     def free(self, gpu: GpuId) -> int:
         """Bytes in no lease. Negative where contexts have grown."""
-        held = sum(h.overhead + h.booked for h in self._on(gpu))
+        held = sum(h.overhead + h.booked for h in self.on(gpu).values())
         return self.accounts[gpu].budget - held - self._uncounted.get(gpu, 0)
 
     def uncounted(self, gpu: GpuId) -> int:
         """Bytes in use by the driver's count that the book can't explain; 0 but within `as_measured`."""
-        changing = any(h.asked for h in self._on(gpu))  # which may explain it
+        changing = any(h.asked for h in self.on(gpu).values())  # which may explain it
         return 0 if changing else self._uncounted.get(gpu, 0)
 
     @contextlib.contextmanager
@@ -169,16 +197,12 @@ class Ledger:
         account = self.accounts[gpu]
         if (used := account.used()) is None:
             return -1
-        pending = sum(h.booked for h in self._on(gpu) if h.asked)  # may or may not be in the driver's count yet
+        pending = sum(h.booked for h in self.on(gpu).values() if h.asked)  # may or may not be in the driver's count yet
         return max(0, account.budget + account.kept - (used - account.foreign) - pending)
 
-    def passing(self, gpu: GpuId, workers: Collection[str]) -> int:
+    def passing(self, gpu: GpuId, workers: Container[str]) -> int:
         """Bytes in leases of others than these workers, which will be free."""
-        others = [holdings for worker, holdings in self.holdings.items() if worker not in workers]
-        return sum(holding.booked for holdings in others for holding in holdings if holding.gpu == gpu)
-
-    def _on(self, gpu: GpuId) -> list[Holding]:
-        return [holding for holdings in self.holdings.values() for holding in holdings if holding.gpu == gpu]
+        return sum(holding.booked for worker, holding in self.on(gpu).items() if worker not in workers)
 
     def lend(self, worker: str, leases: Sequence[Lease]) -> None:
         """Book a lease that is about to be told, of each of a worker's GPUs."""

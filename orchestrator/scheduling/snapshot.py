@@ -160,6 +160,16 @@ class Want:
         return replace(self.holder.demands[gpu].need, workspace=self.task.workspace * self.holder.jobs)
 
 
+def far_ahead(workers: Mapping[Stage, int]) -> dict[Stage, int]:
+    """Return how many jobs may wait beyond each stage, beside so many workers of each.
+
+    None of them shall have nothing to do while prompts wait: a GPU's turn of text encoders must last for a turn of many
+    denoisers.
+    """
+    count = sum(workers.values())
+    return {stage: max(TRAITS[stage].ahead, 2 * count) for stage in STAGES}
+
+
 def slots_ahead(task: WaitingTask, snapshot: Snapshot) -> int:
     """Return how many tasks like this one may start, before too many of its model's jobs wait nearer to their end.
 

@@ -1,4 +1,4 @@
-"""What it costs to watch a job: denoising with a preview asked for all the time, beside jobs that nobody watches, in turns.
+"""What it costs to watch a job: denoising with previews asked for all the time, in turns with jobs that nobody watches.
 
     python -m scripts.bench.previews /tmp/flux
 
@@ -25,7 +25,7 @@ class PreviewBench(StackBench):
     def job(self, client: Client, watched: bool) -> tuple[float, set[int], bytes]:
         """Return the denoiser's seconds of a job, the steps that previews were of, and its picture."""
         job, steps = client.submit(PROMPT, seed=1, **self.recipe), set()
-        while watched and not (now := client.job(job.id)).state in ENDED:
+        while watched and (now := client.job(job.id)).state not in ENDED:
             if now.state == "denoise" and (preview := client.preview(job.id)).file:
                 steps.add(preview.step)
             time.sleep(LOOKS)
@@ -37,7 +37,9 @@ class PreviewBench(StackBench):
         with self.stack(budget) as client:
             for watched in (False, True, False):  # the first one teaches the map
                 _, _, wanted = self.job(client, watched)
-            alone, watching, previews, equal = [], [], [], True
+            alone: list[float] = []
+            watching: list[float] = []
+            previews, equal = [], True
             for _ in range(times):
                 for watched in (False, True):
                     seconds, steps, picture = self.job(client, watched)

@@ -1,25 +1,26 @@
 """A stack in simulated time: its scheduler is the real one, its GPUs are figures of the plan.
 
 What a worker's task takes follows from what its lease lets it hold; a swap takes its bytes over the link. The world
-asks `decide` as the orchestrator does, but only about GPUs where something can change.
+asks `decide` as the orchestrator does, but only about GPUs where something can change, and after each message only once
+the orchestrator has had the time that one was measured to take it.
 
-Longer than other files: the simulated stack and the two ways that it is compared with use the same costs.
+Longer than other files: hosts that go and come are the workers' lives, read beside what workers do.
 """
 
 import functools
 import heapq
 import itertools
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from orchestrator.dispatch.leasing import ALL_SECONDS, FEW_GPUS, IN_TURNS
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
-from orchestrator.memory.margins import HEADROOM
-from orchestrator.planning.hardware import Card, Hardware
-from orchestrator.planning.planner import Plan
+from orchestrator.planning.hardware import Hardware
+from orchestrator.planning.placement import Post
 from orchestrator.planning.prediction import Book, Terms
-from orchestrator.planning.streaming_cost import job_seconds, load_of, streaming
+from orchestrator.scheduling.autoscaling import Autoscaler, ScalingTerms, Work, least_busy
 from orchestrator.scheduling.scheduler import decide
 from orchestrator.scheduling.snapshot import (
     Assign,
@@ -30,41 +31,23 @@ from orchestrator.scheduling.snapshot import (
     LeasedWorker,
     Snapshot,
     WaitingTask,
+    far_ahead,
 )
 from protocol.gpu_memory import GpuId
-from protocol.model_profile import ModelProfile, StageProfile
+from protocol.model_profile import ModelProfile
 from protocol.stages import STAGES, TRAITS, USUAL_NEXT, Stage
+from scripts.simulate.costs import Arrival, Tally, task_seconds
+from scripts.simulate.outages import SILENCE, Outage
 
 MODEL = ModelKey("m", "bfloat16")
 GIVING_BACK = 0.02  # seconds
 LATE_FIRST = sorted(STAGES, key=lambda stage: TRAITS[stage].distance)
-
-HOST = "simulated"
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    at: float  # seconds
-    cached: bool  # its prompt's embeddings are known
-
-
-@dataclass(slots=True)
-class Tally:
-    """The outcome of a trace."""
-
-    waits: list[float] = field(default_factory=list)  # seconds from a job's arrival to its denoiser's first step
-    times: list[tuple[float, float]] = field(default_factory=list)  # (arrival, end) of each job
-    busy: float = 0.0  # GPU seconds of computing
-    swaps: int = 0
-    swapping: float = 0.0  # GPU seconds
-
-
-def task_seconds(profile: StageProfile, card: Card, weights: int, compiled: bool) -> float:
-    """Return the seconds of a task with so many bytes for weights."""
-    how = streaming(load_of(profile), weights)
-    assert how is not None
-    compute = profile.flop / card.flops(profile.stage, compiled)
-    return job_seconds(compute, profile.passes, how, card.rate.link, profile.together)[1]
+MESSAGE_SECONDS = 0.00027  # of the orchestrator for a task and its result: 1,185 jobs/s by one core, 2026-11-27
+BEATS = 0.13 / 1000  # of its core for each worker that there is, on the same machine
+ON_THE_WAY = 0.011  # seconds for 16 MB of tensors through CURVE, twice
+STEPS = 28  # of a denoising job: its checkpoints
+A_FEW = 4  # GPUs that are looked at in turns beside many, fewer than the orchestrator does: it has the time
+TICK = 1.0  # seconds between two looks of what scales
 
 
 @dataclass(slots=True)
@@ -72,76 +55,134 @@ class Worker:
     id: str
     stage: Stage
     gpu: GpuId
+    host: int
     need: Need
     holder: LeasedWorker
     job: int | None = None
+    begun: float = 0.0  # its task, and how long it takes
+    seconds: float = 0.0
     since: float = 0.0  # when its lease began
     idle: bool = True
+    life: int = 0  # counts up whenever it is missed
 
     @property
     def demand(self) -> GpuDemand:
         return self.holder.demands[self.gpu]
 
 
-class World:
-    """The plan's workers at work; every one of them in leases."""
+@dataclass(slots=True)
+class Host:
+    workers: list[Worker] = field(default_factory=list)
+    known: bool = True  # to the orchestrator, as working
+    busy: int = 0  # workers with a task
+    dead: bool = False
+    cut_until: float = 0.0
+    cordoned: bool = False
+    starting: bool = False
 
-    def __init__(self, plan: Plan, profile: ModelProfile, hardware: Hardware, terms: Terms) -> None:
+
+class World:
+    """The workers of a plan's posts, every one of them in leases. Of `gpus` each host has so many."""
+
+    def __init__(
+        self, posts: Sequence[Post], profile: ModelProfile, hardware: Hardware, terms: Terms, gpus: int = 0,
+        outages: Sequence[Outage] = (), scaling: ScalingTerms | None = None,
+    ) -> None:  # fmt: skip
         self.profile, self.terms = profile, terms
-        self.cards = {GpuId(HOST, card.index): card for card in hardware.cards}
-        book = Book(profile, hardware, plan.posts, terms)
+        each = self._each = gpus or len(hardware.cards)
+        where = {card.index: GpuId(f"host-{card.index // each}", card.index) for card in hardware.cards}
+        self.cards = {where[card.index]: card for card in hardware.cards}
+        book = Book(profile, hardware, posts, terms)
         self.workers: dict[str, Worker] = {}
         self.on: dict[GpuId, list[Worker]] = {}
-        self.available = {GpuId(HOST, card.index): book.left(card) for card in hardware.cards}
-        for number, post in enumerate(plan.posts):
+        self.hosts = [Host() for _ in range(-(-len(hardware.cards) // each))]
+        self.available = {where[card.index]: book.left(card) for card in hardware.cards}
+        self._workspaces: dict[Stage, int] = {}
+        for number, post in enumerate(posts):
             if post.kind != "leases":
                 raise ValueError(f"{post.stage} is {post.kind}; only workers in leases are simulated")
-            gpu = GpuId(HOST, *post.gpus)
+            (index,) = post.gpus
+            gpu = where[index]
             need = book.need(post, self.cards[gpu])
             name = f"{post.stage}-{number}"
             most = self.available[gpu] - need.least
             holder = LeasedWorker(name, post.stage, MODEL, {gpu: GpuDemand(need)}, lasting=True, most=most)
-            worker = self.workers[name] = Worker(name, post.stage, gpu, need, holder)
-            self.on.setdefault(gpu, []).append(worker)
+            worker = self.workers[name] = Worker(name, post.stage, gpu, index // each, need, holder)
+            self.hosts[worker.host].workers.append(worker)
+            self._workspaces.setdefault(post.stage, need.workspace)
         self.free = dict(self.available)
         self.idle: dict[Stage, dict[str, Worker]] = {stage: {} for stage in STAGES}
-        for worker in self.workers.values():
-            self.idle[worker.stage][worker.id] = worker
         self.queues: dict[Stage, deque[tuple[int, float]]] = {stage: deque() for stage in STAGES}  # (job, since)
         self.tally = Tally()
         self.now = 0.0
-        self._events: list[tuple[float, int, Worker | None, ChangeLease | None]] = []
+        self._free_at = 0.0  # when the orchestrator has heard of all that it was told
+        self._left: dict[int, float] = {}  # of jobs that were interrupted, the share of their denoising that is left
+        self._open = 0  # jobs that are not done
+        self._touched: set[GpuId] = set()
+        self._all_due, self._turn = 0.0, 0
+        self._in_turns = IN_TURNS if len(self.cards) < FEW_GPUS else A_FEW
+        self._events: list[tuple[float, int, bool, Callable[[], None]]] = []
         self._order = itertools.count()
         self._arrivals: Sequence[Arrival] = ()
+        self._ahead = far_ahead(Counter(worker.stage for worker in self.workers.values()))
         self._seconds = functools.cache(self._task_seconds)
+        self._scaler = Autoscaler(scaling) if scaling else None
+        for number, host in enumerate(self.hosts):
+            if scaling and number >= scaling.least:
+                host.known = False
+            else:
+                self._join(host)
+        if self._scaler:
+            self._at(0.0, self._scale, message=False)
+        for outage in outages:
+            self._at(outage.begin, functools.partial(self._begin, outage), message=False)
+        self._pay()
 
     def run(self, arrivals: Sequence[Arrival]) -> Tally:
         """Simulate all arrivals, to the last picture."""
-        self._arrivals = arrivals
+        self._arrivals, self._open = arrivals, len(arrivals)
         coming = iter(enumerate(arrivals))
         following = next(coming, None)
-        self._settle(self.on)
-        while following or self._events:
+        while self._open:
             due = self._events[0][0] if self._events else float("inf")
-            if following and following[1].at <= due:
+            self.now = max(self.now, min(due, following[1].at if following else due))
+            while following and following[1].at <= self.now:
                 job, arrival = following
-                self.now = arrival.at
-                stage: Stage = "denoise" if arrival.cached else "text"
-                self.queues[stage].append((job, self.now))
+                self._hear()
+                self.queues["denoise" if arrival.cached else "text"].append((job, arrival.at))
                 following = next(coming, None)
-                self._settle(self._worth_asking())
-                continue
-            self.now = due
-            touched: set[GpuId] = set()
-            while self._events and self._events[0][0] == due:
-                _, _, worker, lend = heapq.heappop(self._events)
-                if worker is not None:
-                    touched.add(worker.gpu)
-                    self._leased(worker, lend) if lend else self._done(worker)
-            self._settle(touched | self._worth_asking())
+            while self._events and self._events[0][0] <= self.now:
+                _, _, message, happen = heapq.heappop(self._events)
+                if message:
+                    self._hear()
+                happen()
+            self._settle()
         return self.tally
 
-    # -- what happens ---------------------------------------------------------------------------
+    def _at(self, when: float, happen: Callable[[], None], message: bool = True) -> None:
+        heapq.heappush(self._events, (when, next(self._order), message, happen))
+
+    def _hear(self) -> None:
+        """Have the orchestrator take a message in: what comes meanwhile waits for it."""
+        self._free_at = max(self._free_at, self.now) + MESSAGE_SECONDS / (1 - BEATS * len(self.workers))
+        self.now = self._free_at
+
+    # -- what workers do ------------------------------------------------------------------------
+
+    def _reached(self, worker: Worker, life: int, happen: Callable[[], None]) -> None:
+        """Let something of a worker's happen, unless it was missed; over a link that is cut, once that is healed."""
+        host = self.hosts[worker.host]
+        if life != worker.life or host.dead:
+            return
+        if host.cut_until > self.now:
+            self._at(host.cut_until, functools.partial(self._reached, worker, life, happen))
+            return
+        self._touched.add(worker.gpu)
+        happen()
+
+    def _later(self, worker: Worker, seconds: float, happen: Callable[[], None]) -> None:
+        begun = max(self.now, self.hosts[worker.host].cut_until)
+        self._at(begun + seconds, functools.partial(self._reached, worker, worker.life, happen))
 
     def _done(self, worker: Worker) -> None:
         job = worker.job
@@ -150,6 +191,8 @@ class World:
         self._rest(worker)
         if (following := USUAL_NEXT[worker.stage]) is None:
             self.tally.times.append((self._arrivals[job].at, self.now))
+            self._left.pop(job, None)
+            self._open -= 1
         else:
             self.queues[following].append((job, self.now))
 
@@ -160,17 +203,123 @@ class World:
         self._rest(worker)
 
     def _rest(self, worker: Worker) -> None:
+        host = self.hosts[worker.host]
+        host.busy -= not worker.idle
         worker.idle = True
-        self.idle[worker.stage][worker.id] = worker
+        if not host.cordoned:
+            self.idle[worker.stage][worker.id] = worker
 
     def _hold(self, worker: Worker, size: int, weight_bytes: int) -> None:
         worker.holder = replace(worker.holder, demands={worker.gpu: GpuDemand(worker.need, size, weight_bytes)})
 
+    # -- hosts that go and come -----------------------------------------------------------------
+
+    def _begin(self, outage: Outage) -> None:
+        host = self.hosts[outage.host]
+        if not host.known:
+            return
+        host.dead, host.cut_until = outage.kind == "down", outage.end
+        if outage.noticed:
+            lives = [worker.life for worker in host.workers]
+            self._at(self.now + SILENCE, functools.partial(self._miss, host, lives, self.now), message=False)
+            self._at(outage.back, functools.partial(self._come_back, host), message=False)
+
+    def _miss(self, host: Host, lives: list[int], silent: float) -> None:
+        """Take a host for gone, unless it is by now: its jobs go on elsewhere, from the checkpoints that had come."""
+        if not host.known or lives != [worker.life for worker in host.workers]:
+            return
+        for worker in host.workers:
+            if (job := worker.job) is not None:
+                done = min(1.0, max(0.0, silent - worker.begun) / worker.seconds)
+                kept = int(done * STEPS) / STEPS if worker.stage == "denoise" else 0.0
+                self.tally.busy -= worker.seconds * (1 - done)
+                self.tally.again += worker.seconds * (done - kept)
+                self._left[job] = self._left.get(job, 1.0) * (1 - kept)
+                self.queues[worker.stage].appendleft((job, self.now))
+        self._part(host)
+
+    def _part(self, host: Host) -> None:
+        host.known, host.busy = False, 0
+        for worker in host.workers:
+            worker.life += 1
+            worker.job, worker.idle = None, True
+            self.idle[worker.stage].pop(worker.id, None)
+            self._hold(worker, 0, 0)
+            self.free[worker.gpu] = self.available[worker.gpu]
+            self.on.pop(worker.gpu, None)
+
+    def _come_back(self, host: Host) -> None:
+        host.dead, host.cut_until = False, 0.0
+        if not host.known:
+            self._join(host)
+
+    def _join(self, host: Host) -> None:
+        host.known, host.starting, host.cordoned = True, False, False
+        for worker in host.workers:
+            self.on.setdefault(worker.gpu, []).append(worker)
+            self.idle[worker.stage][worker.id] = worker
+            self._touched.add(worker.gpu)
+
+    # -- as many hosts as are wanted --------------------------------------------------------------
+
+    def _scale(self) -> None:
+        assert self._scaler
+        here = [host for host in self.hosts if host.known]
+        starting = [host for host in self.hosts if host.starting]
+        waiting = sum(self._left.get(job, 1.0) for job, _ in self.queues["denoise"]) + len(self.queues["text"])
+        work = Work(waiting * self._alone, [self._busy(host) for host in here], len(starting))
+        wanted = self._scaler.wanted(work, self.now) - len(here) - len(starting)
+        cordoned = [host for host in here if host.cordoned]
+        if wanted >= 0:
+            for host in cordoned:
+                self._cordon(host, False)
+        for host in [h for h in self.hosts if not h.known and not h.starting and not h.dead][: max(0, wanted)]:
+            host.starting = True
+            self._at(self.now + self._scaler.terms.start_seconds, functools.partial(self._join, host), message=False)
+        for _ in range(max(0, -wanted - len(cordoned))):
+            open_ones = [host for host in here if not host.cordoned]
+            self._cordon(open_ones[least_busy([self._busy(host) for host in open_ones])], True)
+        for host in here:
+            if host.cordoned and not host.busy:
+                self._part(host)
+        self._pay()
+        self._at(self.now + TICK, self._scale, message=False)
+
+    @property
+    def _alone(self) -> float:
+        """Seconds of a denoising job on a GPU of its own."""
+        worker = next(worker for worker in self.workers.values() if worker.stage == "denoise")
+        return self._seconds(
+            worker.gpu, "denoise", min(worker.need.weights, self.available[worker.gpu] - worker.need.workspace)
+        )
+
+    def _busy(self, host: Host) -> int:
+        return min(self._each, host.busy)
+
+    def _cordon(self, host: Host, cordoned: bool) -> None:
+        host.cordoned = cordoned
+        for worker in host.workers:
+            if cordoned:
+                self.idle[worker.stage].pop(worker.id, None)
+            elif worker.idle:
+                self.idle[worker.stage][worker.id] = worker
+
+    def _pay(self) -> None:
+        count = sum(host.known or host.starting for host in self.hosts)
+        if not self.tally.hosts or self.tally.hosts[-1][1] != count:
+            self.tally.hosts.append((self.now, count))
+
     # -- what next ------------------------------------------------------------------------------
 
-    def _worth_asking(self) -> set[GpuId]:
-        """GPUs whose workers could do what waits: those that need no swap first, all others only if they must."""
+    def _worth_asking(self) -> Iterable[GpuId]:
+        """GPUs whose workers could do what waits: those that need no swap first, others only if they must.
+
+        Of many others some in turns, and all of them now and then, as the orchestrator looks at them.
+        """
         found: set[GpuId] = set()
+        everything = self.now >= self._all_due
+        if everything:
+            self._all_due = self.now + ALL_SECONDS
         for stage in LATE_FIRST:
             missing = len(self.queues[stage])
             if not missing:
@@ -184,40 +333,38 @@ class World:
                         break
                 else:
                     others.append(worker.gpu)
-            if missing:
+            if missing and (everything or len(others) <= self._in_turns):
                 found.update(others)
+            elif missing:
+                self._turn = (self._turn + self._in_turns) % len(others)
+                found.update((others[self._turn :] + others)[: self._in_turns])
         return found
 
-    def _settle(self, gpus: "set[GpuId] | dict[GpuId, list[Worker]]") -> None:
-        if not gpus:
-            return
-        here = [worker for gpu in gpus for worker in self.on.get(gpu, ())]
-        idle = [IdleWorker(w.id, w.stage, MODEL) for w in here if w.idle]
+    def _settle(self) -> None:
+        gpus = {gpu for gpu in self._touched.union(self._worth_asking()) if gpu in self.on}
+        self._touched.clear()
+        here = [worker for gpu in gpus for worker in self.on[gpu]]
+        idle = [IdleWorker(w.id, w.stage, MODEL) for w in here if w.idle and not self.hosts[w.host].cordoned]
         if not idle:
             return
         now, count = self.now, len(idle)
         waiting = {
             (stage, MODEL): [
-                WaitingTask(str(job), stage, MODEL, TRAITS[stage].distance, self._workspace(stage), now - since)
+                WaitingTask(str(job), stage, MODEL, TRAITS[stage].distance, self._workspaces[stage], now - since)
                 for job, since in itertools.islice(queue, count)
             ]
             for stage, queue in self.queues.items()
             if queue
         }
         depth = {(stage, MODEL, TRAITS[stage].distance): len(queue) for stage, queue in self.queues.items()}
-        holders = {w.id: self._as_of_now(w) for w in here}
+        holders = {w.id: replace(w.holder, held=now - w.since) for w in here}
         spaces = {gpu: GpuSpace(self.available[gpu], self.free[gpu]) for gpu in gpus}
-        for action in decide(Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience)):
+        snapshot = Snapshot(waiting, idle, depth, holders, spaces, self.terms.patience, self._ahead)
+        for action in decide(snapshot):
             if isinstance(action, Assign):
                 self._assign(action)
             elif isinstance(action, ChangeLease):  # nobody here lends for a moment
                 self._lend(action)
-
-    def _workspace(self, stage: Stage) -> int:
-        return next(worker.need.workspace for worker in self.workers.values() if worker.stage == stage)
-
-    def _as_of_now(self, worker: Worker) -> LeasedWorker:
-        return replace(worker.holder, held=self.now - worker.since)
 
     def _assign(self, action: Assign) -> None:
         worker, queue = self.workers[action.worker], self.queues[action.stage]
@@ -225,12 +372,13 @@ class World:
         at = next(index for index, (waiting, _) in enumerate(queue) if waiting == job)
         del queue[at]
         self._occupy(worker)
-        worker.job = job
-        seconds = self._seconds(worker.gpu, worker.stage, worker.demand.weight_bytes)
+        left = self._left.get(job, 1.0) if worker.stage == "denoise" else 1.0
+        seconds = self._seconds(worker.gpu, worker.stage, worker.demand.weight_bytes) * left
+        worker.job, worker.begun, worker.seconds = job, self.now, seconds
         self.tally.busy += seconds
-        if worker.stage == "denoise":
+        if worker.stage == "denoise" and left == 1.0:
             self.tally.waits.append(self.now - self._arrivals[job].at)
-        heapq.heappush(self._events, (self.now + seconds, next(self._order), worker, None))
+        self._later(worker, seconds + ON_THE_WAY, functools.partial(self._done, worker))
 
     def _lend(self, lend: ChangeLease) -> None:
         worker = self.workers[lend.worker]
@@ -244,90 +392,12 @@ class World:
             self.tally.swaps += 1
             self.tally.swapping += seconds
             self._hold(worker, max(lend.bytes, worker.demand.lease), worker.demand.weight_bytes)
-        heapq.heappush(self._events, (self.now + seconds, next(self._order), worker, lend))
+        self._later(worker, seconds, functools.partial(self._leased, worker, lend))
 
     def _occupy(self, worker: Worker) -> None:
         worker.idle = False
-        del self.idle[worker.stage][worker.id]
+        self.hosts[worker.host].busy += 1
+        self.idle[worker.stage].pop(worker.id, None)
 
     def _task_seconds(self, gpu: GpuId, stage: Stage, weight_bytes: int) -> float:
         return task_seconds(self.profile.stage(stage), self.cards[gpu], weight_bytes, self.terms.compiled)
-
-
-# -- how others do it -----------------------------------------------------------------------------
-
-
-def swap_and_run(profile: ModelProfile, card: Card, stage: Stage, workspace: int, terms: Terms) -> tuple[float, float]:
-    """Seconds to bring a stage in alone on a card, beside the contexts of all three, and of its task then."""
-    mine = profile.stage(stage)
-    weights = min(mine.weights, card.budget - len(STAGES) * (card.rate.context + HEADROOM) - workspace)
-    return weights / card.rate.link, task_seconds(mine, card, weights, terms.compiled)
-
-
-def each_job_by_itself(profile: ModelProfile, hardware: Hardware, terms: Terms, arrivals: Sequence[Arrival]) -> Tally:
-    """Each GPU does one whole job after the other, and swaps every stage in for it."""
-    tally, costs = Tally(), _costs(profile, hardware, terms)
-    free = [(0.0, card.index) for card in hardware.cards]
-    for arrival in arrivals:
-        start, gpu = heapq.heappop(free)
-        at = max(start, arrival.at)
-        for stage in STAGES:
-            swap, seconds = costs[gpu][stage]
-            at += swap
-            if stage == "denoise":
-                tally.waits.append(at - arrival.at)
-            at += seconds
-            tally.swaps, tally.swapping, tally.busy = tally.swaps + 1, tally.swapping + swap, tally.busy + seconds
-        tally.times.append((arrival.at, at))
-        heapq.heappush(free, (at, gpu))
-    return tally
-
-
-def first_come_first_served(
-    profile: ModelProfile, hardware: Hardware, terms: Terms, arrivals: Sequence[Arrival]
-) -> Tally:
-    """Each GPU does whatever task has waited longest, and swaps its stage in unless it is there."""
-    tally, costs = Tally(), _costs(profile, hardware, terms)
-    inside: dict[int, Stage | None] = dict.fromkeys(costs)
-    idle = deque(costs)
-    waiting: deque[tuple[int, Stage]] = deque()
-    events: list[tuple[float, int, int, int, Stage]] = []  # (at, order, GPU, job, stage)
-    order = itertools.count()
-    coming: Iterator[tuple[int, Arrival]] = iter(enumerate(arrivals))
-    following = next(coming, None)
-    while following or events or waiting:
-        if events and (not following or events[0][0] <= following[1].at):
-            now, _, gpu, job, stage = heapq.heappop(events)
-            idle.append(gpu)
-            if (next_stage := USUAL_NEXT[stage]) is None:
-                tally.times.append((arrivals[job].at, now))
-            else:
-                waiting.append((job, next_stage))
-        elif following:
-            job, arrival = following
-            now = arrival.at
-            waiting.append((job, "denoise" if arrival.cached else "text"))
-            following = next(coming, None)
-        while idle and waiting:
-            job, stage = waiting.popleft()
-            gpu = next((gpu for gpu in idle if inside[gpu] == stage), idle[0])
-            idle.remove(gpu)
-            swap, seconds = costs[gpu][stage]
-            if inside[gpu] != stage:
-                tally.swaps, tally.swapping = tally.swaps + 1, tally.swapping + swap
-                inside[gpu] = stage
-            else:
-                swap = 0.0
-            if stage == "denoise":
-                tally.waits.append(now + swap - arrivals[job].at)
-            tally.busy += seconds
-            heapq.heappush(events, (now + swap + seconds, next(order), gpu, job, stage))
-    return tally
-
-
-def _costs(profile: ModelProfile, hardware: Hardware, terms: Terms) -> dict[int, dict[Stage, tuple[float, float]]]:
-    book = Book(profile, hardware, (), terms)
-    return {
-        card.index: {stage: swap_and_run(profile, card, stage, book.workspace(stage, card), terms) for stage in STAGES}
-        for card in hardware.cards
-    }

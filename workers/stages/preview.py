@@ -7,7 +7,7 @@ pictures, averaged over the places of a latent.
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -54,16 +54,16 @@ def unpacked(grid: torch.Tensor) -> torch.Tensor:
     return apart.reshape(channels // 4, rows * 2, columns * 2)
 
 
-def end_of(scheduler: Any, before: torch.Tensor, now: torch.Tensor, step: int) -> torch.Tensor:
+def end_of(scheduler: Any, sigmas: Sequence[float], before: torch.Tensor, now: torch.Tensor, step: int) -> torch.Tensor:
     """Predict where denoising ends, from the latents before and after a step, counted from 0; at worst it is `now`.
 
+    `sigmas` are the scheduler's, of all steps; none if it has none.
     Between two steps latents move along a line that leads to the end: x = x0 + σ·v for flows and what is scaled as
     they are, and x/α for those that keep the variance.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None or step + 1 >= len(sigmas):
+    if step + 1 >= len(sigmas):
         return now
-    first, second = float(sigmas[step]), float(sigmas[step + 1])
+    first, second = sigmas[step], sigmas[step + 1]
     if not math.isfinite(first) or first == second:
         return now
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
@@ -157,6 +157,8 @@ class Previews:
         self._last: Any = None
         self._coming: tuple[int, torch.Tensor, Any] | None = None  # step, pixels on their way, and when they are here
         self._made = 0.0  # monotonic seconds
+        self._asked: Any = None  # a scheduler's sigmas, and as numbers of the host's
+        self._sigmas: Sequence[float] = ()
 
     def want(self, fit: Tensor) -> None:
         """Make one at the next step, from any thread."""
@@ -179,14 +181,27 @@ class Previews:
         if grid is None or before is None or before.shape != grid.shape or now - self._made < LEAST_SECONDS:
             return
         fit, self._fit, self._made = self._fit, None, now
-        found = drawn(end_of(pipeline.scheduler, before, grid, step), fit.to(grid.device))
+        end = end_of(pipeline.scheduler, self._sigmas_of(pipeline.scheduler), before, grid, step)
+        found = drawn(end, on_device(fit, grid.device))
         if found is not None:
             self._coming = (step + 1, *to_host(found))
+
+    def _sigmas_of(self, scheduler: Any) -> Sequence[float]:
+        """Return a scheduler's sigmas, which may be on a GPU: its host waits for them once, not for each preview."""
+        sigmas = getattr(scheduler, "sigmas", None)
+        if sigmas is not self._asked:
+            self._asked, self._sigmas = sigmas, [] if sigmas is None else torch.as_tensor(sigmas).tolist()
+        return self._sigmas
 
     def left(self) -> list[Tensor]:
         """Return what the vae stage is to learn from."""
         grid = grid_of(self._last, self._recipe) if self._learns else None
         return [to_wire(PREVIEW_LATENTS, grid)] if grid is not None else []
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host's on a device, where it will be before what is launched next needs it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def to_host(pixels: torch.Tensor) -> tuple[torch.Tensor, Callable[[], bool]]:

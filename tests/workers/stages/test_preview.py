@@ -70,16 +70,16 @@ def test_the_end_is_foreseen_exactly_where_the_model_always_says_the_same(schedu
             alpha, spread = scheduler._sigma_to_alpha_sigma_t(torch.tensor(sigma))
             said = (latents - alpha * end) / spread
         after = scheduler.step(said, timestep, latents, return_dict=False)[0]
-        assert torch.allclose(end_of(scheduler, latents, after, step), end, atol=1e-3)
+        assert torch.allclose(end_of(scheduler, scheduler.sigmas.tolist(), latents, after, step), end, atol=1e-3)
         latents = after
 
 
 def test_a_scheduler_that_is_not_known_shows_what_there_is() -> None:
     before, now = torch.zeros(4, 2, 2), torch.ones(4, 2, 2)
-    assert torch.equal(end_of(object(), before, now, 0), now)
+    assert torch.equal(end_of(object(), [], before, now, 0), now)
     unipc = UniPCMultistepScheduler()
     unipc.set_timesteps(4)
-    assert torch.isfinite(end_of(unipc, before, now, 3)).all()  # the last step's sigma may be 0
+    assert torch.isfinite(end_of(unipc, unipc.sigmas.tolist(), before, now, 3)).all()  # the last step's sigma may be 0
 
 
 def pictures_of(grid: torch.Tensor, map_: torch.Tensor) -> Tensor:
