@@ -279,6 +279,20 @@ class RaySettings(Settings):
         Field(description="Of the cluster's hosts those only whose nodes have these labels."),
         Flag("--ray-label", "NAME=VALUE", "all"),
     ] = Field(default_factory=dict)
+    ray_scale: Annotated[
+        str | None,
+        Field(
+            description="Have Ray's autoscaler bring hosts and take them away, as the work is worth it: from how many "
+            "to how many, such as 0-8. Their nodes offer --ray-resource.",
+            pattern=r"^[0-9]{1,4}-[0-9]{1,4}$",
+        ),
+        Flag("--ray-scale", "LEAST-MOST", "no"),
+    ] = None
+    ray_resource: Annotated[
+        Given,
+        Field(description="The custom resource that nodes offer which are to come and go with --ray-scale."),
+        Flag("--ray-resource", "NAME"),
+    ] = "triptych"
 
 
 class ModelConfig(Settings):

@@ -1,6 +1,7 @@
 """Ray clusters for tests: hosts in namespaces of their own, the first of which has the head, and the stack."""
 
 import contextlib
+import json
 import secrets
 import subprocess
 import sys
@@ -27,6 +28,7 @@ class RayCluster:
     nodes: list[OtherHost]
     env: dict[str, str]
     folder: Path  # of Ray's files, and of agents' state
+    of_head: tuple[str, ...] = ()  # what it is started with besides
 
     @property
     def address(self) -> str:
@@ -34,7 +36,7 @@ class RayCluster:
 
     def start(self, host: OtherHost) -> None:
         """Start Ray on a host: the head on the first, a node on others."""
-        which = ["--head", f"--port={PORT}"] if host is self.head else [f"--address={self.address}"]
+        which = ["--head", f"--port={PORT}", *self.of_head] if host is self.head else [f"--address={self.address}"]
         sizes = SIZES if host is self.head else SIZES[:-1]
         place = [f"--node-ip-address={host.address}", f"--temp-dir={self.folder / host.name}"]
         done = subprocess.run(
@@ -44,22 +46,61 @@ class RayCluster:
         assert done.returncode == 0, done.stderr[-2000:]
 
 
+def environment_of_ray(folder: str) -> dict[str, str]:
+    env = {
+        **environment(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_worker_niceness": "0",
+        "RAY_health_check_failure_threshold": "40",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+        "XDG_STATE_HOME": folder,
+        "PYTHONWARNINGS": "ignore",
+    }
+    env.pop("TRIPTYCH_STATE", None)
+    return env
+
+
+@contextlib.contextmanager
+def scaled_cluster(most: int) -> Iterator[RayCluster]:
+    """A head whose autoscaler brings up to so many nodes, by Ray's provider for tests: all are on one machine."""
+    pytest.importorskip("ray")
+    with hosts_or_skip(1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
+        (head,) = network.hosts
+        box = {"CPU": 1, "triptych": 1, "object_store_memory": 80_000_000}
+        nothing = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+        config = {
+            **{f"{name}_commands": [] for name in nothing}, "file_mounts": {}, "cluster_synced_files": [],
+            "file_mounts_sync_continuously": False, "rsync_exclude": [], "rsync_filter": [], "docker": {},
+            "upscaling_speed": 1.0,
+            "cluster_name": "fake_multinode", "max_workers": most, "idle_timeout_minutes": 0.1, "auth": {},
+            "provider": {
+                "type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True,
+                "disable_launch_config_check": True, "gcs_address": f"{head.address}:{PORT}",
+            },
+            "head_node_type": "ray.head.default",
+            "available_node_types": {
+                "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+                "box": {"resources": box, "node_config": {}, "min_workers": 0, "max_workers": most},
+            },
+        }  # fmt: skip
+        (Path(folder) / "autoscaler.json").write_text(json.dumps(config))
+        env = {**environment_of_ray(folder), "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        cluster = RayCluster(head, [], env, Path(folder), (f"--autoscaling-config={folder}/autoscaler.json",))
+        cluster.start(head)
+        try:
+            yield cluster
+        finally:
+            with contextlib.suppress(ProcessLookupError, OSError):
+                head.switch_off()
+
+
 @contextlib.contextmanager
 def ray_cluster(nodes: int, redis: bool = False) -> Iterator[RayCluster]:
     """A head and so many nodes beside it, whose state is kept in Redis or nowhere. They end with their hosts."""
     pytest.importorskip("ray")
     with hosts_or_skip(nodes + 1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
-        env = {
-            **environment(),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_worker_niceness": "0",
-            "RAY_health_check_failure_threshold": "40",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
-            "XDG_STATE_HOME": folder,
-            "PYTHONWARNINGS": "ignore",
-        }
-        env.pop("TRIPTYCH_STATE", None)
+        env = environment_of_ray(folder)
         head, *others = network.hosts
         cluster = RayCluster(head, others, env, Path(folder))
         if redis:

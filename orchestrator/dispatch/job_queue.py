@@ -13,6 +13,7 @@ from orchestrator.scheduling.fair_shares import FairShares
 from orchestrator.storage.job_store import Store
 from protocol.errors import NotFound
 from protocol.job import JobState
+from protocol.stages import USUAL_NEXT, Stage
 
 
 class JobQueue:
@@ -50,6 +51,16 @@ class JobQueue:
 
     def of_text(self, key: str) -> list[LiveJob]:
         return [self.jobs[job_id] for job_id in self._by_text.get(key, ())]
+
+    def waiting_seconds(self) -> float:
+        """Return the seconds of workers that the tasks of all waiting jobs may take, to the jobs' ends."""
+        total = 0.0
+        for (stage, _, _), count in self.queues.depth.items():
+            left: Stage | None = stage
+            while count and left:
+                total += count * self.seconds.lately(left)
+                left = USUAL_NEXT[left]
+        return total
 
     # -- coming, moving and going ---------------------------------------------------------------
 

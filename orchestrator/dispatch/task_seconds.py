@@ -35,6 +35,10 @@ class TaskSeconds:
         """Return the seconds that a job's present task may take."""
         return self._mean.get(kind_of(job), UNKNOWN_SECONDS)
 
+    def lately(self, stage: Stage) -> float:
+        """Return the seconds that a task of a stage may take, of whatever kind: as long as those that ended last."""
+        return next((mean for kind, mean in reversed(self._mean.items()) if kind[0] == stage), UNKNOWN_SECONDS)
+
     def begin(self, worker: str, job: LiveJob) -> None:
         """Note that a worker has a job's task, and charge its owner."""
         self.end(worker)

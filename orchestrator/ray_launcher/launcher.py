@@ -4,6 +4,7 @@ Actors are known by their names, so that another launcher of the same stack adop
 no news: whether a host works the orchestrator hears from its agent.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -22,6 +23,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.access import KeyFolder
 from orchestrator.ray_launcher.actor import HostActor
+from orchestrator.ray_launcher.scaling import Places, Scaling
+from orchestrator.scheduling.autoscaling import ScalingTerms
 from orchestrator.settings import RaySettings
 from orchestrator.state_folder import StackFolder
 from protocol.client.endpoints import PUBLISHED
@@ -63,6 +66,8 @@ class RayLauncher:
         self._failures: dict[str, int] = {}  # in a row, by node
         self._not_before: dict[str, float] = {}  # monotonic seconds of the next try, by node
         self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
+        self._places: Places | None = None  # of hosts that come and go with the work
+        self._scaling: Scaling | None = None
         self._stop = threading.Event()
 
     def stop(self) -> None:
@@ -72,8 +77,15 @@ class RayLauncher:
         """Look after the cluster, to which this process is connected, until told to stop; then end the actors."""
         log.info("the Ray cluster has %d nodes", len(alive()))
         self._check_alone()
-        while not self._stop.wait(LOOK_SECONDS if self._hosts else 0.1):
+        if self._settings.ray_scale:
+            least, most = map(int, self._settings.ray_scale.split("-"))
+            self._places = Places(NAMESPACE, self._stack, self._settings.ray_resource)
+            terms = ScalingTerms(gpus=1, least=least, most=most)
+            self._scaling = Scaling(self._places, terms, self._folder.path, self._host_on, self._end_host)
+        while not self._stop.wait(LOOK_SECONDS if self._hosts or self._scaling else 0.1):
             self._beat()
+            if self._scaling:
+                self._scaling.look()
             for node in self._wanted():
                 if node["NodeID"] not in self._hosts and time.monotonic() > self._not_before.get(node["NodeID"], 0.0):
                     self._place(node)
@@ -94,13 +106,36 @@ class RayLauncher:
     # -- which nodes ----------------------------------------------------------------------------
 
     def _wanted(self) -> Iterator[dict[str, Any]]:
-        """Yield the nodes that are to be hosts: by name and label, and not the stack's own host."""
+        """Yield the nodes that are to be hosts: by name and label, and not the stack's own host.
+
+        Of those that come and go with the work the ones that have a place.
+        """
         for node in alive():
+            if self._comes_and_goes(node):
+                if self._places and node["NodeID"] in self._places.nodes:
+                    yield node
+                continue
             name, labels = node["NodeManagerHostname"], node.get("Labels") or {}
             chosen = not self._settings.ray_hosts or name in self._settings.ray_hosts
             fits = all(labels.get(label) == value for label, value in self._settings.ray_labels.items())
             if chosen and fits and not is_this_machine(node) and node["NodeID"] not in self._replaced:
                 yield node
+
+    def _comes_and_goes(self, node: Mapping[str, Any]) -> bool:
+        return bool(self._settings.ray_scale and node["Resources"].get(self._settings.ray_resource))
+
+    def _host_on(self, node: str) -> str:
+        """Return the name of the host on a node; empty where there is none yet."""
+        return self._hosts[node].name if node in self._hosts else ""
+
+    def _end_host(self, name: str) -> None:
+        """End a host's agent in good order, and let it in no more."""
+        for host in [host for host in self._hosts.values() if host.name == name]:
+            ray.wait([host.actor.stop.remote()], timeout=STOP_SECONDS)
+            ray.kill(host.actor, no_restart=True)
+            del self._hosts[host.node]
+        with contextlib.suppress(NotFound):
+            self._keys.revoke(name)
 
     def _name_of(self, node: Mapping[str, Any]) -> str:
         """Return a host's name for a node: that of its actor if there is one, else its machine's.
@@ -119,7 +154,8 @@ class RayLauncher:
 
     def _place(self, node: Mapping[str, Any]) -> None:
         where, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
-        for known in [host for host in self._hosts.values() if host.address == address]:
+        known_there = [host for host in self._hosts.values() if host.address == address]
+        for known in [] if self._comes_and_goes(node) else known_there:
             self._replaced.add(known.node)  # Ray may hold it for alive for minutes
             del self._hosts[known.node]
             ray.kill(known.actor, no_restart=True)
@@ -217,6 +253,8 @@ class RayLauncher:
 
     def _end(self) -> None:
         """End the actors in good order, and let their hosts in no more."""
+        if self._scaling:
+            self._scaling.close()
         names = [host.name for host in self._hosts.values()]
         end_actors(self._stack)
         for name in names:

@@ -240,7 +240,10 @@ class Workers(Message):
 
 
 class Stack(Message):
-    """The stack itself: its version, its default model once known, and how many jobs stand where."""
+    """The stack itself: its version, its default model once known, and how many jobs stand where.
+
+    `waiting_seconds` are what nobody has begun takes of workers, as far as that is known.
+    """
 
     kind = "stack"
     request: Count
@@ -251,6 +254,7 @@ class Stack(Message):
     speedups: tuple[Name, ...]
     counts: tuple[tuple[JobState, int], ...]
     queue_limit: Count
+    waiting_seconds: float = 0.0
 
 
 class Metrics(Message):

@@ -14,7 +14,7 @@ from protocol.job import JobRequest
 from protocol.views import WorkerView
 from scripts.faults.networks import OtherHost
 from scripts.faults.saboteur import patiently
-from tests.rays import RAY, RayCluster, ray_cluster
+from tests.rays import RAY, RayCluster, ray_cluster, scaled_cluster
 from tests.stacks import TRIPTYCH, RunningStack, running_stack
 
 REQUEST = JobRequest(prompt="a red star", seed=1, steps=60, width=32, height=32)
@@ -214,3 +214,22 @@ def launcher_is_back(here: RayStack) -> bool:
         capture_output=True, env=here.cluster.env, timeout=60, check=False, text=True,
     )  # fmt: skip
     return listed.returncode == 0
+
+
+@pytest.mark.all
+@pytest.mark.timeout(420)
+def test_hosts_come_for_work_and_go_without(state: Path, flux_dev: Path) -> None:
+    with scaled_cluster(2) as cluster:
+        settings = ["--model", str(flux_dev), "--device", "cpu", "--ray", cluster.address, "--ray-scale", "0-2"]
+        with running_stack(state, *settings, there=cluster.head.there(), env=cluster.env) as stack:
+            client = stack.client
+            wanted = stack.picture(REQUEST.prompt, **REQUEST.model_dump(exclude_defaults=True, exclude={"prompt"}))[1]
+            client.scale("denoise", 0)
+            assert not client.hosts()
+            job = client.submit(REQUEST)
+            client.wait(job.id, 120)
+            assert stack.pictures(job.id).equal(wanted)
+            (host,) = client.hosts()
+            assert next(r.worker for r in client.job(job.id).records if r.stage == "denoise").endswith(f"@{host.name}")
+            patiently(lambda: not client.hosts(), 120)  # once it has had nothing to do for as long as it took to come
+            patiently(lambda: not any("orchestrator.cli join" in line for line in cluster.head.processes()), 30)
