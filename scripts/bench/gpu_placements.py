@@ -216,8 +216,8 @@ class SeveralBench(StackBench):
                 ranks[-1].kill()  # others of its children compile
                 start = time.perf_counter()
         done = client.wait(job.id, 300)
-        row(what="one rank killed in mid-run", state=done.state, reasons=len(done.reasons), equal_undisturbed=undisturbed,
-            s=time.perf_counter() - start,
+        row(what="one rank killed in mid-run", state=done.state, reasons=len(done.reasons),
+            equal_undisturbed=undisturbed, s=time.perf_counter() - start,
             equal=client.raw_pictures(job.id)[1].data == client.raw_pictures(first.id)[1].data)  # fmt: skip
 
     def split(self, client: Client, planned: dict[str, Any]) -> None:
