@@ -6,9 +6,11 @@
 The stack runs here, with one worker a stage; three other hosts, in namespaces of network, processes and names, have an
 agent each, kept by a loop as systemd would, and a worker a stage. Faults: SIGKILL of a worker, an agent, all that runs
 on a host, two hosts at once, the orchestrator, the supervisor; a link that is cut for seconds. The recovery time of a
-fault is that until all workers of all hosts stand ready again, of a cut from when it is healed.
+fault is that until all workers of all hosts stand ready again, of a cut from when it is healed. Beside it stands how
+long the jobs that a fault has interrupted were with no worker.
 """
 
+import functools
 import json
 import random
 import shlex
@@ -25,10 +27,11 @@ import click
 from orchestrator.access import KeyFolder
 from protocol.client.client import Client
 from protocol.curve_keys import save
+from protocol.job import ENDED
 from protocol.views import WorkerView
 from scripts.faults.networks import Network, OtherHost, other_hosts
 from scripts.faults.saboteur import Saboteur, Stack
-from scripts.faults.soak import PICTURES, Account, Load, digest_of, free_port, key_of, recipes, reckon
+from scripts.faults.soak import PICTURES, Account, Load, digest_of, free_port, key_of, percentile, recipes, reckon
 
 HOSTS = 3
 FAULTS = {  # and how often each is to come
@@ -62,14 +65,20 @@ class Trouble:
     def __init__(self, stack: Stack, hosts: Hosts, rng: random.Random, account: Account) -> None:
         self._stack, self._hosts, self._rng, self._account = stack, hosts, rng, account
         self._saboteur = Saboteur(stack, rng)
+        self.interrupted: list[float] = []  # seconds that jobs were with no worker
 
     def make(self) -> None:
         """Make one fault, and wait until it is overcome."""
         kind = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
         self._stack.remember()
-        before = {(worker.host, worker.pid) for worker in self._there()}
+        there = self._there()
+        before = {(worker.host, worker.pid) for worker in there}
         begun = time.monotonic()
         gone = self._do(kind)
+        hit = {worker.job for worker in there if (worker.host, worker.pid) in gone and worker.job}
+        for job in hit:
+            self._saboteur.patiently(functools.partial(self._goes_on, job, gone))
+            self.interrupted.append(time.monotonic() - begun)
         if kind == "cut a link":
             begun = time.monotonic()
         if kind != "kill supervisor":
@@ -78,6 +87,12 @@ class Trouble:
         self._account.faults[kind] += 1
         self._account.recoveries.setdefault(kind, []).append(took)
         print(f"{time.strftime('%H:%M:%S')} {kind} {took:.2f} s", file=sys.stderr, flush=True)
+
+    def _goes_on(self, job: str, gone: set[tuple[str, int]]) -> bool:
+        """Return whether a worker that was not killed has a job, or it has ended."""
+        workers = self._saboteur.workers().workers
+        held = any(worker.job == job and (worker.host, worker.pid) not in gone for worker in workers)
+        return held or self._saboteur.client().job(job).state in ENDED
 
     def _do(self, kind: str) -> set[tuple[str, int]]:
         """Make a fault; return the workers, by host and process, that it has ended."""
@@ -158,6 +173,9 @@ def soak(folder: Path, network: Network, seconds: float, seed: int, pause: float
     trouble.settle()
     report = reckon(stack, account, time.monotonic() - start)
     report["problems"] += orphans(hosts.all)
+    waits = trouble.interrupted
+    report["interrupted jobs"] = len(waits)
+    report["with no worker p50/p95/max, s"] = [round(percentile(waits, share), 2) for share in (0.5, 0.95, 1.0)]
     return report
 
 

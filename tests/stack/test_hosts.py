@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,8 @@ from scripts.faults.saboteur import patiently
 from tests.stacks import RunningStack, host_key, joined_host, remote_endpoint, running_stack, triptych
 
 REQUEST = JobRequest(prompt="a red star", seed=1, steps=40, width=32, height=32)
+
+FAKE_CLOCK = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))  # of Debian
 
 
 @pytest.fixture
@@ -218,3 +222,28 @@ def test_gpus_are_booked_by_host(state: Path, flux_dev: Path, tmp_path: Path) ->
             agent.send_signal(signal.SIGINT)
             agent.wait(20)
         patiently(lambda: [gpu.host for gpu in client.workers().gpus] == [here.host])
+
+
+@pytest.mark.all
+@pytest.mark.skipif(not FAKE_CLOCK, reason="needs libfaketime")
+@pytest.mark.parametrize("apart", ["+1h", "-1h"])
+def test_clocks_may_be_an_hour_apart(apart: str, stack: RunningStack, tmp_path: Path) -> None:
+    client, picture = stack.client, wanted(stack)
+    there = ["env", f"LD_PRELOAD={FAKE_CLOCK[0]}", f"FAKETIME={apart}", "FAKETIME_DONT_FAKE_MONOTONIC=1"]
+    with joined_host(tmp_path / "box", key_of(stack, tmp_path), there=there):
+        patiently(lambda: len(on(client)) == 3)
+        denoiser = next(worker for worker in on(client) if worker.stage == "denoise")
+        log = stack.folder / "logs" / "denoise-1@box.log"
+        patiently(lambda: log.exists() and "\n" in log.read_text())
+        told = datetime.fromisoformat(log.read_text().split()[0])  # by the host's clock
+        assert abs(abs(told.timestamp() - time.time()) - 3600) < 120
+        job = client.submit(REQUEST)
+        for event in client.events([job.id], timeout=60):
+            if event.state == "denoise" and event.step > 3:
+                os.kill(denoiser.pid, signal.SIGKILL)
+                break
+        done = client.wait(job.id, 60)
+        assert stack.pictures(job.id).equal(picture)
+        assert done.finished is not None
+        assert 0 <= done.finished - done.created < 60
+        assert host(client).heard < 60
