@@ -294,6 +294,22 @@ class RaySettings(Settings):
         Flag("--ray-resource", "NAME"),
     ] = "triptych"
 
+    @model_validator(mode="after")
+    def _scales_a_cluster(self) -> "RaySettings":
+        if self.ray_scale:
+            least, most = self.scale_limits
+            if least > most:
+                raise ValueError(f"ray_scale is {self.ray_scale!r}: the first number is the smaller one")
+            if not self.ray:
+                raise ValueError("ray_scale is for the hosts of a Ray cluster, which ray names")
+        return self
+
+    @property
+    def scale_limits(self) -> tuple[int, int]:
+        """Return how many hosts --ray-scale wants at least, and at most; 0 and 0 without it."""
+        least, _, most = (self.ray_scale or "0-0").partition("-")
+        return int(least), int(most)
+
 
 class ModelConfig(Settings):
     """All that a person may say of a model and of the workers that run it."""

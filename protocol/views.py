@@ -63,7 +63,7 @@ class GpuView(Data):
         return worker.host == self.host and self.index in worker.gpus
 
 
-Placing = Literal["", "cordoned", "drained"]  # what keeps new work from a host
+Placing = Literal["", "cordoned", "drained", "leaving"]  # what keeps new work from a host; or it is let go
 
 
 class HostView(Data):

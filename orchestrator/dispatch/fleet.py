@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -116,7 +115,6 @@ class Fleet:
     trust: KeyTrust = field(default_factory=KeyTrust)
     cordoned: set[str] = field(default_factory=set)  # hosts whose workers get nothing to do
     changes: int = 0  # that may change what is to be done next
-    counts: Counter[Stage] = field(default_factory=Counter)  # workers by stage
     _idle: dict[Place, dict[bytes, Worker]] = field(default_factory=dict)  # of each the one that waits longest first
     _lenders: dict[bytes, Worker] = field(default_factory=dict)
     _accompanied: dict[bytes, Worker] = field(default_factory=dict)  # that may do other jobs along with their tasks
@@ -127,10 +125,7 @@ class Fleet:
     def hello(self, identity: bytes, hello: WorkerHello, principal: Principal = LOCAL_USER) -> Worker:
         self.changes += 1
         worker = Worker(identity, hello, time.time(), self.clock(), principal)
-        if before := self.workers.get(identity):
-            self.counts[before.hello.stage] -= 1
         self.workers[identity] = worker
-        self.counts[hello.stage] += 1
         return worker
 
     def get(self, identity: bytes) -> Worker | None:
@@ -201,8 +196,7 @@ class Fleet:
 
     def remove(self, worker: Worker) -> None:
         self.changes += 1
-        if self.workers.pop(worker.identity, None):
-            self.counts[worker.hello.stage] -= 1
+        self.workers.pop(worker.identity, None)
         self._leave_idle(worker)
         self._lenders.pop(worker.identity, None)
         self._accompanied.pop(worker.identity, None)

@@ -52,12 +52,12 @@ class JobQueue:
     def of_text(self, key: str) -> list[LiveJob]:
         return [self.jobs[job_id] for job_id in self._by_text.get(key, ())]
 
-    def waiting_seconds(self) -> float:
-        """Return the seconds of workers that the tasks of all waiting jobs may take, to the jobs' ends."""
+    def waiting_seconds(self, drained: Container[Stage] = ()) -> float:
+        """Return the seconds of workers that the tasks of all waiting jobs may take, up to a stage that is drained."""
         total = 0.0
         for (stage, _, _), count in self.queues.depth.items():
             left: Stage | None = stage
-            while count and left:
+            while count and left and left not in drained:
                 total += count * self.seconds.lately(left)
                 left = USUAL_NEXT[left]
         return total

@@ -1,8 +1,10 @@
-"""The link between the engine and the scheduler: what workers need, hold and are lent of their GPUs."""
+"""The link between the engine and the scheduler: what workers need, hold and are lent of their GPUs.
+
+Longer than other files: which GPUs a decision is about, and all that it sees of them, are read beside each other.
+"""
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
@@ -28,6 +30,7 @@ from orchestrator.scheduling.snapshot import (
     TakeLoan,
     WaitingTask,
     far_ahead,
+    slots_ahead,
 )
 from orchestrator.storage.job_store import Store
 from protocol.errors import DoesNotFit
@@ -35,13 +38,14 @@ from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
 from protocol.messages.worker import Borrow, Leased, Lent, Ready, Returned, SetLease
 from protocol.model import ModelDescription
-from protocol.stages import STAGES, Stage
+from protocol.stages import STAGES, TRAITS, Stage
 from protocol.units import format_bytes
 
 JUDGED_ALIKE_SECONDS = 0.25  # that what can be had of GPUs counts as the same
 FEW_GPUS = 32  # with idle workers, up to which all are looked at in each decision
 ALL_SECONDS = 2.0  # between two looks at all
 IN_TURNS = 16  # GPUs
+LEAST_SEEN = 16  # tasks of a place, of which the first may be too large for the workers that are idle
 LESS = 0.9  # of a loan that a worker could not give
 SHORTER = 0.99  # of the shortest that a step took, before it is worth remembering
 
@@ -67,8 +71,10 @@ class Leasing:
         self._judged: dict[ModelKey, tuple[object, tuple[DoesNotFit | None, int | None]]] = {}
         self.accounts = MemoryAccounts(ledger, fleet)
         self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
-        self.partly = False  # the last decision was about some of the idle workers
+        self.partly = False  # there are GPUs that decisions have not been about yet, and that may help
         self._looked = self._all_due = 0.0  # monotonic seconds of the last one, and of the next about all
+        self._moved = 0.0  # monotonic seconds when a task last came nearer to its end
+        self._not_looked_at = math.inf  # GPUs, since something was done
         self._turn = 0
 
     # -- workers come, and go -------------------------------------------------------------------
@@ -128,11 +134,13 @@ class Leasing:
         Only GPUs with an idle worker are looked at: nothing can be lent or taken back on others.
         """
         self.standing = []
-        idle, all_of_them = self._worth_looking_at(self._fleet.idle(self._worth_a_look))
+        idle, all_of_them = self._worth_looking_at(self._fleet.idle(self._worth_a_look), drained)
         if not idle and not self._fleet.lenders:
             return []
         snapshot = self._snapshot(idle, jobs, drained)
         actions = decide(snapshot)
+        if actions:
+            self._not_looked_at = math.inf
         if any(map(takes_more, actions)):
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
@@ -147,31 +155,30 @@ class Leasing:
         """
         return None if place in self._leased_places else self._queues.at(*place)
 
-    def _worth_looking_at(self, idle: list[IdleWorker]) -> tuple[Sequence[IdleWorker], bool]:
+    def _worth_looking_at(self, idle: list[IdleWorker], drained: Container[Stage]) -> tuple[Sequence[IdleWorker], bool]:
         """Return the idle workers that a decision is about, and whether that is all of them.
 
-        Beside few GPUs it is; beside many all of them now and then, and else those where something has changed, and in
-        turns some of those that could do what waits.
+        Beside few GPUs it is, and where nothing has moved for a while. Beside many it is all of them now and then, and
+        else those where something has changed, and in turns some of those that could do what waits.
         """
-        now, since = time.monotonic(), self._looked
+        now, since, holdings = time.monotonic(), self._looked, self.ledger.holdings
         there: dict[GpuId, list[IdleWorker]] = {}
         for worker in idle:
-            for holding in self.ledger.holdings.get(worker.holder, ())[:1]:
+            for holding in holdings.get(worker.holder, ()):
                 there.setdefault(holding.gpu, []).append(worker)
-        self._looked = now
-        self.partly = len(there) > FEW_GPUS and now < self._all_due
-        if not self.partly:
+        self._looked, self.partly = now, False
+        if len(there) <= FEW_GPUS or now >= self._all_due or now - self._moved >= ALL_SECONDS:
             self._all_due = now + ALL_SECONDS
             return idle, True
         workers = self._fleet.workers
         chosen = {gpu for gpu in there if self.ledger.touched.get(gpu, 0.0) >= since}
         chosen |= {gpu for gpu, some in there.items() for w in some if workers[bytes.fromhex(w.id)].idle_since >= since}
         can_help: dict[GpuId, None] = {}
-        wanted = Counter({place: self._queues.at(*place) for place in {(w.stage, w.model) for w in idle}})
+        wanted = {place: self._startable(place, drained) for place in {(w.stage, w.model) for w in idle}}
         for gpu, some in there.items():
             for worker in some:
                 place = worker.stage, worker.model
-                if wanted[place] > 0 and self.ledger.holdings[worker.holder][0].lease:
+                if wanted[place] > 0 and holdings[worker.holder][0].lease:
                     wanted[place] -= 1
                     chosen.add(gpu)
                 elif wanted[place] > 0:
@@ -179,19 +186,33 @@ class Leasing:
         others = [gpu for gpu in can_help if gpu not in chosen]
         self._turn = (self._turn + IN_TURNS) % max(1, len(others))
         chosen.update((others[self._turn :] + others)[:IN_TURNS])
-        holdings = self.ledger.holdings
-        return [w for w in idle if w.holder not in holdings or holdings[w.holder][0].gpu in chosen], False
+        self._not_looked_at = min(self._not_looked_at, len(others)) - IN_TURNS
+        self.partly = self._not_looked_at > 0
+        chosen = self.ledger.together(chosen)
+        return [w for w in idle if not any(h.gpu not in chosen for h in holdings.get(w.holder, ()))], False
+
+    def _startable(self, place: Place, drained: Container[Stage]) -> int:
+        """Return how many of a place's tasks may start, for all that is known without looking at them."""
+        stage, model = place
+        if stage in drained:
+            return 0
+        task = WaitingTask("", stage, model, TRAITS[stage].distance)
+        return min(self._queues.at(*place), slots_ahead(task, self._queues.depth, self._far_ahead()))
+
+    def _far_ahead(self) -> Mapping[Stage, int]:
+        return far_ahead(len(self._fleet.workers))
 
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self.accounts.concerned({worker.holder for worker in idle} | self._lenders()))
         places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
-        waiting = {place: self._first(*place, len(idle), holders, jobs) for place in places if place[0] not in drained}
+        most = max(len(idle), LEAST_SEEN)
+        waiting = {place: self._first(*place, most, holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
         here, ledger = {worker.id for gpu in gpus for worker in self._on(gpu)}, self.ledger
         spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
-        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience, far_ahead(self._fleet.counts))
+        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience, self._far_ahead())
 
     def _lenders(self) -> set[str]:
         return {worker.id for worker in self._fleet.lenders if worker.loan == "given"}
@@ -208,6 +229,7 @@ class Leasing:
     def moved(self) -> None:
         """Note that a task came nearer to its end, or that a worker came or went."""
         self._standstill.moved()
+        self._moved, self._not_looked_at = time.monotonic(), math.inf
 
     def _on(self, gpu: GpuId) -> Iterator[Worker]:
         """Yield the workers that hold something of a GPU, but for those that have left."""

@@ -93,6 +93,7 @@ class TaskDispatch:
     def next_due(self) -> float | None:
         """Monotonic seconds when `assign` will have something to do, if nothing comes before; None if nothing will."""
         times = [self._hold_until] if time.monotonic() < self._hold_until else []
+        times += [self._look_again] if self._leasing.partly and len(self._job_queue.queues) else []
         times += [due for due in (self._job_queue.next_due(), self._fleet.trust.next_due()) if due is not None]
         return min(times, default=None)
 
@@ -106,8 +107,7 @@ class TaskDispatch:
         if changes == self._seen and self.clock() < self._look_again and now < self._rest_ends:
             return False
         self._seen, rest_ends = changes, self._fleet.trust.next_due()
-        soon = PARTLY_SECONDS if self._leasing.partly else WAITING_SECONDS
-        self._look_again = self.clock() + (soon if len(queues) else IDLE_SECONDS)
+        self._look_again = self.clock() + (WAITING_SECONDS if len(queues) else IDLE_SECONDS)
         self._rest_ends = math.inf if rest_ends is None else rest_ends
         return True
 
@@ -116,6 +116,8 @@ class TaskDispatch:
         begun = time.perf_counter()
         actions = self._leasing.decide(self._job_queue.jobs, drained)
         self._counters.decided(time.perf_counter() - begun)
+        if self._leasing.partly:
+            self._look_again = min(self._look_again, self.clock() + PARTLY_SECONDS)
         if self._leasing.standing:
             self._end_standstill(self._leasing.standing)
             return  # which has changed what there is to decide

@@ -1,7 +1,8 @@
 """Puts an agent on each node of a Ray cluster, as detached actors: Ray launches and places, Triptych judges.
 
 Actors are known by their names, so that another launcher of the same stack adopts them. A node that Ray calls dead is
-no news: whether a host works the orchestrator hears from its agent.
+no news: whether a host works the orchestrator hears from its agent. Longer than other files: a host's life, from its
+node to its end, is read in one place.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from orchestrator.access import KeyFolder
 from orchestrator.ray_launcher.actor import HostActor
-from orchestrator.ray_launcher.scaling import Places, Scaling
+from orchestrator.ray_launcher.scaling import RESERVED, Reservations, Scaling
 from orchestrator.scheduling.autoscaling import ScalingTerms
 from orchestrator.settings import RaySettings
 from orchestrator.state_folder import StackFolder
@@ -49,6 +50,7 @@ class Placed:
     address: str  # of the machine
     actor: Any
     asked: Any  # reference of the answer that is waited for
+    comes_and_goes: bool  # with the work
     what: Literal["public", "join", "state"] = "public"  # that was asked
     since: float = field(default_factory=time.monotonic)
     told: str = ""  # endpoint that it was told last
@@ -66,7 +68,8 @@ class RayLauncher:
         self._failures: dict[str, int] = {}  # in a row, by node
         self._not_before: dict[str, float] = {}  # monotonic seconds of the next try, by node
         self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
-        self._places: Places | None = None  # of hosts that come and go with the work
+        self._reservations: Reservations | None = None  # of hosts that come and go with the work
+        self._ending: list[tuple[Placed, Any, float]] = []  # hosts, what tells that they have stopped, the latest time
         self._scaling: Scaling | None = None
         self._stop = threading.Event()
 
@@ -78,14 +81,15 @@ class RayLauncher:
         log.info("the Ray cluster has %d nodes", len(alive()))
         self._check_alone()
         if self._settings.ray_scale:
-            least, most = map(int, self._settings.ray_scale.split("-"))
-            self._places = Places(NAMESPACE, self._stack, self._settings.ray_resource)
+            least, most = self._settings.scale_limits
+            self._reservations = Reservations(NAMESPACE, self._stack, self._settings.ray_resource)
             terms = ScalingTerms(gpus=1, least=least, most=most)
-            self._scaling = Scaling(self._places, terms, self._folder.path, self._host_on, self._end_host)
+            self._scaling = Scaling(self._reservations, terms, self._folder.path, self._host_on)
         while not self._stop.wait(LOOK_SECONDS if self._hosts or self._scaling else 0.1):
             self._beat()
             if self._scaling:
                 self._scaling.look()
+                self._end_unreserved()
             for node in self._wanted():
                 if node["NodeID"] not in self._hosts and time.monotonic() > self._not_before.get(node["NodeID"], 0.0):
                     self._place(node)
@@ -108,11 +112,11 @@ class RayLauncher:
     def _wanted(self) -> Iterator[dict[str, Any]]:
         """Yield the nodes that are to be hosts: by name and label, and not the stack's own host.
 
-        Of those that come and go with the work the ones that have a place.
+        Of those that come and go with the work the ones that are reserved.
         """
         for node in alive():
             if self._comes_and_goes(node):
-                if self._places and node["NodeID"] in self._places.nodes:
+                if self._reservations and node["NodeID"] in self._reservations.nodes:
                     yield node
                 continue
             name, labels = node["NodeManagerHostname"], node.get("Labels") or {}
@@ -128,14 +132,20 @@ class RayLauncher:
         """Return the name of the host on a node; empty where there is none yet."""
         return self._hosts[node].name if node in self._hosts else ""
 
-    def _end_host(self, name: str) -> None:
-        """End a host's agent in good order, and let it in no more."""
-        for host in [host for host in self._hosts.values() if host.name == name]:
-            ray.wait([host.actor.stop.remote()], timeout=STOP_SECONDS)
-            ray.kill(host.actor, no_restart=True)
+    def _end_unreserved(self) -> None:
+        """End the agents of hosts that were let go, or whose node has gone, and let them in no more."""
+        assert self._reservations
+        now, reserved = time.monotonic(), self._reservations.nodes
+        for host in [host for host in self._hosts.values() if host.comes_and_goes and host.node not in reserved]:
             del self._hosts[host.node]
-        with contextlib.suppress(NotFound):
-            self._keys.revoke(name)
+            self._ending.append((host, host.actor.stop.remote(), now + STOP_SECONDS))
+        for ending in list(self._ending):
+            host, stopped, until = ending
+            if now >= until or ray.wait([stopped], timeout=0)[0]:
+                self._ending.remove(ending)
+                ray.kill(host.actor, no_restart=True)
+                with contextlib.suppress(NotFound):
+                    self._keys.revoke(host.name)
 
     def _name_of(self, node: Mapping[str, Any]) -> str:
         """Return a host's name for a node: that of its actor if there is one, else its machine's.
@@ -154,8 +164,9 @@ class RayLauncher:
 
     def _place(self, node: Mapping[str, Any]) -> None:
         where, address = str(node["NodeID"]), str(node["NodeManagerAddress"])
-        known_there = [host for host in self._hosts.values() if host.address == address]
-        for known in [] if self._comes_and_goes(node) else known_there:
+        comes_and_goes = self._comes_and_goes(node)
+        known_there = [h for h in self._hosts.values() if h.address == address and not comes_and_goes]
+        for known in known_there:
             self._replaced.add(known.node)  # Ray may hold it for alive for minutes
             del self._hosts[known.node]
             ray.kill(known.actor, no_restart=True)
@@ -173,7 +184,7 @@ class RayLauncher:
             )
             .remote(name, self._stack)
         )
-        self._hosts[where] = Placed(name, where, address, actor, actor.public.remote())
+        self._hosts[where] = Placed(name, where, address, actor, actor.public.remote(), comes_and_goes)
         log.info("%s: an actor on node %s", name, where)
 
     def _look_after(self, host: Placed) -> None:
@@ -253,8 +264,9 @@ class RayLauncher:
 
     def _end(self) -> None:
         """End the actors in good order, and let their hosts in no more."""
-        if self._scaling:
+        if self._scaling and self._reservations:
             self._scaling.close()
+            self._reservations.end_all()
         names = [host.name for host in self._hosts.values()]
         end_actors(self._stack)
         for name in names:
@@ -298,15 +310,20 @@ def end_actors(stack: str) -> list[str]:
     actors = []
     for name in found:
         try:
-            actors.append(ray.get_actor(name, namespace=NAMESPACE))
+            actors.append((name, ray.get_actor(name, namespace=NAMESPACE)))
         except ValueError:  # it has ended meanwhile
             continue
-    stops = [actor.stop.remote() for actor in actors]
+    stops = [actor.stop.remote() for name, actor in actors if not is_reservation(name)]
     if stops:
         ray.wait(stops, num_returns=len(stops), timeout=STOP_SECONDS)
-    for actor in actors:
+    for _, actor in actors:
         ray.kill(actor, no_restart=True)
     return found
+
+
+def is_reservation(name: str) -> bool:
+    """Return whether an actor's name is a reservation's."""
+    return name.split("/")[1] == RESERVED
 
 
 def of_stack(row: Mapping[str, Any], stack: str) -> bool:

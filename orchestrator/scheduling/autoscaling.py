@@ -56,7 +56,8 @@ class Autoscaler:
         behind = work.waiting - hosts * terms.gpus * terms.start_seconds
         if behind > 0 and hosts:
             return hosts + math.ceil(behind / (terms.gpus * max(1.0, terms.patience)))
-        return max(hosts, 1) if work.waiting > 0 else math.ceil(sum(work.busy) / terms.gpus)
+        occupied = sum(work.busy) + work.waiting / max(1.0, terms.patience)  # GPUs
+        return min(max(hosts, 1), math.ceil(occupied / terms.gpus))
 
     def _within(self, hosts: int) -> int:
         return max(self.terms.least, min(self.terms.most, hosts))

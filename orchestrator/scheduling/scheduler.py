@@ -85,7 +85,7 @@ def startable(tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping
     found: list[WaitingTask] = []
     for task in tasks:
         if task.distance not in left:
-            left[task.distance] = slots_ahead(task, snapshot) - started.get(line_of(task), 0)
+            left[task.distance] = slots_ahead(task, snapshot.depth, snapshot.ahead) - started.get(line_of(task), 0)
         if left[task.distance] > 0:
             left[task.distance] -= 1
             found.append(task)

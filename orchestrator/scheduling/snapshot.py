@@ -160,24 +160,23 @@ class Want:
         return replace(self.holder.demands[gpu].need, workspace=self.task.workspace * self.holder.jobs)
 
 
-def far_ahead(workers: Mapping[Stage, int]) -> dict[Stage, int]:
-    """Return how many jobs may wait beyond each stage, beside so many workers of each.
+def far_ahead(workers: int) -> dict[Stage, int]:
+    """Return how many jobs may wait beyond each stage in a stack of so many workers.
 
-    None of them shall have nothing to do while prompts wait: a GPU's turn of text encoders must last for a turn of many
-    denoisers.
+    That is its trait in a small stack, and two jobs for each worker in a large one, whose denoisers would else have
+    nothing to do until text encoders come in again.
     """
-    count = sum(workers.values())
-    return {stage: max(TRAITS[stage].ahead, 2 * count) for stage in STAGES}
+    return {stage: max(TRAITS[stage].ahead, 2 * workers) for stage in STAGES}
 
 
-def slots_ahead(task: WaitingTask, snapshot: Snapshot) -> int:
+def slots_ahead(task: WaitingTask, depth: Depth, ahead: Mapping[Stage, int]) -> int:
     """Return how many tasks like this one may start, before too many of its model's jobs wait nearer to their end.
 
     The tasks nearest to the end are never held up, so some job can always go on.
     """
-    lines = snapshot.depth.items()
+    lines = depth.items()
     nearer = sum(count for (_, model, distance), count in lines if model == task.model and distance < task.distance)
-    return snapshot.ahead[task.stage] - nearer if nearer else UNLIMITED
+    return ahead[task.stage] - nearer if nearer else UNLIMITED
 
 
 def line_of(task: WaitingTask) -> Line:

@@ -472,5 +472,5 @@ class ClientRequests:
             request=number, version=VERSION, pid=os.getpid(), started=self._started, counts=counts,
             model=entry.description if entry else None, speedups=entry.speedups if entry else (),
             queue_limit=engine.settings.queue_limit,
-            waiting_seconds=engine.job_queue.waiting_seconds(),
+            waiting_seconds=engine.job_queue.waiting_seconds(engine.drained),
         )  # fmt: skip

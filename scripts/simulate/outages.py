@@ -49,5 +49,5 @@ def draw(hosts: int, seconds: float, downs: float, cuts: float, seed: int) -> li
 
 def losses(outages: Sequence[Outage], gpus: int) -> list[tuple[float, int]]:
     """Return the moments at which GPUs go (negative) and come back, `gpus` of each host."""
-    changes = [(outage.begin, -gpus) for outage in outages] + [(outage.back, gpus) for outage in outages]
-    return sorted(changes)
+    noticed = [outage for outage in outages if outage.noticed]  # through others work goes on
+    return sorted([(outage.begin, -gpus) for outage in noticed] + [(outage.back, gpus) for outage in noticed])

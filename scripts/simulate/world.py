@@ -10,11 +10,11 @@ Longer than other files: hosts that go and come are the workers' lives, read bes
 import functools
 import heapq
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from orchestrator.dispatch.leasing import ALL_SECONDS, FEW_GPUS, IN_TURNS
+from orchestrator.dispatch.leasing import ALL_SECONDS, FEW_GPUS
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
 from orchestrator.planning.hardware import Hardware
@@ -73,12 +73,13 @@ class Worker:
 @dataclass(slots=True)
 class Host:
     workers: list[Worker] = field(default_factory=list)
-    known: bool = True  # to the orchestrator, as working
+    known: bool = False  # to the orchestrator, as working
     busy: int = 0  # workers with a task
     dead: bool = False
     cut_until: float = 0.0
     cordoned: bool = False
     starting: bool = False
+    let_go: bool = False  # by what scales
 
 
 class World:
@@ -120,17 +121,15 @@ class World:
         self._open = 0  # jobs that are not done
         self._touched: set[GpuId] = set()
         self._all_due, self._turn = 0.0, 0
-        self._in_turns = IN_TURNS if len(self.cards) < FEW_GPUS else A_FEW
+        self._in_turns = FEW_GPUS if len(self.cards) <= FEW_GPUS else A_FEW
         self._events: list[tuple[float, int, bool, Callable[[], None]]] = []
         self._order = itertools.count()
         self._arrivals: Sequence[Arrival] = ()
-        self._ahead = far_ahead(Counter(worker.stage for worker in self.workers.values()))
+        self._ahead = far_ahead(len(self.workers))
         self._seconds = functools.cache(self._task_seconds)
         self._scaler = Autoscaler(scaling) if scaling else None
         for number, host in enumerate(self.hosts):
-            if scaling and number >= scaling.least:
-                host.known = False
-            else:
+            if not scaling or number < scaling.least:
                 self._join(host)
         if self._scaler:
             self._at(0.0, self._scale, message=False)
@@ -223,6 +222,7 @@ class World:
             lives = [worker.life for worker in host.workers]
             self._at(self.now + SILENCE, functools.partial(self._miss, host, lives, self.now), message=False)
             self._at(outage.back, functools.partial(self._come_back, host), message=False)
+            host.let_go = False
 
     def _miss(self, host: Host, lives: list[int], silent: float) -> None:
         """Take a host for gone, unless it is by now: its jobs go on elsewhere, from the checkpoints that had come."""
@@ -250,11 +250,14 @@ class World:
 
     def _come_back(self, host: Host) -> None:
         host.dead, host.cut_until = False, 0.0
-        if not host.known:
+        if not host.known and not host.let_go and not host.starting:
             self._join(host)
 
     def _join(self, host: Host) -> None:
-        host.known, host.starting, host.cordoned = True, False, False
+        host.starting = False
+        if host.known:
+            return
+        host.known, host.cordoned, host.let_go = True, False, False
         for worker in host.workers:
             self.on.setdefault(worker.gpu, []).append(worker)
             self.idle[worker.stage][worker.id] = worker
@@ -273,7 +276,8 @@ class World:
         if wanted >= 0:
             for host in cordoned:
                 self._cordon(host, False)
-        for host in [h for h in self.hosts if not h.known and not h.starting and not h.dead][: max(0, wanted)]:
+        able = [h for h in self.hosts if not h.known and not h.starting and not h.dead and h.cut_until <= self.now]
+        for host in able[: max(0, wanted)]:
             host.starting = True
             self._at(self.now + self._scaler.terms.start_seconds, functools.partial(self._join, host), message=False)
         for _ in range(max(0, -wanted - len(cordoned))):
@@ -281,6 +285,7 @@ class World:
             self._cordon(open_ones[least_busy([self._busy(host) for host in open_ones])], True)
         for host in here:
             if host.cordoned and not host.busy:
+                host.let_go = True
                 self._part(host)
         self._pay()
         self._at(self.now + TICK, self._scale, message=False)

@@ -79,6 +79,9 @@ def test_stages_have_settings_of_their_own(flag: list[str], stages: dict[str, An
         ({"controlnets": {"x": "c"}, "refiners": {"x": "r"}}, "'x' is the name of a ControlNet and of a refiner"),
         ({"controlnets": {"x": ""}}, "controlnets.x"),
         ({"models": {"a": {}}, "controlnets": {"x": "c"}}, "write it below"),
+        ({"ray": "auto", "ray_scale": "8-2"}, "the first number is the smaller one"),
+        ({"ray_scale": "0-2"}, "for the hosts of a Ray cluster"),
+        ({"ray": "auto", "ray_scale": "some"}, "ray_scale"),
     ],
 )
 def test_what_can_not_be_chosen_is_told_before_anything_starts(settings: dict[str, Any], why: str) -> None:

@@ -1,7 +1,7 @@
 """Decisions beside many GPUs: about some of them at a time, and all jobs are done nonetheless."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ from orchestrator.dispatch import leasing
 from orchestrator.memory.margins import FIRST_HEADROOM
 from orchestrator.scheduling.snapshot import IdleWorker
 from protocol.gpu_memory import WeightNeed
+from protocol.stages import Stage
 from tests.memory_world import Sim, World
 
 MB = 10**6
@@ -42,8 +43,8 @@ def test_all_jobs_are_done_whatever_part_of_the_gpus_a_decision_is_about(
     looked = Counter[bool]()
     real = world.engine.leasing._worth_looking_at
 
-    def look(idle: list[IdleWorker]) -> tuple[Sequence[IdleWorker], bool]:
-        found = real(idle)
+    def look(idle: list[IdleWorker], drained: Container[Stage]) -> tuple[Sequence[IdleWorker], bool]:
+        found = real(idle, drained)
         looked[found[1]] += 1
         return found
 

@@ -61,3 +61,13 @@ def test_it_never_leaves_its_limits_and_never_goes_to_and_fro_within_a_start() -
 
 def test_the_host_with_the_least_to_do_is_spared() -> None:
     assert least_busy([3, 1, 2]) == 1
+
+
+def test_light_and_steady_work_keeps_no_more_hosts_than_it_needs() -> None:
+    """A job of 10 s each 30 s, which waits for 4 s until its weights are in."""
+    scaler, hosts = Autoscaler(ScalingTerms(gpus=1, most=8, least=0)), 8
+    for second in range(600):
+        waits, works = second % 30 < 4, 4 <= second % 30 < 14
+        busy = [int(works)] + [0] * (hosts - 1)
+        hosts = scaler.wanted(Work(10.0 if waits else 0.0, busy), float(second))
+    assert hosts == 1

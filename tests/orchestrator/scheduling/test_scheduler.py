@@ -48,7 +48,7 @@ def test_no_worker_idles_beside_work_unless_too_many_wait_nearer_to_the_end(snap
         left = [t for t in snapshot.waiting.get((worker.stage, worker.model), ()) if t.job not in given_out]
         if worker.id not in busy:
             for task in left:
-                assert started[line_of(task)] >= slots_ahead(task, snapshot)
+                assert started[line_of(task)] >= slots_ahead(task, snapshot.depth, snapshot.ahead)
 
 
 @given(snapshots())
