@@ -108,8 +108,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
     cluster = Cluster()
     found = World(Scaling(cluster, ScalingTerms(gpus=1, most=8), Path(), lambda node: f"h-{node}"), cluster)
     cluster.clock = lambda: found.now
-    monkeypatch.setattr(scaling.time, "monotonic", cluster.clock)
-    found.scaling._client = found
+    monkeypatch.setattr("orchestrator.ray_launcher.scaling.time.monotonic", cluster.clock)
+    found.scaling._client = found  # type: ignore[assignment]
     return found
 
 
