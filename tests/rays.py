@@ -96,11 +96,14 @@ def scaled_cluster(most: int) -> Iterator[RayCluster]:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int, redis: bool = False) -> Iterator[RayCluster]:
+def ray_cluster(nodes: int, redis: bool = False, token: bool = True) -> Iterator[RayCluster]:
     """A head and so many nodes beside it, whose state is kept in Redis or nowhere. They end with their hosts."""
     pytest.importorskip("ray")
     with hosts_or_skip(nodes + 1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
         env = environment_of_ray(folder)
+        if not token:
+            env["RAY_AUTH_MODE"] = "disabled"
+            del env["RAY_AUTH_TOKEN"]
         head, *others = network.hosts
         cluster = RayCluster(head, others, env, Path(folder))
         if redis:

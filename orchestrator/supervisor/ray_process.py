@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 from orchestrator.access import KeyFolder
@@ -17,6 +19,8 @@ from protocol.sockets import is_loopback
 
 ANY_PORT = "tcp://0.0.0.0:0"
 REACH_SECONDS = 5.0
+RAY_STATUS = (sys.executable, "-m", "ray.scripts.scripts", "status")
+STATUS_SECONDS = 20.0
 
 
 def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
@@ -33,6 +37,7 @@ def ready_for_ray(config: StackConfig, folder: StackFolder) -> StackConfig:
     if (file := token_file()) and file.exists() and file.stat().st_mode & 0o077:
         raise BadRequest(f"Others can read {str(file)!r}, which lets into the Ray cluster.", f"chmod 600 {file}")
     check_reachable(str(config.ray))
+    check_closed(str(config.ray))
     if config.listen_workers and is_loopback(config.listen_workers):
         raise BadRequest(
             f"--listen-workers is {config.listen_workers!r}, where no other host finds it.",
@@ -54,6 +59,24 @@ def check_reachable(address: str) -> None:
         raise BadRequest(
             f"No Ray cluster answers at {address!r}: {reason}.", "Give the address of its head, HOST:PORT, or auto."
         ) from error
+
+
+def check_closed(address: str) -> None:
+    """Raise BadRequest where a cluster lets in who has no token: it was itself started without asking for one."""
+    where = [] if address == "auto" else ["--address", address]
+    given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    try:
+        done = subprocess.run(
+            [*RAY_STATUS, *where], env={**given, "RAY_AUTH_MODE": "disabled"}, timeout=STATUS_SECONDS,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return  # whoever is refused may try for long
+    if done.returncode == 0:
+        raise BadRequest(
+            f"The Ray cluster at {address!r} lets everybody in: it was started without a token.",
+            "Start it anew on each of its hosts, with RAY_AUTH_MODE=token in the environment of ray start.",
+        )
 
 
 def same_port(folder: StackFolder) -> str:

@@ -233,3 +233,14 @@ def test_hosts_come_for_work_and_go_without(state: Path, flux_dev: Path) -> None
             assert next(r.worker for r in client.job(job.id).records if r.stage == "denoise").endswith(f"@{host.name}")
             patiently(lambda: not client.hosts(), 120)  # once it has had nothing to do for as long as it took to come
             patiently(lambda: not any("orchestrator.cli join" in line for line in cluster.head.processes()), 30)
+
+
+@pytest.mark.all
+def test_a_cluster_without_a_token_is_refused(state: Path, flux_dev: Path) -> None:
+    with ray_cluster(0, token=False) as cluster:
+        up = [*TRIPTYCH, "up", "--state", str(state), "--model", str(flux_dev), "--ray", cluster.address]
+        env = {**cluster.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "t" * 64}
+        done = subprocess.run(cluster.head.there(up), env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 2
+        assert "lets everybody in: it was started without a token" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import pytest
 from orchestrator.access import KeyFolder
 from orchestrator.settings import StackConfig
 from orchestrator.state_folder import StackFolder
+from orchestrator.supervisor import ray_process
 from orchestrator.supervisor.ray_process import ready_for_ray, same_port
 from protocol.errors import BadRequest
 
@@ -18,6 +19,7 @@ pytest.importorskip("ray")
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StackFolder:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "t" * 64)
+    monkeypatch.setattr(ray_process, "RAY_STATUS", ("false",))  # a cluster that refuses who has no token
     found = StackFolder(tmp_path / "state")
     found.create()
     return found
@@ -26,6 +28,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StackFolder:
 def test_a_cluster_must_ask_for_a_token(folder: StackFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_AUTH_MODE")
     with pytest.raises(BadRequest, match="lets everybody in"):
+        ready_for_ray(StackConfig(ray="auto"), folder)
+
+
+def test_a_cluster_that_was_started_without_a_token_is_refused(
+    folder: StackFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_process, "RAY_STATUS", ("sh", "-c", 'test "$RAY_AUTH_MODE$RAY_AUTH_TOKEN" = disabled'))
+    with pytest.raises(BadRequest, match="was started without a token"):
         ready_for_ray(StackConfig(ray="auto"), folder)
 
 
