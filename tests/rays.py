@@ -61,6 +61,21 @@ def environment_of_ray(folder: str) -> dict[str, str]:
     return env
 
 
+def tls_of_ray(folder: Path, addresses: list[str]) -> dict[str, str]:
+    """Make a certificate for all hosts, which they believe; return what Ray is to be started with."""
+    certificate, key = folder / "tls.crt", folder / "tls.key"
+    names = ",".join(["DNS:localhost", *(f"IP:{address}" for address in ["127.0.0.1", *addresses])])
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=ray"]
+    files = ["-addext", f"subjectAltName={names}", "-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*command, *files], check=True, capture_output=True)
+    return {
+        "RAY_USE_TLS": "1",
+        "RAY_TLS_SERVER_CERT": str(certificate),
+        "RAY_TLS_SERVER_KEY": str(key),
+        "RAY_TLS_CA_CERT": str(certificate),
+    }
+
+
 @contextlib.contextmanager
 def scaled_cluster(most: int) -> Iterator[RayCluster]:
     """A head whose autoscaler brings up to so many nodes, by Ray's provider for tests: all are on one machine."""
@@ -96,11 +111,13 @@ def scaled_cluster(most: int) -> Iterator[RayCluster]:
 
 
 @contextlib.contextmanager
-def ray_cluster(nodes: int, redis: bool = False, token: bool = True) -> Iterator[RayCluster]:
+def ray_cluster(nodes: int, redis: bool = False, token: bool = True, tls: bool = False) -> Iterator[RayCluster]:
     """A head and so many nodes beside it, whose state is kept in Redis or nowhere. They end with their hosts."""
     pytest.importorskip("ray")
     with hosts_or_skip(nodes + 1) as network, tempfile.TemporaryDirectory(prefix="tr-") as folder:
         env = environment_of_ray(folder)
+        if tls:
+            env |= tls_of_ray(Path(folder), [host.address for host in network.hosts])
         if not token:
             env["RAY_AUTH_MODE"] = "disabled"
             del env["RAY_AUTH_TOKEN"]

@@ -244,3 +244,12 @@ def test_a_cluster_without_a_token_is_refused(state: Path, flux_dev: Path) -> No
         assert done.returncode == 2
         assert "lets everybody in: it was started without a token" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.all
+@pytest.mark.skipif(not shutil.which("openssl"), reason="makes certificates with openssl")
+def test_hosts_come_to_a_cluster_that_encrypts_its_traffic(state: Path, flux_dev: Path) -> None:
+    with ray_cluster(1, tls=True) as cluster:
+        for here in stack_on(cluster, state, flux_dev):
+            job = here.client.submit(REQUEST)
+            here.client.wait(job.id, 120)
