@@ -1,8 +1,10 @@
-"""Previews of jobs that are waited for: as files, and on the terminal by kitty's graphics or by half blocks."""
+"""Previews of jobs that are waited for: as files, and on the terminal by kitty's graphics, sixels or half blocks."""
 
 import base64
+import functools
 import io
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from protocol.messages.client import JobEvent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from rich.console import Console, ConsoleOptions
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
     from rich.text import Text
 
@@ -56,7 +58,29 @@ class PreviewWatch:
             from PIL import Image
 
             with Image.open(io.BytesIO(found.file), formats=("JPEG",)) as image:
-                display.picture(Placed(image) if has_graphics(os.environ) else blocks(image.convert("RGB")))
+                display.picture(drawn(image.convert("RGB")))
+
+
+def drawn(image: "Image") -> "RenderableType":
+    """Return a picture as this terminal shows it best."""
+    if has_graphics(os.environ):
+        return Placed(image)
+    if has_sixels():
+        from textual_image.renderable.sixel import Image as Sixels
+
+        return Sixels(image, width=COLUMNS, height="auto")
+    return blocks(image)
+
+
+@functools.cache
+def has_sixels() -> bool:
+    """Ask the terminal whether it shows sixels."""
+    try:
+        from textual_image.renderable.sixel import query_terminal_support
+
+        return sys.stdin.isatty() and sys.stdout.isatty() and query_terminal_support()
+    except Exception:  # what asks a terminal meets whatever a terminal may be
+        return False
 
 
 def has_graphics(environment: Mapping[str, str]) -> bool:

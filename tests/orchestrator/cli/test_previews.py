@@ -2,12 +2,16 @@
 
 import base64
 import io
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 from rich.console import Console
 
+from orchestrator.cli import previews
 from orchestrator.cli.previews import CHUNK, COLUMNS, Placed, blocks, has_graphics
 
 
@@ -52,3 +56,29 @@ def test_kitty_gets_the_picture_in_pieces_and_room_for_it() -> None:
     file = base64.b64decode("".join(piece for _, piece in pieces))
     assert Image.open(io.BytesIO(file)).size == (200, 100)
     assert text.count("\n") >= placed.rows
+
+
+ASKS = "from orchestrator.cli.previews import has_sixels; print(f'sixels: {has_sixels()}', flush=True)"
+
+
+@pytest.mark.parametrize(("answer", "found"), [(b"\x1b[?62;4;22c", True), (b"\x1b[?62;22c", False), (b"", False)])
+def test_a_terminal_is_asked_whether_it_has_sixels(answer: bytes, found: bool) -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", ASKS], stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    seen = b""
+    while b"sixels: " not in seen or not seen.endswith(b"\n"):
+        seen += os.read(ours, 1000)
+        if seen.endswith(b"\x1b[c") and answer:
+            os.write(ours, answer)
+    assert process.wait(10) == 0
+    os.close(ours)
+    assert f"sixels: {found}".encode() in seen
+
+
+def test_sixels_are_drawn_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(previews, "has_sixels", lambda: True)
+    monkeypatch.setattr(previews, "has_graphics", lambda environment: False)
+    text = shown(previews.drawn(Image.new("RGB", (64, 32), "red")))
+    assert re.search(r"\x1bP[0-9;]*q", text)
+    assert text.count("\n") > 5  # room for it
