@@ -1,7 +1,7 @@
 """Previews of jobs that are denoised: made while somebody looks, each one asked of its worker anew.
 
 The map to colors that a worker needs for them is fitted to a VAE's first job, and to those that somebody has looked at,
-and kept by the VAE's digest.
+and kept by the VAE's digest. Until there is one, previews are gray.
 """
 
 import base64
@@ -54,10 +54,10 @@ class Previews:
 
     def _ask(self, job: LiveJob, looked: Looked) -> None:
         _, fit = self._fit(self._vae_of(job))
-        if fit is not None and job.worker:
+        if job.worker:
             looked.asked = True
             want = WantPreview(job=job.id, stage=job.stage, attempt=job.attempt)
-            self._outbox.to_worker(bytes.fromhex(job.worker), want, (fit,))
+            self._outbox.to_worker(bytes.fromhex(job.worker), want, () if fit is None else (fit,))
 
     def learns(self, job: LiveJob) -> bool:
         """Return whether colors are to be learned of a job: they aren't known, or not well and somebody looks at it."""

@@ -172,7 +172,7 @@ class Task(TaskKey):
 
 
 class WantPreview(TaskKey):
-    """Make a preview at the next step, with the map to colors beside it."""
+    """Make a preview at the next step, with the map to colors beside it; without one where none is known yet."""
 
     kind = "want-preview"
 

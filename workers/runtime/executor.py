@@ -163,8 +163,8 @@ class Executor:
     def cancel(self, job: str, attempt: int) -> None:
         self._cancelled.add((job, attempt))
 
-    def want_preview(self, job: str, attempt: int, fit: Tensor) -> None:
-        """Make a preview at the task's next step, from any thread."""
+    def want_preview(self, job: str, attempt: int, fit: Tensor | None = None) -> None:
+        """Make a preview at the task's next step, by a map to colors if there is one; from any thread."""
         if (current := self._previews) and current[0] == (job, attempt):
             current[1].want(fit)
 

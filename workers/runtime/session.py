@@ -169,8 +169,7 @@ class Session:
             case LoraPart() as part:
                 self._executor.lora_part(part, b"".join(bytes(tensor.data) for tensor in envelope.tensors))
             case WantPreview(job=job, attempt=attempt):
-                if envelope.tensors:
-                    self._executor.want_preview(job, attempt, envelope.tensors[0])
+                self._executor.want_preview(job, attempt, *envelope.tensors[:1])
             case CancelTask(job=job, attempt=attempt):
                 self._executor.cancel(job, attempt)
             case Committed(job=job, attempt=attempt):

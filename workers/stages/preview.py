@@ -1,7 +1,7 @@
 """Previews of a picture that is yet being denoised: its predicted end, through a small linear map to colors.
 
 The map is fitted by the vae stage to jobs of this stack: their last latents, as the denoiser's loop has them, and their
-pictures, averaged over the places of a latent.
+pictures, averaged over the places of a latent. Until there is one, what differs most among latents is shown in gray.
 """
 
 import io
@@ -23,6 +23,8 @@ MOST_CHANNELS = 32  # of latents; where there are more, those of 2 x 2 places ar
 ENOUGH = 8  # places for each number of the map
 RIDGE = 1e-4  # of a feature's mean square, against what few pictures leave open
 QUALITY = 80  # of a JPEG
+POWER_STEPS = 16  # to a principal component
+CONTRAST = 2.5  # standard deviations that are black or white
 Emit = Callable[[int, bytes], None]  # after so many steps, a JPEG file
 
 
@@ -138,6 +140,19 @@ def drawn(grid: torch.Tensor, fit: torch.Tensor) -> torch.Tensor | None:
     return (colors.T.reshape(rows, columns, 3).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def structure(grid: torch.Tensor) -> torch.Tensor:
+    """Return the principal component of latents as gray pixels, uint8 (height, width, 3); no host waits for it."""
+    channels, rows, columns = grid.shape
+    values = grid.flatten(1) - grid.flatten(1).mean(1, keepdim=True)
+    spread = values @ values.T
+    direction = grid.new_ones(channels)  # which gives it a sign, the same at each step
+    for _ in range(POWER_STEPS):
+        direction = torch.nn.functional.normalize(spread @ direction, dim=0)
+    line = direction @ values
+    gray = (line / (CONTRAST * line.square().mean().sqrt().clamp_min(1e-6)) + 1) / 2
+    return (gray.clamp(0, 1) * 255).round().to(torch.uint8).reshape(rows, columns, 1).expand(-1, -1, 3)
+
+
 def jpeg(pixels: torch.Tensor) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels.numpy(), "RGB").save(file, "JPEG", quality=QUALITY)
@@ -152,7 +167,8 @@ class Previews:
 
     def __init__(self, recipe: Recipe, emit: Emit, learns: bool) -> None:
         self._recipe, self._emit, self._learns = recipe, emit, learns
-        self._fit: torch.Tensor | None = None  # of a preview that is wanted
+        self._wanted = False
+        self._fit: torch.Tensor | None = None  # of the preview that is wanted; None: there is none yet
         self._before: torch.Tensor | None = None
         self._last: Any = None
         self._coming: tuple[int, torch.Tensor, Any] | None = None  # step, pixels on their way, and when they are here
@@ -160,9 +176,10 @@ class Previews:
         self._asked: Any = None  # a scheduler's sigmas, and as numbers of the host's
         self._sigmas: Sequence[float] = ()
 
-    def want(self, fit: Tensor) -> None:
+    def want(self, fit: Tensor | None) -> None:
         """Make one at the next step, from any thread."""
-        self._fit = from_wire(fit)
+        self._fit = None if fit is None else from_wire(fit)
+        self._wanted = True
 
     def see(self, pipeline: Any, step: int, latents: Any) -> None:
         """Look at the latents after a step, counted from 0."""
@@ -172,7 +189,7 @@ class Previews:
             self._emit(number, jpeg(pixels))
         if self._learns:
             self._last = latents
-        if self._fit is None or self._coming is not None:
+        if not self._wanted or self._coming is not None:
             self._before = None
             return
         grid, before = grid_of(latents, self._recipe), self._before
@@ -180,9 +197,9 @@ class Previews:
         now = time.monotonic()
         if grid is None or before is None or before.shape != grid.shape or now - self._made < LEAST_SECONDS:
             return
-        fit, self._fit, self._made = self._fit, None, now
+        fit, self._wanted, self._made = self._fit, False, now
         end = end_of(pipeline.scheduler, self._sigmas_of(pipeline.scheduler), before, grid, step)
-        found = drawn(end, on_device(fit, grid.device))
+        found = structure(end) if fit is None else drawn(end, on_device(fit, grid.device))
         if found is not None:
             self._coming = (step + 1, *to_host(found))
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
-from workers.stages.preview import ColorFit, Previews, drawn, end_of, grid_of, unpacked
+from workers.stages.preview import ColorFit, Previews, drawn, end_of, grid_of, structure, unpacked
 from workers.tensors import from_wire, to_wire
 
 
@@ -132,3 +132,16 @@ def test_nothing_is_made_until_somebody_looks_and_then_once(recipe: Recipe) -> N
     (left,) = previews.left()
     assert left.shape == (4, 4, 8)
     assert Previews(recipe, lambda step, file: None, learns=False).left() == []
+
+
+def test_without_a_map_what_differs_most_is_shown_in_gray_and_keeps_its_sign() -> None:
+    generator = torch.Generator().manual_seed(1)
+    shape = torch.zeros(8, 8)
+    shape[2:6, 2:6] = 1.0
+    latents = torch.randn(16, 8, 8, generator=generator) * 0.1 + 7
+    latents += torch.rand(16, 1, 1, generator=generator) * shape
+    pixels = structure(latents)
+    assert pixels.shape == (8, 8, 3)
+    assert torch.equal(pixels[..., 0], pixels[..., 2])
+    assert pixels[2:6, 2:6].float().mean() > 100 + pixels[shape == 0].float().mean()
+    assert torch.equal(structure(torch.full((4, 2, 2), 3.0)), torch.full((2, 2, 3), 128, dtype=torch.uint8))
