@@ -1,6 +1,8 @@
 """The vae stage: pictures into latents, as the pipeline's own call asks for them, and its end, from decode on."""
 
 import logging
+from collections import Counter
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -8,17 +10,20 @@ import torch
 
 from protocol.job import Recipe
 from protocol.tensors import Tensor
-from workers.errors import StageError, release_memory
+from workers.errors import StageError, let_go, release_memory
 from workers.models.loading import Loaded
 from workers.replay.boundaries import Stopped
 from workers.replay.call_record import CallRecord, Unprepared
 from workers.stages.checkpoint import ended_of
 from workers.stages.contract import Outcome, Report
+from workers.stages.denoise import shape_of
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
+from workers.weights.cuda_graphs import lease_of
 
 log = logging.getLogger(__name__)
 
 BLACKENED = "the model's safety checker has taken a picture away; another prompt or seed may help"
+TRIES = 2  # to work without tiles, in as much memory as was too little before
 ONLY_TILED = ("AutoencoderKLAllegro",)  # VAEs that can work in no other way
 IN_TILES = "decoded in tiles, for want of GPU memory; where tiles meet, the picture differs a little from a whole one"
 
@@ -30,6 +35,7 @@ class VaeStage:
         names = ("vae", "vqvae", "movq")
         self.vae: Any = next((vae for name in names if (vae := getattr(loaded.pipeline, name, None)) is not None), None)
         self.may_tile = True  # where memory is short
+        self._too_little: Counter[Hashable] = Counter()  # times that a job of a shape found too little, by what it had
         self.only_tiled = type(self.vae).__name__ in ONLY_TILED
         if self.vae is not None and self.only_tiled:
             self.vae.enable_tiling()
@@ -37,19 +43,25 @@ class VaeStage:
     def run(self, recipe: Recipe, tensors: tuple[Tensor, ...], report: Report) -> Outcome:
         """Return the job's pictures in parts; or, where nothing is to be decoded yet, the record."""
         report(0, 1)
-        try:
-            return self.visit(recipe, tensors)
-        except torch.OutOfMemoryError:
-            if not (self.may_tile and hasattr(self.vae, "enable_tiling")) or self.only_tiled:
-                raise
-            release_memory()
-            log.warning("out of memory; decoding in tiles")
-            self.vae.enable_tiling()
+        able = self.may_tile and hasattr(self.vae, "enable_tiling") and not self.only_tiled
+        room = lease_of(self.device) if self.device.type == "cuda" else 0.0
+        tried = shape_of(recipe), room
+        if not able or self._too_little[tried] < TRIES:
             try:
-                outcome = self.visit(recipe, tensors)
-            finally:
-                self.vae.disable_tiling()
-            return replace(outcome, warnings=(*outcome.warnings, IN_TILES))
+                return self.visit(recipe, tensors)
+            except torch.OutOfMemoryError as error:
+                if not able:
+                    raise
+                self._too_little[tried] += 1
+                let_go(error)
+            release_memory()
+        log.warning("too little memory; decoding in tiles")
+        self.vae.enable_tiling()
+        try:
+            outcome = self.visit(recipe, tensors)
+        finally:
+            self.vae.disable_tiling()
+        return replace(outcome, warnings=(*outcome.warnings, IN_TILES))
 
     def visit(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Outcome:
         record = CallRecord.unpack(tensors)
