@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 COLUMNS = 48  # of a preview on a terminal
+BESIDE = 6  # lines of a terminal that are left beside a picture
 CHUNK = 4096  # characters of a picture in one of kitty's escapes
 IMAGE = 7431  # its number there, so that the next one takes its place
 WITH_GRAPHICS = ("xterm-kitty", "xterm-ghostty", "WezTerm", "ghostty")  # names of terminals that have kitty's
@@ -65,20 +66,18 @@ def drawn(image: "Image") -> "RenderableType":
     """Return a picture as this terminal shows it best."""
     if has_graphics(os.environ):
         return Placed(image)
-    if has_sixels():
-        from textual_image.renderable.sixel import Image as Sixels
-
-        return Sixels(image, width=COLUMNS, height="auto")
-    return blocks(image)
+    return Sixels(image) if has_sixels() else blocks(image)
 
 
 @functools.cache
 def has_sixels() -> bool:
     """Ask the terminal whether it shows sixels."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return False
     try:
         from textual_image.renderable.sixel import query_terminal_support
 
-        return sys.stdin.isatty() and sys.stdout.isatty() and query_terminal_support()
+        return query_terminal_support()
     except Exception:  # what asks a terminal meets whatever a terminal may be
         return False
 
@@ -110,6 +109,34 @@ class Placed:
         yield Segment(self.escapes, None, [(ControlType.HOME,)])  # a control's text takes no room
         for _ in range(self.rows):
             yield Segment.line()
+
+
+class Sixels:
+    """A picture for rich that a terminal draws from sixels, over lines that are left empty for it."""
+
+    def __init__(self, image: "Image") -> None:
+        self._image = image
+        self._escapes, self._rows = "", 0  # once they are known
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "Iterator[Segment]":
+        from rich.segment import ControlType, Segment
+
+        if not self._escapes:
+            self._draw(console)
+        yield Segment(self._escapes, None, [(ControlType.HOME,)])  # a control's text takes no room
+        for _ in range(self._rows):
+            yield Segment.line()
+
+    def _draw(self, console: "Console") -> None:
+        from textual_image.renderable.sixel import Image as Drawn
+
+        room = max(4, console.height - BESIDE)  # lines
+        columns = max(1, min(COLUMNS, int(2 * room * self._image.width / self._image.height)))
+        texts = [segment.text for segment in console.render(Drawn(self._image, width=columns, height="auto"))]
+        sixels = next(text for text in texts if text.startswith("\x1bP"))
+        self._rows = "".join(texts[: texts.index(sixels)]).count("\n")
+        down = "\n" * self._rows  # so that a terminal that scrolls does so before
+        self._escapes = f"{down}\x1b[{self._rows}A\x1b7{sixels}\x1b8"
 
 
 def blocks(image: "Image") -> "Text":

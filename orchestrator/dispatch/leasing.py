@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.memory_accounts import MemoryAccounts
 from orchestrator.dispatch.stage_queues import StageQueues
-from orchestrator.dispatch.standstill import Busy, Standstill
+from orchestrator.dispatch.standstill import TICK_SECONDS, Busy, Standstill
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import KEPT_BETWEEN_STEPS
 from orchestrator.memory.ledger import Holding, Ledger
@@ -158,8 +158,8 @@ class Leasing:
     def _worth_looking_at(self, idle: list[IdleWorker], drained: Container[Stage]) -> tuple[Sequence[IdleWorker], bool]:
         """Return the idle workers that a decision is about, and whether that is all of them.
 
-        Beside few GPUs it is, and where nothing has moved for a while. Beside many it is all of them now and then, and
-        else those where something has changed, and in turns some of those that could do what waits.
+        Beside few GPUs it is. Beside many it is all of them now and then, more often where nothing moves, and else
+        those where something has changed, and in turns some of those that could do what waits.
         """
         now, since, holdings = time.monotonic(), self._looked, self.ledger.holdings
         there: dict[GpuId, list[IdleWorker]] = {}
@@ -167,8 +167,8 @@ class Leasing:
             for holding in holdings.get(worker.holder, ()):
                 there.setdefault(holding.gpu, []).append(worker)
         self._looked, self.partly = now, False
-        if len(there) <= FEW_GPUS or now >= self._all_due or now - self._moved >= ALL_SECONDS:
-            self._all_due = now + ALL_SECONDS
+        if len(there) <= FEW_GPUS or now >= self._all_due:
+            self._all_due = now + (TICK_SECONDS if now - self._moved >= ALL_SECONDS else ALL_SECONDS)
             return idle, True
         workers = self._fleet.workers
         chosen = {gpu for gpu in there if self.ledger.touched.get(gpu, 0.0) >= since}

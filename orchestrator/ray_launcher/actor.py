@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.ray_launcher.asked import Asked
 from orchestrator.state_folder import StackFolder, end_stack
 from orchestrator.supervisor.host_agent import ENDED_WITH_STACK
 from protocol.client.endpoints import default_folder
@@ -37,7 +38,9 @@ class HostActor:
     Ray makes the actor anew, with the same arguments, where its process has died: it finds the key again.
     """
 
-    def __init__(self, name: str, stack: str) -> None:
+    def __init__(self, name: str, stack: str, comes_and_goes: bool = False) -> None:
+        """One that `comes_and_goes` ends where no launcher asks for it any more, so that its node can go."""
+        self._called = Asked() if comes_and_goes else None
         self._name = name
         self._folder = StackFolder(default_folder().with_name(f"triptych-{stack}-{name}"))
         self._folder.create()
@@ -80,6 +83,8 @@ class HostActor:
 
     def state(self) -> dict[str, Any]:
         """Return whether the agent runs, why it does not, and how this node treats processes."""
+        if self._called:
+            self._called.again()
         pid = self._agent.pid if self._agent and self._agent.poll() is None else None
         return {
             "pid": pid,

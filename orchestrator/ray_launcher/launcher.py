@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -70,6 +70,7 @@ class RayLauncher:
         self._said: dict[str, str] = {}  # troubles by host: what lasts is said once
         self._reservations: Reservations | None = None  # of hosts that come and go with the work
         self._ending: list[tuple[Placed, Any, float]] = []  # hosts, what tells that they have stopped, the latest time
+        self._swept = False  # what an earlier launcher has left on nodes that come and go is known
         self._scaling: Scaling | None = None
         self._stop = threading.Event()
 
@@ -116,7 +117,8 @@ class RayLauncher:
         """
         for node in alive():
             if self._comes_and_goes(node):
-                if self._reservations and node["NodeID"] in self._reservations.nodes:
+                ending = any(host.node == node["NodeID"] for host, _, _ in self._ending)
+                if self._reservations and node["NodeID"] in self._reservations.nodes and not ending:
                     yield node
                 continue
             name, labels = node["NodeManagerHostname"], node.get("Labels") or {}
@@ -139,6 +141,8 @@ class RayLauncher:
         for host in [host for host in self._hosts.values() if host.comes_and_goes and host.node not in reserved]:
             del self._hosts[host.node]
             self._ending.append((host, host.actor.stop.remote(), now + STOP_SECONDS))
+        for host in self._left_behind(reserved | {host.node for host, _, _ in self._ending}):
+            self._ending.append((host, host.actor.stop.remote(), now + STOP_SECONDS))
         for ending in list(self._ending):
             host, stopped, until = ending
             if now >= until or ray.wait([stopped], timeout=0)[0]:
@@ -146,6 +150,23 @@ class RayLauncher:
                 ray.kill(host.actor, no_restart=True)
                 with contextlib.suppress(NotFound):
                     self._keys.revoke(host.name)
+
+    def _left_behind(self, but: Collection[str]) -> Iterator[Placed]:
+        """Yield hosts of an earlier launcher on nodes that come and go, `but` those on some of them.
+
+        What it has reserved is known once all that it has left has answered.
+        """
+        assert self._reservations
+        if self._swept or any(r.found and not r.node for r in self._reservations.all.values()):
+            return
+        self._swept = True
+        nodes = {n["NodeID"][:8]: n for n in alive() if self._comes_and_goes(n) and n["NodeID"] not in but}
+        for row in ray.util.list_named_actors(all_namespaces=True):
+            name = str(row["name"])
+            if of_stack(row, self._stack) and not is_reservation(name) and (node := nodes.get(name.split("/")[2])):
+                with contextlib.suppress(ValueError):  # it has ended meanwhile
+                    actor = ray.get_actor(name, namespace=NAMESPACE)
+                    yield Placed(name.split("/")[1], node["NodeID"], node["NodeManagerAddress"], actor, None, True)
 
     def _name_of(self, node: Mapping[str, Any]) -> str:
         """Return a host's name for a node: that of its actor if there is one, else its machine's.
@@ -178,11 +199,11 @@ class RayLauncher:
                 namespace=NAMESPACE,
                 lifetime="detached",
                 get_if_exists=True,
-                max_restarts=-1,
+                max_restarts=0 if comes_and_goes else -1,
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(where, soft=False),
             )
-            .remote(name, self._stack)
+            .remote(name, self._stack, comes_and_goes)
         )
         self._hosts[where] = Placed(name, where, address, actor, actor.public.remote(), comes_and_goes)
         log.info("%s: an actor on node %s", name, where)
@@ -267,7 +288,7 @@ class RayLauncher:
         if self._scaling and self._reservations:
             self._scaling.close()
             self._reservations.end_all()
-        names = [host.name for host in self._hosts.values()]
+        names = [host.name for host in (*self._hosts.values(), *(host for host, _, _ in self._ending))]
         end_actors(self._stack)
         for name in names:
             try:

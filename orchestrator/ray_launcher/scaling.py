@@ -6,18 +6,17 @@ offer: while one waits, Ray brings a node for it; where it has ended, a node is 
 
 import contextlib
 import logging
-import os
-import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from orchestrator.ray_launcher.asked import Asked
 from orchestrator.scheduling.autoscaling import Autoscaler, ScalingTerms, Work, least_busy
 from protocol.client.client import Client
 from protocol.errors import TriptychError
@@ -30,28 +29,23 @@ CLIENT_SECONDS = 2.0  # for an answer of the stack's
 FIRST_START_SECONDS = 60.0  # that a host takes to come, until one has
 NEWEST = 0.5  # weight of the newest start
 MOST_SLOWER = 4.0  # times as long as was reckoned with, that a start counts for
-LEAST_PATIENCE_SECONDS = 120.0  # with a node whose host does not get ready
+LEAST_PATIENCE_SECONDS = 180.0  # with a node whose host does not get ready; twice as many after each that did not
 STARTS_OF_PATIENCE = 3.0  # the same, in what a start takes
+LONGEST_START_SECONDS = 3600.0
+HELD = ("cordoned", "drained")  # by a person, who is left to decide
 PAUSES = (0.0, 30.0, 60.0, 120.0, 300.0)  # seconds before another host is asked for, by how many failed in a row
-FORGOTTEN_SECONDS = 600.0  # without a launcher, after which a reservation ends: its stack may be gone for good
 
 
 class ReservationActor:
     """Keeps a node in use, as long as a launcher asks for it."""
 
     def __init__(self) -> None:
-        self._asked = time.monotonic()
-        threading.Thread(target=self._end_when_forgotten, daemon=True).start()
+        self._asked = Asked()
 
     def node(self) -> str:
         """Return Ray's id of the node."""
-        self._asked = time.monotonic()
+        self._asked.again()
         return str(ray.get_runtime_context().get_node_id())
-
-    def _end_when_forgotten(self) -> None:
-        while time.monotonic() - self._asked < FORGOTTEN_SECONDS:
-            time.sleep(1.0)
-        os._exit(0)
 
 
 @dataclass(slots=True)
@@ -63,6 +57,7 @@ class Reservation:
     at_node: float = 0.0  # monotonic seconds, since when
     ready: float = 0.0  # monotonic seconds, when its host was last seen to work; 0: never
     found: bool = False  # it is of an earlier launcher
+    known: frozenset[str] = frozenset()  # nodes that were there already when it was made
 
 
 class Reservations:
@@ -71,6 +66,7 @@ class Reservations:
     def __init__(self, namespace: str, stack: str, resource: str) -> None:
         self._namespace, self._prefix, self._resource = namespace, f"{stack}/{RESERVED}/", resource
         self.all: dict[str, Reservation] = {}
+        self.doubled = False  # a node offers the resource more than once; until somebody has looked
         for row in ray.util.list_named_actors(all_namespaces=True):
             if row["namespace"] == namespace and str(row["name"]).startswith(self._prefix):
                 with contextlib.suppress(ValueError):  # it has ended meanwhile
@@ -87,7 +83,8 @@ class Reservations:
         name = f"{self._prefix}{uuid.uuid4().hex[:12]}"
         options = {"name": name, "namespace": self._namespace, "lifetime": "detached"}
         actor = ray.remote(ReservationActor).options(num_cpus=0, resources={self._resource: 1}, **options).remote()
-        self.all[name] = Reservation(actor, actor.node.remote())
+        known = frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"])
+        self.all[name] = Reservation(actor, actor.node.remote(), known=known)
         log.info("one more host is asked for: %d in all", len(self.all))
 
     def end(self, name: str) -> None:
@@ -111,7 +108,9 @@ class Reservations:
             except ray.exceptions.RayError:  # its node has gone
                 del self.all[name]
                 continue
-            if node and not reservation.node and node in self.nodes:  # it offers more than one
+            if node and not reservation.node and node in self.nodes:
+                log.warning("a node offers %s more than once, and is one host all the same", self._resource)
+                self.doubled = True
                 self.end(name)
                 continue
             if node and not reservation.node:
@@ -126,11 +125,12 @@ class Scaling:
         self, reservations: Reservations, terms: ScalingTerms, folder: Path, host_on: Callable[[str], str]
     ) -> None:
         self._reservations, self._folder, self._host_on = reservations, folder, host_on
-        self._scaler = Autoscaler(replace(terms, start_seconds=FIRST_START_SECONDS))
+        self._scaler, self._limits = Autoscaler(replace(terms, start_seconds=FIRST_START_SECONDS)), terms
         self._client: Client | None = None
         self._said = ""  # what keeps it from scaling
         self._failed = 0  # hosts in a row that never got ready
         self._not_before = 0.0  # monotonic seconds, when another may be asked for
+        self._waits = False  # Ray has brought no node for long, which was said
 
     def look(self) -> None:
         """Ask for as many hosts as are wanted, and let go of what is too many; do nothing without the stack."""
@@ -154,76 +154,106 @@ class Scaling:
     def _scale(
         self, client: Client, waiting: float, hosts: Mapping[str, HostView], workers: Sequence[WorkerView]
     ) -> None:
-        there = {name: self._host_on(r.node) for name, r in self._reservations.all.items() if r.node}
-        here = {name: host for name, host in there.items() if is_ready(host, hosts, workers)}
-        self._learn(here)
-        self._give_up({name: host for name, host in there.items() if name not in here}, hosts)
-        if here:
-            gpus = max(1, *(len(hosts[host].facts.gpus) for host in here.values()))
-            self._scaler.terms = replace(self._scaler.terms, gpus=gpus)
+        names = {name: self._host_on(r.node) for name, r in self._reservations.all.items() if r.node}
+        held = {name for name, host in names.items() if host in hosts and hosts[host].placing in HELD}
+        mine = {name: r for name, r in self._reservations.all.items() if name not in held}
+        self._learn(name for name in mine if name in names and is_ready(names[name], hosts, workers))
+        here = {
+            n: names[n] for n, r in mine.items() if r.ready and names[n] in hosts and hosts[names[n]].state == "here"
+        }
+        self._give_up({name: names[name] for name in mine if name in names and name not in here}, hosts)
+        mine = {name: r for name, r in mine.items() if name in self._reservations.all}
+        self._complain(mine)
+        gpus = max([1, *(len(hosts[host].facts.gpus) for host in here.values())]) if here else self._scaler.terms.gpus
+        least, most = (max(0, limit - len(held)) for limit in (self._limits.least, self._limits.most))
+        self._scaler.terms = replace(self._scaler.terms, gpus=gpus, least=least, most=most)
         tasks = Counter(worker.host for worker in workers if worker.job)
-        busy = {name: min(self._scaler.terms.gpus, tasks[host]) for name, host in here.items()}
-        count = len(self._reservations.all)
-        wanted = self._scaler.wanted(Work(waiting, [*busy.values()], count - len(here)), time.monotonic())
+        busy = {name: min(gpus, tasks[host]) for name, host in here.items()}
+        wanted = self._scaler.wanted(Work(waiting, [*busy.values()], len(mine) - len(here)), time.monotonic())
         leaving = [name for name, host in here.items() if hosts[host].placing == "leaving"]
-        if wanted >= count:
+        if wanted >= len(mine):
             for name in leaving:
                 client.place_on_host(here[name], "")
             if time.monotonic() >= self._not_before:
-                for _ in range(wanted - count):
+                missing = wanted - len(mine)
+                for _ in range(min(missing, 1) if self._failed else missing):
                     self._reservations.add()
             return
-        self._let_go(client, count - wanted, here, leaving, {name for name in here if tasks[here[name]]}, busy)
+        to_come = [name for name in mine if name not in here and not tasks[names.get(name, "")]]
+        self._let_go(client, len(mine) - wanted, to_come, here, leaving, busy)
 
     def _let_go(
         self,
         client: Client,
         surplus: int,
+        to_come: Sequence[str],
         here: Mapping[str, str],
-        leaving: list[str],
-        working: Container[str],
+        leaving: Sequence[str],
         busy: Mapping[str, int],
     ) -> None:
         """Let go of so many hosts: first of those that are yet to come, then of those with the least to do."""
-        for name in [name for name in self._reservations.all if name not in here][:surplus]:
+        for name in to_come[:surplus]:
             self._reservations.end(name)
-            surplus -= 1
+        surplus -= min(surplus, len(to_come))
         for name in leaving[surplus:]:
             client.place_on_host(here[name], "")
         for name in leaving[:surplus]:
-            if name not in working:
+            if not busy[name]:
                 self._reservations.end(name)
         left = [name for name in here if name not in leaving]
         for _ in range(min(len(left), surplus - len(leaving))):
             client.place_on_host(here[left.pop(least_busy([busy[name] for name in left]))], "leaving")
 
     def _give_up(self, absent: Mapping[str, str], hosts: Mapping[str, HostView]) -> None:
-        """Let go of nodes whose hosts don't get ready; the next ones are asked for later and later."""
-        patience = max(LEAST_PATIENCE_SECONDS, STARTS_OF_PATIENCE * self._scaler.terms.start_seconds)
-        now = time.monotonic()
+        """Let go of nodes whose hosts don't get ready, or are silent; after the former others are asked for later."""
+        now, start = time.monotonic(), self._scaler.terms.start_seconds
+        patience = max(LEAST_PATIENCE_SECONDS, STARTS_OF_PATIENCE * start) * 2 ** min(self._failed, len(PAUSES))
         for name, host in absent.items():
-            reservation = self._reservations.all[name]
-            view = hosts.get(host)
+            reservation, view = self._reservations.all[name], hosts.get(host)
             refused = view is not None and view.state == "refused"
-            if refused or now - max(reservation.at_node, reservation.ready) > patience:
-                self._failed += 1
-                pause = PAUSES[min(self._failed, len(PAUSES) - 1)]
-                self._not_before = now + pause
-                reason = (view and view.reason) or f"its workers did not stand ready within {patience:.0f} s"
-                log.warning("%s: %s; no other host is asked for within %g s", host or "a node", reason, pause)
-                self._reservations.end(name)
+            if not refused and now - max(reservation.at_node, reservation.ready) <= patience:
+                continue
+            self._reservations.end(name)
+            if reservation.ready:
+                log.warning("%s: it has been silent for too long", host)
+                continue
+            if not refused:
+                longer = min(2 * start, LONGEST_START_SECONDS)
+                self._scaler.terms = replace(self._scaler.terms, start_seconds=longer)
+            reason = (view and view.reason) or f"its workers did not stand ready within {patience:.0f} s"
+            self._pause(f"{host or 'a node'}: {reason}")
+
+    def _complain(self, mine: Mapping[str, Reservation]) -> None:
+        """Say what keeps hosts from coming."""
+        if self._reservations.doubled:
+            self._reservations.doubled = False
+            self._pause("a node offers more than one of the resource, of which a host takes one")
+        late = STARTS_OF_PATIENCE * self._scaler.terms.start_seconds
+        waits = any(not r.node and time.monotonic() - r.since > late for r in mine.values())
+        if waits and not self._waits:
+            log.warning("Ray has brought no node for %.0f s: is there a kind that offers the resource, and room?", late)
+        self._waits = waits
+
+    def _pause(self, reason: str) -> None:
+        """Ask for no host for a while, for a longer one each time."""
+        self._failed += 1
+        pause = PAUSES[min(self._failed, len(PAUSES) - 1)]
+        self._not_before = time.monotonic() + pause
+        log.warning("%s; no other host is asked for within %g s", reason, pause)
 
     def _learn(self, ready: Iterable[str]) -> None:
         """Learn how long a host takes to come."""
         now = time.monotonic()
         for name in ready:
             reservation, terms = self._reservations.all[name], self._scaler.terms
-            if not reservation.ready and not reservation.found:
+            if not reservation.ready:
+                self._failed = 0
+            if not reservation.ready and not reservation.found and reservation.node not in reservation.known:
                 took = min(now - reservation.since, MOST_SLOWER * terms.start_seconds)
                 seconds = terms.start_seconds + NEWEST * (took - terms.start_seconds)
                 self._scaler.terms = replace(terms, start_seconds=seconds)
                 log.info("a host has come within %.1f s; %.1f s are reckoned with", now - reservation.since, seconds)
-            reservation.ready, self._failed = now, 0
+            reservation.ready = now
 
 
 def is_ready(host: str, hosts: Mapping[str, HostView], workers: Sequence[WorkerView]) -> bool:

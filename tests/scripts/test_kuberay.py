@@ -40,6 +40,8 @@ def test_the_stacks_command_is_one_and_nodes_offer_what_it_asks_for(cluster: dic
     assert offered == {config.ray_resource: 1}
     assert config.ray_scale == f"{gpus['minReplicas']}-{gpus['maxReplicas']}"
     assert config.ray == "auto"
+    mounts = {mount["mountPath"] for mount in stack["volumeMounts"]}
+    assert not mounts & {part.partition("=")[2] for part in stack["command"]}  # a volume's root is not a stack's own
     assert {e["name"]: e.get("value") for e in stack["env"]}["RAY_AUTH_MODE"] == "token"
     assert cluster["authOptions"]["mode"] == "token"
 

@@ -140,17 +140,21 @@ def drawn(grid: torch.Tensor, fit: torch.Tensor) -> torch.Tensor | None:
     return (colors.T.reshape(rows, columns, 3).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def structure(grid: torch.Tensor) -> torch.Tensor:
-    """Return the principal component of latents as gray pixels, uint8 (height, width, 3); no host waits for it."""
+def structure(grid: torch.Tensor, direction: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the principal component of latents as gray pixels, uint8 (height, width, 3), and its direction.
+
+    That is sought from a `direction` on, which gives it its sign; no host waits for it.
+    """
     channels, rows, columns = grid.shape
     values = grid.flatten(1) - grid.flatten(1).mean(1, keepdim=True)
     spread = values @ values.T
-    direction = grid.new_ones(channels)  # which gives it a sign, the same at each step
+    if direction is None or direction.shape != (channels,):
+        direction = grid.new_ones(channels)
     for _ in range(POWER_STEPS):
         direction = torch.nn.functional.normalize(spread @ direction, dim=0)
     line = direction @ values
     gray = (line / (CONTRAST * line.square().mean().sqrt().clamp_min(1e-6)) + 1) / 2
-    return (gray.clamp(0, 1) * 255).round().to(torch.uint8).reshape(rows, columns, 1).expand(-1, -1, 3)
+    return (gray.clamp(0, 1) * 255).round().to(torch.uint8).reshape(rows, columns, 1).expand(-1, -1, 3), direction
 
 
 def jpeg(pixels: torch.Tensor) -> bytes:
@@ -173,6 +177,7 @@ class Previews:
         self._last: Any = None
         self._coming: tuple[int, torch.Tensor, Any] | None = None  # step, pixels on their way, and when they are here
         self._made = 0.0  # monotonic seconds
+        self._direction: torch.Tensor | None = None  # of the last gray one
         self._asked: Any = None  # a scheduler's sigmas, and as numbers of the host's
         self._sigmas: Sequence[float] = ()
 
@@ -199,9 +204,10 @@ class Previews:
             return
         fit, self._wanted, self._made = self._fit, False, now
         end = end_of(pipeline.scheduler, self._sigmas_of(pipeline.scheduler), before, grid, step)
-        found = structure(end) if fit is None else drawn(end, on_device(fit, grid.device))
-        if found is not None:
-            self._coming = (step + 1, *to_host(found))
+        found = None if fit is None else drawn(end, on_device(fit, grid.device))
+        if found is None:
+            found, self._direction = structure(end, self._direction)
+        self._coming = (step + 1, *to_host(found))
 
     def _sigmas_of(self, scheduler: Any) -> Sequence[float]:
         """Return a scheduler's sigmas, which may be on a GPU: its host waits for them once, not for each preview."""

@@ -10,6 +10,7 @@ import sys
 import pytest
 from PIL import Image
 from rich.console import Console
+from rich.live import Live
 
 from orchestrator.cli import previews
 from orchestrator.cli.previews import CHUNK, COLUMNS, Placed, blocks, has_graphics
@@ -79,6 +80,13 @@ def test_a_terminal_is_asked_whether_it_has_sixels(answer: bytes, found: bool) -
 def test_sixels_are_drawn_where_the_terminal_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(previews, "has_sixels", lambda: True)
     monkeypatch.setattr(previews, "has_graphics", lambda environment: False)
-    text = shown(previews.drawn(Image.new("RGB", (64, 32), "red")))
-    assert re.search(r"\x1bP[0-9;]*q", text)
-    assert text.count("\n") > 5  # room for it
+    for size in ((64, 32), (32, 128)):
+        picture = previews.drawn(Image.new("RGB", size, "red"))
+        text = shown(picture)
+        assert re.search(r"\x1bP[0-9;]*q", text)
+        assert text.index("\x1bP") < text.rindex("\n")  # room for it comes after it, as rich may cut lines off
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, width=80, height=20)
+        with Live(previews.drawn(Image.new("RGB", size, "red")), console=console, auto_refresh=False):
+            pass
+        assert "\x1bP" in file.getvalue()

@@ -35,6 +35,7 @@ class Cluster:
     all: dict[str, Reservation] = field(default_factory=dict)
     made: int = 0
     clock: Any = None
+    doubled: bool = False
 
     def look(self) -> None:
         for reservation in list(self.all.values())[: self.nodes]:
@@ -61,6 +62,9 @@ class World:
     placing: dict[str, str] = field(default_factory=dict)
     busy: set[str] = field(default_factory=set)
     broken: bool = False
+    states: dict[str, str] = field(default_factory=dict)  # of hosts, where they aren't `state`
+    start: float = 0.0  # seconds until a host's worker is loaded
+    loading: set[str] = field(default_factory=set)  # hosts that have one
 
     @property
     def names(self) -> list[str]:
@@ -71,8 +75,8 @@ class World:
             raise NoStack("It is not there.")
         return [
             HostView(
-                name=name, state=self.state, placing=self.placing.get(name, ""), reason="other versions", facts=FACTS,
-                workers=1, heard=0.0,
+                name=name, state=self.states.get(name, self.state), placing=self.placing.get(name, ""),
+                reason="other versions", facts=FACTS, workers=1, heard=0.0,
             )
             for name in self.names
         ]  # fmt: skip
@@ -80,7 +84,9 @@ class World:
     def workers(self) -> Any:
         class Found:
             workers: tuple[WorkerView, ...] = tuple(
-                worker_on(name, "j" if name in self.busy else None) for name in self.names
+                worker_on(f"h-{r.node}", "j" if f"h-{r.node}" in self.busy else None)
+                for r in self.cluster.all.values()
+                if r.node and self.now - r.at_node >= self.start and f"h-{r.node}" not in self.loading
             )
 
         return Found()
@@ -180,3 +186,68 @@ def test_without_the_stack_nothing_is_done(world: World, monkeypatch: pytest.Mon
     world.broken, world.waiting = False, 5.0
     world.run(2)
     assert len(world.cluster.all) == 1
+
+
+def test_a_host_that_works_is_not_let_go_while_one_of_its_workers_loads(world: World) -> None:
+    world.cluster.nodes, world.waiting = 8, 5.0
+    world.run(2)
+    (name,) = world.names
+    world.waiting, world.loading = 0.0, {name}
+    world.workers = lambda found=world.workers: Together(found(), worker_on(name, "j"))  # type: ignore[method-assign]
+    world.run(1000)
+    assert world.names == [name]
+    assert name not in world.placing
+
+
+@dataclass
+class Together:
+    found: Any
+    other: WorkerView
+
+    @property
+    def workers(self) -> tuple[WorkerView, ...]:
+        return (*self.found.workers, self.other)
+
+
+def test_hosts_that_take_long_to_come_come_in_the_end(world: World) -> None:
+    world.cluster.nodes, world.waiting, world.start = 8, 5.0, 400.0
+    world.run(3000)
+    assert any(reservation.ready for reservation in world.cluster.all.values())
+    assert world.cluster.made <= 4
+
+
+def test_a_cordoned_host_does_nothing_so_another_one_comes(world: World) -> None:
+    world.cluster.nodes, world.waiting = 8, 5.0
+    world.run(2)
+    (name,) = world.names
+    world.placing[name] = "cordoned"
+    world.run(30)
+    assert len(world.names) == 2
+    world.waiting = 0.0
+    world.run(300)
+    assert world.names == [name]
+    assert world.placing[name] == "cordoned"
+
+
+def test_a_good_host_does_not_make_up_for_those_that_are_refused(world: World) -> None:
+    world.cluster.nodes, world.waiting = 8, 5.0
+    world.run(2)
+    (good,) = world.names
+    world.states, world.state, world.waiting, world.busy = {good: "here"}, "refused", 1e6, {good}
+    world.run(3000)
+    assert world.cluster.made < 8 + 16
+    made = world.cluster.made
+    world.run(600)
+    assert world.cluster.made - made <= 3
+
+
+def test_a_node_that_offers_more_than_one_is_no_reason_to_ask_again_and_again(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.waiting = 5.0
+    for _ in range(300):
+        world.cluster.doubled = bool(world.cluster.all)
+        world.cluster.all.clear()
+        world.run(1)
+    assert world.cluster.made < 12
+    assert "offers more than one" in caplog.text

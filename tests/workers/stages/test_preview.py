@@ -140,8 +140,9 @@ def test_without_a_map_what_differs_most_is_shown_in_gray_and_keeps_its_sign() -
     shape[2:6, 2:6] = 1.0
     latents = torch.randn(16, 8, 8, generator=generator) * 0.1 + 7
     latents += torch.rand(16, 1, 1, generator=generator) * shape
-    pixels = structure(latents)
+    pixels, direction = structure(latents)
     assert pixels.shape == (8, 8, 3)
     assert torch.equal(pixels[..., 0], pixels[..., 2])
     assert pixels[2:6, 2:6].float().mean() > 100 + pixels[shape == 0].float().mean()
-    assert torch.equal(structure(torch.full((4, 2, 2), 3.0)), torch.full((2, 2, 3), 128, dtype=torch.uint8))
+    assert torch.equal(structure(latents, -direction)[0].float() + pixels.float(), torch.full((8, 8, 3), 255.0))
+    assert torch.equal(structure(torch.full((4, 2, 2), 3.0))[0], torch.full((2, 2, 3), 128, dtype=torch.uint8))
