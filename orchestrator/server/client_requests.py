@@ -448,7 +448,7 @@ class ClientRequests:
                 name=entry.name, model=entry.description.model, revision=entry.description.revision,
                 pipeline=entry.description.pipeline, dtype=entry.dtype, speedups=entry.speedups,
                 video=entry.description.video is not None, description=entry.description, default=entry == default,
-                resting=self._rests.rests(entry.name),
+                resting=self._rests.rests(entry),
                 reason=self._rests.reason(entry.name) if peer.local else "",
                 jobs=self.engine.job_queue.by_model[entry.key],
             )

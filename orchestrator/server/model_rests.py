@@ -22,8 +22,9 @@ class ModelRests:
         self._reasons: dict[str, str] = {}  # why those that rest could not be started, by name
         self._heard = False  # from a supervisor
 
-    def rests(self, name: str) -> bool:
-        return name in self._resting
+    def rests(self, entry: CatalogueEntry) -> bool:
+        """Return whether a model has no workers, as the supervisor has told, which tells it later than they come."""
+        return entry.name in self._resting and not any(worker.model == entry.key for worker in self._engine.fleet)
 
     def reason(self, name: str) -> str:
         """Return why a model's workers could not be started; empty where they could."""

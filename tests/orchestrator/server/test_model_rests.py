@@ -53,6 +53,14 @@ def test_a_model_with_jobs_is_woken_again_and_again_until_it_is_there() -> None:
     assert told.look(ASK_AGAIN_SECONDS) == []
 
 
+def test_a_model_whose_workers_have_come_does_not_rest_whatever_the_supervisor_told_before() -> None:
+    told = Told()
+    told.rests.told([RestingModel(name="m")])
+    assert not told.rests.rests(ENTRY)
+    told.fleet.clear()
+    assert told.rests.rests(ENTRY)
+
+
 def test_a_model_whose_memory_another_needs_rests_unless_it_has_jobs_by_then() -> None:
     told = Told()
     told.jobs[ENTRY.key] = 1
