@@ -79,8 +79,9 @@ def report(policy: str, tally: Tally, gpus: int, took: float, **more: Any) -> di
     }  # fmt: skip
 
 
-def at(values: Sequence[float], weight_bytes: float) -> float:
-    return values[min(len(values) - 1, int(weight_bytes * len(values)))] if values else 0.0
+def at(values: Sequence[float], share: float) -> float:
+    """Return the value below which that share of them lies, of values in order."""
+    return values[min(len(values) - 1, int(share * len(values)))] if values else 0.0
 
 
 def simulate(
