@@ -214,6 +214,7 @@ class Supervisor:
         self._link.tell(self._children.views(), self._children.resting)
         for message in self._link.hear():
             self._obey(message)
+            self._link.tell(self._children.views(), self._children.resting)  # where that has changed which models rest
         for answer in self._hosts.answers():
             if answer.reason:
                 self.notice(f"the host {answer.host} is refused: {answer.reason}")
