@@ -161,9 +161,8 @@ class RayLauncher:
             return
         self._swept = True
         nodes = {n["NodeID"][:8]: n for n in alive() if self._comes_and_goes(n) and n["NodeID"] not in but}
-        for row in ray.util.list_named_actors(all_namespaces=True):
-            name = str(row["name"])
-            if of_stack(row, self._stack) and not is_reservation(name) and (node := nodes.get(name.split("/")[2])):
+        for name in actors_of(self._stack):
+            if not is_reservation(name) and (node := nodes.get(name.split("/")[2])):
                 with contextlib.suppress(ValueError):  # it has ended meanwhile
                     actor = ray.get_actor(name, namespace=NAMESPACE)
                     yield Placed(name.split("/")[1], node["NodeID"], node["NodeManagerAddress"], actor, None, True)
@@ -173,9 +172,9 @@ class RayLauncher:
 
         With a part of the node's id where that is taken.
         """
-        for row in ray.util.list_named_actors(all_namespaces=True):
-            if of_stack(row, self._stack) and str(row["name"]).endswith(f"/{node['NodeID'][:8]}"):
-                return str(row["name"]).split("/")[1]
+        for known in actors_of(self._stack):
+            if known.endswith(f"/{node['NodeID'][:8]}"):
+                return known.split("/")[1]
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", str(node["NodeManagerHostname"])).strip("-_.")[:40] or "node"
         others = {host.name for host in self._hosts.values()} | {socket.gethostname()}
         others |= {entry.name for entry in self._keys.entries() if entry.role != "host"}
@@ -327,7 +326,7 @@ def actor_name(stack: str, host: str, node: str) -> str:
 
 def end_actors(stack: str) -> list[str]:
     """End all actors of a stack's, in good order where they do it in time; return their names."""
-    found = [str(row["name"]) for row in ray.util.list_named_actors(all_namespaces=True) if of_stack(row, stack)]
+    found = actors_of(stack)
     actors = []
     for name in found:
         try:
@@ -345,6 +344,11 @@ def end_actors(stack: str) -> list[str]:
 def is_reservation(name: str) -> bool:
     """Return whether an actor's name is a reservation's."""
     return name.split("/")[1] == RESERVED
+
+
+def actors_of(stack: str) -> list[str]:
+    """Return the names of a stack's actors in the cluster."""
+    return [str(row["name"]) for row in ray.util.list_named_actors(all_namespaces=True) if of_stack(row, stack)]
 
 
 def of_stack(row: Mapping[str, Any], stack: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do, for hosts that are alike."""
+    """The work that there is, for hosts that are alike."""
 
     waiting: float  # GPU seconds that nobody has begun
     busy: Sequence[int]  # for each host that is here, its GPUs that have something to do

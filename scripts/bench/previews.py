@@ -1,4 +1,4 @@
-"""What it costs to watch a job: denoising with previews asked for all the time, in turns with jobs that nobody watches.
+"""Measure what watching a job costs: denoising with previews asked for all the time, and jobs that nobody watches.
 
     python -m scripts.bench.previews /tmp/flux
 

@@ -1,4 +1,4 @@
-"""What it adds to a job that its workers are another host's: two stacks in turns, one with workers of its own.
+"""Measure what another host's workers add to a job: two stacks in turns, one with workers of its own.
 
     python -m scripts.bench.remote --jobs 100
 

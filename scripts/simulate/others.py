@@ -20,7 +20,7 @@ from scripts.simulate.outages import SILENCE, Outage
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one GPU does at once for a job: all its stages, or one."""
+    """The work that one GPU does at once for a job: all its stages, or one."""
 
     job: int
     stages: tuple[Stage, ...]

@@ -1,4 +1,4 @@
-"""What scales hosts, with a stack and a cluster that are only told of: no Ray, no sockets."""
+"""The scaling of hosts, with a stack and a cluster that are only told of: no Ray, no sockets."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
