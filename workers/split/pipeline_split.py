@@ -17,6 +17,7 @@ from accelerate.utils import recursively_apply
 
 from protocol.errors import BadRequest
 from workers.split.device_gates import DeviceGates
+from workers.weights.block_graphs import BlockGraphs
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.forward_trace import around_blocks
 from workers.weights.modulation import PrecomputedJob
@@ -86,6 +87,11 @@ class JobGate:
         self._wanting = 0
         self._alone = False
 
+    @property
+    def several(self) -> bool:
+        """Return whether more than one job is inside."""
+        return len(self._inside) > 1
+
     @contextlib.contextmanager
     def joined(self, must_be_alone: Callable[[], bool]) -> Iterator[Stay]:
         """Join the jobs inside; the answer of `must_be_alone` may change while this waits."""
@@ -139,6 +145,10 @@ class PipelineSplit:
         sys.setswitchinterval(min(SWITCH_SECONDS, sys.getswitchinterval()))
         self._moved, self._current = moved, Current()
         self._job_gate = JobGate()
+        for residency in self.residencies:
+            residency.block_graphs = BlockGraphs(
+                residency.row_modules, residency.device, len(parts), lambda: self._job_gate.several
+            )
         self._precompute = Precompute(self.residencies, self.rows, several=True)
         self._shapes: set[Hashable] = set()  # of jobs that were made
 
@@ -160,30 +170,42 @@ class PipelineSplit:
         return [(part, names[number]) for part, number in self.places.items()]
 
     @contextlib.contextmanager
-    def job(self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable) -> Iterator[None]:
+    def job(
+        self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable, kind: Hashable = None
+    ) -> Iterator[None]:
         """Surround a job of `model`, one of those that share the blocks, in this thread.
 
         One to learn from is alone; so is the first of a `shape` where blocks are compiled, since torch compiles in one
-        thread at a time.
+        thread at a time, and of a `kind` where blocks may have CUDA graphs.
         """
+        graphs = [residency.block_graphs for residency in self.residencies if residency.block_graphs]
 
         def new() -> bool:
-            return (self._to_learn() and forwards.whole) or (self.compiled and shape not in self._shapes)
+            compiles = self.compiled and shape not in self._shapes
+            return (self._to_learn() and forwards.whole) or compiles or any(one.untried(kind) for one in graphs)
+
+        @contextlib.contextmanager
+        def with_graphs() -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                for one in graphs:
+                    stack.enter_context(one.job(kind))
+                yield
 
         with self.gates.job(), self._job_gate.joined(new) as self._current.stay, self._left_behind():
             if self._to_learn() and self.compiled:
                 self._precompute.rehearse(model, forwards)
             if self._to_learn() and forwards.whole:
-                with self._precompute.watch(model):
+                with self._precompute.watch(model), with_graphs():
                     yield
                 self.gates.leave()
                 if self._precompute.trace:
                     self._precompute.learn(self._precompute.trace)
             elif self._precompute.active:
-                with self._precompute.ahead(model, forwards, self.gates.first) as self._current.ahead:
+                with self._precompute.ahead(model, forwards, self.gates.first) as self._current.ahead, with_graphs():
                     yield
             else:
-                yield
+                with with_graphs():
+                    yield
             self._shapes.add(shape)
 
     @property

@@ -98,7 +98,7 @@ class DenoiseStage:
             if self.split:
                 (twin,) = self.denoisers()
                 forwards = self._forwards(self, twin, recipe, tensors, record, begins)
-                stack.enter_context(self.split.job(twin, forwards, shape_of(recipe)))
+                stack.enter_context(self.split.job(twin, forwards, shape_of(recipe), self.kind_of_job(recipe)))
             elif len(self.residencies) == 1:
                 (residency,) = self.residencies
                 forwards = self._forwards(self, residency.module, recipe, tensors, record, begins)
@@ -111,7 +111,7 @@ class DenoiseStage:
 
     def kind_of_job(self, recipe: Recipe) -> Hashable:
         """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
-        if not self.cuda_graphs or recipe.steps < LEAST_STEPS or is_rank():
+        if not self.cuda_graphs or recipe.steps < LEAST_STEPS:
             return None
         return (
             type(self.loaded.pipeline_for(recipe)), recipe.width, recipe.height, recipe.frames, recipe.num_images,

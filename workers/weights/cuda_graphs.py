@@ -5,18 +5,19 @@ have the same bits. That is seen rather than believed: before a graph is used it
 arguments, exactly what that forward gives without it. Whatever can't be recorded, or gives anything else, is run as
 ever.
 
-Not for several processes that compute together: they would have to agree on each forward.
+Not for a denoiser that is cut over several GPUs, nor for processes that compute together: see `block_graphs`.
 """
 
 import contextlib
 import functools
 import logging
+import threading
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn.modules.conv import _ConvNd
@@ -52,7 +53,34 @@ class Graph:
         return copy_of(self.result)
 
 
-ALL: "weakref.WeakSet[ForwardGraphs]" = weakref.WeakSet()  # of this process
+class Graphs(Protocol):
+    """The graphs of a model, or of its blocks."""
+
+    @property
+    def held(self) -> bool:
+        """Return whether there are some."""
+
+    def drop(self) -> None: ...
+    def clear(self) -> None: ...
+
+
+ALL: "weakref.WeakSet[Graphs]" = weakref.WeakSet()  # of this process
+
+
+class Workspace:
+    """The bytes that a forward takes beside what is there before it on a GPU: the most that was seen."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._bytes = device, 0
+
+    def fits(self) -> bool:
+        """Return whether they are there beside what graphs may hold."""
+        if self._device.type != "cuda":
+            return True
+        used, held = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
+        self._bytes = max(self._bytes, torch.cuda.max_memory_allocated(self._device) - used)
+        graphs = held - used if any(graphs.held for graphs in ALL) else 0
+        return lease_of(self._device) - used - graphs >= self._bytes + SPARE
 
 
 class ForwardGraphs:
@@ -76,7 +104,11 @@ class ForwardGraphs:
         self._keep, self._forwards = True, 0  # of the present job
         self._parts: list[torch.nn.Module] = []  # of the module, its submodules
         self._wasted = 0  # graphs that went before they were launched
-        self._workspace = 0  # bytes that a forward takes beside what is there before it, the most that was seen
+        self._workspace = Workspace(device)
+
+    @property
+    def held(self) -> bool:
+        return bool(self._graphs)
 
     @property
     def can_record(self) -> bool:
@@ -147,19 +179,10 @@ class ForwardGraphs:
 
         Then such jobs have none: kinds of forwards that take turns would else be recorded again and again.
         """
-        if any(graphs._graphs for graphs in ALL) and not self._fits():
+        if any(graphs.held for graphs in ALL) and not self._workspace.fits():
             self._worth[self._job] = False
             for graphs in ALL:
                 graphs.clear()
-
-    def _fits(self) -> bool:
-        """Return whether a forward's workspace, the most that was seen, is there beside what graphs may hold."""
-        if self._device.type != "cuda":
-            return True
-        used, held = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
-        self._workspace = max(self._workspace, torch.cuda.max_memory_allocated(self._device) - used)
-        graphs = held - used if any(graphs._graphs for graphs in ALL) else 0
-        return lease_of(self._device) - used - graphs >= self._workspace + SPARE
 
     def _kind_of(self, call: Call) -> Hashable:
         """Return all of a job's call but what its tensors hold; None for one that can't be recorded.
@@ -185,7 +208,7 @@ class ForwardGraphs:
         if waits:
             log.info("no CUDA graph of %s can be made: its host waits for the GPU", type(self._module).__name__)
             self._off = True
-        self._worth[self._job] = not waits and launched >= HOST_BOUND * done and self._fits()
+        self._worth[self._job] = not waits and launched >= HOST_BOUND * done and self._workspace.fits()
         log.info("a forward takes its host %.1f ms to launch, and %.1f ms in all: CUDA graphs are %s",
                  launched * 1e3, done * 1e3, "worth it" if self._worth[self._job] else "not worth it")  # fmt: skip
         return result
@@ -199,7 +222,7 @@ class ForwardGraphs:
         assert self._record
         while len(self._graphs) >= MOST_GRAPHS:
             self._wasted += self._graphs.pop(next(iter(self._graphs))).launches == 0
-        if self._wasted >= MOST_GRAPHS or (not self._graphs and not self._fits()):
+        if self._wasted >= MOST_GRAPHS or (not self._graphs and not self._workspace.fits()):
             self._worth[self._job] = False
             return False
         refused, start, found = refusals(), time.perf_counter(), None
@@ -275,9 +298,16 @@ def hooked_on(part: torch.nn.Module) -> tuple[int, int, int, int]:
     )  # fmt: skip
 
 
-def cuda_recorder(device: torch.device) -> Record:
-    """Return what records forwards on a GPU. All graphs that are there share their memory: results are copied out."""
+RECORDING = threading.Lock()  # one at a time
+
+
+def cuda_recorder(device: torch.device, small: bool = False) -> Record:
+    """Return what records forwards on a GPU. All graphs that are there share their memory: results are copied out.
+
+    `small` ones, of which there are many, are recorded without emptying the allocator's cache before each.
+    """
     last: list[weakref.ref[torch.cuda.CUDAGraph]] = []
+    own = torch.cuda.Stream(device) if small else None
 
     def record(forward: functools.partial[Any]) -> tuple[Callable[[], None], Any]:
         graph, other = torch.cuda.CUDAGraph(), last[0]() if last else None
@@ -285,10 +315,7 @@ def cuda_recorder(device: torch.device) -> Record:
         generator, stream = torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
         before = generator.clone_state()
         try:
-            with (
-                torch.cuda.device(device),
-                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-            ):
+            with RECORDING, torch.cuda.device(device), recording(graph, pool, own):
                 result = forward()
         except BaseException:
             torch.cuda.set_stream(stream)  # a recording that failed leaves another one
@@ -298,6 +325,25 @@ def cuda_recorder(device: torch.device) -> Record:
         return graph.replay, result
 
     return record
+
+
+@contextlib.contextmanager
+def recording(graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Record into a graph what is launched meanwhile, on a stream of torch's choice or a given one.
+
+    Without a given one, as much memory as can be is freed before.
+    """
+    mode: Any = {"capture_error_mode": "thread_local"}
+    if stream is None:
+        with torch.cuda.graph(graph, pool=pool, **mode):
+            yield
+        return
+    with torch.cuda.stream(stream):
+        graph.capture_begin(*([] if pool is None else [pool]), **mode)
+        try:
+            yield
+        finally:
+            graph.capture_end()
 
 
 @contextlib.contextmanager
@@ -326,7 +372,11 @@ def lease_of(device: torch.device) -> float:
 
 
 def tensors_of(call: Call) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves([call.args, dict(call.kwargs)]) if isinstance(leaf, torch.Tensor)]
+    return tensors_in([call.args, dict(call.kwargs)])
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def address_of(parameter: torch.Tensor) -> int:

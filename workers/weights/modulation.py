@@ -160,6 +160,9 @@ class Modulation:
             hook.remove()
         self._replace(self._linear)
         self._hooks, self._ahead = [], None
+
+    def forget(self) -> None:
+        """Let go of the last results that were shown, which stay where they are for the graphs that read them."""
         for precomputed in self._precomputed:
             precomputed.now = None
 

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
 from workers.weights.adapters import AdapterWeights
+from workers.weights.block_graphs import BlockGraphs
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
 from workers.weights.cuda_graphs import ALL, ForwardGraphs
 from workers.weights.forward_trace import place_of
@@ -81,6 +82,7 @@ class Residency:
         self._precompute = Precompute([self], self.rows)
         self._lockstep = Lockstep(self.row_modules, device)
         self.graphs = ForwardGraphs(module, device)
+        self.block_graphs: BlockGraphs | None = None  # in their place
         self.compiled = False
         self.adapters = AdapterWeights(module, device, self._reserve)
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
@@ -216,6 +218,8 @@ class Residency:
             graphs.drop()
         self._copy_stream.synchronize()
         self.adapters.let_go()
+        if self.modulation:
+            self.modulation.forget()
         for part in (self._ring, self._resident):
             if part:
                 part.close()
@@ -254,8 +258,9 @@ class Residency:
     def job(self, forwards: JobForwards | None, in_steps: bool = False, kind: Hashable = None) -> Iterator[None]:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too.
 
-        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights. Where all are in, jobs
-        of a `kind`, unless that is None, may use CUDA graphs: all that is not given to forwards is the same in them.
+        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights. Jobs of a `kind`, unless
+        that is None, may use CUDA graphs, of blocks or, where all weights are in, of forwards: all that is not given to
+        these is the same in them.
         """
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
@@ -280,7 +285,10 @@ class Residency:
             if in_steps and self._ring and not caches_steps(self.module):
                 may = ahead.knows if ahead else lambda count: True
                 stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
-            if kind is not None and self.state == "in" and self.graphs.can_record and not caches_steps(self.module):
+            kind = None if caches_steps(self.module) else kind
+            if self.block_graphs:
+                stack.enter_context(self.block_graphs.job(kind))
+            elif kind is not None and self.state == "in" and self.graphs.can_record:
                 stack.enter_context(self.graphs.job(kind, keep=ahead is None))
             else:
                 self.graphs.clear()

@@ -1,0 +1,232 @@
+"""CUDA graphs of blocks: those of one GPU share their memory, and processes that compute together agree on them."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.workers.split.test_pipeline_split import alone, jobs, made, stages, together
+from tests.workers.weights.test_cuda_graphs import CPU, CUDA, Tape, Writing, numbers
+from workers.weights.block_graphs import BlockGraphs
+from workers.weights.cuda_graphs import ALL
+
+
+class Adding(torch.nn.Module):
+    """A block of two streams, one of which it leaves as it is."""
+
+    def __init__(self, number: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(number), requires_grad=False)
+
+    def forward(self, latents: torch.Tensor, text: torch.Tensor, scale: float = 1.0) -> tuple[torch.Tensor, Any]:
+        return text, latents + self.weight * scale + text
+
+
+class Row(torch.nn.Module):
+    """A denoiser of some blocks."""
+
+    def __init__(self, *blocks: torch.nn.Module) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(blocks)
+
+    def forward(self, latents: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        text = latents * 10
+        for block in self.blocks:
+            text, latents = block(latents, text, scale=scale)
+        return latents
+
+
+def graphs_of(row: Row, **more: Any) -> tuple[BlockGraphs, Tape]:
+    tape = Tape(row)
+    return BlockGraphs([*row.blocks], CPU, record=tape, **more), tape
+
+
+def job(
+    graphs: BlockGraphs, row: torch.nn.Module, inputs: Sequence[torch.Tensor], kind: str = "a", **more: Any
+) -> list[torch.Tensor]:
+    with graphs.job(kind):
+        return [row(given, **more) for given in inputs]
+
+
+def test_blocks_are_timed_then_recorded_then_compared_and_then_launched() -> None:
+    row, plain = Row(Adding(1.0), Adding(2.0)), Row(Adding(1.0), Adding(2.0))
+    graphs, tape = graphs_of(row)
+    inputs = numbers(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert job(graphs, row, inputs) == [plain(one) for one in inputs]
+    assert (tape.recorded, tape.launched) == (2, 6)  # of two blocks; in the fourth forward, the fifth and the sixth
+    assert job(graphs, row, inputs) == [plain(one) for one in inputs]
+    assert (tape.recorded, tape.launched) == (2, 18)
+    assert len(graphs._shared) == 2  # blocks of one kind share the memory of their arguments, and of their results
+
+
+def test_a_process_that_feeds_one_gpu_alone_launches_none() -> None:
+    busy = False
+    row, plain = Row(Adding(1.0), Adding(2.0)), Row(Adding(1.0), Adding(2.0))
+    graphs, tape = graphs_of(row, busy=lambda: busy)
+    job(graphs, row, numbers(1, 2, 3, 4))
+    proven = tape.launched
+    assert job(graphs, row, numbers(5, 6)) == [plain(one) for one in numbers(5, 6)]
+    assert tape.launched == proven
+    busy = True
+    job(graphs, row, numbers(5, 6))
+    assert tape.launched == proven + 4
+
+
+def test_weights_that_moved_are_recorded_anew_and_what_is_held_goes() -> None:
+    row = Row(Adding(1.0))
+    graphs, tape = graphs_of(row)
+    job(graphs, row, numbers(1, 2, 3, 4, 5))
+    assert graphs.held
+    assert graphs in ALL
+    graphs.drop()
+    assert not graphs.held
+    row.blocks[0].weight.data = torch.tensor(3.0)
+    assert job(graphs, row, numbers(1, 2)) == numbers(14, 25)
+    row.blocks[0].weight.data = torch.tensor(5.0)  # nobody told it
+    assert job(graphs, row, numbers(1, 2)) == numbers(16, 27)
+
+
+def test_runs_that_differ_in_more_than_their_tensors_have_graphs_of_their_own() -> None:
+    row = Row(Adding(1.0))
+    graphs, tape = graphs_of(row)
+    job(graphs, row, numbers(1, 2, 3, 4, 5))
+    launched = tape.launched
+    assert job(graphs, row, numbers(1, 2), scale=2.0) == numbers(13, 24)
+    assert job(graphs, row, [torch.ones(2)])[0].tolist() == [12.0, 12.0]
+    assert tape.launched == launched
+    with graphs.job("a"):
+        hook = row.blocks[0].register_forward_hook(lambda *_: (torch.zeros(1), torch.zeros(1)))
+        assert row(torch.ones(1)) == torch.zeros(1)  # around a graph
+        hook.remove()
+
+
+def test_a_block_that_writes_into_its_arguments_has_no_graph() -> None:
+    class One(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList([Writing()])
+
+        def forward(self, latents: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](latents)[0]
+
+    row = One()
+    tape = Tape(row)
+    graphs = BlockGraphs([*row.blocks], CPU, record=tape)
+    given = numbers(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+    assert job(graphs, row, given) == numbers(2, 4, 6, 8, 10, 12)
+    assert given == numbers(2, 4, 6, 8, 10, 12)
+    assert tape.launched == 1
+    assert not graphs.held
+
+
+def test_without_memory_jobs_of_that_kind_go_on_without() -> None:
+    row = Row(Adding(1.0))
+    tape = Tape(row, full=True)
+    graphs = BlockGraphs([*row.blocks], CPU, record=tape)
+    assert job(graphs, row, numbers(1, 2, 3, 4, 5)) == numbers(12, 23, 34, 45, 56)
+    tape.full = False
+    job(graphs, row, numbers(1, 2, 3, 4, 5))
+    assert tape.recorded == 0
+    job(graphs, row, numbers(1, 2, 3, 4, 5), kind="smaller")
+    assert tape.recorded == 1
+
+
+def test_jobs_of_which_nothing_can_be_learned_need_not_be_alone_for_ever() -> None:
+    row = Row(Adding(1.0))
+    graphs, _ = graphs_of(row)
+    assert not graphs.untried(None)
+    for _ in range(2):
+        assert graphs.untried("short")
+        job(graphs, row, numbers(1), kind="short")
+    assert not graphs.untried("short")
+    assert not BlockGraphs([*row.blocks], CPU).untried("a")  # a CPU has none
+
+
+def test_too_many_kinds_by_turns_are_given_up() -> None:
+    row = Row(Adding(1.0))
+    graphs, tape = graphs_of(row)
+    for turn in range(100):
+        job(graphs, row, numbers(1, 2, 3, 4, 5), kind=f"kind {turn % 10}")
+    recorded = tape.recorded
+    job(graphs, row, numbers(1, 2, 3, 4, 5), kind="kind 3")
+    assert tape.recorded == recorded
+    assert recorded < 50
+
+
+class Ballot:
+    """Two processes' way to agree, that threads play."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(2, timeout=20)
+        self._votes = [True, True]
+        self.asked = 0
+
+    def voter(self, number: int) -> Callable[[bool], bool]:
+        def agree(good: bool) -> bool:
+            self._votes[number] = good
+            self._barrier.wait()
+            found = all(self._votes)
+            self._barrier.wait()
+            self.asked += 1
+            return found
+
+        return agree
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_processes_that_compute_together_have_graphs_together_or_not_at_all(full: bool) -> None:
+    ballot = Ballot()
+    rows = [Row(Adding(1.0), Adding(2.0)) for _ in range(2)]
+    tapes = [Tape(rows[0]), Tape(rows[1], full=full)]
+    both = [
+        BlockGraphs([*row.blocks], CPU, agree=ballot.voter(number), record=tapes[number])
+        for number, row in enumerate(rows)
+    ]
+
+    def rank(number: int) -> None:
+        for _ in range(2):
+            job(both[number], rows[number], numbers(1, 2, 3, 4, 5, 6))
+        if number and not full:
+            both[number].drop()  # the lease of this one's GPU has changed
+        job(both[number], rows[number], numbers(1, 2, 3, 4, 5, 6))
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert tapes[0].launched == tapes[1].launched
+    assert bool(tapes[0].launched) == (not full)
+    assert tapes[1].recorded == (0 if full else 4)  # and once more after it was let go of
+    assert ballot.asked > 0
+
+
+@pytest.mark.parametrize(("family", "cfg"), [("flux", False), pytest.param("sd3", True, marks=pytest.mark.all)])
+def test_jobs_at_once_in_a_cut_denoiser_have_their_bits_by_graphs(family: str, cfg: bool, tmp_path: Path) -> None:
+    source = made(family, tmp_path)
+    work = [job for job in jobs(source, cfg) for _ in range(3)]
+    work = [(recipe.model_copy(update={"steps": 6}), tensors) for recipe, tensors in work]
+    wanted = alone(source, work)
+    at_once = stages(source, (6, 6), (1.0, 1.0))
+    split = at_once[0].split
+    assert split
+    tapes = []
+    for residency in split.residencies:
+        tapes.append(Tape(residency.module))
+        residency.block_graphs = BlockGraphs(residency.row_modules, CPU, 2, record=tapes[-1])
+    assert together(at_once, work) == wanted
+    assert all(tape.launched for tape in tapes)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_blocks_on_a_gpu_give_their_bits_by_graphs(device: str) -> None:
+    row, plain = Row(Adding(1.0), Adding(2.0)).to(device), Row(Adding(1.0), Adding(2.0)).to(device)
+    graphs = BlockGraphs([*row.blocks], torch.device(device), gpus=1000)
+    for _ in range(2):
+        inputs = numbers(1, 2, 3, 4, 5, 6, device=device)
+        assert job(graphs, row, inputs) == [plain(one) for one in inputs]
+        assert graphs.held
+        graphs.drop()
