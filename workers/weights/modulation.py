@@ -154,15 +154,17 @@ class Modulation:
             if indices:
                 self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
 
-    def take_away(self) -> None:
-        """Put every layer back in its place."""
+    def take_away(self, keep: bool = False) -> None:
+        """Put every layer back in its place; `keep` where results are shown, for graphs that read there."""
         for hook in self._hooks:
             hook.remove()
         self._replace(self._linear)
         self._hooks, self._ahead = [], None
+        if not keep:
+            self.forget()
 
     def forget(self) -> None:
-        """Let go of the last results that were shown, which stay where they are for the graphs that read them."""
+        """Let go of the last results that were shown."""
         for precomputed in self._precomputed:
             precomputed.now = None
 

@@ -304,7 +304,7 @@ class Residency:
                 yield job
             finally:
                 hook.remove()
-                modulation.take_away()
+                modulation.take_away(keep=self.block_graphs is not None)
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
         """Return the modulation of those layers that are its own, if they can be run ahead in what it has."""

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.workers.split.test_pipeline_split import alone, jobs, made, stages, together
+from tests import tiny
+from tests.workers.split.test_pipeline_split import GivenParts, alone, jobs, made, part_bytes, together
 from tests.workers.weights.test_cuda_graphs import CPU, CUDA, Tape, Writing, numbers
+from workers.models.devices import Devices
+from workers.models.loading import load
+from workers.stages.denoise import DenoiseStage
 from workers.weights.block_graphs import BlockGraphs
 from workers.weights.cuda_graphs import ALL
 
@@ -77,7 +81,7 @@ def test_a_process_that_feeds_one_gpu_alone_launches_none() -> None:
 
 def test_weights_that_moved_are_recorded_anew_and_what_is_held_goes() -> None:
     row = Row(Adding(1.0))
-    graphs, tape = graphs_of(row)
+    graphs, _tape = graphs_of(row)
     job(graphs, row, numbers(1, 2, 3, 4, 5))
     assert graphs.held
     assert graphs in ALL
@@ -205,20 +209,32 @@ def test_processes_that_compute_together_have_graphs_together_or_not_at_all(full
 
 
 @pytest.mark.parametrize(("family", "cfg"), [("flux", False), pytest.param("sd3", True, marks=pytest.mark.all)])
-def test_jobs_at_once_in_a_cut_denoiser_have_their_bits_by_graphs(family: str, cfg: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "where",
+    [pytest.param(("cpu", "cpu"), id="cpu"), pytest.param(("cuda:0", "cuda:1"), marks=tiny.needs_gpus(2), id="cuda")],
+)
+def test_jobs_at_once_in_a_cut_denoiser_have_their_bits_by_graphs(
+    where: tuple[str, str], family: str, cfg: bool, tmp_path: Path
+) -> None:
     source = made(family, tmp_path)
-    work = [job for job in jobs(source, cfg) for _ in range(3)]
-    work = [(recipe.model_copy(update={"steps": 6}), tensors) for recipe, tensors in work]
-    wanted = alone(source, work)
-    at_once = stages(source, (6, 6), (1.0, 1.0))
-    split = at_once[0].split
-    assert split
-    tapes = []
-    for residency in split.residencies:
-        tapes.append(Tape(residency.module))
-        residency.block_graphs = BlockGraphs(residency.row_modules, CPU, 2, record=tapes[-1])
-    assert together(at_once, work) == wanted
-    assert all(tape.launched for tape in tapes)
+    first, second = map(torch.device, where)
+    steps = ({"steps": 6}, {"steps": 9})
+    work = [(recipe.model_copy(update=more), tensors) for recipe, tensors in jobs(source, cfg) for more in steps * 2]
+    wanted = alone(source, work, first)
+    blocks = len(load(source, "denoise", Devices(CPU, {0: 1 << 40}), torch.float32).residencies["transformer"].blocks)
+    cut = (blocks // 2, blocks - blocks // 2)
+    given = tuple(zip((first, second), cut, part_bytes(source, cut), strict=True))
+    loaded = load(source, "denoise", GivenParts(first, cut=cut, given=given), torch.float32)
+    assert loaded.split
+    for residency in loaded.split.residencies:
+        tape = Tape(residency.module) if first == CPU else None
+        residency.block_graphs = BlockGraphs(residency.row_modules, residency.device, 1000, record=tape)
+    at_once = [DenoiseStage(loaded.another(), first) for _ in range(2)]
+    for _ in range(2):
+        assert together(at_once, work) == wanted
+        assert all(residency.block_graphs.held for residency in loaded.split.residencies)
+        for residency in loaded.split.residencies:
+            residency.block_graphs.drop()
 
 
 @pytest.mark.parametrize("device", [CUDA])
