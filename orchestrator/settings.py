@@ -422,6 +422,9 @@ class ModelConfig(Settings):
         Field(description="Their scale of true classifier-free guidance: above 1, two passes a step."),
         Flag("--plan-cfg-scale", "NUMBER", "the model's own"),
     ] = None  # fmt: skip
+    frames: Annotated[
+        Positive | None, Field(description="Frames of a video."), Flag("--plan-frames", "N", "the model's own")
+    ] = None
     rest_after: Annotated[
         Duration,
         Field(description="Without a job of it for so long a model's processes end, until it is asked for again."),

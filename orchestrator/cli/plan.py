@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ NUMBERS = re.compile(r"(\w+=)?\d+(,\d+)*")  # of GPUs, of a stage or all; anythi
 @click.option("--size", callback=parse_size, metavar="WxH", help="Of the pictures. [default: the model's own]")
 @click.option("--steps", type=int, help="Denoising steps. [default: the model's own]")
 @click.option("--cfg-scale", type=float, help="True classifier-free guidance. [default: the model's own]")
+@click.option("--frames", type=int, help="Of a video. [default: the model's own]")
 @json_option
 @state_option
 def plan(
@@ -65,7 +67,7 @@ def plan(
         options["budget"] = [f"{gpu}={b}" for b in options["budget"] for gpu in range(count) if "=" not in b] + [
             b for b in options["budget"] if "=" in b
         ]
-    config = with_recipe(stack_config(options), options["size"], options["steps"], options["cfg_scale"])
+    config = with_recipe(stack_config(options), options)
     gpus, measurements = list_gpus(), Measurements()
     if not thought:
         check_budgets(config, gpus)
@@ -131,8 +133,7 @@ def show(found: Plan, profile: ModelProfile, hardware: Hardware, optimize: str, 
         print(f"Better with {change} a picture." if optimize == "throughput" else f"Better with {change} a job.")
 
 
-def with_recipe(
-    config: StackConfig, size: tuple[int, int] | None, steps: int | None, cfg_scale: float | None
-) -> StackConfig:
-    wanted = {"width": size and size[0], "height": size and size[1], "steps": steps, "cfg_scale": cfg_scale}
+def with_recipe(config: StackConfig, options: Mapping[str, Any]) -> StackConfig:
+    width, height = options["size"] or (None, None)
+    wanted = {"width": width, "height": height} | {name: options[name] for name in ("steps", "cfg_scale", "frames")}
     return config.model_copy(update={name: value for name, value in wanted.items() if value is not None})

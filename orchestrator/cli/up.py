@@ -134,7 +134,7 @@ def make_first(client: Client, config: StackConfig) -> None:
     """Make a picture that nobody has asked for, after all that somebody has."""
     request = JobRequest(
         prompt=FIRST_PROMPT, priority=LEAST_PRIORITY, width=config.width, height=config.height, steps=config.steps,
-        cfg_scale=config.cfg_scale,
+        cfg_scale=config.cfg_scale, frames=config.frames,
     )  # fmt: skip
     say("making a first picture, of the size that is planned for: it compiles, and learns what tasks take …")
     start = time.monotonic()

@@ -21,7 +21,7 @@ def find_profile(config: StackConfig, dtype: str) -> ModelProfile:
         NoProfile: anything else.
     """
     arguments = [config.model, "--dtype", dtype]
-    for name in (*PARTS, "width", "height", "steps", "cfg_scale"):
+    for name in (*PARTS, "width", "height", "steps", "cfg_scale", "frames"):
         if (value := getattr(config, name)) is not None:
             arguments += [f"--{name.replace('_', '-')}", str(value)]
     try:

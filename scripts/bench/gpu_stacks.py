@@ -135,6 +135,7 @@ class StackBench:
         """Predict a stack that has run before: workspaces as known, by the table; of several models the first."""
         command = [*TRIPTYCH, "plan", "--json", *self.where(budget), *arguments]
         command += ["--size", f"{self.recipe['width']}x{self.recipe['height']}", "--steps", str(self.recipe["steps"])]
+        command += ["--frames", str(self.recipe["frames"])] if "frames" in self.recipe else []
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         return dict(found[0] if isinstance(found, list) else found)

@@ -32,7 +32,7 @@ from workers.models.source import Source, locate
 log = logging.getLogger(__name__)
 
 NO_SIZE: dict[str, Any] = {  # the model's own
-    "width": None, "height": None, "steps": None, "num_images": 1, "cfg_scale": None
+    "width": None, "height": None, "steps": None, "num_images": 1, "cfg_scale": None, "frames": None
 }  # fmt: skip
 NO_PICTURE = "0" * 64
 PROMPT = "a large red circle at the top left"
@@ -128,7 +128,7 @@ def with_pictures(
     )
     if (task := (model.inpaint if brought.mask else model.image) if images else None) and not task.sized:
         brought = brought.model_copy(update={"width": None, "height": None})
-    frames = model.video.frames if model.video else 0
+    frames = (request.frames or model.video.frames) if model.video else 0
     shapes = {"mask": (*size, 1), **{f"video:{name}": (frames, *size, 3) for name, _ in videos}}
     return brought, {name: shapes.get(name, (*size, 3)) for name in brought.named_pictures}
 
@@ -154,6 +154,7 @@ def profile_for(source: Source, dtype: str, **wanted: Any) -> ModelProfile:
 @click.option("--steps", type=int)
 @click.option("--num-images", type=int, default=1)
 @click.option("--cfg-scale", type=float)
+@click.option("--frames", type=int)
 def main(model: str, dtype: str, **given: Any) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints

@@ -10,8 +10,10 @@ from diffusers import DiffusionPipeline
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from orchestrator.planning.model_profile import find_profile
 from orchestrator.planning.pipeline_cut import Stretches
 from orchestrator.planning.streaming_cost import load_of, streaming
+from orchestrator.settings import StackConfig
 from orchestrator.short_process import answer_of
 from protocol.errors import ModelMissing
 from protocol.job import JobRequest
@@ -88,6 +90,15 @@ def test_models_that_begin_from_pictures_or_videos_are_planned_for(what: str, tm
     found = profile_of(source, "float32", JobRequest(prompt="a red circle", width=32, height=32, steps=4, seed=1))
     assert all(stage.flop > 0 for stage in found.stages)
     assert found.recipe.pictures
+
+
+def test_a_video_is_planned_for_by_its_number_of_frames(tmp_path: Path) -> None:
+    config = StackConfig(model=str(tiny.save(tiny_videos.wan(), tmp_path)), width=32, height=32, steps=4)
+    few, many = (find_profile(config.model_copy(update={"frames": frames}), "float32") for frames in (5, 9))
+    assert (few.recipe.frames, many.recipe.frames) == (5, 9)
+    for stage in ("denoise", "vae"):
+        less, more = ({part.stage: part for part in found.stages}[stage] for found in (few, many))
+        assert less.flop < more.flop
 
 
 @pytest.mark.parametrize(
