@@ -2,6 +2,7 @@
 
 from protocol.data import Data, Positive
 from protocol.settings import Setting
+from protocol.stages import Stage
 
 
 class PipelineTask(Data):
@@ -43,6 +44,7 @@ class ModelDescription(Data):
     revision: str
     text_digest: str = ""  # equal for models whose text stages are; empty: it can't be told
     vae_digest: str = ""  # likewise of their vae stages
+    worker_digests: tuple[tuple[Stage, str], ...] = ()  # of stages: equal where one's worker does the other's tasks
     pipeline: str  # class name in diffusers
     size_multiple: Positive  # pixels
     width: Positive  # default, pixels

@@ -49,7 +49,7 @@ class DescriberSpec(Data):
     model: ModelSpec
     dtype: str
     stages: tuple[Stage, ...]  # those that have workers here
-    text_device: str = ""  # kind of device of its text workers, by which bits may differ
+    devices: tuple[tuple[Stage, str], ...] = ()  # the kind of each stage's, by which bits may differ
     speedups: tuple[str, ...] = ()
     loras: str | None = None  # path of the folder where LoRAs' files are to lie by their digests
     lora_folder: str | None = None  # path of a folder whose LoRAs are known by their files' names

@@ -82,7 +82,7 @@ class Engine:
         self.catalogue = Catalogue(store, settings.models)
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger({**accounts}, store.workspaces())
-        self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of))
+        self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of), self.catalogue.shared)
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, self._keep_alive, store)
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache
@@ -165,7 +165,7 @@ class Engine:
         self.leasing.ready(worker, ready)
         self.leasing.moved()
         if reason := self.leasing.hopeless(worker):
-            keeping = self.leasing.accounts.keeping(worker.hello.stage, worker.model)
+            keeping = self.leasing.accounts.keeping(self.leasing.able(*worker.place))
             mended = self.dispatch.start_anew(keeping, f"room for {worker.hello.name}")
             if (
                 not mended
@@ -231,8 +231,8 @@ class Engine:
             if self._current(worker, task) is None:
                 return
             self._handed_back[task.job] += 1
-            place = (worker.hello.stage, worker.model)
-            others = any((w.hello.stage, w.model) == place and not w.process.key for w in self.fleet)
+            place = self.leasing.place(worker)
+            others = any(self.leasing.place(w) == place and not w.process.key for w in self.fleet)
             if others and self._handed_back[task.job] <= MOST_HANDED_BACK:
                 log.warning("%s: handed to another", reason, extra={"job": task.job})
                 self._hand_back(worker, task)
@@ -274,10 +274,10 @@ class Engine:
             self.lose_worker(worker, "lent more than it has")
 
     def _give_up(self, worker: Worker, reason: str) -> None:
-        """Fail the jobs that a worker can never do, unless another process has workers of its stage and model."""
+        """Fail the jobs that a worker can never do, unless another process has workers that do the same."""
         log.error("%s", reason)
         stage, model = worker.hello.stage, worker.model
-        alike = [w for w in self.fleet if (w.hello.stage, w.model) == (stage, model)]
+        alike = [w for w in self.fleet if self.leasing.place(w) == self.leasing.place(worker)]
         if all(w.process == worker.process for w in alike):
             for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
                 self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)

@@ -205,14 +205,17 @@ class Leasing:
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self.accounts.concerned({worker.holder for worker in idle} | self._lenders()))
-        places = {(worker.stage, worker.model) for worker in idle} | {(h.stage, h.model) for h in holders}
+        shared = self._queues.shared
+        places = {shared.place(w.stage, w.model) for w in idle} | {shared.place(h.stage, h.model) for h in holders}
         most = max(len(idle), LEAST_SEEN)
         waiting = {place: self._first(*place, most, holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
         here, ledger = {worker.id for gpu in gpus for worker in self._on(gpu)}, self.ledger
         spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
-        return Snapshot(waiting, idle, self._queues.depth, by_id, spaces, self._patience, self._far_ahead())
+        return Snapshot(
+            waiting, idle, self._queues.depth, by_id, spaces, self._patience, self._far_ahead(), shared.places
+        )
 
     def _lenders(self) -> set[str]:
         return {worker.id for worker in self._fleet.lenders if worker.loan == "given"}
@@ -223,8 +226,12 @@ class Leasing:
         return Busy(
             {first.id for worker, first in firsts if worker.state == "busy"},
             {first.id for worker, first in firsts if worker.state == "swapping" or worker.loan},
-            {(worker.hello.stage, worker.model) for worker in self._fleet if worker.state == "busy"},
+            {self.place(worker) for worker in self._fleet if worker.state == "busy"},
         )
+
+    def place(self, worker: Worker) -> Place:
+        """Return the place of the tasks that a worker does: where models share a stage, that of all of them."""
+        return self._queues.shared.place(*worker.place)
 
     def moved(self) -> None:
         """Note that a task came nearer to its end, or that a worker came or went."""
@@ -288,7 +295,8 @@ class Leasing:
 
     def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[LeasedWorker]) -> LeasedWorker | None:
         """Return the worker of a stage with the most room beside its weights."""
-        able = [holder for holder in holders if (holder.stage, holder.model) == (stage, model)]
+        place = self._queues.shared.place
+        able = [holder for holder in holders if place(holder.stage, holder.model) == place(stage, model)]
         return max(able, key=lambda holder: holder.most or 0, default=None)
 
     def _workspace(self, recipe: Recipe, roomiest: LeasedWorker | None) -> int:
@@ -358,9 +366,14 @@ class Leasing:
         holdings = self.held(worker)
         if not holdings:
             return False
-        place = (worker.hello.stage, worker.model)
-        able = [w.id for w in self._fleet if (w.hello.stage, w.model) == place and w.id in self.ledger.holdings]
+        place = self.place(worker)
+        able = [w.id for w in self._fleet if self.place(w) == place and w.id in self.ledger.holdings]
         return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
+
+    def able(self, stage: Stage, model: ModelKey) -> list[Worker]:
+        """Return the workers that do a model's tasks of a stage."""
+        place = self._queues.shared.place(stage, model)
+        return [worker for worker in self._fleet if self.place(worker) == place]
 
     def held(self, worker: Worker) -> Sequence[Holding]:
         """Return what the process of a worker holds; nothing where it works in memory of its own."""

@@ -1,12 +1,11 @@
 """Accounts of GPU memory, for when nothing moves: which worker holds what, which keep what no lease gives back."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from orchestrator.dispatch.fleet import Fleet, Worker
-from orchestrator.job import LiveJob, ModelKey
+from orchestrator.job import LiveJob
 from orchestrator.memory.ledger import Ledger
 from protocol.gpu_memory import GpuId
-from protocol.stages import Stage
 from protocol.units import format_bytes
 
 MOST_GROWN = 3  # times that what a worker keeps may grow before it is started anew
@@ -22,27 +21,27 @@ class MemoryAccounts:
         names = {worker for worker, holdings in rows if any(holding.grown >= MOST_GROWN for holding in holdings)}
         return [worker for worker in self._fleet if worker.id in names]
 
-    def keeping(self, stage: Stage, model: ModelKey) -> list[Worker]:
-        """Workers on a stage's GPUs that keep memory which no lease gives back."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
-        gpus = self.concerned(mine)
+    def keeping(self, able: Sequence[Worker]) -> list[Worker]:
+        """Workers that keep memory which no lease gives back, on the GPUs of those that are `able` to do a task."""
+        gpus = self.concerned({worker.id for worker in able})
         rows = self._ledger.holdings.items()
         names = {worker for worker, holdings in rows if any(h.kept and h.gpu in gpus for h in holdings)}
         return [worker for worker in self._fleet if worker.id in names]
 
-    def account(self, stage: Stage, model: ModelKey, job: LiveJob) -> str:
-        """Say why a stage's task can't have the GPU memory it needs: what each worker holds, and what is missing."""
-        mine = {worker.id for worker in self._fleet if (worker.hello.stage, worker.model) == (stage, model)}
+    def account(self, able: Sequence[Worker], job: LiveJob) -> str:
+        """Say why a task can't have the GPU memory it needs: what each `able` worker holds, and what is missing."""
+        mine = {worker.id: worker for worker in able}
         names = {worker.id: worker.hello.name for worker in self._fleet}
         told: list[str] = []
-        for worker in sorted(mine & self._ledger.holdings.keys(), key=lambda worker: names[worker]):
+        for worker in sorted(mine.keys() & self._ledger.holdings.keys(), key=lambda worker: names[worker]):
             for holding in self._ledger.holdings[worker]:
+                stage, model = mine[worker].place
                 space = self._ledger.workspace(stage, model, job.recipe, holding.needs) * holding.jobs
                 told.append(
                     f"{names[worker]} needs at least {format_bytes(holding.needs.least)} for weights and "
                     f"{format_bytes(space)} to work in, of GPU {holding.gpu}"
                 )
-        for gpu in sorted(self.concerned(mine)):
+        for gpu in sorted(self.concerned({*mine})):
             told.append(self._account_of(gpu, names))
         return "it can't have the GPU memory that it needs. " + "; ".join(told)
 

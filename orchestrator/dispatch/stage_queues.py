@@ -1,10 +1,12 @@
 """Waiting jobs by stage and model, always in the order in which they are to be served."""
 
 import bisect
+import heapq
 import itertools
 import time
 from collections import Counter
 
+from orchestrator.dispatch.shared_stages import SharedStages
 from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import Principal
@@ -18,11 +20,18 @@ Entry = tuple[tuple[int, int, int], str, float]  # a job's order, its id, and th
 class StageQueues:
     """Sorted lists by owner; adding and removing cost a search and a move of memory, cheap up to 100,000 jobs.
 
-    Owners are served by their `shares` of all workers' time, of which `seconds` says what a task may take.
+    Owners are served by their `shares` of all workers' time, of which `seconds` says what a task may take. Jobs of
+    models that share a stage wait there together.
     """
 
-    def __init__(self, shares: FairShares[Principal] | None = None, seconds: TaskSeconds | None = None) -> None:
+    def __init__(
+        self,
+        shares: FairShares[Principal] | None = None,
+        seconds: TaskSeconds | None = None,
+        shared: SharedStages | None = None,
+    ) -> None:
         self._shares = shares or FairShares[Principal]()
+        self.shared = shared or SharedStages()
         self._seconds = seconds or TaskSeconds(self._shares)
         self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
@@ -57,19 +66,30 @@ class StageQueues:
         return self._since[job_id]
 
     def at(self, stage: Stage, model: ModelKey) -> int:
-        """Return how many jobs wait at a stage for a model."""
-        return sum(map(len, self._lists.get((stage, model), {}).values()))
+        """Return how many jobs wait at a stage for a model, or for others that share it."""
+        return sum(sum(map(len, owners.values())) for owners in self._of(stage, model))
+
+    def _of(self, stage: Stage, model: ModelKey) -> list[dict[Principal, list[Entry]]]:
+        """Return the lists of the models that share a stage, by owner, but for those without any job."""
+        models = self.shared.models(stage, model)
+        return [owners for one in models if (owners := self._lists.get((stage, one)))]
 
     def ahead_of(self, job: LiveJob) -> int:
         """Return about how many jobs are served before this one at its stage: of other owners, as many as its own."""
-        owners = self._lists.get((job.stage, job.model), {})
-        own = bisect.bisect_left(owners.get(job.owner, []), (job.order, job.id, 0.0))
-        return own + sum(min(len(entries), own) for owner, entries in owners.items() if owner != job.owner)
+        lists = self._of(job.stage, job.model)
+        mine = (owners.get(job.owner, []) for owners in lists)
+        own = sum(bisect.bisect_left(entries, (job.order, job.id, 0.0)) for entries in mine)
+        others: Counter[Principal] = Counter()
+        for owners in lists:
+            others.update({owner: len(entries) for owner, entries in owners.items() if owner != job.owner})
+        return own + sum(min(count, own) for count in others.values())
 
     def first(self, stage: Stage, model: ModelKey, count: int) -> list[str]:
-        owners = self._lists.get((stage, model), {})
-        if len(owners) == 1:
-            (entries,) = owners.values()
+        lists = self._of(stage, model)
+        if len(lists) == 1 and len(lists[0]) == 1:
+            (entries,) = lists[0].values()
             return [job for _, job, _ in entries[:count]]
-        tasks = {owner: ((job, seconds) for _, job, seconds in entries) for owner, entries in owners.items()}
+        names = dict.fromkeys(owner for owners in lists for owner in owners)
+        merged = {owner: heapq.merge(*(owners.get(owner, ()) for owners in lists)) for owner in names}
+        tasks = {owner: ((job, seconds) for _, job, seconds in entries) for owner, entries in merged.items()}
         return list(itertools.islice(self._shares.merged(tasks), count))

@@ -67,7 +67,7 @@ def waiting_in_vain(
     """Yield places whose tasks wait while no worker is busy on their GPUs, each with all workers in leases there."""
     assigned = {action.job for action in actions if isinstance(action, Assign)}
     for place, tasks in snapshot.waiting.items():
-        mine = [holder for holder in snapshot.holders.values() if (holder.stage, holder.model) == place]
+        mine = snapshot.at(place)
         taken = assigned & {task.job for task in tasks}
         if not tasks or not mine or taken or place in busy.places or not startable(tasks, snapshot, {}):
             continue

@@ -216,14 +216,15 @@ class TaskDispatch:
         Else the first tasks fail, with the reason.
         """
         self._leasing.moved()
-        firsts = [(place, job) for place in places for job in self._job_queue.queues.first(*place, 1)]
-        if any(self.start_anew(self._leasing.accounts.keeping(*place), f"{place[0]} {job}") for place, job in firsts):
+        firsts = [self._job_queue.jobs[id] for place in places for id in self._job_queue.queues.first(*place, 1)]
+        accounts = self._leasing.accounts
+        able = {job.id: self._leasing.able(job.stage, job.model) for job in firsts}
+        if any(self.start_anew(accounts.keeping(able[job.id]), f"{job.stage} {job.id}") for job in firsts):
             return
-        if any(self.let_another_rest(model) for (_, model), _ in firsts):
+        if any(self.let_another_rest(job.model) for job in firsts):
             return
-        for (stage, model), job_id in firsts:
-            job = self._job_queue.jobs[job_id]
-            self.blame(job, f"{self._leasing.accounts.account(stage, model, job)}; {MEMORY_HINT}", retry=False)
+        for job in firsts:
+            self.blame(job, f"{accounts.account(able[job.id], job)}; {MEMORY_HINT}", retry=False)
 
     def beside(self, model: ModelKey) -> list[Worker]:
         """Return the workers of other models on a model's GPUs."""

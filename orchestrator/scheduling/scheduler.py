@@ -38,7 +38,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
     started: Counter[Line] = Counter()
     for place in places_of(snapshot):
         tasks = startable(snapshot.waiting.get(place, ()), snapshot, started)
-        idle = [worker for worker in snapshot.idle if (worker.stage, worker.model) == place]
+        idle = [worker for worker in snapshot.idle if snapshot.place(worker) == place]
         given, left = pair(idle, tasks, snapshot.holders)
         assigned += given
         jobs = {action.job for action in given}
@@ -49,9 +49,11 @@ def decide(snapshot: Snapshot) -> list[Action]:
         if waiting_at(place, snapshot) > len(given):
             busiest |= busy
         if left:
-            working |= {h.id for h in snapshot.holders.values() if (h.stage, h.model) == place}
+            there = snapshot.at(place)
+            working |= {holder.id for holder in there}
             without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
-            wants += match([snapshot.holders[h] for h in without if h in snapshot.holders], left, snapshot.gpus)
+            out = (snapshot.holders[holder] for holder in without if holder in snapshot.holders)
+            wants += match([h for h in out if not stood_in_for(h, there, left[0])], left, snapshot.gpus)
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     free = Counter(held_by.values())
     resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
@@ -69,7 +71,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
 
 def places_of(snapshot: Snapshot) -> list[Place]:
     """Stages of models that have workers: whose first task is nearest to its end, then whose has waited longest."""
-    places = {(w.stage, w.model) for w in snapshot.idle} | {(h.stage, h.model) for h in snapshot.holders.values()}
+    places = {*map(snapshot.place, snapshot.idle), *map(snapshot.place, snapshot.holders.values())}
 
     def turn(place: Place) -> tuple[int, float, str]:
         tasks = snapshot.waiting.get(place)
@@ -143,6 +145,19 @@ def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: M
         free.remove(best)
         wants.append(Want(best, task))
     return wants
+
+
+def stood_in_for(holder: LeasedWorker, there: Sequence[LeasedWorker], task: WaitingTask) -> bool:
+    """Return whether another model's worker, on one of its GPUs, does what it would do: what they share comes in once.
+
+    That is one that is in, or else the first of those that can take the task.
+    """
+    if holder.lease:
+        return False
+    able = [one for one in there if one is holder or (one.refused is None and one.can_ever(task))]
+    rivals = [one for one in able if one.demands.keys() & holder.demands.keys()]
+    first = next((one for one in rivals if one.lease), rivals[0])
+    return first.model != holder.model
 
 
 def displaced(holder: LeasedWorker, task: WaitingTask, gpus: Mapping[GpuId, GpuSpace]) -> int:

@@ -11,7 +11,7 @@ from protocol.stages import STAGES, TRAITS, Stage
 
 NOTHING = Lease(bytes=0, weight_bytes=0)
 UNLIMITED = 1 << 30  # tasks
-Place = tuple[Stage, ModelKey]
+Place = tuple[Stage, ModelKey]  # of models that share a stage: the one of them that stands for all
 Line = tuple[Stage, ModelKey, int]  # of those that wait at a place: as many visits from their end
 Depth = Mapping[Line, int]  # jobs that wait
 
@@ -104,6 +104,16 @@ class Snapshot:
     gpus: Mapping[GpuId, GpuSpace] = field(default_factory=dict)
     patience: float = 30.0  # seconds
     ahead: Mapping[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
+    shared: Mapping[Place, Place] = field(default_factory=dict)  # of stages that several models share
+
+    def place(self, one: "WaitingTask | IdleWorker | LeasedWorker") -> Place:
+        """Return where a task waits, and which tasks a worker does."""
+        own = one.stage, one.model
+        return self.shared.get(own, own)
+
+    def at(self, place: Place) -> list["LeasedWorker"]:
+        """Return the workers in leases of a place."""
+        return [holder for holder in self.holders.values() if self.place(holder) == place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,5 +194,6 @@ def line_of(task: WaitingTask) -> Line:
 
 
 def waiting_at(place: Place, snapshot: Snapshot) -> int:
-    """Return how many jobs wait at a stage of a model."""
-    return sum(count for (stage, model, _), count in snapshot.depth.items() if (stage, model) == place)
+    """Return how many jobs wait at a stage of a model, or of all models that share it."""
+    own, lines = snapshot.shared, snapshot.depth.items()
+    return sum(count for (stage, model, _), count in lines if own.get((stage, model), (stage, model)) == place)

@@ -122,10 +122,21 @@ class Swaps:
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
+            if waits and self._stood_in_for(holder):
+                continue
             if waits and all(self._for_good(holder, gpu) for gpu in holder.demands):
                 sizes = {gpu: self._size(holder, gpu).shared for gpu in holder.demands}
                 if self._fits(holder, sizes):
                     self._lend(holder, sizes, {gpu: demand.need.weights for gpu, demand in holder.demands.items()})
+
+    def _stood_in_for(self, holder: LeasedWorker) -> bool:
+        """Return whether another model's worker on its GPUs is in, or is to come in, that does the same tasks."""
+        place, moved = self.snapshot.place(holder), {lend.worker for lend in self.lent if lend.bytes}
+        return any(
+            other.model != holder.model and (other.lease or other.id in moved)
+            and self.snapshot.place(other) == place and other.demands.keys() & holder.demands.keys()
+            for other in self.holders
+        )  # fmt: skip
 
     def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         size = self._size(holder, gpu).shared
@@ -190,7 +201,7 @@ class Swaps:
             lender = max(lenders, key=lambda holder: (holder.id not in self.working, holder.lendable, holder.id))
             if self._goes_first(lender, want):
                 return True
-            many = waiting_at((want.task.stage, want.task.model), self.snapshot) >= MANY
+            many = waiting_at(self.snapshot.place(want.task), self.snapshot) >= MANY
             size = max(need.small, min(need.whole, has + lender.lendable)) if many else need.small
             self.loans.append(TakeLoan(lender.id, size - has))
             self.yielding.add(lender.id)
@@ -205,9 +216,8 @@ class Swaps:
         that was called back in the middle of a task goes on with it for as long as it had lent, before it lends to
         other models.
         """
-        tasks = [
-            task for task in self.snapshot.waiting.get((lender.stage, lender.model), ())[:1] if lender.covers(task)
-        ]
+        waiting = self.snapshot.waiting.get(self.snapshot.place(lender), ())
+        tasks = [task for task in waiting[:1] if lender.covers(task)]
         nearer = any(task.distance <= want.task.distance for task in tasks) and not self._overdue(want)
         out = min(want.task.waited, want.holder.held)
         late = any(min(task.waited, lender.idle_for) > max(self.patience, out) for task in tasks)

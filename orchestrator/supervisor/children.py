@@ -124,10 +124,11 @@ class Children:
     def _describer(self, model: PlannedModel) -> Child:
         config, plan = model.config, model.plan
         stages = tuple(stage for stage in STAGES if any(post.stage == stage for post in plan.posts))
+        kinds = {stage: {post.device for post in plan.posts if post.stage == stage} for stage in stages}
         folder = config.lora_folder
         spec = DescriberSpec(
             name=model.name, endpoint=self._endpoints.workers, model=config.model_spec(), dtype=plan.dtype,
-            text_device=" ".join(sorted({post.device for post in plan.posts if post.stage == "text"})),
+            devices=tuple((stage, " ".join(sorted(devices))) for stage, devices in kinds.items()),
             stages=stages, speedups=plan.speedups, loras=str(self._folder.loras.resolve()),
             lora_folder=folder and str(Path(folder).expanduser().resolve()), lora_aliases=tuple(config.loras.items()),
         )  # fmt: skip

@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from protocol.errors import BadRequest, Conflict, JobFailed, NotFound
 from protocol.job import JobRequest
@@ -89,6 +91,37 @@ def test_a_prompt_is_encoded_once_for_models_that_share_their_text_encoders(stat
         assert [job.cached for job in made] == [False, True]
         for job, folder in zip(made, (one, other), strict=True):
             assert torch.equal(stack.pictures(job.id), plain(folder, prompt="a red circle", seed=3, **PLAIN))
+
+
+def test_what_models_share_is_in_leases_once(state: Path, tmp_path: Path) -> None:
+    one, other = tiny.save(tiny.flux(depth=2), tmp_path / "one"), tmp_path / "other"
+    shutil.copytree(one, other)
+    weights_of(other / "transformer", seed=7)
+    jobs = [("other" if number % 2 else "one", f"a red circle {number}", number) for number in range(6)]
+    folders = {"one": one, "other": other}
+    wanted = [plain(folders[name], prompt=prompt, seed=seed, **PLAIN) for name, prompt, seed in jobs]
+    with running_stack(state, *named(folders), "--device", "cpu:0", "--budget", "0=1GB") as stack:
+        stack.client.load_model("other")
+        until(stack, lambda w: len({worker.name for worker in w.workers if worker.state == "idle"}) == 6)
+        made = stack.client.submit_many(
+            [JobRequest(model=name, prompt=prompt, seed=seed, **SIZE) for name, prompt, seed in jobs]
+        )
+        most: Counter[str] = Counter()
+        for job, picture in zip(made, wanted, strict=True):
+            while stack.client.job(job.id).finished is None:
+                workers = stack.client.workers().workers
+                most |= Counter(worker.stage for worker in workers if sum(worker.lease_bytes))
+            assert torch.equal(stack.pictures(job.id), picture)
+        assert most == {"text": 1, "denoise": 2, "vae": 1}  # room there would be for all
+
+
+def weights_of(folder: Path, seed: int) -> None:
+    """Give the weights in a folder other values."""
+    (path,) = folder.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(path)
+    save_file({name: torch.randn(t.shape, generator=generator) * 0.02 for name, t in tensors.items()}, path,
+              {"format": "pt"})  # fmt: skip
 
 
 def test_a_model_starts_when_it_is_asked_for_and_rests_when_told_to(

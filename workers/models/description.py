@@ -22,7 +22,7 @@ from workers.errors import cause_of
 from workers.models.call_settings import settings_of
 from workers.models.skeleton import added_names, build_skeleton, pipeline_class
 from workers.models.source import CONTROLNET, REFINER, Source
-from workers.models.stage_digest import stage_digest
+from workers.models.stage_digest import stage_digest, worker_digests
 from workers.models.tasks import (
     FRAMES,
     IMAGES,
@@ -82,6 +82,7 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
         revision=source.revision,
         text_digest=stage_digest(source, "text"),
         vae_digest=stage_digest(source, "vae"),
+        worker_digests=worker_digests(source),
         pipeline=source.pipeline,
         size_multiple=size_multiple(pipeline),
         width=width,

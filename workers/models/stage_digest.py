@@ -1,6 +1,7 @@
-"""The digest of all that a model's stage computes with, by which models share what is known of it.
+"""The digest of all that a model's stage computes with, by which models share what is known of it, and its workers.
 
-Those with the same text stage share prompts' embeddings, those with the same VAE colors for previews.
+Those with the same text stage share prompts' embeddings, those with the same VAE colors for previews. Workers are
+shared where the pipeline's code meets the same configurations of other stages' components, too.
 
 It is exact or not there: small files are read whole, large ones are known by the content that the hub's cache names
 them by, or by being the very same file.
@@ -16,6 +17,7 @@ from protocol.stages import Stage
 from workers.models.skeleton import pipeline_class, plain_settings
 from workers.models.source import Source, stages_of
 
+SHARED: tuple[Stage, ...] = ("text", "vae")  # a denoiser is what models differ in
 SMALL = 64 << 20  # bytes of a file that is read whole
 CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
 
@@ -35,6 +37,23 @@ def stage_digest(source: Source, stage: Stage) -> str:
             return ""  # whose weights are not here yet
         parts += [(str(path.relative_to(source.folder)), content_of(path)) for path in files]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def worker_digests(source: Source) -> tuple[tuple[Stage, str], ...]:
+    """Return, of stages that models may share, digests that are equal where one's worker can do the other's tasks."""
+    return tuple((stage, digest) for stage in SHARED if (digest := worker_digest(source, stage)))
+
+
+def worker_digest(source: Source, stage: Stage) -> str:
+    own = stage_digest(source, stage)
+    if not own:
+        return ""
+    parts = [own]
+    for name in sorted(source.index.keys() - source.components(stage)):
+        folder = source.folder_of(name)
+        files = sorted(path for path in folder.rglob("*.json") if not path.name.endswith(".index.json"))
+        parts += [name, *source.index[name], *(f"{path.relative_to(folder)}: {content_of(path)}" for path in files)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def content_of(path: Path) -> str:

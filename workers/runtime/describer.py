@@ -243,9 +243,14 @@ def fits_together(source: Any, dtype: str, small: int) -> None:
 def serve(spec: DescriberSpec) -> None:
     """Be the describer of a stack, until told to stop; ModelMissing where the model is not whole."""
     source, description = examine(spec.model, spec.dtype, spec.stages)
-    if description.text_digest:
-        told = f"{description.text_digest} {spec.text_device}"
-        description = description.model_copy(update={"text_digest": hashlib.sha256(told.encode()).hexdigest()[:16]})
+    description = description.model_copy(
+        update={
+            "text_digest": on_device(description.text_digest, spec, "text"),
+            "worker_digests": tuple(
+                (stage, on_device(digest, spec, stage)) for stage, digest in description.worker_digests
+            ),
+        }
+    )
     log.info("%s is whole: %s", spec.model.name, description.pipeline)
     hello = DescriberHello(name=spec.name, pid=os.getpid(), dtype=spec.dtype, speedups=spec.speedups, model=description)
     loras = lora_files(source, spec)
@@ -255,6 +260,12 @@ def serve(spec: DescriberSpec) -> None:
     describer.run()
     logging.shutdown()
     os._exit(0)
+
+
+def on_device(digest: str, spec: DescriberSpec, stage: Stage) -> str:
+    """Return the digest of a stage that is run on the device that it has in this stack; empty where it is."""
+    told = f"{digest} {dict(spec.devices).get(stage, '')}"
+    return digest and hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def lora_files(source: Any, spec: DescriberSpec) -> "LoraFiles | None":

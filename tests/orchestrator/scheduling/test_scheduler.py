@@ -20,11 +20,17 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     waiting: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
     for i, (stage, model) in enumerate(draw(st.lists(PLACES, max_size=20))):
         waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model, draw(st.integers(1, 6))))
-    for tasks in waiting.values():
-        tasks.sort(key=lambda task: task.distance)
     lines = [(stage, model, distance) for stage in STAGES for model in MODELS for distance in range(1, 7)]
     depth = {line: draw(st.integers(0, 100)) for line in lines}
-    return Snapshot(waiting, idle, depth)
+    shared = {
+        (stage, model): (stage, MODELS[0]) for stage in draw(st.sets(st.sampled_from(STAGES))) for model in MODELS
+    }
+    together: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
+    for place, tasks in waiting.items():
+        together.setdefault(shared.get(place, place), []).extend(tasks)
+    for tasks in together.values():
+        tasks.sort(key=lambda task: task.distance)
+    return Snapshot(together, idle, depth, shared=shared)
 
 
 @given(snapshots())
@@ -34,7 +40,7 @@ def test_no_task_and_no_worker_is_used_twice_and_all_fit(snapshot: Snapshot) -> 
     tasks = {task.job: task for queue in snapshot.waiting.values() for task in queue}
     assert len({action.worker for action in actions}) == len(actions) == len({action.job for action in actions})
     for action in actions:
-        assert workers[action.worker].model == tasks[action.job].model
+        assert snapshot.place(workers[action.worker]) == snapshot.place(tasks[action.job])
         assert workers[action.worker].stage == tasks[action.job].stage == action.stage
 
 
@@ -45,7 +51,7 @@ def test_no_worker_idles_beside_work_unless_too_many_wait_nearer_to_the_end(snap
     tasks = {task.job: task for queue in snapshot.waiting.values() for task in queue}
     started = Counter(line_of(tasks[a.job]) for a in actions)
     for worker in snapshot.idle:
-        left = [t for t in snapshot.waiting.get((worker.stage, worker.model), ()) if t.job not in given_out]
+        left = [t for t in snapshot.waiting.get(snapshot.place(worker), ()) if t.job not in given_out]
         if worker.id not in busy:
             for task in left:
                 assert started[line_of(task)] >= slots_ahead(task, snapshot.depth, snapshot.ahead)

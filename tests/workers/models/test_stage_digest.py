@@ -12,7 +12,7 @@ from tests import tiny
 from tests.families.case import awake
 from tests.families.pictures import controlnet
 from workers.models.source import locate
-from workers.models.stage_digest import stage_digest
+from workers.models.stage_digest import stage_digest, worker_digests
 
 
 def digest(folder: Path, **parts: str) -> str:
@@ -30,6 +30,27 @@ def test_what_is_beside_the_text_stage_changes_nothing(tmp_path: Path) -> None:
     assert digest(other) == own
     assert digest(model, transformer=str(tmp_path / "unet.safetensors")) == own
     assert digest(model, controlnet=str(tmp_path / "net")) == own
+
+
+def test_workers_are_shared_where_only_a_denoisers_weights_differ(tmp_path: Path) -> None:
+    model, tuned, other = tiny.save(tiny.sd15(), tmp_path / "model"), tmp_path / "tuned", tmp_path / "other"
+    for copy in (tuned, other):
+        shutil.copytree(model, copy)
+    (path,) = (tuned / "unet").glob("*.safetensors")
+    save_file({"x": torch.zeros(1)}, path)
+    save_file({"x": torch.zeros(1)}, tmp_path / "unet.safetensors")
+    own = workers_of(model)
+    assert [stage for stage, _ in own] == ["text", "vae"]
+    assert workers_of(tuned) == own
+    assert workers_of(model, transformer=str(tmp_path / "unet.safetensors")) == own
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 2}))
+    assert not {*workers_of(other)} & {*own}  # which the pipeline's code meets on its way
+    assert digest(other) == digest(model)
+
+
+def workers_of(folder: Path, **parts: str) -> tuple[tuple[str, str], ...]:
+    return worker_digests(locate(ModelSpec(name=str(folder), **parts), None))
 
 
 def test_a_tokenizer_a_setting_or_an_encoder_of_another_kind_changes_it(tmp_path: Path) -> None:

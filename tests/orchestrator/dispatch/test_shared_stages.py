@@ -1,0 +1,57 @@
+"""Stages that models share: known by digests, for each dtype and each stage's own speedups."""
+
+from orchestrator.dispatch.shared_stages import SharedStages
+from orchestrator.dispatch.stage_queues import StageQueues
+from orchestrator.job import ModelKey
+from orchestrator.principal import KeyHolder, Principal
+from orchestrator.scheduling.fair_shares import FairShares
+from tests.orchestrator.storage.test_job_store import job as stored_job
+
+ONE, OTHER, THIRD = (ModelKey(name, "bfloat16") for name in ("one", "other", "third"))
+DIGESTS = (("text", "t"), ("vae", "v"))
+
+
+def test_models_share_what_has_one_digest_one_dtype_and_the_same_speedups() -> None:
+    shared = SharedStages()
+    compiled = ModelKey("compiled", "bfloat16", ("denoise:compile",))
+    quantized = ModelKey("quantized", "bfloat16", ("text:quantize=int8",))
+    half = ModelKey("half", "float16")
+    models = (ONE, compiled, quantized, half)
+    shared.learn((model, DIGESTS) for model in models)
+    assert shared.models("text", compiled) == (ONE, compiled)
+    assert shared.models("vae", ONE) == (ONE, compiled, quantized)
+    assert [shared.place("text", model)[1] for model in models] == [ONE, ONE, quantized, half]
+    assert shared.place("denoise", compiled) == ("denoise", compiled)
+    shared.learn([(ONE, DIGESTS), (OTHER, (("text", "another"),))])
+    assert shared.models("text", ONE) == (ONE,)
+    assert not shared.places
+
+
+def test_jobs_of_models_that_share_a_stage_wait_there_in_one_order() -> None:
+    shared = SharedStages()
+    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    queues = StageQueues(shared=shared)
+    jobs = {}
+    for number, model in enumerate((OTHER, ONE, THIRD, OTHER, ONE)):
+        job = stored_job(number)
+        recipe = job.recipe.model_copy(update={"revision": model.revision, "dtype": model.dtype})
+        jobs[job.id] = job = job._replace(recipe=recipe)
+        queues.add(job)
+    assert queues.first("text", ONE, 9) == queues.first("text", OTHER, 9) == ["job0", "job1", "job3", "job4"]
+    assert queues.first("text", THIRD, 9) == ["job2"]
+    assert (queues.at("text", OTHER), queues.at("text", THIRD)) == (4, 1)
+    assert queues.ahead_of(jobs["job4"]) == 3
+    queues.remove(jobs["job1"])
+    assert queues.first("text", ONE, 2) == ["job0", "job3"]
+
+
+def test_owners_are_served_in_turns_whatever_their_models() -> None:
+    shared = SharedStages()
+    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    queues = StageQueues(FairShares[Principal](), shared=shared)
+    for number in range(8):
+        job = stored_job(number)
+        model, owner = (ONE, KeyHolder("a")) if number < 6 else (OTHER, KeyHolder("b"))
+        recipe = job.recipe.model_copy(update={"revision": model.revision, "dtype": model.dtype})
+        queues.add(job._replace(recipe=recipe, owner=owner))
+    assert {"job6", "job7"} < {*queues.first("text", ONE, 4)}
