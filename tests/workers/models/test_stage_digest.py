@@ -43,8 +43,8 @@ def test_workers_are_shared_where_only_a_denoisers_weights_differ(tmp_path: Path
     assert [stage for stage, _ in own] == ["text", "vae"]
     assert workers_of(tuned) == own
     assert workers_of(model, transformer=str(tmp_path / "unet.safetensors")) == own
-    config = other / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 2}))
+    config = other / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"center_input_sample": True}))
     assert not {*workers_of(other)} & {*own}  # which the pipeline's code meets on its way
     assert digest(other) == digest(model)
 
