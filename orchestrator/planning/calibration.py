@@ -39,7 +39,7 @@ class Measurements:
         recipe = profile.recipe.model_copy(update={"speedups": config.speedups()})
         keys = {stage: workspace_key(stage, ModelKey.of_recipe(recipe), recipe) for stage in STAGES}
         seen = {stage: self.workspaces[key] for stage, key in keys.items() if key in self.workspaces}
-        return Terms(config.compile, config.patience, seen)
+        return Terms(config.compile, config.patience, seen, config.cuda_graphs)
 
 
 def measurements_in(folder: StackFolder) -> Measurements:

@@ -28,8 +28,10 @@ EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate r
 # were idle a third and a half of the time (2026-11-26); four took 1.6 to 2.1 ms (2026-11-27).
 STARTING = {"tensor": 1.8e-3, "context": 2.4e-3}
 # Seconds in which a process starts a block's kernels uncompiled, one job after the other: what four jobs at once in a
-# denoiser cut over four H200s are bound by (2026-11-27).
+# denoiser cut over four H200s are bound by without CUDA graphs (2026-11-27). With them it is 0.04 ms of Python and what
+# it takes to launch one graph and three copies.
 STARTING_SPLIT = 1.36e-3
+STARTING_GRAPH = 0.15e-3
 HOST_LINKS = 183e9  # bytes a second from a host's memory to all of its GPUs: what four H200s copy at once (2026-11-27)
 MOST_OF_A_HOST = 8  # GPUs: more are those of several hosts
 UNEVEN = 1.02  # times an equal part: norms and some biases are not shared out
@@ -44,6 +46,7 @@ class Terms:
     compiled: bool = False
     patience: float = 30.0  # seconds
     workspaces: Mapping[Stage, int] = field(default_factory=dict)
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +289,7 @@ class Book:
             residency: Residency = "in" if all(part.streaming.nothing for part in parts) else "streamed"
             a_pass = sum(busy) / profile.passes
             blocks = 0 if self.terms.compiled or cards[0].stands_in else len(profile.blocks)
-            starting = blocks * profile.passes * STARTING_SPLIT
+            starting = blocks * profile.passes * (STARTING_GRAPH if self.terms.cuda_graphs else STARTING_SPLIT)
             return PlannedWorker(
                 post, shares, residency, streamed, a_pass, sum(busy), busy=tuple(busy), starting=starting
             )

@@ -143,7 +143,7 @@ class StackBench:
     def queue(self, client: Client, count: int, same: bool = False) -> tuple[float, float]:
         """Seconds a picture with so many jobs in the queue, all of them and those in the middle: the steady state.
 
-        With the `same` prompt nothing is encoded.
+        With too few jobs for a middle they are all. With the `same` prompt nothing is encoded.
         """
         requests = [self.new_request(seed) for seed in range(count)]
         if same:
@@ -152,9 +152,8 @@ class StackBench:
         start = time.perf_counter()
         jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
         ends, edge = sorted(job.finished or 0.0 for job in jobs), EDGE * len(self.gpus)
-        middle = ends[edge:-edge] if len(ends) > 2 * edge + 1 else ends
-        steady = (middle[-1] - middle[0]) / max(1, len(middle) - 1)
-        return (time.perf_counter() - start) / count, steady
+        whole, middle = (time.perf_counter() - start) / count, ends[edge:-edge]
+        return whole, (middle[-1] - middle[0]) / (len(middle) - 1) if len(middle) > 1 else whole
 
     def differing(self, client: Client, prompt: str) -> int:
         """Values of the stack's picture that are not those of the plain pipeline's."""
