@@ -7,13 +7,15 @@ Longer than other files: swapping in and out, with all that has to be undone, is
 """
 
 import contextlib
+import functools
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map_only
 
 from protocol.errors import DoesNotFit
 from protocol.units import format_bytes
@@ -29,7 +31,7 @@ from workers.weights.modulation import Modulation, PrecomputedJob
 from workers.weights.page_locks import PageLocks
 from workers.weights.precompute import JobForwards, Precompute
 from workers.weights.resident_pieces import PIECE_BYTES, ResidentPieces
-from workers.weights.sharded import LocalPart
+from workers.weights.sharded import LocalPart, contiguous_strides
 from workers.weights.streaming import (
     Block,
     Ring,
@@ -357,7 +359,27 @@ def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, b
     for row in block_rows(module) if rows is None else rows:
         block = module.get_submodule(row)
         name = place_of(block)
-        setattr(block, name, torch.compile(getattr(block, name), fullgraph=True, backend=backend))
+        forward = getattr(block, name)
+        compiled = torch.compile(forward, fullgraph=True, backend=backend)
+        setattr(block, name, functools.wraps(forward)(functools.partial(call_laid_out, compiled)))
+
+
+def call_laid_out(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a block with tensors of usual strides, where they are contiguous but for those of dimensions of size 1.
+
+    A model's first block may get a part of a larger tensor, whose stride from picture to picture is another. For that
+    torch.compile would make code of its own, and then a third one that serves both: in a process's first job a block
+    would not be computed as in later ones.
+    """
+    args, kwargs = tree_map_only(torch.Tensor, usually_laid_out, (args, kwargs))
+    return forward(*args, **kwargs)
+
+
+def usually_laid_out(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not torch.Tensor or 1 not in tensor.shape or not tensor.is_contiguous():
+        return tensor
+    strides = contiguous_strides(tensor.shape)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
 
 
 def quantized_parameters(module: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.nn.Parameter]]:

@@ -1,6 +1,7 @@
 """A rank's parts of the weights that tensor parallelism shares out, where their memory is."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,13 +32,13 @@ def sharded(local: torch.Tensor, dim: int | None, mesh: DeviceMesh, device: torc
     placement: Placement = Replicate() if dim is None else Shard(dim)
     nothing = torch.empty(1, dtype=local.dtype, device=device).expand(local.shape)
     whole = DTensor.from_local(
-        nothing, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=strides(shape)
+        nothing, mesh, [placement], run_check=False, shape=torch.Size(shape), stride=contiguous_strides(shape)
     )
     parameter = torch.nn.Parameter(whole, requires_grad=False)
     LocalPart(parameter).data = local  # type: ignore[arg-type]  # which a parameter of a DTensor is
     return parameter
 
 
-def strides(shape: list[int]) -> tuple[int, ...]:
+def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Return the strides of a contiguous tensor."""
     return tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))

@@ -32,7 +32,7 @@ from workers.stages.text import TextStage
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark, ThreadedCopyStream, copy_stream_for
 from workers.weights.host_weights import HostWeights, host_weights
 from workers.weights.page_locks import PageLocker, PageLocks
-from workers.weights.residency import Residency, block_rows
+from workers.weights.residency import Residency, block_rows, compile_blocks, usually_laid_out
 from workers.weights.streaming import Block, plan_stream, room
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
@@ -405,3 +405,41 @@ def test_compiled_bits_are_equal_in_every_residency_and_close_to_uncompiled_ones
         assert all(map(torch.equal, other, found[0]))
     for compiled, eager in zip(found[0], plain, strict=True):
         assert torch.allclose(compiled.view(torch.float32), eager.view(torch.float32), rtol=1e-3, atol=1e-4)
+
+
+class Squaring(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+def test_what_is_a_part_of_a_larger_tensor_has_no_code_of_its_own() -> None:
+    """Its batch of one has another stride. The first block was computed by other code in a process's first job."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    module = Squaring()
+    compile_blocks(module, backend=backend)
+    whole = torch.randn(1, 6, 4)
+    assert whole[:, 2:].stride() != torch.randn(1, 4, 4).stride()
+    with torch.no_grad():
+        assert torch.equal(module(whole[:, 2:]), Squaring.forward(module, whole[:, 2:].clone()))
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_only_strides_that_say_nothing_are_changed() -> None:
+    sliced, turned, part = torch.ones(2, 6)[:, :3], torch.ones(1, 2, 3).transpose(1, 2), torch.ones(1, 6, 4)[:, 2:]
+    assert [usually_laid_out(one).stride() for one in (sliced, turned)] == [sliced.stride(), turned.stride()]
+    assert usually_laid_out(part).stride() == (16, 4, 1)
+    assert usually_laid_out(part).data_ptr() == part.data_ptr()
+    parameter = torch.nn.Parameter(torch.ones(1, 3))
+    assert usually_laid_out(parameter) is parameter
