@@ -31,8 +31,10 @@ from workers.stages.checkpoint import (
 from workers.stages.contract import Outcome, Report, unheard, watcher_of
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.forward_trace import Call, Results, standing_in
+from workers.weights.residency import OWN_CODE
 
 LEAST_STEPS = 4  # of a job, for a CUDA graph to be worth recording
+MOST_SIZES = 24  # of jobs, for which a process compiles blocks
 
 
 class DenoiseStage:
@@ -93,6 +95,7 @@ class DenoiseStage:
         """Surround a job: the weights that it needs are on the device when they are needed, its LoRAs' among them."""
         record, begins = record_of(tensors), not newest(tensors)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.own_code(recipe, tensors))
             if self.loaded.loras:
                 stack.enter_context(self.loaded.loras.job(recipe.loras))
             if self.split:
@@ -108,6 +111,25 @@ class DenoiseStage:
                 for residency in self.residencies:
                     stack.enter_context(residency.job(None, in_steps=not is_rank(), kind=kind))
             yield
+
+    @contextlib.contextmanager
+    def own_code(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
+        """Let compiled blocks have code for this job's shapes alone; not where each prompt may have shapes of its own.
+
+        Nor beyond MOST_SIZES: torch compiles one block for so many shapes at most.
+        """
+        compiled = [residency for residency in self.residencies if residency.compiled]
+        shape, own = shape_of(recipe), False
+        if compiled and padded(recipe, tensors):
+            sizes = compiled[0].own_sizes
+            if len(sizes) < MOST_SIZES:
+                sizes.add(shape)
+            own = shape in sizes
+        before = OWN_CODE.set(own)
+        try:
+            yield
+        finally:
+            OWN_CODE.reset(before)
 
     def kind_of_job(self, recipe: Recipe) -> Hashable:
         """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
@@ -234,6 +256,11 @@ class PipelineForwards:
         run = new_run("denoise", record, self.stage.device, self.recipe)
         arguments = self.stage.arguments(self.recipe, self.tensors, Steps(unheard, self.recipe.steps))
         until_stop(self.stage.loaded.pipeline_for(self.recipe), run, arguments)
+
+
+def padded(recipe: Recipe, tensors: Sequence[Tensor]) -> bool:
+    """Return whether prompts of any length give tensors of one shape, as far as can be told from a job's own."""
+    return any(recipe.max_sequence_length in tensor.shape for tensor in tensors)
 
 
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
