@@ -67,7 +67,6 @@ from workers.replay.boundaries import install
 from workers.replay.placeholder import of_the_same_name
 from workers.split.device_gates import twin_of
 from workers.split.pipeline_split import PipelineSplit
-from workers.weights.block_graphs import BlockGraphs
 from workers.weights.page_locks import PAGE_LOCKER
 from workers.weights.residency import Residency
 
@@ -273,8 +272,6 @@ def load_weights(
             if ranks:
                 ranks.after_loading(module)
             residency = Residency(name, module, devices.primary, copy_stream=devices.copy_stream)
-            if ranks:
-                residency.block_graphs = BlockGraphs(residency.row_modules, devices.primary, agree=ranks.agree)
             if not leased:
                 residency.swap_in(min(residency.total_bytes, residency.total_bytes if budget is None else budget))
             return Placed(module, [(name, f"{devices.primary} ({speed.parallel})")], residency)

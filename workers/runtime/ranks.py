@@ -67,7 +67,6 @@ class Group:
             if (there := torch.cuda.device_count()) < self.size:
                 raise BadRequest(f"{self.size} ranks take as many GPUs; {there} can be used.", "Give more with --gpus.")
             torch.cuda.set_device(device)
-            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")  # as it computes outside of graphs
         store = FileStore(self.meeting, self.size)
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, store=store, rank=self.rank, world_size=self.size)

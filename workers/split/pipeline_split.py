@@ -19,6 +19,7 @@ from protocol.errors import BadRequest
 from workers.split.device_gates import DeviceGates
 from workers.weights.block_graphs import BlockGraphs
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
+from workers.weights.cuda_graphs import JobKind
 from workers.weights.forward_trace import around_blocks
 from workers.weights.modulation import PrecomputedJob
 from workers.weights.precompute import JobForwards, Precompute
@@ -171,12 +172,12 @@ class PipelineSplit:
 
     @contextlib.contextmanager
     def job(
-        self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable, kind: Hashable = None
+        self, model: torch.nn.Module, forwards: JobForwards, shape: Hashable, kind: JobKind | None = None
     ) -> Iterator[None]:
         """Surround a job of `model`, one of those that share the blocks, in this thread.
 
         One to learn from is alone; so is the first of a `shape` where blocks are compiled, since torch compiles in one
-        thread at a time, and of a `kind` where blocks may have CUDA graphs.
+        thread at a time, and one that finds out whether blocks of jobs of its size should have CUDA graphs.
         """
         graphs = [residency.block_graphs for residency in self.residencies if residency.block_graphs]
 

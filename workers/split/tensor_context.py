@@ -46,12 +46,6 @@ class Parallel:
         else:
             self._share_out(module)
 
-    def agree(self, good: bool) -> bool:
-        """Return whether all processes say so; each of them has to ask."""
-        flag = torch.tensor(int(good), device=self.device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN)
-        return bool(flag.item())
-
     def _share_out(self, module: Any) -> None:
         """Share out as `from_pretrained` does with a parallel_config, but leave each rank's parts in the files."""
         heads = getattr(module.config, "num_attention_heads", self.size)

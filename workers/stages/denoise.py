@@ -1,7 +1,7 @@
 """The denoise stage: the pipeline's own call up to the moment when it would decode."""
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +30,9 @@ from workers.stages.checkpoint import (
 )
 from workers.stages.contract import Outcome, Report, unheard, watcher_of
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
+from workers.weights.cuda_graphs import JobKind
 from workers.weights.forward_trace import Call, Results, standing_in
-from workers.weights.residency import OWN_CODE
+from workers.weights.residency import OWN_CODE, caches_steps
 
 LEAST_STEPS = 4  # of a job, for a CUDA graph to be worth recording
 MOST_SIZES = 24  # of jobs, for which a process compiles blocks
@@ -131,15 +132,16 @@ class DenoiseStage:
         finally:
             OWN_CODE.reset(before)
 
-    def kind_of_job(self, recipe: Recipe) -> Hashable:
+    def kind_of_job(self, recipe: Recipe) -> JobKind | None:
         """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
-        if not self.cuda_graphs or recipe.steps < LEAST_STEPS:
+        cached = any(map(caches_steps, self.denoisers()))
+        if not self.cuda_graphs or recipe.steps < LEAST_STEPS or is_rank() or cached:
             return None
-        return (
+        size = (
             type(self.loaded.pipeline_for(recipe)), recipe.width, recipe.height, recipe.frames, recipe.num_images,
-            recipe.guidance, recipe.cfg_scale, recipe.max_sequence_length, recipe.loras, recipe.ip_scale,
-            tuple(recipe.named_pictures), recipe.settings,
+            (recipe.cfg_scale or 0) > 1, recipe.max_sequence_length, tuple(recipe.named_pictures),
         )  # fmt: skip
+        return JobKind(size, (recipe.guidance, recipe.cfg_scale, recipe.loras, recipe.ip_scale, recipe.settings))
 
     @contextlib.contextmanager
     def course(

@@ -5,7 +5,8 @@ have the same bits. That is seen rather than believed: before a graph is used it
 arguments, exactly what that forward gives without it. Whatever can't be recorded, or gives anything else, is run as
 ever.
 
-Not for a denoiser that is cut over several GPUs, nor for processes that compute together: see `block_graphs`.
+Not for a denoiser that is cut over several GPUs: see `block_graphs`. Nor for processes that compute together, which
+would have to agree on each forward.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.modules.conv import _ConvNd
@@ -53,8 +54,17 @@ class Graph:
         return copy_of(self.result)
 
 
+class JobKind(NamedTuple):
+    """What jobs have in common: those of one kind differ in prompts, seeds and pictures alone, of one size in more."""
+
+    size: Hashable  # by which forwards take as long
+    rest: Hashable = None
+
+
 class Graphs(Protocol):
-    """The graphs of a model, or of its blocks."""
+    """The graphs of a model, or of its blocks, on one GPU."""
+
+    device: torch.device
 
     @property
     def held(self) -> bool:
@@ -79,7 +89,7 @@ class Workspace:
             return True
         used, held = torch.cuda.memory_allocated(self._device), torch.cuda.memory_reserved(self._device)
         self._bytes = max(self._bytes, torch.cuda.max_memory_allocated(self._device) - used)
-        graphs = held - used if any(graphs.held for graphs in ALL) else 0
+        graphs = held - used if any(one.held and one.device == self._device for one in ALL) else 0
         return lease_of(self._device) - used - graphs >= self._bytes + SPARE
 
 
@@ -90,7 +100,7 @@ class ForwardGraphs:
         """`record` is the GPU's own unless given."""
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        self._module, self._device = module, device
+        self._module, self.device = module, device
         ALL.add(self)
         self._record = record or (cuda_recorder(device) if device.type == "cuda" else None)
         self._off = False  # for good: something could not be recorded
@@ -123,8 +133,8 @@ class ForwardGraphs:
         """Let go of all graphs and their memory; between two forwards."""
         if self._graphs:
             self._graphs.clear()
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
             release_memory()
 
     @contextlib.contextmanager
@@ -191,18 +201,18 @@ class ForwardGraphs:
         """
         hooked = hash(tuple(map(hooked_on, self._parts)))
         try:
-            return self._job, hooked, kind_of([call.args, dict(call.kwargs)], self._device)
+            return self._job, hooked, kind_of([call.args, dict(call.kwargs)], self.device)
         except Unrecordable:
             return None
 
     def _timed(self, forward: Callable[..., Any], call: Call) -> Any:
         """Run a forward, and find out who waits for whom, the host or its GPU."""
         self._finish()
-        with waits_of_host(self._device) as waits:
+        with waits_of_host(self.device) as waits:
             start = time.perf_counter()
             result = forward(*call.args, **call.kwargs)
             launched = done = time.perf_counter() - start
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self._finish()
             done = time.perf_counter() - start
         if waits:
@@ -214,8 +224,8 @@ class ForwardGraphs:
         return result
 
     def _finish(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _try_to_record(self, forward: Callable[..., Any], kind: Hashable, call: Call) -> bool:
         """Record a forward, if that can be done; else none is tried any more, for want of memory in such jobs alone."""

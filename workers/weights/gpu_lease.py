@@ -100,7 +100,7 @@ class GpuLease:
         """
         before, allocated = self._driver_bytes(), self._reserved()
         for residency in self.residencies:
-            residency.graphs.drop()
+            residency.drop_graphs()
         self._tidy()
         for residency in sorted(self.residencies, key=lambda residency: -residency.device_bytes):
             residency.lend(self._in_use() - self._bytes + size)

@@ -154,14 +154,13 @@ class Modulation:
             if indices:
                 self._hooks.append(block.register_forward_pre_hook(lambda *_, i=tuple(indices): self._fill(i)))
 
-    def take_away(self, keep: bool = False) -> None:
-        """Put every layer back in its place; `keep` where results are shown, for graphs that read there."""
+    def take_away(self) -> None:
+        """Put every layer back in its place."""
         for hook in self._hooks:
             hook.remove()
         self._replace(self._linear)
         self._hooks, self._ahead = [], None
-        if not keep:
-            self.forget()
+        self.forget()
 
     def forget(self) -> None:
         """Let go of the last results that were shown."""

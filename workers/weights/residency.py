@@ -23,7 +23,7 @@ from protocol.units import format_bytes
 from workers.weights.adapters import AdapterWeights
 from workers.weights.block_graphs import BlockGraphs
 from workers.weights.copy_stream import CopyStreams, copy_stream_for
-from workers.weights.cuda_graphs import ALL, ForwardGraphs
+from workers.weights.cuda_graphs import ALL, ForwardGraphs, JobKind
 from workers.weights.forward_trace import place_of
 from workers.weights.host_weights import host_weights, plain_parameters
 from workers.weights.lockstep import Lockstep, in_lockstep
@@ -88,7 +88,7 @@ class Residency:
         self._precompute = Precompute([self], self.rows)
         self._lockstep = Lockstep(self.row_modules, device)
         self.graphs = ForwardGraphs(module, device)
-        self.block_graphs: BlockGraphs | None = None  # in their place
+        self.block_graphs: BlockGraphs | None = None  # in their place, of a part of a model
         self.compiled = False
         self.own_sizes: set[Hashable] = set()  # shapes of jobs for which compiled blocks have code of their own
         self.adapters = AdapterWeights(module, device, self._reserve)
@@ -239,10 +239,16 @@ class Residency:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def drop_graphs(self) -> None:
+        """Let go of all CUDA graphs of the module, since weights are about to move; between two forwards."""
+        self.graphs.drop()
+        if self.block_graphs:
+            self.block_graphs.drop()
+
     def lend(self, size: int) -> None:
         """Let go of about `size` bytes of weights until `take_again`, if there are as many; between two forwards."""
         if self._resident:
-            self.graphs.drop()
+            self.drop_graphs()
             self._copy_stream.synchronize()
             self._resident.let_go(size)
 
@@ -262,12 +268,11 @@ class Residency:
         self.compiled = True
 
     @contextlib.contextmanager
-    def job(self, forwards: JobForwards | None, in_steps: bool = False, kind: Hashable = None) -> Iterator[None]:
+    def job(self, forwards: JobForwards | None, in_steps: bool = False, kind: JobKind | None = None) -> Iterator[None]:
         """Surround a job. Without its `forwards`, or before one was traced, modulation weights are streamed, too.
 
-        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights. Jobs of a `kind`, unless
-        that is None, may use CUDA graphs, of blocks or, where all weights are in, of forwards: all that is not given to
-        these is the same in them.
+        A denoiser is run `in_steps`: the forwards of one share a pass of the streamed weights. Where all are in, jobs
+        of a `kind`, unless that is None, may use CUDA graphs: all that is not given to forwards is the same in them.
         """
         if self.state == "out" and self._budget:  # what the job before changed to did not fit
             self.swap_in(self._budget)
@@ -292,10 +297,7 @@ class Residency:
             if in_steps and self._ring and not caches_steps(self.module):
                 may = ahead.knows if ahead else lambda count: True
                 stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
-            kind = None if caches_steps(self.module) else kind
-            if self.block_graphs:
-                stack.enter_context(self.block_graphs.job(kind))
-            elif kind is not None and self.state == "in" and self.graphs.can_record:
+            if kind is not None and self.state == "in" and self.graphs.can_record and not caches_steps(self.module):
                 stack.enter_context(self.graphs.job(kind, keep=ahead is None))
             else:
                 self.graphs.clear()
@@ -311,7 +313,7 @@ class Residency:
                 yield job
             finally:
                 hook.remove()
-                modulation.take_away(keep=self.block_graphs is not None)
+                modulation.take_away()
 
     def modulation_of(self, layers: Sequence[str]) -> Modulation | None:
         """Return the modulation of those layers that are its own, if they can be run ahead in what it has."""

@@ -1,7 +1,6 @@
-"""CUDA graphs of blocks: those of one GPU share their memory, and processes that compute together agree on them."""
+"""CUDA graphs of single blocks: those of one GPU share their memory, and none is used that isn't worth it."""
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from tests.workers.weights.test_cuda_graphs import CPU, CUDA, Tape, Writing, num
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.stages.denoise import DenoiseStage
-from workers.weights.block_graphs import BlockGraphs
-from workers.weights.cuda_graphs import ALL
+from workers.weights.block_graphs import MOST_TRIALS, BlockGraphs
+from workers.weights.cuda_graphs import ALL, JobKind
 
 
 class Adding(torch.nn.Module):
@@ -45,13 +44,13 @@ class Row(torch.nn.Module):
 
 def graphs_of(row: Row, **more: Any) -> tuple[BlockGraphs, Tape]:
     tape = Tape(row)
-    return BlockGraphs([*row.blocks], CPU, record=tape, **more), tape
+    return BlockGraphs([*row.blocks], CPU, 1000, record=tape, **more), tape
 
 
 def job(
     graphs: BlockGraphs, row: torch.nn.Module, inputs: Sequence[torch.Tensor], kind: str = "a", **more: Any
 ) -> list[torch.Tensor]:
-    with graphs.job(kind):
+    with graphs.job(JobKind(kind)):
         return [row(given, **more) for given in inputs]
 
 
@@ -101,7 +100,7 @@ def test_runs_that_differ_in_more_than_their_tensors_have_graphs_of_their_own() 
     assert job(graphs, row, numbers(1, 2), scale=2.0) == numbers(13, 24)
     assert job(graphs, row, [torch.ones(2)])[0].tolist() == [12.0, 12.0]
     assert tape.launched == launched
-    with graphs.job("a"):
+    with graphs.job(JobKind("a")):
         hook = row.blocks[0].register_forward_hook(lambda *_: (torch.zeros(1), torch.zeros(1)))
         assert row(torch.ones(1)) == torch.zeros(1)  # around a graph
         hook.remove()
@@ -118,7 +117,7 @@ def test_a_block_that_writes_into_its_arguments_has_no_graph() -> None:
 
     row = One()
     tape = Tape(row)
-    graphs = BlockGraphs([*row.blocks], CPU, record=tape)
+    graphs = BlockGraphs([*row.blocks], CPU, 1000, record=tape)
     given = numbers(1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     assert job(graphs, row, given) == numbers(2, 4, 6, 8, 10, 12)
     assert given == numbers(2, 4, 6, 8, 10, 12)
@@ -129,7 +128,7 @@ def test_a_block_that_writes_into_its_arguments_has_no_graph() -> None:
 def test_without_memory_jobs_of_that_kind_go_on_without() -> None:
     row = Row(Adding(1.0))
     tape = Tape(row, full=True)
-    graphs = BlockGraphs([*row.blocks], CPU, record=tape)
+    graphs = BlockGraphs([*row.blocks], CPU, 1000, record=tape)
     assert job(graphs, row, numbers(1, 2, 3, 4, 5)) == numbers(12, 23, 34, 45, 56)
     tape.full = False
     job(graphs, row, numbers(1, 2, 3, 4, 5))
@@ -141,12 +140,51 @@ def test_without_memory_jobs_of_that_kind_go_on_without() -> None:
 def test_jobs_of_which_nothing_can_be_learned_need_not_be_alone_for_ever() -> None:
     row = Row(Adding(1.0))
     graphs, _ = graphs_of(row)
+    short = JobKind("short")
     assert not graphs.untried(None)
-    for _ in range(2):
-        assert graphs.untried("short")
-        job(graphs, row, numbers(1), kind="short")
-    assert not graphs.untried("short")
-    assert not BlockGraphs([*row.blocks], CPU).untried("a")  # a CPU has none
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt), graphs.job(short):  # which says nothing of graphs
+            raise KeyboardInterrupt
+    for number in range(2):
+        assert graphs.untried(short._replace(rest=number))
+        with graphs.job(short):
+            row(torch.ones(1))
+    assert not graphs.untried(short)
+    assert not BlockGraphs([*row.blocks], CPU, 4).untried(JobKind("a"))  # a CPU has none
+
+
+def test_where_a_gpu_is_what_is_waited_for_few_sizes_are_tried() -> None:
+    row = Row(Adding(1.0))
+    graphs, tape = graphs_of(row)
+    graphs.gpus = 0  # so that a host's time is none
+    for number in range(MOST_TRIALS):
+        assert graphs.untried(JobKind(number))
+        job(graphs, row, numbers(1, 2, 3, 4, 5), kind=f"size {number}")
+        assert not graphs.untried(JobKind(f"size {number}", "another guidance"))
+    assert not graphs.untried(JobKind("one more"))
+    job(graphs, row, numbers(1, 2, 3, 4, 5), kind="one more")
+    assert tape.recorded == 0
+
+
+def test_a_block_that_changes_what_its_arguments_hold_has_no_graph() -> None:
+    class Nested(torch.nn.Module):
+        def forward(self, latents: torch.Tensor, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            pair[1].add_(1)
+            return latents + pair[0]
+
+    class Popping(torch.nn.Module):
+        def forward(self, latents: torch.Tensor, left: list[torch.Tensor]) -> torch.Tensor:
+            return latents + left.pop()
+
+    for block in (Nested(), Popping()):
+        graphs = BlockGraphs([block], CPU, 1000, record=Tape(block))
+        with graphs.job(JobKind("a")):
+            for step in range(1, 8):
+                given = [torch.ones(1), torch.full((1,), float(step))]
+                pair: Any = given if isinstance(block, Popping) else tuple(given)
+                block(torch.zeros(1), pair)
+                assert len(pair) == 1 if isinstance(block, Popping) else pair[1] == step + 1
+        assert not graphs.held
 
 
 def test_too_many_kinds_by_turns_are_given_up() -> None:
@@ -158,54 +196,6 @@ def test_too_many_kinds_by_turns_are_given_up() -> None:
     job(graphs, row, numbers(1, 2, 3, 4, 5), kind="kind 3")
     assert tape.recorded == recorded
     assert recorded < 50
-
-
-class Ballot:
-    """Two processes' way to agree, that threads play."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(2, timeout=20)
-        self._votes = [True, True]
-        self.asked = 0
-
-    def voter(self, number: int) -> Callable[[bool], bool]:
-        def agree(good: bool) -> bool:
-            self._votes[number] = good
-            self._barrier.wait()
-            found = all(self._votes)
-            self._barrier.wait()
-            self.asked += 1
-            return found
-
-        return agree
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_processes_that_compute_together_have_graphs_together_or_not_at_all(full: bool) -> None:
-    ballot = Ballot()
-    rows = [Row(Adding(1.0), Adding(2.0)) for _ in range(2)]
-    tapes = [Tape(rows[0]), Tape(rows[1], full=full)]
-    both = [
-        BlockGraphs([*row.blocks], CPU, agree=ballot.voter(number), record=tapes[number])
-        for number, row in enumerate(rows)
-    ]
-
-    def rank(number: int) -> None:
-        for _ in range(2):
-            job(both[number], rows[number], numbers(1, 2, 3, 4, 5, 6))
-        if number and not full:
-            both[number].drop()  # the lease of this one's GPU has changed
-        job(both[number], rows[number], numbers(1, 2, 3, 4, 5, 6))
-
-    threads = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert tapes[0].launched == tapes[1].launched
-    assert bool(tapes[0].launched) == (not full)
-    assert tapes[1].recorded == (0 if full else 4)  # and once more after it was let go of
-    assert ballot.asked > 0
 
 
 @pytest.mark.parametrize(("family", "cfg"), [("flux", False), pytest.param("sd3", True, marks=pytest.mark.all)])
@@ -227,8 +217,12 @@ def test_jobs_at_once_in_a_cut_denoiser_have_their_bits_by_graphs(
     loaded = load(source, "denoise", GivenParts(first, cut=cut, given=given), torch.float32)
     assert loaded.split
     for residency in loaded.split.residencies:
-        tape = Tape(residency.module) if first == CPU else None
-        residency.block_graphs = BlockGraphs(residency.row_modules, residency.device, 1000, record=tape)
+        graphs = residency.block_graphs
+        assert graphs
+        assert graphs.gpus == 2
+        graphs.gpus = 1000  # whatever the time of such small blocks is
+        if first == CPU:
+            graphs._record, graphs._off = Tape(residency.module), False
     at_once = [DenoiseStage(loaded.another(), first) for _ in range(2)]
     for _ in range(2):
         assert together(at_once, work) == wanted

@@ -20,7 +20,7 @@ from workers.models.source import Source, read
 from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
-from workers.weights.cuda_graphs import ForwardGraphs
+from workers.weights.cuda_graphs import ForwardGraphs, JobKind
 from workers.weights.lockstep import copy_of
 
 CPU = torch.device("cpu")
@@ -104,7 +104,7 @@ def job(
     graphs: ForwardGraphs, module: torch.nn.Module, inputs: Sequence[Any], kind: str = "a", **more: Any
 ) -> list[torch.Tensor]:
     """Return the results of a job's forwards, as its pipeline has them in the end."""
-    with graphs.job(kind, **more):
+    with graphs.job(JobKind(kind), **more):
         return [module(*(given if isinstance(given, tuple) else (given,)))[0] for given in inputs]
 
 
@@ -139,7 +139,7 @@ def test_weights_that_moved_are_recorded_anew() -> None:
     job(graphs, module, numbers(1, 2, 3, 4))
     module.weight.data = torch.tensor(3.0)
     assert job(graphs, module, numbers(1, 2)) == numbers(3, 6)
-    with graphs.job("a"):
+    with graphs.job(JobKind("a")):
         assert module(torch.tensor([1.0])) == (torch.tensor([3.0]),)
         graphs.drop()  # in the middle of a job, for a loan
         module.weight.data = torch.tensor(4.0)
@@ -171,7 +171,7 @@ def test_what_is_hooked_on_to_a_part_in_later_steps_is_heeded() -> None:
     module = torch.nn.Sequential(torch.nn.Identity(), Doubling())
     graphs = ForwardGraphs(module, CPU, tape := Tape(module))
     found: list[torch.Tensor] = []
-    with graphs.job("a"):
+    with graphs.job(JobKind("a")):
         for step in range(16):
             if step == 6:  # as guiders do that skip layers in some of a loop's steps
                 hook = module[0].register_forward_hook(lambda *_: torch.tensor([100.0]))
@@ -281,13 +281,13 @@ def test_jobs_with_graphs_have_the_bits_of_jobs_without(family: str, device: str
 def test_a_forward_that_no_graph_can_have_is_run_as_ever(device: str) -> None:
     module = Looking().to(device)
     graphs = ForwardGraphs(module, torch.device(device))
-    graphs._worth["a"] = True
+    graphs._worth[JobKind("a")] = True
     for _ in range(2):
         assert job(graphs, module, numbers(1, 2, 3, 4, device=device)) == numbers(2, 4, 6, 8, device=device)
     assert not graphs.can_record
     torch.randn(3, device=device)  # whose generator took part in what failed
     sound = Doubling().to(device)
     again = ForwardGraphs(sound, torch.device(device))
-    again._worth["a"] = True
+    again._worth[JobKind("a")] = True
     assert job(again, sound, numbers(1, 2, 3, 4, device=device)) == numbers(2, 4, 6, 8, device=device)
     assert again.can_record
