@@ -79,6 +79,7 @@ class World:
     orders: int = 0
     restarts: int = 0
     rested: int = 0  # workers of models that others found no room beside
+    asleep: list[Sim] = field(default_factory=list)  # these, until there is a job of their model
     questions: int = 0
     dead: list[ProcessId] = field(default_factory=list)  # processes that are known to have ended in the next round
     _identities: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -107,22 +108,30 @@ class World:
     def join(self, sim: Sim) -> None:
         number = next(self._identities)
         hello = WorkerHello(
-            name=f"{sim.stage}-{sim.gpu + 1}", stage=sim.stage, pid=1000 + number, host="h", device="cuda",
-            dtype="float32", model=sim.model, gpus=(sim.gpu,),
+            name=f"{'' if sim.model is MODEL else sim.model.model}{sim.stage}-{sim.gpu + 1}", stage=sim.stage,
+            pid=1000 + number, host="h", device="cuda", dtype="float32", model=sim.model, gpus=(sim.gpu,),
         )  # fmt: skip
         self.engine.catalogue.learn(DescriberHello(name=sim.model.model, pid=1, model=sim.model, dtype="float32"))
         sim.worker = self.engine.fleet.hello(bytes([number // 256, number % 256]), hello)
         sim.lease, sim.kept, sim.lent, sim.asked = NOTHING, 0, 0, 0
         self.engine.ready(sim.worker, Ready(needs=(sim.needs,), context_bytes=(sim.context,)))
 
-    def submit(self, count: int, width: int = 1024) -> list[LiveJob]:
-        requests = tuple(JobRequest(prompt=f"a {n}", seed=n, width=width, height=1024) for n in range(count))
+    def submit(self, count: int, width: int = 1024, models: Sequence[str | None] = (None,)) -> list[LiveJob]:
+        """Submit jobs of these models in turns."""
+        requests = tuple(
+            JobRequest(prompt=f"a {n}", seed=n, width=width, height=1024, model=models[n % len(models)])
+            for n in range(count)
+        )
         return self.engine.accept(requests, LOCAL_USER)
 
     def round(self) -> None:
         self.now += TICK_SECONDS
         while self.dead:
             self.engine.leasing.buried(self.dead.pop())
+        for each in [s for s in self.asleep if s.worker and self.engine.job_queue.by_model[s.worker.model]]:
+            self.asleep.remove(each)
+            self.sims.append(each)
+            self.join(each)
         for each in self.sims:
             self.lend(each)
         self.engine.assign()
@@ -144,7 +153,7 @@ class World:
                 assert sim.lent
                 assert sim.lease.bytes >= letter.message.bytes >= sim.lease.bytes - sim.lent
                 sim.lease, sim.lent = sim.lease.model_copy(update={"bytes": letter.message.bytes}), 0
-        on_gpus = Counter[int]()
+        on_gpus = Counter[int]({0: 0})
         for sim in self.sims:
             on_gpus[sim.gpu] += sim.lease.bytes - sim.lent
         assert max(on_gpus.values()) <= self.budget
@@ -159,6 +168,7 @@ class World:
                 self.engine.dismiss_worker(sim.worker)
                 self.engine.leasing.buried(sim.worker.process)
                 self.sims.remove(sim)
+                self.asleep.append(sim)
         self.engine.dispatch.to_rest.clear()
 
     def start_anew(self, sim: Sim) -> None:

@@ -113,12 +113,17 @@ class CatalogueEntry:
 class Catalogue:
     """The models of the stack, each known once its describer has found it; the first one is the default."""
 
-    def __init__(self, store: Store, models: Sequence[ModelSettings] = (ModelSettings(),)) -> None:
+    def __init__(
+        self,
+        store: Store,
+        models: Sequence[ModelSettings] = (ModelSettings(),),
+        shared: SharedStages | None = None,
+    ) -> None:
         self._store = store
         self.models = {model.name: model for model in models}
         self._default = models[0].name
         self._entries: dict[str, CatalogueEntry] = {}
-        self.shared = SharedStages()
+        self.shared = shared or SharedStages()
 
     def learn(self, hello: WorkerHello | DescriberHello) -> None:
         """Add a model that is there, or another revision or dtype of it."""

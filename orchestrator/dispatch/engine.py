@@ -25,6 +25,7 @@ from orchestrator.dispatch.picture_check import fault_of_all, fault_of_last_part
 from orchestrator.dispatch.previews import Previews
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
+from orchestrator.dispatch.shared_stages import SharedStages
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from orchestrator.dispatch.task_dispatch import TaskDispatch
@@ -79,7 +80,7 @@ class Engine:
         """`weight_of` an owner of jobs says how much of the workers' time it has beside others."""
         self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.subscriptions = Fleet(), Subscriptions()
-        self.catalogue = Catalogue(store, settings.models)
+        self.catalogue = Catalogue(store, settings.models, SharedStages(lambda: self.fleet.elsewhere > 0))
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger({**accounts}, store.workspaces())
         self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of), self.catalogue.shared)
@@ -280,7 +281,8 @@ class Engine:
         alike = [w for w in self.fleet if self.leasing.place(w) == self.leasing.place(worker)]
         if all(w.process == worker.process for w in alike):
             for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
-                self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)
+                if (job := self.job_queue.jobs[job_id]).model == model:  # others' own workers may be about to come
+                    self.dispatch.blame(job, reason, retry=False)
 
     def fail_waiting(self, model: ModelKey, reason: str) -> None:
         """Fail all jobs of a model that wait."""

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from orchestrator.dispatch.key_trust import KeyTrust
 from orchestrator.job import ModelKey
-from orchestrator.principal import LOCAL_USER, Host, Principal, to_column
+from orchestrator.principal import LOCAL_USER, Host, LocalUser, Principal, to_column
 from orchestrator.scheduling.snapshot import IdleWorker, Place
 from protocol.gpu_memory import GpuId
 from protocol.messages.common import Heartbeat, TaskKey
@@ -114,6 +114,7 @@ class Fleet:
     workers: dict[bytes, Worker] = field(default_factory=dict)
     trust: KeyTrust = field(default_factory=KeyTrust)
     cordoned: set[str] = field(default_factory=set)  # hosts whose workers get nothing to do
+    elsewhere: int = 0  # workers of other hosts and of keys' holders
     changes: int = 0  # that may change what is to be done next
     _idle: dict[Place, dict[bytes, Worker]] = field(default_factory=dict)  # of each the one that waits longest first
     _lenders: dict[bytes, Worker] = field(default_factory=dict)
@@ -126,6 +127,7 @@ class Fleet:
         self.changes += 1
         worker = Worker(identity, hello, time.time(), self.clock(), principal)
         self.workers[identity] = worker
+        self.elsewhere += not isinstance(principal, LocalUser)
         return worker
 
     def get(self, identity: bytes) -> Worker | None:
@@ -196,7 +198,8 @@ class Fleet:
 
     def remove(self, worker: Worker) -> None:
         self.changes += 1
-        self.workers.pop(worker.identity, None)
+        if self.workers.pop(worker.identity, None):
+            self.elsewhere -= not isinstance(worker.principal, LocalUser)
         self._leave_idle(worker)
         self._lenders.pop(worker.identity, None)
         self._accompanied.pop(worker.identity, None)

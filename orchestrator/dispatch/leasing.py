@@ -193,11 +193,14 @@ class Leasing:
 
     def _startable(self, place: Place, drained: Container[Stage]) -> int:
         """Return how many of a place's tasks may start, for all that is known without looking at them."""
-        stage, model = place
+        stage, _ = place
         if stage in drained:
             return 0
-        task = WaitingTask("", stage, model, TRAITS[stage].distance)
-        return min(self._queues.at(*place), slots_ahead(task, self._queues.depth, self._far_ahead()))
+        depth, ahead, total = self._queues.depth, self._far_ahead(), 0
+        for model in self._queues.shared.models(*place):
+            slots = slots_ahead(WaitingTask("", stage, model, TRAITS[stage].distance), depth, ahead)
+            total += max(0, min(self._queues.own(stage, model), slots))
+        return total
 
     def _far_ahead(self) -> Mapping[Stage, int]:
         return far_ahead(len(self._fleet.workers))
@@ -286,8 +289,12 @@ class Leasing:
     ) -> Sequence[WaitingTask]:
         roomiest = self._roomiest(stage, model, holders)
         taken = self._fleet.taken_along()
-        first = [job_id for job_id in self._queues.first(stage, model, count + len(taken)) if job_id not in taken]
-        return [self._waiting(jobs[job_id], roomiest) for job_id in first[:count]]
+        first = [id for id in self._queues.first(stage, model, count + len(taken)) if id not in taken][:count]
+        models = self._queues.shared.models(stage, model)
+        if len(models) > 1:  # none of them hides the others' tasks behind those that can't start
+            each = (self._queues.first_own(stage, one, count + len(taken)) for one in models)
+            first += [id for mine in each for id in [id for id in mine if id not in taken][:count] if id not in first]
+        return [self._waiting(jobs[job_id], roomiest) for job_id in first]
 
     def _waiting(self, job: LiveJob, roomiest: LeasedWorker | None) -> WaitingTask:
         waited = time.monotonic() - self._queues.since(job.id)
@@ -383,10 +390,11 @@ class Leasing:
     # -- what tasks take ------------------------------------------------------------------------
 
     def learn(self, worker: Worker, recipe: Recipe, workspace: int) -> None:
-        """Remember the bytes that a task has taken beside the weights."""
-        if workspace > 0 and self.held(worker):
-            key = self.ledger.learn(worker.hello.stage, worker.model, recipe, workspace)
-            if key:
+        """Remember the bytes that a task has taken beside the weights, for all models that share the stage."""
+        if workspace <= 0 or not self.held(worker):
+            return
+        for model in self._queues.shared.models(*worker.place):
+            if key := self.ledger.learn(worker.hello.stage, model, recipe, workspace):
                 self._remember(key, workspace)
 
     def learn_step_seconds(self, worker: Worker, recipe: Recipe, seconds: float) -> None:
@@ -445,7 +453,7 @@ class Leasing:
         if most is None:
             return
         wanted = self.ledger.certain("denoise", key, recipe)
-        if wanted <= most:
+        if wanted <= max(0, most):  # contexts alone may take more than there is
             return
         scale, multiple = math.sqrt(max(0, most) / wanted), model.size_multiple
         width, height = (max(1, int(side * scale) // multiple) * multiple for side in (recipe.width, recipe.height))

@@ -69,6 +69,10 @@ class StageQueues:
         """Return how many jobs wait at a stage for a model, or for others that share it."""
         return sum(sum(map(len, owners.values())) for owners in self._of(stage, model))
 
+    def own(self, stage: Stage, model: ModelKey) -> int:
+        """Return how many jobs of a model wait at a stage."""
+        return sum(map(len, self._lists.get((stage, model), {}).values()))
+
     def _of(self, stage: Stage, model: ModelKey) -> list[dict[Principal, list[Entry]]]:
         """Return the lists of the models that share a stage, by owner, but for those without any job."""
         models = self.shared.models(stage, model)
@@ -85,7 +89,14 @@ class StageQueues:
         return own + sum(min(count, own) for count in others.values())
 
     def first(self, stage: Stage, model: ModelKey, count: int) -> list[str]:
-        lists = self._of(stage, model)
+        """Return the first jobs that wait at a stage for a model, or for others that share it."""
+        return self._merged(self._of(stage, model), count)
+
+    def first_own(self, stage: Stage, model: ModelKey, count: int) -> list[str]:
+        """Return the first jobs of a model that wait at a stage."""
+        return self._merged([self._lists.get((stage, model), {})], count)
+
+    def _merged(self, lists: list[dict[Principal, list[Entry]]], count: int) -> list[str]:
         if len(lists) == 1 and len(lists[0]) == 1:
             (entries,) = lists[0].values()
             return [job for _, job, _ in entries[:count]]

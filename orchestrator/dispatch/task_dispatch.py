@@ -224,6 +224,8 @@ class TaskDispatch:
         if any(self.let_another_rest(job.model) for job in firsts):
             return
         for job in firsts:
+            if all(worker.model != job.model for worker in able[job.id]):
+                continue  # its own worker is about to come
             self.blame(job, f"{accounts.account(able[job.id], job)}; {MEMORY_HINT}", retry=False)
 
     def beside(self, model: ModelKey) -> list[Worker]:

@@ -28,8 +28,8 @@ EXCHANGED = {"tensor": 2 / 5, "context": 1 / 5}  # of the largest intermediate r
 # were idle a third and a half of the time (2026-11-26); four took 1.6 to 2.1 ms (2026-11-27).
 STARTING = {"tensor": 1.8e-3, "context": 2.4e-3}
 # Seconds in which a process starts a block's kernels uncompiled, one job after the other: what four jobs at once in a
-# denoiser cut over four H200s are bound by without CUDA graphs (2026-11-27). With them it is 0.04 ms of Python and what
-# it takes to launch one graph and three copies.
+# denoiser cut over four H200s are bound by without CUDA graphs (2026-11-27). With them Python takes 0.04 ms, found on
+# a CPU with launches that do nothing; the rest is a guess of what one graph and three copies take to launch.
 STARTING_SPLIT = 1.36e-3
 STARTING_GRAPH = 0.15e-3
 HOST_LINKS = 183e9  # bytes a second from a host's memory to all of its GPUs: what four H200s copy at once (2026-11-27)

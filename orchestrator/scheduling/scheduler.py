@@ -7,7 +7,7 @@ is in, one comes in where that displaces least. A worker on several GPUs comes i
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from orchestrator.scheduling.snapshot import (
     Action,
@@ -22,6 +22,7 @@ from orchestrator.scheduling.snapshot import (
     Want,
     line_of,
     slots_ahead,
+    stand_in,
     waiting_at,
 )
 from orchestrator.scheduling.swaps import Swaps
@@ -53,7 +54,7 @@ def decide(snapshot: Snapshot) -> list[Action]:
             working |= {holder.id for holder in there}
             without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
             out = (snapshot.holders[holder] for holder in without if holder in snapshot.holders)
-            wants += match([h for h in out if not stood_in_for(h, there, left[0])], left, snapshot.gpus)
+            wants += match([h for h in out if not stand_in(h, there, able_to(left[0]))], left, snapshot.gpus)
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     free = Counter(held_by.values())
     resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
@@ -83,13 +84,14 @@ def places_of(snapshot: Snapshot) -> list[Place]:
 
 def startable(tasks: Sequence[WaitingTask], snapshot: Snapshot, started: Mapping[Line, int]) -> list[WaitingTask]:
     """The tasks of a place that may start, so many of each kind having been started already."""
-    left: dict[int, int] = {}  # by distance
+    left: dict[Line, int] = {}
     found: list[WaitingTask] = []
     for task in tasks:
-        if task.distance not in left:
-            left[task.distance] = slots_ahead(task, snapshot.depth, snapshot.ahead) - started.get(line_of(task), 0)
-        if left[task.distance] > 0:
-            left[task.distance] -= 1
+        line = line_of(task)
+        if line not in left:
+            left[line] = slots_ahead(task, snapshot.depth, snapshot.ahead) - started.get(line, 0)
+        if left[line] > 0:
+            left[line] -= 1
             found.append(task)
     return found
 
@@ -133,6 +135,10 @@ def pair(
     return given, left
 
 
+def able_to(task: WaitingTask) -> Callable[[LeasedWorker], bool]:
+    return lambda holder: holder.refused is None and holder.can_ever(task)
+
+
 def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: Mapping[GpuId, GpuSpace]) -> list[Want]:
     """Workers that must come in for tasks, each where that displaces least."""
     wants: list[Want] = []
@@ -145,19 +151,6 @@ def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: M
         free.remove(best)
         wants.append(Want(best, task))
     return wants
-
-
-def stood_in_for(holder: LeasedWorker, there: Sequence[LeasedWorker], task: WaitingTask) -> bool:
-    """Return whether another model's worker, on one of its GPUs, does what it would do: what they share comes in once.
-
-    That is one that is in, or else the first of those that can take the task.
-    """
-    if holder.lease:
-        return False
-    able = [one for one in there if one is holder or (one.refused is None and one.can_ever(task))]
-    rivals = [one for one in able if one.demands.keys() & holder.demands.keys()]
-    first = next((one for one in rivals if one.lease), rivals[0])
-    return first.model != holder.model
 
 
 def displaced(holder: LeasedWorker, task: WaitingTask, gpus: Mapping[GpuId, GpuSpace]) -> int:

@@ -1,7 +1,7 @@
 """All that a decision of the scheduler depends on, and what it may decide."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from orchestrator.job import ModelKey
@@ -168,6 +168,21 @@ class Want:
 
     def need(self, gpu: GpuId) -> Need:
         return replace(self.holder.demands[gpu].need, workspace=self.task.workspace * self.holder.jobs)
+
+
+def stand_in(
+    holder: LeasedWorker, there: Sequence[LeasedWorker], able: Callable[[LeasedWorker], bool] = lambda _: True
+) -> LeasedWorker | None:
+    """Return another model's worker of the same place, on one of a worker's GPUs, that does what it would do.
+
+    So what models share comes in once. It is the one that is in, or else the first of those that are `able`; None for a
+    worker that is in itself, or is that one.
+    """
+    if holder.lease:
+        return None
+    mine = [one for one in there if one.demands.keys() & holder.demands.keys() and (one is holder or able(one))]
+    first = next((one for one in mine if one.lease), mine[0])
+    return first if first.model != holder.model else None
 
 
 def far_ahead(workers: int) -> dict[Stage, int]:

@@ -18,6 +18,7 @@ from orchestrator.scheduling.snapshot import (
     Snapshot,
     TakeLoan,
     Want,
+    stand_in,
     waiting_at,
 )
 from protocol.gpu_memory import GpuId, Lease
@@ -49,13 +50,20 @@ class Swaps:
         self.passing = {gpu: room.passing for gpu, room in spaces.items()}
         self.wants = sorted(wants, key=self._urgency)
         self.needs: dict[GpuId, dict[str, Need]] = {gpu: {} for gpu in spaces}
+        stand_ins = {holder.id: other for holder in holders if (other := self._stand_in(holder))}
         for holder in holders:
             for gpu, demand in holder.demands.items():
-                self.needs[gpu][holder.id] = demand.need
+                if holder.id not in stand_ins:
+                    self.needs[gpu][holder.id] = demand.need
         for want in wants:
             for gpu in want.holder.demands:
                 self.needs[gpu][want.holder.id] = want.need(gpu)
         self.lease_sizes = {gpu: lease_sizes(room.available, self.needs[gpu]) for gpu, room in spaces.items()}
+        for holder in holders:
+            if other := stand_ins.get(holder.id):  # it takes no room of its own
+                for gpu in holder.demands:
+                    sizes = self.lease_sizes[gpu]
+                    sizes.setdefault(holder.id, sizes.get(other.id, LeaseSize(0, 0)))
         self.lent_free = {gpu: self._lent_free(gpu, room) for gpu, room in spaces.items()}  # only for those that borrow
         self.free = {gpu: room.free - self.lent_free[gpu] for gpu, room in spaces.items()}
         self.lent: list[ChangeLease] = []
@@ -122,25 +130,18 @@ class Swaps:
         moved = {lend.worker for lend in self.lent}
         for holder in self.holders:
             waits = holder.lasting and holder.id in self.idle and not holder.lease and holder.id not in moved
-            if waits and self._stood_in_for(holder):
-                continue
-            if waits and all(self._for_good(holder, gpu) for gpu in holder.demands):
+            if waits and not self._stand_in(holder) and all(self._for_good(holder, gpu) for gpu in holder.demands):
                 sizes = {gpu: self._size(holder, gpu).shared for gpu in holder.demands}
                 if self._fits(holder, sizes):
                     self._lend(holder, sizes, {gpu: demand.need.weights for gpu, demand in holder.demands.items()})
 
-    def _stood_in_for(self, holder: LeasedWorker) -> bool:
-        """Return whether another model's worker on its GPUs is in, or is to come in, that does the same tasks."""
-        place, moved = self.snapshot.place(holder), {lend.worker for lend in self.lent if lend.bytes}
-        return any(
-            other.model != holder.model and (other.lease or other.id in moved)
-            and self.snapshot.place(other) == place and other.demands.keys() & holder.demands.keys()
-            for other in self.holders
-        )  # fmt: skip
+    def _stand_in(self, holder: LeasedWorker) -> LeasedWorker | None:
+        """Return another model's worker that does what a worker would do, if it is in or comes in first."""
+        return stand_in(holder, self.snapshot.at(self.snapshot.place(holder))) if self.snapshot.shared else None
 
     def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         size = self._size(holder, gpu).shared
-        turns = [lease_size.exclusive for other, lease_size in self.lease_sizes[gpu].items() if other != holder.id]
+        turns = [self.lease_sizes[gpu][other].exclusive for other in self.needs[gpu] if other != holder.id]
         return size == self.needs[gpu][holder.id].whole and size + max(turns, default=0) <= self.available[gpu]
 
     def _urgency(self, want: Want) -> tuple[bool, float, int]:
@@ -297,9 +298,7 @@ class Swaps:
         tired = [h for h in others if h in resting or (self._overdue(want) and h.held > self.patience)]
         above_tired = [h for h in above if h in tired]
         choices = [both, resting, above_tired, tired]
-        shared = sum(
-            lease_size.shared for other, lease_size in self.lease_sizes[gpu].items() if other != want.holder.id
-        )
+        shared = sum(self.lease_sizes[gpu][other].shared for other in self.needs[gpu] if other != want.holder.id)
         enough = sum(holder.demands[gpu].lease for holder in above) >= missing
         if (lease_size.shared or lease_size.exclusive) + shared <= self.available[gpu] and enough:
             choices = [both, above_tired]  # there is room beside those that stay, once the others are done

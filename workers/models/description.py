@@ -18,6 +18,7 @@ from diffusers import DiffusionPipeline
 from protocol.errors import ModelMissing, TriptychError
 from protocol.model import ModelDescription, PictureTask, PipelineTask, VideoTask
 from protocol.model_spec import DEMO
+from protocol.stages import Stage
 from workers.errors import cause_of
 from workers.models.call_settings import settings_of
 from workers.models.skeleton import added_names, build_skeleton, pipeline_class
@@ -39,6 +40,7 @@ from workers.models.tasks import (
     video_class,
 )
 
+SHARED: tuple[Stage, ...] = ("text", "vae")  # stages in which models may be alike
 LARGEST = 4  # times the default number of pixels, or of frames
 NEEDS: Mapping[Literal["image", "mask"], str] = {"image": "image", "mask": "mask_image"}  # names in a pipeline's call
 TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio")
@@ -76,13 +78,14 @@ def describe_pipeline(source: Source, pipeline: DiffusionPipeline) -> ModelDescr
     def default(name: str | None) -> Any:
         return defaults.get(name, parameters[name].default) if name else None
 
+    digests = {stage: stage_digest(source, stage) for stage in SHARED}
     length = default("max_sequence_length") if "max_sequence_length" in parameters else None
     return ModelDescription(
         model=source.model,
         revision=source.revision,
-        text_digest=stage_digest(source, "text"),
-        vae_digest=stage_digest(source, "vae"),
-        worker_digests=worker_digests(source),
+        text_digest=digests["text"],
+        vae_digest=digests["vae"],
+        worker_digests=worker_digests(source, digests),
         pipeline=source.pipeline,
         size_multiple=size_multiple(pipeline),
         width=width,

@@ -10,6 +10,7 @@ them by, or by being the very same file.
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from protocol.stages import Stage
 from workers.models.skeleton import pipeline_class, plain_settings
 from workers.models.source import Source, stages_of
 
-SHARED: tuple[Stage, ...] = ("text", "vae")  # a denoiser is what models differ in
 SMALL = 64 << 20  # bytes of a file that is read whole
 CONTENT = re.compile(r"[0-9a-f]{64}")  # name of a large file in the hub's cache: its SHA-256
 
@@ -39,15 +39,16 @@ def stage_digest(source: Source, stage: Stage) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def worker_digests(source: Source) -> tuple[tuple[Stage, str], ...]:
-    """Return, of stages that models may share, digests that are equal where one's worker can do the other's tasks."""
-    return tuple((stage, digest) for stage in SHARED if (digest := worker_digest(source, stage)))
+def worker_digests(source: Source, own: Mapping[Stage, str]) -> tuple[tuple[Stage, str], ...]:
+    """Return digests that are equal where one model's worker of a stage can do the other's tasks.
+
+    `own` are those of all that stages compute with. Those of a stage that can't be told are left out.
+    """
+    return tuple((stage, worker_digest(source, stage, digest)) for stage, digest in own.items() if digest)
 
 
-def worker_digest(source: Source, stage: Stage) -> str:
-    own = stage_digest(source, stage)
-    if not own:
-        return ""
+def worker_digest(source: Source, stage: Stage, own: str) -> str:
+    """Return sixteen hex digits, equal where also the configurations of all components are."""
     parts = [own]
     for name in sorted(source.index.keys() - source.components(stage)):
         folder = source.folder_of(name)

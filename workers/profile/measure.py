@@ -123,13 +123,17 @@ def with_pictures(
     images = (NO_PICTURE,) if "image" in kinds else ()
     prompt = request.prompt if model.prompt else ""
     negative = "" if (request.cfg_scale or 0) > 1 and model.negative_prompt else request.negative_prompt
+    frames = request.frames if model.video else None  # of a stack's other models
     brought = request.model_copy(
-        update={"prompt": prompt, "negative_prompt": negative, "images": images, "videos": videos, **single}
-    )
+        update={
+            "prompt": prompt, "negative_prompt": negative, "images": images, "videos": videos, "frames": frames,
+            **single,
+        }
+    )  # fmt: skip
     if (task := (model.inpaint if brought.mask else model.image) if images else None) and not task.sized:
         brought = brought.model_copy(update={"width": None, "height": None})
-    frames = (request.frames or model.video.frames) if model.video else 0
-    shapes = {"mask": (*size, 1), **{f"video:{name}": (frames, *size, 3) for name, _ in videos}}
+    length = (frames or model.video.frames) if model.video else 0
+    shapes = {"mask": (*size, 1), **{f"video:{name}": (length, *size, 3) for name, _ in videos}}
     return brought, {name: shapes.get(name, (*size, 3)) for name in brought.named_pictures}
 
 

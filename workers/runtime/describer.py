@@ -263,7 +263,7 @@ def serve(spec: DescriberSpec) -> None:
 
 
 def on_device(digest: str, spec: DescriberSpec, stage: Stage) -> str:
-    """Return the digest of a stage that is run on the device that it has in this stack; empty where it is."""
+    """Return a stage's digest with the device that it has in this stack; an empty one stays empty."""
     told = f"{digest} {dict(spec.devices).get(stage, '')}"
     return digest and hashlib.sha256(told.encode()).hexdigest()[:16]
 

@@ -31,6 +31,7 @@ from protocol.job import JobRequest
 from protocol.messages.worker import (
     Leased,
 )
+from protocol.model import ModelDescription
 from protocol.stages import STAGES, Stage
 from tests.chance import examples
 from tests.fakes import MODEL
@@ -82,6 +83,87 @@ def test_every_task_is_done_or_ends_with_a_reason(
         assert all(job.ended for job in jobs), [job.stage for job in jobs]
         assert all(job.reasons for job in jobs if job.state == "failed")
         assert world.orders <= 150 * (count + 2)
+
+
+DIGESTS: tuple[tuple[Stage, str], ...] = (("text", "same"), ("vae", "same"))
+ONE = MODEL.model_copy(update={"worker_digests": DIGESTS})
+OTHER = MODEL.model_copy(update={"model": "other", "revision": "other", "worker_digests": DIGESTS})
+
+
+@st.composite
+def sharing(draw: st.DrawFn) -> list[Sim]:
+    """Two models that share text encoders and VAE; the processes of each have their own troubles."""
+    found: list[Sim] = []
+    for stage in STAGES:
+        one, other = draw(sims(stage)), draw(sims(stage))
+        if stage != "denoise":
+            other = replace(other, needs=one.needs, takes=one.takes)
+        found += [replace(one, model=ONE), replace(other, model=OTHER)]
+    return found
+
+
+@examples(150)
+@given(workers=sharing(), budget=st.integers(1000, 16000).map(lambda mb: mb * MB), count=st.integers(1, 8))
+def test_every_task_of_models_that_share_stages_is_done_or_ends_with_a_reason(
+    workers: list[Sim], budget: int, count: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(budget, workers, Path(folder))
+        try:
+            jobs = world.submit(count, models=(MODEL.model, "other"))
+        except DoesNotFit:
+            return
+        jobs = world.run(jobs, 3000)
+        assert all(job.ended for job in jobs), [(job.stage, job.recipe.model) for job in jobs if not job.ended]
+        assert all(job.reasons for job in jobs if job.state == "failed")
+        assert world.orders <= 200 * (count + 2)
+
+
+def easy(stage: Stage, model: ModelDescription, takes: int = 10 * MB) -> Sim:
+    return Sim(stage, WeightNeed(weights=20 * MB, least=20 * MB, workspace=10 * MB), takes, 0, model=model)
+
+
+def test_a_model_that_can_not_go_on_holds_up_none_that_shares_its_text_encoder(tmp_path: Path) -> None:
+    """Its denoiser is not there, and as many of its prompts are encoded as may wait beyond."""
+    workers = [easy("text", ONE), *(easy(stage, OTHER) for stage in STAGES)]
+    world = World(GB, workers, tmp_path)
+    stuck = world.submit(100, models=(MODEL.model,))
+    for _ in range(200):
+        world.round()
+    assert {job.stage for job in world.as_they_are(stuck)} == {"text", "denoise"}
+    (job,) = world.run(world.submit(1, models=("other",)), 100)
+    assert job.state == "done"
+    assert len({job.id for job in stuck} & world.engine.job_queue.jobs.keys()) == 100
+
+
+def test_what_a_task_takes_is_learned_for_all_models_that_share_its_stage(tmp_path: Path) -> None:
+    workers = [easy("text", ONE), easy("denoise", ONE), easy("vae", ONE, takes=100 * MB), easy("vae", OTHER)]
+    world = World(GB, workers, tmp_path)
+    (job,) = world.run(world.submit(1), 100)
+    assert job.state == "done"
+    workspaces = {
+        sim.worker.model: world.engine.leasing.ledger.workspace("vae", sim.worker.model, job.recipe, sim.needs)
+        for sim in workers
+        if sim.worker
+    }
+    assert len(workspaces) == 2
+    assert min(workspaces.values()) >= 100 * MB
+
+
+def test_a_worker_that_can_do_nothing_fails_jobs_of_its_own_model_alone(tmp_path: Path) -> None:
+    """Those of others that share its stage wait for their own workers, which may be about to come."""
+    hopeless = replace(easy("text", ONE), needs=WeightNeed(weights=2 * GB, least=2 * GB, workspace=0))
+    world = World(GB, [easy("denoise", ONE), easy("denoise", OTHER), easy("vae", ONE), easy("vae", OTHER)], tmp_path)
+    mine, others = world.submit(1, models=(MODEL.model,)), world.submit(1, models=("other",))
+    world.sims.append(hopeless)
+    world.join(hopeless)
+    for _ in range(50):
+        world.round()
+    assert [job.state for job in world.as_they_are(mine)] == ["failed"]
+    assert [job.ended for job in world.as_they_are(others)] == [False]
+    world.sims.append(own := easy("text", OTHER))
+    world.join(own)
+    assert [job.state for job in world.run(others, 100)] == ["done"]
 
 
 def test_other_programs_leave_the_denoiser_less_and_nobody_waits_for_them(tmp_path: Path) -> None:
@@ -255,3 +337,13 @@ def test_an_answer_that_is_not_what_was_asked_loses_the_worker(tmp_path: Path) -
     assert worker
     world.engine.leased(worker, Leased(leases=(Lease(bytes=1, weight_bytes=1),), kept_bytes=(0,)))
     assert worker not in list(world.engine.fleet)
+
+
+def test_where_contexts_alone_take_more_than_there_is_jobs_end_with_a_reason(tmp_path: Path) -> None:
+    nothing = WeightNeed(weights=1, least=1, workspace=0)
+    mine = [replace(sim, context=GB, takes=0, needs=nothing) for sim in three(1)]
+    others = [replace(sim, context=GB // 10, model=OTHER) for sim in mine]  # which may rest
+    (job,) = (world := World(GB, [*mine, *others], tmp_path)).submit(1)
+    (job,) = world.run([job], 200)
+    assert job.state == "failed"
+    assert job.reasons

@@ -27,6 +27,24 @@ def test_models_share_what_has_one_digest_one_dtype_and_the_same_speedups() -> N
     assert not shared.places
 
 
+def test_two_names_of_one_model_share_nothing_with_each_other() -> None:
+    shared = SharedStages()
+    shared.learn([(ONE, DIGESTS), (ONE, DIGESTS)])
+    assert shared.models("text", ONE) == (ONE,)
+    assert not shared.places
+
+
+def test_nothing_is_shared_beside_workers_of_others() -> None:
+    """They may have one of the models alone, or other devices."""
+    there = True
+    shared = SharedStages(lambda: there)
+    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    assert shared.models("text", ONE) == (ONE,)
+    assert shared.place("text", OTHER) == ("text", OTHER)
+    there = False
+    assert shared.models("text", OTHER) == (ONE, OTHER)
+
+
 def test_jobs_of_models_that_share_a_stage_wait_there_in_one_order() -> None:
     shared = SharedStages()
     shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])

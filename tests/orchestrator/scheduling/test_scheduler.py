@@ -21,7 +21,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     for i, (stage, model) in enumerate(draw(st.lists(PLACES, max_size=20))):
         waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model, draw(st.integers(1, 6))))
     lines = [(stage, model, distance) for stage in STAGES for model in MODELS for distance in range(1, 7)]
-    depth = {line: draw(st.integers(0, 100)) for line in lines}
+    depth = {line: draw(st.sampled_from([0, 0, 0, 0, 0, 0, 1, 63, 64, 100])) for line in lines}
     shared = {
         (stage, model): (stage, MODELS[0]) for stage in draw(st.sets(st.sampled_from(STAGES))) for model in MODELS
     }

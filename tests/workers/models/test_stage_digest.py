@@ -8,11 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from protocol.model_spec import ModelSpec
+from protocol.worker_spec import DescriberSpec
 from tests import tiny
 from tests.families.case import awake
 from tests.families.pictures import controlnet
+from workers.models.description import describe
 from workers.models.source import locate
-from workers.models.stage_digest import stage_digest, worker_digests
+from workers.models.stage_digest import stage_digest
+from workers.runtime.describer import on_device
 
 
 def digest(folder: Path, **parts: str) -> str:
@@ -50,7 +53,16 @@ def test_workers_are_shared_where_only_a_denoisers_weights_differ(tmp_path: Path
 
 
 def workers_of(folder: Path, **parts: str) -> tuple[tuple[str, str], ...]:
-    return worker_digests(locate(ModelSpec(name=str(folder), **parts), None))
+    return describe(locate(ModelSpec(name=str(folder), **parts), None)).worker_digests
+
+
+def test_a_stage_on_another_device_is_another() -> None:
+    spec = DescriberSpec(
+        endpoint="", model=ModelSpec(name="m"), dtype="float32", stages=("text",), devices=(("text", "cpu"),)
+    )  # fmt: skip
+    other = spec.model_copy(update={"devices": (("text", "cuda"),)})
+    assert len({"a", on_device("a", spec, "text"), on_device("a", other, "text"), on_device("a", spec, "vae")}) == 4
+    assert on_device("", spec, "text") == ""
 
 
 def test_a_tokenizer_a_setting_or_an_encoder_of_another_kind_changes_it(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def test_a_video_is_planned_for_by_its_number_of_frames(tmp_path: Path) -> None:
     for stage in ("denoise", "vae"):
         less, more = ({part.stage: part for part in found.stages}[stage] for found in (few, many))
         assert less.flop < more.flop
+    pictures = StackConfig(model=str(tiny.save(tiny.flux(), tmp_path / "flux")), width=32, height=32, frames=9)
+    assert find_profile(pictures, "float32").recipe.frames is None  # which is said of another model of the stack
 
 
 @pytest.mark.parametrize(
