@@ -4,8 +4,8 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from orchestrator.dispatch.common_stages import CommonStages
 from orchestrator.dispatch.lora_book import LoraBook
-from orchestrator.dispatch.shared_stages import SharedStages
 from orchestrator.job import ModelKey
 from orchestrator.settings import ModelSettings
 from orchestrator.storage.job_store import Store
@@ -117,13 +117,13 @@ class Catalogue:
         self,
         store: Store,
         models: Sequence[ModelSettings] = (ModelSettings(),),
-        shared: SharedStages | None = None,
+        common: CommonStages | None = None,
     ) -> None:
         self._store = store
         self.models = {model.name: model for model in models}
         self._default = models[0].name
         self._entries: dict[str, CatalogueEntry] = {}
-        self.shared = shared or SharedStages()
+        self.common = common or CommonStages()
 
     def learn(self, hello: WorkerHello | DescriberHello) -> None:
         """Add a model that is there, or another revision or dtype of it."""
@@ -131,7 +131,7 @@ class Catalogue:
         entry = CatalogueEntry(name, hello.model, hello.dtype, hello.speedups)
         if self._entries.get(name) != entry:
             self._entries[name] = entry
-            self._see_shared()
+            self._see_common()
             self._store.remember_model(hello.model)
 
     def add(self, model: ModelSettings) -> None:
@@ -148,10 +148,10 @@ class Catalogue:
     def remove(self, name: str) -> None:
         del self.models[name]
         self._entries.pop(name, None)
-        self._see_shared()
+        self._see_common()
 
-    def _see_shared(self) -> None:
-        self.shared.learn((entry.key, entry.description.worker_digests) for entry in self._entries.values())
+    def _see_common(self) -> None:
+        self.common.learn((entry.key, entry.description.worker_digests) for entry in self._entries.values())
 
     @property
     def default_name(self) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from orchestrator.dispatch import transitions
 from orchestrator.dispatch.admission import Admission, Either, Pictures
 from orchestrator.dispatch.catalogue import Catalogue
+from orchestrator.dispatch.common_stages import CommonStages
 from orchestrator.dispatch.counters import Counters
 from orchestrator.dispatch.fleet import Fleet, ProcessId, Worker
 from orchestrator.dispatch.job_queue import JobQueue
@@ -25,7 +26,6 @@ from orchestrator.dispatch.picture_check import fault_of_all, fault_of_last_part
 from orchestrator.dispatch.previews import Previews
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
-from orchestrator.dispatch.shared_stages import SharedStages
 from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from orchestrator.dispatch.task_dispatch import TaskDispatch
@@ -80,10 +80,10 @@ class Engine:
         """`weight_of` an owner of jobs says how much of the workers' time it has beside others."""
         self.store, self.outbox, self.settings = store, outbox, settings
         self.fleet, self.subscriptions = Fleet(), Subscriptions()
-        self.catalogue = Catalogue(store, settings.models, SharedStages(lambda: self.fleet.elsewhere > 0))
+        self.catalogue = Catalogue(store, settings.models, CommonStages(lambda: self.fleet.elsewhere > 0))
         self.deadlines = StepDeadlines(settings.step_timeout)
         quotas, ledger = Quotas(settings, store, disk), Ledger({**accounts}, store.workspaces())
-        self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of), self.catalogue.shared)
+        self.job_queue = JobQueue(store, quotas, delays or RetryDelays(), FairShares(weight_of), self.catalogue.common)
         self.leasing = Leasing(ledger, self.fleet, self.job_queue.queues, settings.patience, self._keep_alive, store)
         self.admission = Admission(
             store, self.job_queue, quotas, self.leasing, self.catalogue, settings.describer, settings.share_cache

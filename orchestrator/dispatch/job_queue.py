@@ -3,9 +3,9 @@
 from collections import Counter
 from collections.abc import Container
 
+from orchestrator.dispatch.common_stages import CommonStages
 from orchestrator.dispatch.quotas import Quotas
 from orchestrator.dispatch.retry_delays import RetryDelays
-from orchestrator.dispatch.shared_stages import SharedStages
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob, ModelKey
@@ -24,13 +24,13 @@ class JobQueue:
         quotas: Quotas,
         delays: RetryDelays,
         shares: FairShares[Principal] | None = None,
-        shared: SharedStages | None = None,
+        common: CommonStages | None = None,
     ) -> None:
         self._store, self._quotas = store, quotas
         self._shares = shares or FairShares[Principal]()
         self.seconds = TaskSeconds(self._shares)
         self.jobs: dict[str, LiveJob] = {}
-        self.queues = StageQueues(self._shares, self.seconds, shared)
+        self.queues = StageQueues(self._shares, self.seconds, common)
         self.counts: dict[JobState, int] = store.counts()  # of all jobs, ended ones too
         self._delays = delays
         self._by_text: dict[str, set[str]] = {}

@@ -197,7 +197,7 @@ class Leasing:
         if stage in drained:
             return 0
         depth, ahead, total = self._queues.depth, self._far_ahead(), 0
-        for model in self._queues.shared.models(*place):
+        for model in self._queues.common.models(*place):
             slots = slots_ahead(WaitingTask("", stage, model, TRAITS[stage].distance), depth, ahead)
             total += max(0, min(self._queues.own(stage, model), slots))
         return total
@@ -208,8 +208,8 @@ class Leasing:
     def _snapshot(self, idle: Sequence[IdleWorker], jobs: Mapping[str, LiveJob], drained: Container[Stage]) -> Snapshot:
         """Return all as it is, but for the tasks of drained stages, whose workers give their memory to others."""
         holders = self._holders(self.accounts.concerned({worker.holder for worker in idle} | self._lenders()))
-        shared = self._queues.shared
-        places = {shared.place(w.stage, w.model) for w in idle} | {shared.place(h.stage, h.model) for h in holders}
+        common = self._queues.common
+        places = {common.place(w.stage, w.model) for w in idle} | {common.place(h.stage, h.model) for h in holders}
         most = max(len(idle), LEAST_SEEN)
         waiting = {place: self._first(*place, most, holders, jobs) for place in places if place[0] not in drained}
         gpus = {gpu for holder in holders for gpu in holder.demands}
@@ -217,7 +217,7 @@ class Leasing:
         spaces = {g: GpuSpace(ledger.available(g), ledger.free(g), ledger.passing(g, here)) for g in gpus}
         by_id = {holder.id: holder for holder in holders}
         return Snapshot(
-            waiting, idle, self._queues.depth, by_id, spaces, self._patience, self._far_ahead(), shared.places
+            waiting, idle, self._queues.depth, by_id, spaces, self._patience, self._far_ahead(), common.places
         )
 
     def _lenders(self) -> set[str]:
@@ -234,7 +234,7 @@ class Leasing:
 
     def place(self, worker: Worker) -> Place:
         """Return the place of the tasks that a worker does: where models share a stage, that of all of them."""
-        return self._queues.shared.place(*worker.place)
+        return self._queues.common.place(*worker.place)
 
     def moved(self) -> None:
         """Note that a task came nearer to its end, or that a worker came or went."""
@@ -290,7 +290,7 @@ class Leasing:
         roomiest = self._roomiest(stage, model, holders)
         taken = self._fleet.taken_along()
         first = [id for id in self._queues.first(stage, model, count + len(taken)) if id not in taken][:count]
-        models = self._queues.shared.models(stage, model)
+        models = self._queues.common.models(stage, model)
         if len(models) > 1:  # none of them hides the others' tasks behind those that can't start
             each = (self._queues.first_own(stage, one, count + len(taken)) for one in models)
             first += [id for mine in each for id in [id for id in mine if id not in taken][:count] if id not in first]
@@ -302,7 +302,7 @@ class Leasing:
 
     def _roomiest(self, stage: Stage, model: ModelKey, holders: Iterable[LeasedWorker]) -> LeasedWorker | None:
         """Return the worker of a stage with the most room beside its weights."""
-        place = self._queues.shared.place
+        place = self._queues.common.place
         able = [holder for holder in holders if place(holder.stage, holder.model) == place(stage, model)]
         return max(able, key=lambda holder: holder.most or 0, default=None)
 
@@ -379,7 +379,7 @@ class Leasing:
 
     def able(self, stage: Stage, model: ModelKey) -> list[Worker]:
         """Return the workers that do a model's tasks of a stage."""
-        place = self._queues.shared.place(stage, model)
+        place = self._queues.common.place(stage, model)
         return [worker for worker in self._fleet if self.place(worker) == place]
 
     def held(self, worker: Worker) -> Sequence[Holding]:
@@ -393,7 +393,7 @@ class Leasing:
         """Remember the bytes that a task has taken beside the weights, for all models that share the stage."""
         if workspace <= 0 or not self.held(worker):
             return
-        for model in self._queues.shared.models(*worker.place):
+        for model in self._queues.common.models(*worker.place):
             if key := self.ledger.learn(worker.hello.stage, model, recipe, workspace):
                 self._remember(key, workspace)
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 
-from orchestrator.dispatch.shared_stages import SharedStages
+from orchestrator.dispatch.common_stages import CommonStages
 from orchestrator.dispatch.task_seconds import TaskSeconds
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import Principal
@@ -28,10 +28,10 @@ class StageQueues:
         self,
         shares: FairShares[Principal] | None = None,
         seconds: TaskSeconds | None = None,
-        shared: SharedStages | None = None,
+        common: CommonStages | None = None,
     ) -> None:
         self._shares = shares or FairShares[Principal]()
-        self.shared = shared or SharedStages()
+        self.common = common or CommonStages()
         self._seconds = seconds or TaskSeconds(self._shares)
         self._lists: dict[tuple[Stage, ModelKey], dict[Principal, list[Entry]]] = {}
         self._since: dict[str, float] = {}  # monotonic seconds by job, when it came to wait
@@ -75,7 +75,7 @@ class StageQueues:
 
     def _of(self, stage: Stage, model: ModelKey) -> list[dict[Principal, list[Entry]]]:
         """Return the lists of the models that share a stage, by owner, but for those without any job."""
-        models = self.shared.models(stage, model)
+        models = self.common.models(stage, model)
         return [owners for one in models if (owners := self._lists.get((stage, one)))]
 
     def ahead_of(self, job: LiveJob) -> int:

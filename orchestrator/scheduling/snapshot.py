@@ -104,12 +104,12 @@ class Snapshot:
     gpus: Mapping[GpuId, GpuSpace] = field(default_factory=dict)
     patience: float = 30.0  # seconds
     ahead: Mapping[Stage, int] = field(default_factory=lambda: {stage: TRAITS[stage].ahead for stage in STAGES})
-    shared: Mapping[Place, Place] = field(default_factory=dict)  # of stages that several models share
+    common: Mapping[Place, Place] = field(default_factory=dict)  # of stages that models have in common
 
     def place(self, one: "WaitingTask | IdleWorker | LeasedWorker") -> Place:
         """Return where a task waits, and which tasks a worker does."""
         own = one.stage, one.model
-        return self.shared.get(own, own)
+        return self.common.get(own, own)
 
     def at(self, place: Place) -> list["LeasedWorker"]:
         """Return the workers in leases of a place."""
@@ -210,5 +210,5 @@ def line_of(task: WaitingTask) -> Line:
 
 def waiting_at(place: Place, snapshot: Snapshot) -> int:
     """Return how many jobs wait at a stage of a model, or of all models that share it."""
-    own, lines = snapshot.shared, snapshot.depth.items()
+    own, lines = snapshot.common, snapshot.depth.items()
     return sum(count for (stage, model, _), count in lines if own.get((stage, model), (stage, model)) == place)

@@ -130,7 +130,7 @@ class World:
     unable: set[str] = field(default_factory=set)  # to lend, as it turns out
     cannot_lend: set[str] = field(default_factory=set)  # as is known
     of: dict[str, str] = field(default_factory=dict)  # by job: the model, whose workers are named 'stage/model'
-    shared: set[Stage] = field(default_factory=set)  # by all models
+    common: set[Stage] = field(default_factory=set)  # that all models have in common
 
     def __post_init__(self) -> None:
         self.held = {worker: (NOTHING,) * len(gpus) for worker, gpus in self.gpus.items()} | self.held
@@ -195,7 +195,7 @@ class World:
             for j, ws, since in queue:
                 model = model_key(self.of.get(j, ""))
                 task = WaitingTask(j, stage, model, self.distance(j, stage), ws, self.now - since)
-                waiting.setdefault(self.shared_places().get((stage, model), (stage, model)), []).append(task)
+                waiting.setdefault(self.common_places().get((stage, model), (stage, model)), []).append(task)
         for tasks in waiting.values():
             tasks.sort(key=lambda task: task.distance)
         swapping = {worker for (worker, _), doing in self.busy.items() if isinstance(doing, ChangeLease)}
@@ -209,11 +209,11 @@ class World:
         for tasks in waiting.values():
             depth.update(map(line_of, tasks))
         spaces = {gpu: GpuSpace(size, size - self.on(gpu)) for gpu, size in self.available.items()}
-        return Snapshot(waiting, idle, depth, holders, spaces, self.patience, self.ahead, self.shared_places())
+        return Snapshot(waiting, idle, depth, holders, spaces, self.patience, self.ahead, self.common_places())
 
-    def shared_places(self) -> dict[Place, Place]:
+    def common_places(self) -> dict[Place, Place]:
         models = sorted({self.model(worker) for worker in self.needs}, key=str)
-        return {(stage, model): (stage, models[0]) for stage in self.shared for model in models}
+        return {(stage, model): (stage, models[0]) for stage in self.common for model in models}
 
     def lendable(self, worker: str) -> int:
         (held, *others), need = self.held[worker], self.needs[worker]
@@ -499,16 +499,16 @@ def test_a_lender_that_was_called_back_from_another_model_goes_on_with_its_task(
 def models_on_one_gpu(draw: st.DrawFn, sharing: bool = True) -> World:
     """Two or three models, each of whose workers can do its tasks with the GPU to itself; some share stages."""
     wanted: dict[str, Need] = {}
-    shared = draw(st.sampled_from([set(), {"text"}, {"text", "vae"}])) if sharing else set()
+    common = draw(st.sampled_from([set(), {"text"}, {"text", "vae"}])) if sharing else set()
     for model in "abc"[: draw(st.integers(2, 3))]:
         for stage in STAGES:
             traits = TRAITS[stage]
             own = replace(draw(needs()), lends=traits.lends, momentary=traits.momentary)
-            wanted[f"{stage}/{model}"] = wanted.get(f"{stage}/a", own) if stage in shared else own
+            wanted[f"{stage}/{model}"] = wanted.get(f"{stage}/a", own) if stage in common else own
     least = max(need.small for need in wanted.values())
     available = draw(st.integers(least, least + sum(need.whole for need in wanted.values())))
     patience = draw(st.sampled_from([3.0, 30.0]))
-    return World({0: available}, wanted, dict.fromkeys(wanted, (0,)), patience=patience, shared=shared)
+    return World({0: available}, wanted, dict.fromkeys(wanted, (0,)), patience=patience, common=common)
 
 
 @examples(200)
@@ -568,13 +568,13 @@ def test_no_model_starves_beside_another_that_always_has_jobs(world: World, ever
 def test_what_models_share_comes_in_once(room: int, lasting: bool) -> None:
     """A text encoder of one of them, whatever room there is: tasks of all go to that."""
     needs = {f"{stage}/{model}": Need(5, 5, 1) for stage in STAGES for model in ("a", "b")}
-    world = World({0: room}, needs, dict.fromkeys(needs, (0,)), shared={"text", "vae"}, lasting=lasting)
+    world = World({0: room}, needs, dict.fromkeys(needs, (0,)), common={"text", "vae"}, lasting=lasting)
     for number in range(40):
         world.of[f"j{number}"] = "ab"[number % 2]
         world.queues.setdefault("text", []).append((f"j{number}", 1, 0))
     for _ in range(300):
         world.tick()
-        for stage in world.shared:
+        for stage in world.common:
             booked = world.booked()
             assert sum(any(booked[worker]) for worker in (f"{stage}/a", f"{stage}/b")) <= 1
     assert len(world.done) == 40

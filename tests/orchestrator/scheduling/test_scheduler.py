@@ -22,15 +22,15 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         waiting.setdefault((stage, model), []).append(WaitingTask(f"j{i}", stage, model, draw(st.integers(1, 6))))
     lines = [(stage, model, distance) for stage in STAGES for model in MODELS for distance in range(1, 7)]
     depth = {line: draw(st.sampled_from([0, 0, 0, 0, 0, 0, 1, 63, 64, 100])) for line in lines}
-    shared = {
+    common = {
         (stage, model): (stage, MODELS[0]) for stage in draw(st.sets(st.sampled_from(STAGES))) for model in MODELS
     }
     together: dict[tuple[Stage, ModelKey], list[WaitingTask]] = {}
     for place, tasks in waiting.items():
-        together.setdefault(shared.get(place, place), []).extend(tasks)
+        together.setdefault(common.get(place, place), []).extend(tasks)
     for tasks in together.values():
         tasks.sort(key=lambda task: task.distance)
-    return Snapshot(together, idle, depth, shared=shared)
+    return Snapshot(together, idle, depth, common=common)
 
 
 @given(snapshots())

@@ -1,6 +1,6 @@
 """Stages that models share: known by digests, for each dtype and each stage's own speedups."""
 
-from orchestrator.dispatch.shared_stages import SharedStages
+from orchestrator.dispatch.common_stages import CommonStages
 from orchestrator.dispatch.stage_queues import StageQueues
 from orchestrator.job import ModelKey
 from orchestrator.principal import KeyHolder, Principal
@@ -12,43 +12,43 @@ DIGESTS = (("text", "t"), ("vae", "v"))
 
 
 def test_models_share_what_has_one_digest_one_dtype_and_the_same_speedups() -> None:
-    shared = SharedStages()
+    common = CommonStages()
     compiled = ModelKey("compiled", "bfloat16", ("denoise:compile",))
     quantized = ModelKey("quantized", "bfloat16", ("text:quantize=int8",))
     half = ModelKey("half", "float16")
     models = (ONE, compiled, quantized, half)
-    shared.learn((model, DIGESTS) for model in models)
-    assert shared.models("text", compiled) == (ONE, compiled)
-    assert shared.models("vae", ONE) == (ONE, compiled, quantized)
-    assert [shared.place("text", model)[1] for model in models] == [ONE, ONE, quantized, half]
-    assert shared.place("denoise", compiled) == ("denoise", compiled)
-    shared.learn([(ONE, DIGESTS), (OTHER, (("text", "another"),))])
-    assert shared.models("text", ONE) == (ONE,)
-    assert not shared.places
+    common.learn((model, DIGESTS) for model in models)
+    assert common.models("text", compiled) == (ONE, compiled)
+    assert common.models("vae", ONE) == (ONE, compiled, quantized)
+    assert [common.place("text", model)[1] for model in models] == [ONE, ONE, quantized, half]
+    assert common.place("denoise", compiled) == ("denoise", compiled)
+    common.learn([(ONE, DIGESTS), (OTHER, (("text", "another"),))])
+    assert common.models("text", ONE) == (ONE,)
+    assert not common.places
 
 
 def test_two_names_of_one_model_share_nothing_with_each_other() -> None:
-    shared = SharedStages()
-    shared.learn([(ONE, DIGESTS), (ONE, DIGESTS)])
-    assert shared.models("text", ONE) == (ONE,)
-    assert not shared.places
+    common = CommonStages()
+    common.learn([(ONE, DIGESTS), (ONE, DIGESTS)])
+    assert common.models("text", ONE) == (ONE,)
+    assert not common.places
 
 
 def test_nothing_is_shared_beside_workers_of_others() -> None:
     """They may have one of the models alone, or other devices."""
     there = True
-    shared = SharedStages(lambda: there)
-    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
-    assert shared.models("text", ONE) == (ONE,)
-    assert shared.place("text", OTHER) == ("text", OTHER)
+    common = CommonStages(lambda: there)
+    common.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    assert common.models("text", ONE) == (ONE,)
+    assert common.place("text", OTHER) == ("text", OTHER)
     there = False
-    assert shared.models("text", OTHER) == (ONE, OTHER)
+    assert common.models("text", OTHER) == (ONE, OTHER)
 
 
 def test_jobs_of_models_that_share_a_stage_wait_there_in_one_order() -> None:
-    shared = SharedStages()
-    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
-    queues = StageQueues(shared=shared)
+    common = CommonStages()
+    common.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    queues = StageQueues(common=common)
     jobs = {}
     for number, model in enumerate((OTHER, ONE, THIRD, OTHER, ONE)):
         job = stored_job(number)
@@ -64,9 +64,9 @@ def test_jobs_of_models_that_share_a_stage_wait_there_in_one_order() -> None:
 
 
 def test_owners_are_served_in_turns_whatever_their_models() -> None:
-    shared = SharedStages()
-    shared.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
-    queues = StageQueues(FairShares[Principal](), shared=shared)
+    common = CommonStages()
+    common.learn([(ONE, DIGESTS), (OTHER, DIGESTS)])
+    queues = StageQueues(FairShares[Principal](), common=common)
     for number in range(8):
         job = stored_job(number)
         model, owner = (ONE, KeyHolder("a")) if number < 6 else (OTHER, KeyHolder("b"))

@@ -8,7 +8,7 @@ from orchestrator.scheduling.snapshot import Place
 from protocol.stages import Stage
 
 
-class SharedStages:
+class CommonStages:
     """What is shared is known by digests, which models' descriptions have; a stage of any other model is its own.
 
     Nothing is shared while there are workers of other hosts or of keys' holders: these may have some of the models
@@ -35,12 +35,14 @@ class SharedStages:
     @property
     def places(self) -> Mapping[Place, Place]:
         """Return, for each place that is shared, the one that stands for all that share it."""
-        return {} if self._elsewhere() else self._places
+        return self._places if self._places and not self._elsewhere() else {}
 
     def place(self, stage: Stage, model: ModelKey) -> Place:
         """Return the place that stands for all models that share a model's stage."""
-        return self.places.get((stage, model), (stage, model))
+        own = stage, model
+        return self.places.get(own, own) if self._places else own
 
     def models(self, stage: Stage, model: ModelKey) -> tuple[ModelKey, ...]:
         """Return the models that share a model's stage, itself included."""
-        return self._models.get(self.place(stage, model), (model,)) if self.places else (model,)
+        own = (model,)
+        return self._models.get(self.place(stage, model), own) if self.places else own
