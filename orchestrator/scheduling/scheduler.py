@@ -7,7 +7,7 @@ is in, one comes in where that displaces least. A worker on several GPUs comes i
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from orchestrator.scheduling.snapshot import (
     Action,
@@ -37,9 +37,12 @@ def decide(snapshot: Snapshot) -> list[Action]:
     working: set[str] = set()  # holders with a task now or in their queue
     busiest: set[str] = set()  # with several
     started: Counter[Line] = Counter()
+    idle_at: dict[Place, list[IdleWorker]] = {}
+    for worker in snapshot.idle:
+        idle_at.setdefault(snapshot.place(worker), []).append(worker)
     for place in places_of(snapshot):
         tasks = startable(snapshot.waiting.get(place, ()), snapshot, started)
-        idle = [worker for worker in snapshot.idle if snapshot.place(worker) == place]
+        idle = idle_at.get(place, [])
         given, left = pair(idle, tasks, snapshot.holders)
         assigned += given
         jobs = {action.job for action in given}
@@ -53,8 +56,10 @@ def decide(snapshot: Snapshot) -> list[Action]:
             there = snapshot.at(place)
             working |= {holder.id for holder in there}
             without = dict.fromkeys(holding[w.id] for w in idle if holding[w.id] not in busy)
-            out = (snapshot.holders[holder] for holder in without if holder in snapshot.holders)
-            wants += match([h for h in out if not stand_in(h, there, able_to(left[0]))], left, snapshot.gpus)
+            out = [snapshot.holders[holder] for holder in without if holder in snapshot.holders]
+            if place in snapshot.common:
+                out = without_stand_ins(out, there, left[0])
+            wants += match(out, left, snapshot.gpus)
     held_by = {worker.id: worker.holder for worker in snapshot.idle}
     free = Counter(held_by.values())
     resting = {id for id, count in free.items() if id not in snapshot.holders or count == snapshot.holders[id].jobs}
@@ -135,8 +140,19 @@ def pair(
     return given, left
 
 
-def able_to(task: WaitingTask) -> Callable[[LeasedWorker], bool]:
-    return lambda holder: holder.refused is None and holder.can_ever(task)
+def without_stand_ins(
+    out: Sequence[LeasedWorker], there: Sequence[LeasedWorker], task: WaitingTask
+) -> list[LeasedWorker]:
+    """Return the workers that may come in for a task of several models: of these one on a GPU."""
+    on: dict[GpuId, list[LeasedWorker]] = {}
+    for holder in there:
+        for gpu in holder.demands:
+            on.setdefault(gpu, []).append(holder)
+
+    def able(holder: LeasedWorker) -> bool:
+        return holder.refused is None and holder.can_ever(task)
+
+    return [one for one in out if not stand_in(one, [other for gpu in one.demands for other in on[gpu]], able)]
 
 
 def match(holders: Sequence[LeasedWorker], tasks: Sequence[WaitingTask], gpus: Mapping[GpuId, GpuSpace]) -> list[Want]:

@@ -137,7 +137,10 @@ class Swaps:
 
     def _stand_in(self, holder: LeasedWorker) -> LeasedWorker | None:
         """Return another model's worker that does what a worker would do, if it is in or comes in first."""
-        return stand_in(holder, self.snapshot.at(self.snapshot.place(holder))) if self.snapshot.common else None
+        place = self.snapshot.place
+        if place(holder) not in self.snapshot.common:
+            return None
+        return stand_in(holder, [other for other in self.holders if place(other) == place(holder)])
 
     def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         size = self._size(holder, gpu).shared
