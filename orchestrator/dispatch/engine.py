@@ -266,7 +266,7 @@ class Engine:
             self.counters.swapped(worker.hello.stage)
         self.dispatch.start_anew([w for w in self.leasing.accounts.leaking() if w is worker], f"leaks {worker.id}")
         if leased.reason:
-            for job_id in self.job_queue.queues.first(worker.hello.stage, worker.model, 1):
+            for job_id in self.job_queue.queues.first_own(worker.hello.stage, worker.model, 1):
                 self.dispatch.blame(self.job_queue.jobs[job_id], f"{worker.hello.name}: {leased.reason}", retry=True)
         self.fleet.ready(worker)
 

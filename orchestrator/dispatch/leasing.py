@@ -15,7 +15,7 @@ from orchestrator.job import LiveJob, ModelKey
 from orchestrator.memory.lease_sizes import KEPT_BETWEEN_STEPS
 from orchestrator.memory.ledger import Holding, Ledger
 from orchestrator.memory.task_keys import step_key
-from orchestrator.scheduling.scheduler import decide
+from orchestrator.scheduling.scheduler import decide, startable
 from orchestrator.scheduling.snapshot import (
     NOTHING,
     Action,
@@ -70,7 +70,7 @@ class Leasing:
         self._leased_places: set[Place] = set()  # where some worker has ever worked in leases
         self._judged: dict[ModelKey, tuple[object, tuple[DoesNotFit | None, int | None]]] = {}
         self.accounts = MemoryAccounts(ledger, fleet)
-        self.standing: list[Place] = []  # where tasks wait in vain, as of the last decision
+        self.standing: list[str] = []  # first jobs of those that wait in vain, as of the last decision
         self.partly = False  # there are GPUs that decisions have not been about yet, and that may help
         self._looked = self._all_due = 0.0  # monotonic seconds of the last one, and of the next about all
         self._moved = 0.0  # monotonic seconds when a task last came nearer to its end
@@ -145,7 +145,8 @@ class Leasing:
             with self.ledger.as_measured(snapshot.gpus):
                 actions = decide(self._snapshot(idle, jobs, drained))
         if all_of_them and snapshot.holders and any(snapshot.waiting.values()):
-            self.standing = self._standstill.look(snapshot, actions, self._busy())
+            places = self._standstill.look(snapshot, actions, self._busy())
+            self.standing = [job for place in places for job in stuck(snapshot, place)[:1]]
         return actions
 
     def _worth_a_look(self, place: Place) -> int | None:
@@ -289,12 +290,12 @@ class Leasing:
     ) -> Sequence[WaitingTask]:
         roomiest = self._roomiest(stage, model, holders)
         taken = self._fleet.taken_along()
-        first = [id for id in self._queues.first(stage, model, count + len(taken)) if id not in taken][:count]
+        most = count + len(taken)
+        found = dict.fromkeys([id for id in self._queues.first(stage, model, most) if id not in taken][:count])
         models = self._queues.common.models(stage, model)
-        if len(models) > 1:  # none of them hides the others' tasks behind those that can't start
-            each = (self._queues.first_own(stage, one, count + len(taken)) for one in models)
-            first += [id for mine in each for id in [id for id in mine if id not in taken][:count] if id not in first]
-        return [self._waiting(jobs[job_id], roomiest) for job_id in first]
+        for one in models if len(models) > 1 else ():  # none hides the others' tasks behind those that can't start
+            found.update(dict.fromkeys([i for i in self._queues.first_own(stage, one, most) if i not in taken][:count]))
+        return [self._waiting(jobs[job_id], roomiest) for job_id in found]
 
     def _waiting(self, job: LiveJob, roomiest: LeasedWorker | None) -> WaitingTask:
         waited = time.monotonic() - self._queues.since(job.id)
@@ -462,6 +463,12 @@ class Leasing:
             f"of GPU memory beside the denoiser's weights; {format_bytes(most)} can be had.",
             f"About {width}x{height} fits; or fewer pictures a job, or a larger budget for the denoiser's GPU.",
         )
+
+
+def stuck(snapshot: Snapshot, place: Place) -> list[str]:
+    """Return the jobs of a place that could start if there were room, but for those whose own worker is to come yet."""
+    there = {holder.model for holder in snapshot.at(place)}
+    return [task.job for task in startable(snapshot.waiting[place], snapshot, {}) if task.model in there]
 
 
 def takes_more(action: Action) -> bool:

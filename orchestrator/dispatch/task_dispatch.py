@@ -18,7 +18,7 @@ from orchestrator.dispatch.step_deadlines import StepDeadlines
 from orchestrator.dispatch.transitions import Event
 from orchestrator.job import LiveJob, ModelKey
 from orchestrator.principal import kept_name
-from orchestrator.scheduling.snapshot import Assign, ChangeLease, Place, ReturnLoan, TakeLoan
+from orchestrator.scheduling.snapshot import Assign, ChangeLease, ReturnLoan, TakeLoan
 from orchestrator.storage.job_store import Store
 from protocol.job import Recipe
 from protocol.messages.worker import AHEAD, MOST_AHEAD, MOST_PROMPTS, Task
@@ -210,13 +210,13 @@ class TaskDispatch:
 
     # -- where nothing moves --------------------------------------------------------------------
 
-    def _end_standstill(self, places: Sequence[Place]) -> None:
+    def _end_standstill(self, job_ids: Sequence[str]) -> None:
         """End a standstill: start workers anew that keep memory, or let another model rest.
 
         Else the first tasks fail, with the reason.
         """
         self._leasing.moved()
-        firsts = [self._job_queue.jobs[id] for place in places for id in self._job_queue.queues.first(*place, 1)]
+        firsts = [self._job_queue.jobs[job_id] for job_id in job_ids]
         accounts = self._leasing.accounts
         able = {job.id: self._leasing.able(job.stage, job.model) for job in firsts}
         if any(self.start_anew(accounts.keeping(able[job.id]), f"{job.stage} {job.id}") for job in firsts):
@@ -224,8 +224,6 @@ class TaskDispatch:
         if any(self.let_another_rest(job.model) for job in firsts):
             return
         for job in firsts:
-            if all(worker.model != job.model for worker in able[job.id]):
-                continue  # its own worker is about to come
             self.blame(job, f"{accounts.account(able[job.id], job)}; {MEMORY_HINT}", retry=False)
 
     def beside(self, model: ModelKey) -> list[Worker]:

@@ -140,7 +140,8 @@ class Swaps:
         place = self.snapshot.place
         if place(holder) not in self.snapshot.common:
             return None
-        return stand_in(holder, [other for other in self.holders if place(other) == place(holder)])
+        there = [other for other in self.holders if place(other) == place(holder)]
+        return stand_in(holder, there, lambda other: other.refused is None)
 
     def _for_good(self, holder: LeasedWorker, gpu: GpuId) -> bool:
         size = self._size(holder, gpu).shared

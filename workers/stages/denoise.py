@@ -15,6 +15,7 @@ from workers.errors import StageError, let_go
 from workers.models.description import call_parameters
 from workers.models.loading import Loaded
 from workers.models.source import stages_of
+from workers.models.speedups import keep_compiled_code
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import (
@@ -32,10 +33,9 @@ from workers.stages.contract import Outcome, Report, unheard, watcher_of
 from workers.stages.pipeline_call import arguments_of, new_run, pictures_of, until_stop
 from workers.weights.cuda_graphs import JobKind
 from workers.weights.forward_trace import Call, Results, standing_in
-from workers.weights.residency import OWN_CODE, caches_steps
+from workers.weights.residency import caches_steps
 
 LEAST_STEPS = 4  # of a job, for a CUDA graph to be worth recording
-MOST_SIZES = 24  # of jobs, for which a process compiles blocks
 
 
 class DenoiseStage:
@@ -95,8 +95,9 @@ class DenoiseStage:
     def weights(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
         """Surround a job: the weights that it needs are on the device when they are needed, its LoRAs' among them."""
         record, begins = record_of(tensors), not newest(tensors)
+        if any(residency.compiled for residency in self.residencies):
+            keep_compiled_code()  # torch's settings hold in the thread that makes them, which may be another job's
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.own_code(recipe, tensors))
             if self.loaded.loras:
                 stack.enter_context(self.loaded.loras.job(recipe.loras))
             if self.split:
@@ -112,25 +113,6 @@ class DenoiseStage:
                 for residency in self.residencies:
                     stack.enter_context(residency.job(None, in_steps=not is_rank(), kind=kind))
             yield
-
-    @contextlib.contextmanager
-    def own_code(self, recipe: Recipe, tensors: tuple[Tensor, ...]) -> Iterator[None]:
-        """Let compiled blocks have code for this job's shapes alone; not where each prompt may have shapes of its own.
-
-        Nor beyond MOST_SIZES: torch compiles one block for so many shapes at most.
-        """
-        compiled = [residency for residency in self.residencies if residency.compiled]
-        shape, own = shape_of(recipe), False
-        if compiled and padded(recipe, tensors):
-            sizes = compiled[0].own_sizes
-            if len(sizes) < MOST_SIZES:
-                sizes.add(shape)
-            own = shape in sizes
-        before = OWN_CODE.set(own)
-        try:
-            yield
-        finally:
-            OWN_CODE.reset(before)
 
     def kind_of_job(self, recipe: Recipe) -> JobKind | None:
         """Return what jobs have in common that may use one another's CUDA graphs; None for one that may use none."""
@@ -260,13 +242,8 @@ class PipelineForwards:
         until_stop(self.stage.loaded.pipeline_for(self.recipe), run, arguments)
 
 
-def padded(recipe: Recipe, tensors: Sequence[Tensor]) -> bool:
-    """Return whether prompts of any length give tensors of one shape, as far as can be told from a job's own."""
-    return any(recipe.max_sequence_length in tensor.shape for tensor in tensors)
-
-
 def shape_of(recipe: Recipe) -> tuple[object, ...]:
-    """Return the key of a job's shapes: equal keys mean tensors of the same shapes."""
+    """Return the key of a job's shapes: equal keys mean tensors of the same shapes, and others may mean so, too."""
     return (
         recipe.width, recipe.height, recipe.sized, recipe.frames, recipe.num_images, recipe.cfg_scale,
         recipe.max_sequence_length, tuple(recipe.named_pictures.items()), recipe.negative_prompt, recipe.settings,

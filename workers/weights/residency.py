@@ -10,8 +10,7 @@ import contextlib
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,9 +42,6 @@ from workers.weights.streaming import (
 )
 
 State = Literal["in", "streamed", "out"]
-# Whether compiled blocks have code for a job's shapes alone: what jobs of other sizes were done before it then changes
-# nothing, but each size is compiled for.
-OWN_CODE = ContextVar("OWN_CODE", default=False)
 
 
 class Residency:
@@ -90,7 +86,6 @@ class Residency:
         self.graphs = ForwardGraphs(module, device)
         self.block_graphs: BlockGraphs | None = None  # in their place, of a part of a model
         self.compiled = False
-        self.own_sizes: set[Hashable] = set()  # shapes of jobs for which compiled blocks have code of their own
         self.adapters = AdapterWeights(module, device, self._reserve)
         self.plan: StreamPlan | None = None  # of the last swap-in, if it streams
         self._budget = 0
@@ -362,28 +357,24 @@ def block_rows(module: torch.nn.Module) -> list[str]:
 
 
 def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, backend: str = "inductor") -> None:
-    """Compile each block by itself, without what is hooked on around it: blocks of one kind share their code.
-
-    Its code is for the shapes of the job alone where OWN_CODE says so; else torch makes it general once shapes change.
-    """
+    """Compile each block by itself, without what is hooked on around it: blocks of one kind share their code."""
     for row in block_rows(module) if rows is None else rows:
         block = module.get_submodule(row)
         name = place_of(block)
         forward = getattr(block, name)
-        own = torch.compile(forward, fullgraph=True, backend=backend, dynamic=False)
-        general = torch.compile(forward, fullgraph=True, backend=backend)
-        setattr(block, name, functools.wraps(forward)(functools.partial(call_compiled, own, general)))
+        compiled = torch.compile(forward, fullgraph=True, backend=backend)
+        setattr(block, name, functools.wraps(forward)(functools.partial(call_laid_out, compiled)))
 
 
-def call_compiled(own: Callable[..., Any], general: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a compiled block with tensors of usual strides, where they are contiguous but for dimensions of size 1.
+def call_laid_out(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a block with tensors of usual strides, where they are contiguous but for those of dimensions of size 1.
 
     A model's first block may get a part of a larger tensor, whose stride from picture to picture is another. For that
     torch.compile would make code of its own, and then a third one that serves both: in a process's first job a block
     would not be computed as in later ones.
     """
     args, kwargs = tree_map_only(torch.Tensor, usually_laid_out, (args, kwargs))
-    return (own if OWN_CODE.get() else general)(*args, **kwargs)
+    return forward(*args, **kwargs)
 
 
 def usually_laid_out(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from orchestrator.dispatch.leasing import stuck
 from orchestrator.dispatch.standstill import TICK_SECONDS, quiet_ticks
 from orchestrator.job import ModelKey
 from orchestrator.memory.lease_sizes import Need
@@ -22,11 +23,12 @@ from orchestrator.scheduling.snapshot import (
     GpuSpace,
     IdleWorker,
     LeasedWorker,
+    Place,
     Snapshot,
     WaitingTask,
 )
 from protocol.errors import DoesNotFit
-from protocol.gpu_memory import Lease, WeightNeed
+from protocol.gpu_memory import GpuId, Lease, WeightNeed
 from protocol.job import JobRequest
 from protocol.messages.worker import (
     Leased,
@@ -347,3 +349,26 @@ def test_where_contexts_alone_take_more_than_there_is_jobs_end_with_a_reason(tmp
     (job,) = world.run([job], 200)
     assert job.state == "failed"
     assert job.reasons
+
+
+def test_a_lease_that_is_refused_is_held_against_no_job_of_another_model(tmp_path: Path) -> None:
+    refusing = replace(easy("text", ONE), refuses=2)
+    workers = [refusing, *(easy(stage, OTHER) for stage in STAGES if stage != "text"), easy("denoise", ONE)]
+    world = World(GB, workers, tmp_path)
+    (other,) = world.submit(1, models=("other",))
+    (job,) = world.run([other], 200)
+    assert (job.state, job.reasons) == ("done", ())
+    assert not refusing.refuses
+
+
+def test_of_those_that_wait_in_vain_one_is_named_that_could_start_and_whose_worker_is_there() -> None:
+    """Not one that waits for its model's other jobs, nor one whose own worker is to come."""
+    one, other, third = (ModelKey(name, "bfloat16") for name in "abc")
+    place: Place = ("text", one)
+    common = {("text", model): place for model in (one, other, third)}
+    need = {GpuId("h", 0): GpuDemand(Need(1, 1, 1))}
+    holders = {name: LeasedWorker(name, "text", model, need) for name, model in (("w1", one), ("w2", other))}
+    tasks = [WaitingTask(f"job of {model.revision}", "text", model, 3) for model in (one, third, other)]
+    depth = {("denoise", one, 2): 1000, **{("text", model, 3): 1 for model in (one, other, third)}}
+    snapshot = Snapshot({place: tasks}, [], depth, holders, {GpuId("h", 0): GpuSpace(1, 1)}, common=common)
+    assert stuck(snapshot, place) == ["job of b"]

@@ -1,5 +1,7 @@
 """Speedups: close to the plain pipeline, the same again each time, named in the recipe, refused where they can't be."""
 
+import contextlib
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.models.speedups import StageSpeedups
+from workers.models.speedups import RECOMPILE_LIMIT, StageSpeedups
+from workers.stages.contract import unheard
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 
@@ -77,6 +80,35 @@ def test_nothing_that_changes_bits_is_chosen_by_timing_where_blocks_are_compiled
     with torch._inductor.config.patch(deterministic=False):
         assert loaded(flux, StageSpeedups(compiled=True)).residencies["transformer"].compiled
         assert torch._inductor.config.deterministic
+
+
+def test_each_thread_compiles_with_the_settings_of_the_one_that_has_loaded(
+    flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs in flight in a cut denoiser are threads; torch's settings hold in the thread that makes them."""
+    stage = DenoiseStage(loaded(flux, StageSpeedups()), CPU)
+    (residency,) = stage.residencies
+    residency.compiled = True
+    source = read("x", flux, None)
+    request = JobRequest(prompt="a", width=32, height=32, steps=2, seed=1)
+    recipe = resolve(request, describe(source), "float32", None)
+    tensors = tuple(TextStage(load(source, "text", Devices(CPU), torch.float32), CPU).run(recipe, (), unheard).tensors)
+    found: list[tuple[bool, int]] = []
+
+    def look(*_: object, **__: object) -> contextlib.AbstractContextManager[None]:
+        found.append((torch._inductor.config.deterministic, torch._dynamo.config.recompile_limit))
+        return contextlib.nullcontext()
+
+    def work() -> None:
+        with stage.weights(recipe, tensors):
+            pass
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setattr(residency, "job", look)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(True, RECOMPILE_LIMIT)]
 
 
 def loaded(folder: Path, speed: StageSpeedups):  # type: ignore[no-untyped-def]

@@ -27,12 +27,12 @@ from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, read
-from workers.stages.denoise import MOST_SIZES, DenoiseStage
+from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.weights.copy_stream import Copies, HostCopyStream, Mark, ThreadedCopyStream, copy_stream_for
 from workers.weights.host_weights import HostWeights, host_weights
 from workers.weights.page_locks import PageLocker, PageLocks
-from workers.weights.residency import OWN_CODE, Residency, block_rows, compile_blocks, usually_laid_out
+from workers.weights.residency import Residency, block_rows, compile_blocks, usually_laid_out
 from workers.weights.streaming import Block, plan_stream, room
 
 DEVICES = ["cpu", pytest.param("cuda:0", marks=needs_gpus(1))]
@@ -435,56 +435,6 @@ def test_what_is_a_part_of_a_larger_tensor_has_no_code_of_its_own() -> None:
         assert torch.equal(module(whole[:, 2:]), plain(whole[:, 2:]))
     assert len(graphs) == 1
     torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("own", [True, False])
-def test_code_of_a_jobs_own_shapes_does_not_depend_on_jobs_before(own: bool) -> None:
-    used: list[int] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        number = sum(1 for one in used if one < 0)
-        used.append(-1)  # it was compiled
-
-        def run(*args: Any) -> Any:
-            used.append(number)
-            return graph.forward(*args)
-
-        return run
-
-    module = Squaring()
-    compile_blocks(module, backend=backend)
-    before = OWN_CODE.set(own)
-    try:
-        with torch.no_grad():
-            for length in (4, 6, 8, 4):
-                module(torch.randn(1, length, 4))
-    finally:
-        OWN_CODE.reset(before)
-    last = used[-3:]
-    assert last == ([0] * 3 if own else [1] * 3)  # torch's general code, in place of that of the first job
-    torch._dynamo.reset()
-
-
-def test_jobs_have_code_of_their_own_where_prompts_are_padded(tmp_path: Path) -> None:
-    """Of other models each prompt may have another length, and would be compiled for."""
-    source = read("x", tiny.save(tiny.flux(), tmp_path), None)
-    cpu = torch.device("cpu")
-    stage = DenoiseStage(load(source, "denoise", Devices(cpu, {0: 1 << 40}), torch.float32), cpu)
-    text = TextStage(load(source, "text", Devices(cpu), torch.float32), cpu)
-    recipe = resolve(JobRequest(prompt="a", width=32, height=32, steps=2, seed=1), describe(source), "float32", None)
-    tensors = tuple(text.run(recipe, (), lambda *_: None).tensors)
-    with stage.own_code(recipe, tensors):
-        assert not OWN_CODE.get()  # nothing is compiled
-    stage.residencies[0].compiled = True
-    for number in range(40):
-        with stage.own_code(recipe.model_copy(update={"width": 32 + number}), tensors):
-            assert OWN_CODE.get() == (number < MOST_SIZES)
-    with stage.own_code(recipe, tensors):
-        assert OWN_CODE.get()  # as before
-    unpadded = recipe.model_copy(update={"max_sequence_length": 511, "width": 31})
-    with stage.own_code(unpadded, tensors):
-        assert not OWN_CODE.get()
-    assert not OWN_CODE.get()
 
 
 def test_only_strides_that_say_nothing_are_changed() -> None:
