@@ -40,7 +40,8 @@ from workers.weights.modulation import PrecomputedLayer
 log = logging.getLogger(__name__)
 
 MOST_JOB_KINDS = 4  # that have graphs at once
-MOST_WASTED = 8  # times that all graphs went for want of memory or of places
+MOST_WASTED = 8  # times that all graphs went, for want of memory or of places, before they were of use
+LEAST_LAUNCHES = 10  # of each graph, on average, for them to have been of use
 MOST_TRIALS = 8  # sizes of jobs for which graphs turn out not to be worth it
 TRIES = 2  # jobs of a size in which to find out whether graphs are worth it
 MOST_KNOWN = 8192  # kinds of runs that are remembered
@@ -107,6 +108,7 @@ class BlockGraphs:
         self._places: list[int] = []  # of the weights
         self._moved = False  # since, and maybe back
         self._parts: list[list[torch.nn.Module]] = []  # of each block
+        self._launched = 0  # times, since the first of these graphs was recorded
         self._wasted = 0
         self._installed = False
         ALL.add(self)
@@ -123,6 +125,7 @@ class BlockGraphs:
                 torch.cuda.synchronize(self.device)
             self._graphs.clear()
             self._shared.clear()
+            self._launched = 0
             release_memory()
 
     @property
@@ -185,6 +188,7 @@ class BlockGraphs:
         if kind in known.proven and not self._busy():
             return forward(*args, **kwargs)
         if kind in self._graphs:
+            self._launched += 1
             return self._graphs[kind](call)
         self._make_room(job)
         runs = known.runs[kind] = known.runs.get(kind, 0) + 1
@@ -244,7 +248,7 @@ class BlockGraphs:
         if not self._graphs or job in kinds:
             return
         if len(kinds) >= MOST_JOB_KINDS or not self._workspace.fits():
-            self._wasted += 1
+            self._wasted += self._launched < LEAST_LAUNCHES * len(self._graphs)
             self._off = self._wasted >= MOST_WASTED
             self.clear()
 

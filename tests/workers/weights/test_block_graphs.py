@@ -198,6 +198,17 @@ def test_too_many_kinds_by_turns_are_given_up() -> None:
     assert recorded < 50
 
 
+def test_many_kinds_one_after_the_other_that_use_their_graphs_are_not_given_up() -> None:
+    """A sweep of guidance, say."""
+    row = Row(Adding(1.0))
+    graphs, tape = graphs_of(row)
+    for number in range(40):
+        with graphs.job(JobKind("a", number)):
+            for _ in range(20):
+                row(torch.ones(1))
+    assert tape.recorded == 40
+
+
 @pytest.mark.parametrize(("family", "cfg"), [("flux", False), pytest.param("sd3", True, marks=pytest.mark.all)])
 @pytest.mark.parametrize(
     "where",
