@@ -9,7 +9,7 @@ from protocol.stages import Stage
 
 
 class CommonStages:
-    """What is shared is known by digests, which models' descriptions have; a stage of any other model is its own.
+    """The stages that models have in common, by the digests in their descriptions; any other stage is a model's own.
 
     Nothing is shared while there are workers of other hosts or of keys' holders: these may have some of the models
     alone, and other devices.

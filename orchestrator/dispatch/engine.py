@@ -232,8 +232,7 @@ class Engine:
             if self._current(worker, task) is None:
                 return
             self._handed_back[task.job] += 1
-            place = self.leasing.place(worker)
-            others = any(self.leasing.place(w) == place and not w.process.key for w in self.fleet)
+            others = any(not w.process.key for w in self.leasing.able(*worker.place))
             if others and self._handed_back[task.job] <= MOST_HANDED_BACK:
                 log.warning("%s: handed to another", reason, extra={"job": task.job})
                 self._hand_back(worker, task)
@@ -278,11 +277,10 @@ class Engine:
         """Fail the jobs that a worker can never do, unless another process has workers that do the same."""
         log.error("%s", reason)
         stage, model = worker.hello.stage, worker.model
-        alike = [w for w in self.fleet if self.leasing.place(w) == self.leasing.place(worker)]
-        if all(w.process == worker.process for w in alike):
-            for job_id in self.job_queue.queues.first(stage, model, self.job_queue.queues.at(stage, model)):
-                if (job := self.job_queue.jobs[job_id]).model == model:  # others' own workers may be about to come
-                    self.dispatch.blame(job, reason, retry=False)
+        if all(w.process == worker.process for w in self.leasing.able(stage, model)):
+            queues = self.job_queue.queues
+            for job_id in queues.first_own(stage, model, queues.own(stage, model)):  # others' workers may be to come
+                self.dispatch.blame(self.job_queue.jobs[job_id], reason, retry=False)
 
     def fail_waiting(self, model: ModelKey, reason: str) -> None:
         """Fail all jobs of a model that wait."""

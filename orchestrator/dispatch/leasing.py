@@ -374,8 +374,7 @@ class Leasing:
         holdings = self.held(worker)
         if not holdings:
             return False
-        place = self.place(worker)
-        able = [w.id for w in self._fleet if self.place(w) == place and w.id in self.ledger.holdings]
+        able = [w.id for w in self.able(*worker.place) if w.id in self.ledger.holdings]
         return max(map(self.ledger.most_workspace, able)) > min(holding.room for holding in holdings)
 
     def able(self, stage: Stage, model: ModelKey) -> list[Worker]:

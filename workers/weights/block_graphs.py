@@ -10,7 +10,6 @@ import contextlib
 import functools
 import logging
 import threading
-import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,8 @@ from workers.weights.cuda_graphs import (
     hooked_on,
     kind_of,
     tensors_in,
-    waits_of_host,
+    tensors_of,
+    timed,
 )
 from workers.weights.forward_trace import Call, place_of, same
 from workers.weights.lockstep import copy_of
@@ -55,7 +55,7 @@ class BlockGraph:
     spec: TreeSpec
 
     def __call__(self, call: Call) -> Any:
-        torch._foreach_copy_(self.inputs, tensors_in([call.args, dict(call.kwargs)]))
+        torch._foreach_copy_(self.inputs, tensors_of(call))
         self.launch()
         return tree_unflatten(copy_of(self.leaves), self.spec)
 
@@ -76,7 +76,7 @@ class Present(threading.local):
 
 @dataclass(slots=True)
 class Known:
-    """What is known of the sizes of jobs, and of the kinds of their blocks' runs."""
+    """The knowledge of jobs' sizes, and of the kinds of their blocks' runs."""
 
     trials: dict[Hashable, Trial] = field(default_factory=dict)
     tries: dict[Hashable, int] = field(default_factory=dict)  # jobs that have ended before anything was found
@@ -211,22 +211,11 @@ class BlockGraphs:
 
     def _timed(self, forward: Callable[..., Any], size: Hashable, call: Call) -> Any:
         """Run a block, and note how long its host took to launch it, and its GPU to be done."""
-        self._finish()
-        with waits_of_host(self.device) as waits:
-            start = time.perf_counter()
-            result = forward(*call.args, **call.kwargs)
-            launched = done = time.perf_counter() - start
-        if self.device.type == "cuda":
-            self._finish()
-            done = time.perf_counter() - start
+        result, launched, done, waits = timed(forward, call, self.device)
         trial = self._known.trials.setdefault(size, Trial())
         trial.launched += float("-inf") if waits else launched
         trial.done += done
         return result
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _is_worth(self, size: Hashable) -> bool:
         """Return whether jobs of a size shall have graphs, by the trial of the first one."""

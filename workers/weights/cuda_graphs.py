@@ -55,7 +55,7 @@ class Graph:
 
 
 class JobKind(NamedTuple):
-    """What jobs have in common: those of one kind differ in prompts, seeds and pictures alone, of one size in more."""
+    """The kind of a job: those of one kind differ in prompts, seeds and pictures alone, those of one size in more."""
 
     size: Hashable  # by which forwards take as long
     rest: Hashable = None
@@ -207,14 +207,7 @@ class ForwardGraphs:
 
     def _timed(self, forward: Callable[..., Any], call: Call) -> Any:
         """Run a forward, and find out who waits for whom, the host or its GPU."""
-        self._finish()
-        with waits_of_host(self.device) as waits:
-            start = time.perf_counter()
-            result = forward(*call.args, **call.kwargs)
-            launched = done = time.perf_counter() - start
-        if self.device.type == "cuda":
-            self._finish()
-            done = time.perf_counter() - start
+        result, launched, done, waits = timed(forward, call, self.device)
         if waits:
             log.info("no CUDA graph of %s can be made: its host waits for the GPU", type(self._module).__name__)
             self._off = True
@@ -222,10 +215,6 @@ class ForwardGraphs:
         log.info("a forward takes its host %.1f ms to launch, and %.1f ms in all: CUDA graphs are %s",
                  launched * 1e3, done * 1e3, "worth it" if self._worth[self._job] else "not worth it")  # fmt: skip
         return result
-
-    def _finish(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _try_to_record(self, forward: Callable[..., Any], kind: Hashable, call: Call) -> bool:
         """Record a forward, if that can be done; else none is tried any more, for want of memory in such jobs alone."""
@@ -298,6 +287,21 @@ def kind_of(value: Any, device: torch.device) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value), value
     raise Unrecordable
+
+
+def timed(forward: Callable[..., Any], call: Call, device: torch.device) -> tuple[Any, float, float, bool]:
+    """Return a forward's result, the seconds to launch it and in all, and whether its host waited for its GPU."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    with waits_of_host(device) as waits:
+        start = time.perf_counter()
+        result = forward(*call.args, **call.kwargs)
+        launched = done = time.perf_counter() - start
+    if cuda:
+        torch.cuda.synchronize(device)
+        done = time.perf_counter() - start
+    return result, launched, done, bool(waits)
 
 
 def hooked_on(part: torch.nn.Module) -> tuple[int, int, int, int]:

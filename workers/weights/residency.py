@@ -292,7 +292,7 @@ class Residency:
             if in_steps and self._ring and not caches_steps(self.module):
                 may = ahead.knows if ahead else lambda count: True
                 stack.enter_context(in_lockstep(self._lockstep, self.module, self._ring, may))
-            if kind is not None and self.state == "in" and self.graphs.can_record and not caches_steps(self.module):
+            if kind is not None and self.state == "in" and self.graphs.can_record:
                 stack.enter_context(self.graphs.job(kind, keep=ahead is None))
             else:
                 self.graphs.clear()
