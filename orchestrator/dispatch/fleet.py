@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -248,14 +248,21 @@ class Fleet:
         resting = all(w.state == "idle" for w in all_of_it)
         return max(w.idle_since for w in all_of_it) if resting else None
 
-    def silent(self, vouched: Container[str] = ()) -> list[Worker]:
-        """Return the workers that have said nothing for too long; `vouched` are hosts whose agents are heard."""
+    def silent(self, vouched: Mapping[str, float] | None = None) -> list[Worker]:
+        """Return the workers that have said nothing for too long.
+
+        `vouched` are hosts whose agents are heard, with the monotonic seconds since when: after a cut of a host's link
+        its agent may be back sooner than its workers, which have as long again.
+        """
+        vouched = vouched or {}
         now, limits = self.clock(), {"loading": LOADING_SECONDS}
 
-        def limit(worker: Worker) -> float:
-            return limits.get(worker.state, VOUCHED_SECONDS if worker.host in vouched else SILENCE_SECONDS)
+        def is_silent(worker: Worker) -> bool:
+            back = vouched.get(worker.host)
+            limit = limits.get(worker.state, SILENCE_SECONDS if back is None else VOUCHED_SECONDS)
+            return now - max(worker.heard, back or 0.0) > limit
 
-        return [worker for worker in self if now - worker.heard > limit(worker)]
+        return [worker for worker in self if is_silent(worker)]
 
     def of_process(self, process: ProcessId) -> list[Worker]:
         return [worker for worker in self if worker.process == process]

@@ -41,6 +41,7 @@ class HostLink:
     identity: bytes  # of the agent's socket
     hello: HostHello
     heard: float = field(default_factory=time.monotonic)
+    heard_since: float = field(default_factory=time.monotonic)  # without a silence since
     state: Literal["planning", "here", "refused", "gone"] = "planning"
     reason: str = ""  # why it was refused
     workers: tuple[WorkerSpec, ...] = ()  # that it is to have
@@ -56,6 +57,13 @@ class HostLink:
     @property
     def silent(self) -> bool:
         return time.monotonic() - self.heard > SILENCE_SECONDS
+
+    def hear(self) -> None:
+        """Note a word of its agent."""
+        now = time.monotonic()
+        if self.silent:
+            self.heard_since = now
+        self.heard = now
 
     def view(self, placing: Placing) -> HostView:
         state: Literal["planning", "here", "silent", "refused", "gone"] = self.state
@@ -85,9 +93,9 @@ class HostLinks:
         return iter(self._links.values())
 
     @property
-    def heard(self) -> set[str]:
-        """The hosts whose agents are there and not silent."""
-        return {link.name for link in self if link.state == "here" and not link.silent}
+    def heard_since(self) -> dict[str, float]:
+        """The hosts whose agents are there and not silent, with the monotonic seconds since when they are heard."""
+        return {link.name: link.heard_since for link in self if link.state in ("planning", "here") and not link.silent}
 
     @property
     def processes(self) -> tuple[ProcessView, ...]:
@@ -114,7 +122,7 @@ class HostLinks:
         if link is None or link.identity != identity or link.state == "gone":
             self._answer(identity, Error(code="not_found", message="This host has not said hello."))
             return True
-        link.heard = time.monotonic()
+        link.hear()
         match message:
             case HostStatus():
                 self._take_status(link, message)

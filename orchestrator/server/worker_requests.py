@@ -265,7 +265,7 @@ class WorkerRequests:
         def heard(worker: Worker) -> bool:
             return heard_door if behind_a_door(worker.identity) else heard_all
 
-        for worker in filter(heard, self._engine.fleet.silent(self._hosts.heard)):
+        for worker in filter(heard, self._engine.fleet.silent(self._hosts.heard_since)):
             self._give_up(worker, "fell silent")
         for pid in filter(None, [link.silent() for link in self._describers]):
             self._supervisor.kill(pid, "fell silent")

@@ -1,6 +1,6 @@
 """The fleet knows who is idle, who is silent, and which workers are one process."""
 
-from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, Fleet
+from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, VOUCHED_SECONDS, Fleet
 from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, LENT_SECONDS, StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
 from protocol.gpu_memory import GpuId
@@ -73,6 +73,18 @@ def test_silence_is_long_for_one_that_loads() -> None:
     assert fleet.silent() == []
     clock.now += LOADING_SECONDS
     assert fleet.silent() == [loading, idle]
+
+
+def test_a_worker_whose_host_is_back_after_a_cut_has_time_to_come_back_too() -> None:
+    fleet = Fleet(clock := Clock())
+    worker = fleet.hello(b"1", hello("a", host="box"))
+    fleet.ready(worker)
+    clock.now += 2 * VOUCHED_SECONDS
+    assert fleet.silent() == [worker]
+    back = clock.now
+    assert fleet.silent({"box": back}) == []
+    clock.now += VOUCHED_SECONDS + 0.1
+    assert fleet.silent({"box": back}) == [worker]
 
 
 def test_a_worker_is_proven_by_a_task_or_by_time() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.dispatch.engine import Engine
 from orchestrator.dispatch.outbox import Outbox
-from orchestrator.server.host_links import HOST, TAKEOVER_SECONDS, HostLinks
+from orchestrator.server.host_links import HOST, SILENCE_SECONDS, TAKEOVER_SECONDS, HostLinks
 from orchestrator.server.supervisor_link import SupervisorLink
 from orchestrator.settings import AccountSettings, OrchestratorSettings
 from orchestrator.state_folder import StackFolder
@@ -127,6 +127,19 @@ def test_another_agent_takes_over_once_the_first_is_silent(world: World, monkeyp
     link.heard -= TAKEOVER_SECONDS + 1
     world.say(HostHello(facts=FACTS, pid=2), agent=b"b")
     assert [type(message) for message in world.told(b"b")] == [Welcome]
+
+
+def test_a_host_is_heard_from_its_hello_on_and_anew_after_a_silence(world: World) -> None:
+    assert world.links.heard_since == {}
+    world.say(HostHello(facts=FACTS, pid=1))  # not yet planned for
+    first = world.links.heard_since["box"]
+    world.say(HostStatus())
+    assert world.links.heard_since == {"box": first}
+    (link,) = world.links
+    link.heard -= SILENCE_SECONDS + 1
+    assert world.links.heard_since == {}
+    world.say(HostStatus())
+    assert world.links.heard_since["box"] > first
 
 
 def test_a_host_speaks_for_itself_alone(world: World) -> None:
