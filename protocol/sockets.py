@@ -14,20 +14,28 @@ from protocol.wire import MAX_FRAME_BYTES
 
 HIGH_WATER = 2000  # messages a peer, each way
 LINGER_MS = 500  # what a closing socket may still take to send its last words
-HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 500, 1500  # a dead link drops after 2 s
+KEEPALIVE_SECONDS, KEEPALIVE_PROBES = 1, 2  # a link by TCP that nothing passes any more drops after some 3 s
+UNCONFIRMED_MS = 2500  # and so it does when what was sent is not confirmed for so long
 HANDSHAKE_MS = 10_000  # that a peer has to prove who it is
 MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 COPY_BELOW = 65536  # bytes; zero-copy pays above this
 
 
 def configure(socket: zmq.Socket[bytes], largest: int | None = None, high_water: int = HIGH_WATER) -> None:
-    """Set the options that every socket has; `largest` in bytes of a frame that may come."""
+    """Set the options that every socket has; `largest` in bytes of a frame that may come.
+
+    TCP looks for dead links, not ZeroMQ's own heartbeats: with those libzmq 4.3.5 ends its process when a peer sends
+    more than is read and then goes (libzmq issue 4364).
+    """
     socket.setsockopt(zmq.SNDHWM, high_water)
     socket.setsockopt(zmq.RCVHWM, high_water)
     socket.setsockopt(zmq.MAXMSGSIZE, largest or MAX_FRAME_BYTES)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_SECONDS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_SECONDS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
+    socket.setsockopt(zmq.TCP_MAXRT, UNCONFIRMED_MS)
     socket.setsockopt(zmq.IMMEDIATE, 1)
 
 
