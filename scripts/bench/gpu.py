@@ -37,7 +37,6 @@ from workers.models.description import describe
 from workers.models.devices import Devices
 from workers.models.loading import load
 from workers.models.source import Source, locate
-from workers.models.speedups import keep_compiled_code
 from workers.stages.denoise import DenoiseStage
 from workers.stages.text import TextStage
 from workers.stages.vae import VaeStage
@@ -248,7 +247,6 @@ def single_stages(model: Path, device: str, size: int, steps: int, cards: list[f
     transformer.swap_in(transformer.total_bytes)
     limit = bench.flops / matmul
     bench.cards(denoise, embeddings, link, cards, limit_s=limit)
-    keep_compiled_code()
     transformer.compile()
     transformer.swap_in(transformer.total_bytes)
     start = time.perf_counter()

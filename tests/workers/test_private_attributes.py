@@ -23,7 +23,7 @@ FLUX = diffusers.FluxPipeline  # as one of the pipelines that are run
 NAMES = (  # that can be looked up as they are; what stands in parentheses in the table is left out
     "torch._C._distributed_c10d.FileStore",
     "torch._dynamo.config.recompile_limit",
-    "torch._inductor.config.deterministic",
+    "torch._inductor.list_options",
     "torch._foreach_copy_",
     "torch.utils._pytree.tree_leaves",
     "torch.utils._pytree.tree_map",

@@ -1,7 +1,6 @@
 """Speedups of a stage, all of them features of torch and diffusers, put on its models while they are loaded."""
 
 import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from diffusers import (
     PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
 )
-from platformdirs import user_cache_path
 
 from protocol.errors import BadRequest
 from protocol.speedups import parse_speedup
@@ -86,7 +84,7 @@ class StageSpeedups:
         for name, module in pipeline.components.items():
             if name.startswith(("transformer", "unet")) and isinstance(module, torch.nn.Module):
                 if self.compiled:
-                    keep_compiled_code()
+                    allow_all_sizes()
                     own = [residency for residency in residencies.values() if residency.module is module]
                     for residency in own:
                         residency.compile()
@@ -160,12 +158,6 @@ def enable_cache(pipeline: DiffusionPipeline, module: Any, text: str) -> None:
         ) from error
 
 
-def keep_compiled_code() -> None:
-    """Keep compiled code on disk, of all sizes and for all GPUs with blocks: a restart need not compile again.
-
-    Nothing that changes bits is chosen by timing it: each process computes what the others do.
-    """
+def allow_all_sizes() -> None:
+    """Let blocks be compiled for all sizes and on all GPUs; this holds in the thread that calls it."""
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-    if hasattr(torch._inductor.config, "deterministic"):  # torch 2.9 has no such setting
-        torch._inductor.config.deterministic = True
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache_path("triptych") / "compiled"))

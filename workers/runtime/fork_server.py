@@ -30,7 +30,7 @@ import msgpack
 
 from protocol.process import LIFELINE, PID, PR_SET_PDEATHSIG, REPORT
 from protocol.worker_spec import PROCESS_SPEC
-from workers.runtime.launch import run, without_quantizers
+from workers.runtime.launch import keep_compiled_code, run, without_quantizers
 
 EVERYTHING = (  # that workers of any stage need; whatever else a model needs, its worker imports
     "diffusers.pipelines.flux.pipeline_flux",
@@ -47,6 +47,7 @@ MAX_REQUEST = 1 << 20
 
 def main(link: socket.socket, spare: bool) -> None:
     end_with_supervisor()
+    keep_compiled_code()
     import_everything()
     serve(link, spare)
 

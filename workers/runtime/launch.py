@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from platformdirs import user_cache_path
+
 from protocol.curve_keys import load
 from protocol.errors import BadRequest
 from protocol.process import LIFELINE, REPORT, end_with_parent, log_to_stderr, report_end
@@ -41,6 +43,17 @@ def run(spec: WorkerSpec | DescriberSpec) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
     return 0
+
+
+def keep_compiled_code() -> None:
+    """Have torch keep compiled code among the user's caches, where no other place is set: a restart need not compile.
+
+    To be called before torch is imported, which else chooses a temporary folder.
+    """
+    folder = user_cache_path("triptych") / "compiled"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def work(spec: WorkerSpec) -> None:
@@ -97,6 +110,7 @@ def hide_other_gpus(visible: tuple[int, ...] | None) -> None:
 def main() -> None:
     """`python -m workers.runtime SPEC`, SPEC being JSON."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    keep_compiled_code()
     if len(sys.argv) != 2:
         sys.exit(report_end(BadRequest("A process is started with its spec as JSON.")))
     sys.exit(run(PROCESS_SPEC.validate_json(sys.argv[1])))

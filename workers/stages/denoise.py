@@ -15,7 +15,7 @@ from workers.errors import StageError, let_go
 from workers.models.description import call_parameters
 from workers.models.loading import Loaded
 from workers.models.source import stages_of
-from workers.models.speedups import keep_compiled_code
+from workers.models.speedups import allow_all_sizes
 from workers.replay.boundaries import Stopped, tensors_of
 from workers.replay.call_record import CallRecord
 from workers.stages.checkpoint import (
@@ -96,7 +96,7 @@ class DenoiseStage:
         """Surround a job: the weights that it needs are on the device when they are needed, its LoRAs' among them."""
         record, begins = record_of(tensors), not newest(tensors)
         if any(residency.compiled for residency in self.residencies):
-            keep_compiled_code()  # torch's settings hold in the thread that makes them, which may be another job's
+            allow_all_sizes()  # torch's settings hold in the thread that makes them, which may be another job's
         with contextlib.ExitStack() as stack:
             if self.loaded.loras:
                 stack.enter_context(self.loaded.loras.job(recipe.loras))

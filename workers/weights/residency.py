@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
+import torch._inductor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
@@ -42,6 +43,8 @@ from workers.weights.streaming import (
 )
 
 State = Literal["in", "streamed", "out"]
+
+DETERMINISTIC = "deterministic"  # an option of torch.compile
 
 
 class Residency:
@@ -357,12 +360,19 @@ def block_rows(module: torch.nn.Module) -> list[str]:
 
 
 def compile_blocks(module: torch.nn.Module, rows: Sequence[str] | None = None, backend: str = "inductor") -> None:
-    """Compile each block by itself, without what is hooked on around it: blocks of one kind share their code."""
+    """Compile each block by itself, without what is hooked on around it: blocks of one kind share their code.
+
+    Nothing that changes bits is chosen by timing it, so each process computes what the others do. That is said for each
+    code: torch's own setting is turned off by whatever is compiled, with `torch.use_deterministic_algorithms`.
+    """
+    options: dict[str, str | int | bool | Callable[..., Any]] = {}
+    if backend == "inductor" and DETERMINISTIC in torch._inductor.list_options():
+        options[DETERMINISTIC] = True
     for row in block_rows(module) if rows is None else rows:
         block = module.get_submodule(row)
         name = place_of(block)
         forward = getattr(block, name)
-        compiled = torch.compile(forward, fullgraph=True, backend=backend)
+        compiled = torch.compile(forward, fullgraph=True, backend=backend, options=options)
         setattr(block, name, functools.wraps(forward)(functools.partial(call_laid_out, compiled)))
 
 
