@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,19 @@ def tell_end(process: psutil.Process, killed: float, gone: list[float]) -> None:
     """Note how long it takes until a killed process has let go of all that it held."""
     process.wait()
     gone.append(time.perf_counter() - killed)
+
+
+def steady_seconds(ends: Sequence[float], gpus: int) -> float:
+    """Return the seconds a job, by when jobs ended, without EDGE a GPU at either side; 0 where too few are left.
+
+    They are counted from an end outside on: jobs of as many GPUs may end at once, and then do so again.
+    """
+    edge = EDGE * gpus
+    rounds = (len(ends) - 2 * edge) // gpus
+    if rounds < 1:
+        return 0.0
+    in_order = sorted(ends)
+    return (in_order[edge - 1 + rounds * gpus] - in_order[edge - 1]) / (rounds * gpus)
 
 
 class StackBench:
@@ -151,9 +164,8 @@ class StackBench:
             client.wait(client.submit(requests[0]).id, 300)
         start = time.perf_counter()
         jobs = [client.wait(job.id, 300) for job in client.submit_many(requests)]
-        ends, edge = sorted(job.finished or 0.0 for job in jobs), EDGE * len(self.gpus)
-        whole, middle = (time.perf_counter() - start) / count, ends[edge:-edge]
-        return whole, (middle[-1] - middle[0]) / (len(middle) - 1) if len(middle) > 1 else whole
+        whole = (time.perf_counter() - start) / count
+        return whole, steady_seconds([job.finished or 0.0 for job in jobs], len(self.gpus)) or whole
 
     def differing(self, client: Client, prompt: str) -> int:
         """Values of the stack's picture that are not those of the plain pipeline's."""
