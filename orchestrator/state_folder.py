@@ -154,6 +154,13 @@ class StackFolder:
     def withdraw(self) -> None:
         (self.path / PUBLISHED).unlink(missing_ok=True)
 
+    def last_holder(self, role: str) -> int:
+        """Return the process that holds the folder in a role, or was the last to do so; 0 if that isn't known."""
+        try:
+            return int((self.path / f"{role}.lock").read_text())
+        except (OSError, ValueError):
+            return 0
+
     def lock(self, role: str) -> TextIO:
         """Hold the folder in a role until the returned file is closed or the process ends; Conflict if it is held."""
         try:

@@ -156,8 +156,9 @@ class HostLinks:
         known = self._links.get(name)
         if known is None or known.state in ("refused", "gone"):
             return False
-        another = (known.hello.pid, known.facts.hostname) != (hello.pid, hello.facts.hostname)
-        return another and time.monotonic() - known.heard < TAKEOVER_SECONDS
+        if known.facts.hostname == hello.facts.hostname and known.hello.pid in (hello.pid, hello.after):
+            return False
+        return time.monotonic() - known.heard < TAKEOVER_SECONDS
 
     def _take_status(self, link: HostLink, status: HostStatus) -> None:
         link.processes = tuple(process for process in status.processes if process.name.endswith(f"@{link.name}"))

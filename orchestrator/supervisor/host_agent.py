@@ -82,6 +82,7 @@ class HostAgent:
         self._told = 0.0  # monotonic seconds of the last status
         self._changed = False  # there is something to tell at once
         self._lock: TextIO | None = None
+        self._after = folder.last_holder("supervisor")
 
     @property
     def _pids_file(self) -> Path:
@@ -128,7 +129,7 @@ class HostAgent:
 
     def _hear(self) -> None:
         if self._link.renew_if_silent():
-            self._link.say(HostHello(facts=self._facts, pid=os.getpid(), pids=tuple(self._pids())))
+            self._link.say(HostHello(facts=self._facts, pid=os.getpid(), after=self._after, pids=tuple(self._pids())))
         for message in self._link.hear():
             self._obey(message)
 

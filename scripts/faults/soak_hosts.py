@@ -2,6 +2,7 @@
 """Random load and random faults across hosts, for minutes; then the account of it that soak.py gives.
 
     sudo python -m scripts.faults.soak_hosts --minutes 10 --seed 1
+    sudo python -m scripts.faults.soak_hosts --minutes 2 --idle --fault "kill agent"
 
 The stack runs here, with one worker a stage; three other hosts, in namespaces of network, processes and names, have an
 agent each, kept by a loop as systemd would, and a worker a stage. Faults: SIGKILL of a worker, an agent, all that runs
@@ -62,14 +63,17 @@ class Hosts:
 
 
 class Trouble:
-    def __init__(self, stack: Stack, hosts: Hosts, rng: random.Random, account: Account) -> None:
+    def __init__(
+        self, stack: Stack, hosts: Hosts, rng: random.Random, account: Account, kinds: Sequence[str] = ()
+    ) -> None:
         self._stack, self._hosts, self._rng, self._account = stack, hosts, rng, account
+        self._kinds = {kind: FAULTS[kind] for kind in kinds or FAULTS}
         self._saboteur = Saboteur(stack, rng)
         self.interrupted: list[float] = []  # seconds that jobs were with no worker
 
     def make(self) -> None:
         """Make one fault, and wait until it is overcome."""
-        kind = self._rng.choices([*FAULTS], [*FAULTS.values()])[0]
+        kind = self._rng.choices([*self._kinds], [*self._kinds.values()])[0]
         self._stack.remember()
         there = self._there()
         before = {(worker.host, worker.pid) for worker in there}
@@ -143,7 +147,9 @@ class Trouble:
         self._saboteur.close()
 
 
-def soak(folder: Path, network: Network, seconds: float, seed: int, pause: float) -> dict[str, Any]:
+def soak(
+    folder: Path, network: Network, seconds: float, seed: int, pause: float, kinds: Sequence[str], idle: bool
+) -> dict[str, Any]:
     rng, account = random.Random(seed), Account()
     keys, endpoint = KeyFolder(folder / "state" / "keys"), f"tcp://{network.near}:{free_port()}"
     (folder / "state").mkdir()
@@ -159,10 +165,12 @@ def soak(folder: Path, network: Network, seconds: float, seed: int, pause: float
     hosts = Hosts(network, folder, endpoint, keys)
     for host in hosts.all:
         hosts.start(host)
-    trouble = Trouble(stack, hosts, rng, account)
+    trouble = Trouble(stack, hosts, rng, account, kinds)
     trouble.settle()
     print(f"{HOSTS} hosts are here; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
     load, start = Load(stack, wanted, pool, seed + 1, account), time.monotonic()
+    if idle:
+        load.stopping.set()
     load.start()
     while time.monotonic() - start < seconds:
         time.sleep(rng.expovariate(1 / pause))
@@ -195,11 +203,13 @@ def orphans(hosts: Sequence[OtherHost]) -> list[str]:
 @click.option("--minutes", type=float, default=10.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--pause", type=float, default=1.0, show_default=True, help="Seconds between two faults, on average.")
+@click.option("--fault", "kinds", multiple=True, type=click.Choice([*FAULTS]), help="Faults of this kind alone.")
+@click.option("--idle", is_flag=True, help="No jobs: what a recovery takes where nothing else is done.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def main(minutes: float, seed: int, pause: float, as_json: bool) -> None:
+def main(minutes: float, seed: int, pause: float, kinds: tuple[str, ...], idle: bool, as_json: bool) -> None:
     """Random load, random faults across hosts, and an account of what came of them."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder, other_hosts(HOSTS) as network:
-        report = soak(Path(folder), network, minutes * 60, seed, pause)
+        report = soak(Path(folder), network, minutes * 60, seed, pause, kinds, idle)
     print(json.dumps(report) if as_json else "\n".join(f"{name}: {value}" for name, value in report.items()))
     if report["problems"] or report["lost"] or report["duplicated"] or report["differing"]:
         sys.exit(1)

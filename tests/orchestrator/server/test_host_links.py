@@ -123,6 +123,10 @@ def test_another_agent_takes_over_once_the_first_is_silent(world: World, monkeyp
     assert world.told(b"b") == []
     world.say(HostHello(facts=FACTS, pid=1), agent=b"c")  # the same one, over another link
     assert [type(message) for message in world.told(b"c")] == [Welcome]
+    world.say(HostHello(facts=FACTS, pid=3, after=1), agent=b"d")  # which has the folder of the first, so that is gone
+    assert [type(message) for message in world.told(b"d")] == [Welcome]
+    world.say(HostHello(facts=FACTS.model_copy(update={"hostname": "far"}), pid=4, after=3), agent=b"e")
+    assert world.told(b"e") == []
     (link,) = world.links
     link.heard -= TAKEOVER_SECONDS + 1
     world.say(HostHello(facts=FACTS, pid=2), agent=b"b")
