@@ -14,8 +14,9 @@ from protocol.wire import MAX_FRAME_BYTES
 
 HIGH_WATER = 2000  # messages a peer, each way
 LINGER_MS = 500  # what a closing socket may still take to send its last words
-KEEPALIVE_SECONDS, KEEPALIVE_PROBES = 1, 2  # a link by TCP that nothing passes any more drops after some 3 s
-UNCONFIRMED_MS = 2500  # and so it does when what was sent is not confirmed for so long
+KEEPALIVE_SECONDS = 1  # of silence, after which TCP asks whether a link's other end is there, and between questions
+UNTAKEN_MS = 4000  # that the other end may not take what was sent or asked until the link drops (Linux)
+PROBES = 3  # questions without an answer, where that time can't be set
 HANDSHAKE_MS = 10_000  # that a peer has to prove who it is
 MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 COPY_BELOW = 65536  # bytes; zero-copy pays above this
@@ -34,8 +35,8 @@ def configure(socket: zmq.Socket[bytes], largest: int | None = None, high_water:
     socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
     socket.setsockopt(zmq.TCP_KEEPALIVE_IDLE, KEEPALIVE_SECONDS)
     socket.setsockopt(zmq.TCP_KEEPALIVE_INTVL, KEEPALIVE_SECONDS)
-    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, KEEPALIVE_PROBES)
-    socket.setsockopt(zmq.TCP_MAXRT, UNCONFIRMED_MS)
+    socket.setsockopt(zmq.TCP_KEEPALIVE_CNT, PROBES)
+    socket.setsockopt(zmq.TCP_MAXRT, UNTAKEN_MS)
     socket.setsockopt(zmq.IMMEDIATE, 1)
 
 
@@ -78,15 +79,16 @@ def new_identity() -> bytes:
 def dealer(
     context: zmq.Context[zmq.Socket[bytes]],
     endpoint: str,
-    identity: bytes,
+    identity: bytes = b"",
     key: PeerKey | None = None,
     high_water: int = HIGH_WATER,
 ) -> zmq.Socket[bytes]:
-    """A connected DEALER; `identity` is new for every incarnation."""
+    """A connected DEALER; `identity` is new for every incarnation, and without one for every connection."""
     check_endpoint(endpoint, secured=key is not None)
     socket = context.socket(zmq.DEALER)
     configure(socket, high_water=high_water)
-    socket.setsockopt(zmq.IDENTITY, identity)
+    if identity:
+        socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     if key is not None:

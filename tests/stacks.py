@@ -96,7 +96,12 @@ def host_key(state: Path, name: str, endpoint: str, folder: Path) -> Path:
 
 def remote_endpoint(state: Path) -> str:
     """Return where a stack listens for workers and hosts."""
-    return str(json.loads((state / "stack.json").read_text())["remote"]["worker"])
+    return published(state, "worker")
+
+
+def published(state: Path, role: str) -> str:
+    """Return where a stack listens for peers of a role."""
+    return str(json.loads((state / "stack.json").read_text())["remote"][role])
 
 
 def logs(folder: Path) -> str:

@@ -111,8 +111,9 @@ def worker(stage: Stage, standalone: bool, gpus: str | None, **options: Any) -> 
       triptych worker denoise
     """
     from protocol.process import log_to_stderr
-    from workers.runtime.launch import hide_other_gpus
+    from workers.runtime.launch import hide_other_gpus, keep_compiled_code
 
+    keep_compiled_code()
     hide_other_gpus(tuple(numbers("--gpus", gpus)) if gpus is not None else None)
     name = options["name"] or f"{stage}-{os.getpid()}"
     log_to_stderr(name, level=30 if standalone else 20)

@@ -252,15 +252,16 @@ class Fleet:
         """Return the workers that have said nothing for too long.
 
         `vouched` are hosts whose agents are heard, with the monotonic seconds since when: after a cut of a host's link
-        its agent may be back sooner than its workers, which have as long again.
+        its agent may be back sooner than its workers, which have as long again, once.
         """
         vouched = vouched or {}
         now, limits = self.clock(), {"loading": LOADING_SECONDS}
 
         def is_silent(worker: Worker) -> bool:
-            back = vouched.get(worker.host)
+            back = vouched.get(worker.host) if isinstance(worker.principal, Host) else None
             limit = limits.get(worker.state, SILENCE_SECONDS if back is None else VOUCHED_SECONDS)
-            return now - max(worker.heard, back or 0.0) > limit
+            heard = min(max(worker.heard, back or 0.0), worker.heard + limit)
+            return now - heard > limit
 
         return [worker for worker in self if is_silent(worker)]
 

@@ -17,11 +17,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from protocol.errors import BadRequest
+from protocol.sockets import KEEPALIVE_SECONDS
 
 CHUNK = 1 << 18  # bytes read at once
 PROVEN_BYTES = {True: 280, False: 70}  # that libzmq has sent once a peer is let in, with CURVE and without
 BACKLOG = 256
 PAUSE_SECONDS = 0.05
+UNTAKEN_MS = 1500  # less than a peer's own, so that its old connection is gone here before it comes again
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +77,7 @@ class Front:
                 self._full()
                 await self._end(self._weakest())
             taken.setblocking(False)
+            look_for_death(taken)
             connection = Connection(taken, str(address))
             self._open[connection] = None
             connection.task = self._loop.create_task(self._pass(connection, inner))
@@ -137,6 +140,15 @@ async def first_of(*both: Coroutine[None, None, None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def look_for_death(taken: socket.socket) -> None:
+    """Have TCP drop a connection whose other end is gone without a word, in some two seconds."""
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    times = {"KEEPIDLE": KEEPALIVE_SECONDS, "KEEPINTVL": KEEPALIVE_SECONDS, "KEEPCNT": 1, "USER_TIMEOUT": UNTAKEN_MS}
+    for name, value in times.items():
+        if (option := getattr(socket, f"TCP_{name}", None)) is not None:  # not all systems have all of them
+            taken.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def listen_at(endpoint: str) -> socket.socket:

@@ -21,7 +21,7 @@ class HostHello(Message):
     kind = "host-hello"
     facts: HostFacts
     pid: Count  # of the agent
-    after: Count = 0  # the agent that had this one's folder before, and is gone
+    after: Count = 0  # the agent that had this one's folder before, and is gone by the folder's lock
     pids: Pids = ()
 
 

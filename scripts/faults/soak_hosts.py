@@ -156,7 +156,7 @@ def soak(
     keys.server()
     stack = Stack(folder, ["--device", "cpu", "--listen-workers", endpoint])
     stack.wait_ready()
-    pool = recipes(rng, 24)
+    pool = [] if idle else recipes(rng, 24)
     with Client(stack.state, timeout=60) as client:
         wanted = {}
         for request in pool:
@@ -169,14 +169,13 @@ def soak(
     trouble.settle()
     print(f"{HOSTS} hosts are here; now {seconds / 60:g} minutes of trouble, seed {seed}", file=sys.stderr)
     load, start = Load(stack, wanted, pool, seed + 1, account), time.monotonic()
-    if idle:
-        load.stopping.set()
-    load.start()
+    if not idle:
+        load.start()
     while time.monotonic() - start < seconds:
         time.sleep(rng.expovariate(1 / pause))
         trouble.make()
     load.stopping.set()
-    if not load.finished.wait(300):
+    if not idle and not load.finished.wait(300):
         account.problems.append("not all accepted jobs ended within five minutes")
     trouble.settle()
     report = reckon(stack, account, time.monotonic() - start)

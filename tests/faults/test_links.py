@@ -1,13 +1,15 @@
 """A link that is cut and healed between two network namespaces, under TCP and CURVE."""
 
 import os
-import random
+import secrets
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.access import KeyFolder
@@ -15,7 +17,7 @@ from protocol.client.client import Client
 from protocol.curve_keys import KeyPair, PeerKey, save
 from protocol.job import JobRequest
 from scripts.faults.saboteur import patiently
-from tests.stacks import TRIPTYCH, remote_endpoint, running_stack
+from tests.stacks import TRIPTYCH, published, remote_endpoint, running_stack
 from tests.tiny import environment
 
 
@@ -45,8 +47,8 @@ def ip(*arguments: str, there: list[str] | None = None) -> None:
 @pytest.fixture
 def link() -> Iterator[Link]:
     keeper = subprocess.Popen(["unshare", "-n", "sleep", "600"], stderr=subprocess.DEVNULL)
-    number = random.Random(os.getpid()).randrange(250)
-    made = Link(f"10.213.{number}.1", f"tt{os.getpid() % 100000}", keeper.pid)
+    number = secrets.randbelow(250)
+    made = Link(f"10.213.{number}.1", f"tt{secrets.token_hex(4)}", keeper.pid)
     there = made.there([])
     try:
         try:
@@ -101,6 +103,59 @@ def test_a_link_that_is_cut_and_healed_costs_no_job_and_no_bit(link: Link, state
         finally:
             worker.terminate()
             assert worker.wait(20) == 0
+
+
+ASKING = """
+import sys
+from triptych import Client
+with Client(sys.argv[1], timeout=60) as client:
+    for _ in sys.stdin:
+        print(client.stack().pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(2, marks=pytest.mark.all), pytest.param(3, marks=pytest.mark.all), 5])
+def test_a_client_is_answered_again_after_a_cut_and_a_door_forgets_who_is_gone(
+    link: Link, state: Path, tmp_path: Path, seconds: int
+) -> None:
+    keys = KeyFolder(state / "keys")
+    keys.server()
+    with running_stack(state, "--model", "demo", "--device", "cpu", "--listen", f"tcp://{link.near}:0") as stack:
+        key = tmp_path / "alice.key"
+        save(key, keys.issue("alice", "client", published(state, "client")))
+        asking = subprocess.Popen(
+            link.there([sys.executable, "-c", ASKING, str(key)]),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
+        )  # fmt: skip
+        assert asking.stdin
+        assert asking.stdout
+        try:
+
+            def ask() -> None:
+                assert asking.stdin
+                print(file=asking.stdin, flush=True)
+
+            ask()
+            assert int(asking.stdout.readline()) == stack.client.stack().pid
+            link.cut()
+            ask()
+            subprocess.run(["sleep", str(seconds)], check=True)  # as long as the link is to be down
+            link.heal()
+            assert int(asking.stdout.readline()) == stack.client.stack().pid
+            (door,) = (p.pid for p in stack.client.workers().processes if p.name == "door-client")
+            assert connections(door)
+            link.cut()
+            patiently(lambda: not connections(door), 30)
+        finally:
+            asking.kill()
+            asking.wait()
+            asking.stdin.close()
+            asking.stdout.close()
+
+
+def connections(pid: int) -> list[object]:
+    """Return the TCP connections of a process that are open."""
+    return [one for one in psutil.Process(pid).net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED]
 
 
 def denoisers(client: Client) -> list[str]:

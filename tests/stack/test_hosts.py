@@ -100,12 +100,15 @@ def test_workers_end_with_their_agent_and_jobs_go_on_with_the_next_one(stack: Ru
         for event in client.events([jobs[0].id], timeout=60):
             if event.state == "denoise" and event.step > 3:
                 break
+        log = stack.folder / "logs" / "orchestrator.log"
         agent.kill()
         patiently(lambda: not any(map(runs, pids)))
+        told = len(log.read_text())
     with joined_host(tmp_path / "box", key):  # whose first word tells that the others are no more
         for job in jobs:
             client.wait(job.id, 60)
             assert stack.pictures(job.id).equal(picture)
+        assert "another agent" not in log.read_text()[told:]  # it has the folder of the first, and need not wait
 
 
 @pytest.mark.all

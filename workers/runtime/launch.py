@@ -53,6 +53,7 @@ def keep_compiled_code() -> None:
     folder = user_cache_path("triptych") / "compiled"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK | os.X_OK):
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 

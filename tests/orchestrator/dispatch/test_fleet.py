@@ -3,6 +3,7 @@
 from orchestrator.dispatch.fleet import LOADING_SECONDS, PROVEN_SECONDS, SILENCE_SECONDS, VOUCHED_SECONDS, Fleet
 from orchestrator.dispatch.step_deadlines import FACTOR, LEAST_SECONDS, LENT_SECONDS, StepDeadlines
 from orchestrator.dispatch.subscriptions import Subscriptions
+from orchestrator.principal import Host, KeyHolder
 from protocol.gpu_memory import GpuId
 from protocol.job import Recipe
 from protocol.messages.common import TaskKey
@@ -77,14 +78,18 @@ def test_silence_is_long_for_one_that_loads() -> None:
 
 def test_a_worker_whose_host_is_back_after_a_cut_has_time_to_come_back_too() -> None:
     fleet = Fleet(clock := Clock())
-    worker = fleet.hello(b"1", hello("a", host="box"))
+    worker = fleet.hello(b"1", hello("a", host="box"), Host("box"))
+    poser = fleet.hello(b"2", hello("b", host="box"), KeyHolder("eve"))
     fleet.ready(worker)
-    clock.now += 2 * VOUCHED_SECONDS
-    assert fleet.silent() == [worker]
+    fleet.ready(poser)
+    clock.now += VOUCHED_SECONDS + 1
+    assert fleet.silent() == [worker, poser]
     back = clock.now
-    assert fleet.silent({"box": back}) == []
-    clock.now += VOUCHED_SECONDS + 0.1
-    assert fleet.silent({"box": back}) == [worker]
+    assert fleet.silent({"box": back}) == [poser]
+    clock.now += VOUCHED_SECONDS - 2
+    assert fleet.silent({"box": back}) == [poser]
+    clock.now += 2
+    assert fleet.silent({"box": clock.now}) == [worker, poser]  # an agent that comes again and again vouches once
 
 
 def test_a_worker_is_proven_by_a_task_or_by_time() -> None:

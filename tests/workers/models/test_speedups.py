@@ -75,7 +75,7 @@ def test_a_speedup_changes_little_and_its_bits_are_equal_in_every_residency(
 
 
 def test_nothing_that_changes_bits_is_chosen_by_timing_in_any_compiled_block() -> None:
-    """Whatever torch compiles turns its setting for that off, so that it once held for the first block alone."""
+    """Whatever torch compiles turns its own setting for that off, so each code has the option."""
     blocks = torch.nn.ModuleList([torch.nn.LayerNorm(8), torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())])
     model = torch.nn.Module()
     model.blocks = blocks
