@@ -47,9 +47,12 @@ def router(
     domain: str = "",
     largest: int | None = None,
     high_water: int = HIGH_WATER,
+    handover: bool = False,
 ) -> zmq.Socket[bytes]:
     """A bound ROUTER: it knows when a peer is gone, and nobody takes over another's identity.
 
+    With `handover` a peer takes over its own, which nobody else knows, from a connection that is dead and not yet
+    given up: else it would be heard by nobody.
     With a `secret` key it wants CURVE, and the ZAP handler of the `domain` decides which peers come in.
     BadRequest if the endpoint can't be bound, or is not on this machine and has no key.
     """
@@ -57,7 +60,7 @@ def router(
     socket = context.socket(zmq.ROUTER)
     configure(socket, largest, high_water)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    socket.setsockopt(zmq.ROUTER_HANDOVER, 0)
+    socket.setsockopt(zmq.ROUTER_HANDOVER, int(handover))
     if secret is not None:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt_string(zmq.CURVE_SECRETKEY, secret)
@@ -79,16 +82,15 @@ def new_identity() -> bytes:
 def dealer(
     context: zmq.Context[zmq.Socket[bytes]],
     endpoint: str,
-    identity: bytes = b"",
+    identity: bytes,
     key: PeerKey | None = None,
     high_water: int = HIGH_WATER,
 ) -> zmq.Socket[bytes]:
-    """A connected DEALER; `identity` is new for every incarnation, and without one for every connection."""
+    """A connected DEALER; `identity` is new for every incarnation."""
     check_endpoint(endpoint, secured=key is not None)
     socket = context.socket(zmq.DEALER)
     configure(socket, high_water=high_water)
-    if identity:
-        socket.setsockopt(zmq.IDENTITY, identity)
+    socket.setsockopt(zmq.IDENTITY, identity)
     socket.setsockopt(zmq.RECONNECT_IVL, 50)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
     if key is not None:

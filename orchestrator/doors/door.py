@@ -159,8 +159,9 @@ class Door:
         check_endpoint(endpoint, secured=self._secret is not None)
         inner = self._inside_endpoint.removeprefix("ipc://") + "-in"
         self._outside = router(
-            self._context, f"ipc://{inner}", secret=self._secret, domain=self._role, largest=largest_frame(self._role)
-        )
+            self._context, f"ipc://{inner}", secret=self._secret, domain=self._role, largest=largest_frame(self._role),
+            handover=self._role == "client",
+        )  # fmt: skip
         self._poller.register(self._outside, zmq.POLLIN)
         self._listening = True
         self._endpoint, self._said_hello = self._front.listen(endpoint, inner), 0.0
@@ -192,7 +193,10 @@ class Door:
         """Return whether a message is passed on: its key is let in, and it keeps to what a key may send."""
         entry = self._allowed.entry(public, self._role)
         name = entry.name if entry else ""
-        if self._secret is not None and entry is None:
+        if self._secret is not None and (entry is None or self._key_of.get(peer, public) != public):
+            return False
+        if self._secret is not None and peer.startswith(b"\0"):
+            self._counted.warn(f"{name} gives its socket no identity, and could be taken for another")
             return False
         if self._secret is not None and self._role == "client" and not self._bucket(public).take():
             self._counted.warn(f"{name} sends more than {MESSAGES_A_SECOND:g} messages a second; the rest is let go")

@@ -23,7 +23,7 @@ CHUNK = 1 << 18  # bytes read at once
 PROVEN_BYTES = {True: 280, False: 70}  # that libzmq has sent once a peer is let in, with CURVE and without
 BACKLOG = 256
 PAUSE_SECONDS = 0.05
-UNTAKEN_MS = 1500  # less than a peer's own, so that its old connection is gone here before it comes again
+UNTAKEN_MS = 2500  # less than a peer's own, so that its old connection is mostly gone before it comes again
 
 
 @dataclass(eq=False, slots=True)
@@ -143,12 +143,14 @@ async def first_of(*both: Coroutine[None, None, None]) -> None:
 
 
 def look_for_death(taken: socket.socket) -> None:
-    """Have TCP drop a connection whose other end is gone without a word, in some two seconds."""
-    taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    times = {"KEEPIDLE": KEEPALIVE_SECONDS, "KEEPINTVL": KEEPALIVE_SECONDS, "KEEPCNT": 1, "USER_TIMEOUT": UNTAKEN_MS}
-    for name, value in times.items():
-        if (option := getattr(socket, f"TCP_{name}", None)) is not None:  # not all systems have all of them
-            taken.setsockopt(socket.IPPROTO_TCP, option, value)
+    """Have TCP drop a connection whose other end is gone without a word, in some three seconds."""
+    idle = "KEEPIDLE" if hasattr(socket, "TCP_KEEPIDLE") else "KEEPALIVE"  # as macOS calls it
+    times = {idle: KEEPALIVE_SECONDS, "KEEPINTVL": KEEPALIVE_SECONDS, "KEEPCNT": 2, "USER_TIMEOUT": UNTAKEN_MS}
+    with contextlib.suppress(OSError):  # it has gone already
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in times.items():
+            if (option := getattr(socket, f"TCP_{name}", None)) is not None:  # not all systems have all of them
+                taken.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def listen_at(endpoint: str) -> socket.socket:

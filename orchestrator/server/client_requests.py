@@ -337,12 +337,14 @@ class ClientRequests:
         return found
 
     def _park(self, peer: Peer, submit: Submit | GetLoras, tensors: tuple[Tensor, ...], since: float) -> None:
-        own = [kept for (other, _), (_, kept, _) in self._parked.items() if other.principal == peer.principal]
+        asked = peer, submit.request  # perhaps again, in place of what it has asked before
+        others = {key: kept for key, (_, kept, _) in self._parked.items() if key != asked}
+        own = [kept for (other, _), kept in others.items() if other.principal == peer.principal]
         held = sum(tensor.nbytes for kept in own for tensor in kept)
         of_a_key = not peer.local and (len(own) >= MOST_OF_A_KEY or held >= PARKED_BYTES)
-        if len(self._parked) >= MAX_PARKED or of_a_key:
+        if len(others) >= MAX_PARKED or of_a_key:
             raise QueueFull("Too many submissions wait for the model to be looked at.", "Try again later.")
-        self._parked[peer, submit.request] = submit, tensors, since
+        self._parked[asked] = submit, tensors, since
 
     def _judge_or_accept(self, peer: Peer, submit: Submit, pictures: Mapping[str, Tensor]) -> None:
         client = peer.identity

@@ -1,7 +1,7 @@
 """The orchestrator's side of its doors: what comes through them from peers of other hosts, and what goes back.
 
-A peer behind a door is known by a byte for its role and its socket's identity; a worker keeps both when the door is
-started anew. What was on its way through the old one is lost: workers say anew what they have, and clients ask again.
+A peer behind a door is known by a byte for its role and its socket's identity; it keeps both when the door is started
+anew. What was on its way through the old one is lost: workers say anew what they have, and clients ask again.
 """
 
 import contextlib
@@ -160,6 +160,8 @@ class DoorSockets:
             self._lost.append(role)
             self._unread.forget_behind(prefix_of(role))
             self._keys = {peer: key for peer, key in self._keys.items() if not peer.startswith(prefix_of(role))}
+            if role == "client":
+                self._peers.clear()
         door.identity, door.pid, door.heard = identity, pid, time.monotonic()
         if endpoint:
             door.wanted, door.listens = endpoint, True

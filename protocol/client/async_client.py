@@ -56,7 +56,7 @@ class AsyncLink:
         self._kept: set[str] = set()  # jobs whose events are kept until somebody listens
         self._backlog: deque[JobEvent] = deque(maxlen=MOST_KEPT)
         self._context = zmq.asyncio.Context()
-        self._socket: Any = dealer(self._context, where, key=key)  # type: ignore[arg-type]
+        self._socket: Any = dealer(self._context, where, self._exchange.identity, key)  # type: ignore[arg-type]
         self._reader: asyncio.Task[None] | None = None
 
     def start(self) -> None:

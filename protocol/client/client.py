@@ -50,7 +50,7 @@ class BlockingLink:
         self._events: deque[JobEvent] = deque()  # that came while an answer was waited for
         self._listening: Container[str] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = dealer(self._context, where, key=key)
+        self._socket = dealer(self._context, where, self._exchange.identity, key)
 
     def close(self) -> None:
         self._socket.close(linger=0)

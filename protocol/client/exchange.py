@@ -35,6 +35,7 @@ from protocol.messages.client import (
     Watch,
 )
 from protocol.messages.common import MAX_JOBS, Error
+from protocol.sockets import new_identity
 from protocol.tensors import Buffer, Tensor
 
 MOST_PICTURES = 64  # in one question
@@ -69,6 +70,7 @@ class Exchange:
     """Pairs questions with answers by number. `owner` names the key on whose behalf this machine's user asks."""
 
     def __init__(self, owner: str = "") -> None:
+        self.identity = new_identity()
         self._owner = owner
         self._numbers = itertools.count(1)
 

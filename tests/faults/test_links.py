@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from orchestrator.access import KeyFolder
+from orchestrator.doors import front
+from protocol import sockets
 from protocol.client.client import Client
 from protocol.curve_keys import KeyPair, PeerKey, save
 from protocol.job import JobRequest
@@ -151,6 +153,10 @@ def test_a_client_is_answered_again_after_a_cut_and_a_door_forgets_who_is_gone(
             asking.wait()
             asking.stdin.close()
             asking.stdout.close()
+
+
+def test_a_door_gives_a_connection_up_before_its_peer_does() -> None:
+    assert front.UNTAKEN_MS < sockets.UNTAKEN_MS
 
 
 def connections(pid: int) -> list[object]:

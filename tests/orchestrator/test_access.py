@@ -1,5 +1,6 @@
 """Who comes in from outside, as whom, and what they may do there: real sockets, TCP and CURVE."""
 
+import contextlib
 import json
 import stat
 from pathlib import Path
@@ -9,13 +10,15 @@ import zmq
 
 from orchestrator.access import AllowedKeys, KeyFolder
 from protocol.client.client import Client
+from protocol.client.exchange import Exchange
 from protocol.curve_keys import KeyPair, PeerKey, load, save
 from protocol.errors import BadRequest, Conflict, Forbidden, NoStack, NotFound, QueueFull, StateUnusable
 from protocol.job import JobRequest
+from protocol.messages.client import GetStack
 from protocol.messages.common import Error, Heartbeat
 from protocol.messages.supervisor import Processes, SupervisorHello
 from protocol.messages.worker import Committed
-from protocol.sockets import check_endpoint, dealer, new_identity
+from protocol.sockets import check_endpoint, dealer, new_identity, send
 from tests.fakes import Orchestrator, orchestrator
 from tests.faults.hostile.peers import OPEN
 from tests.faults.hostile.peers import key_of as let_in
@@ -86,6 +89,31 @@ def test_only_those_on_the_list_come_in_and_only_in_their_role(state: Path) -> N
         knock.close(linger=0)
         context.term()
         assert client_of(running, alice).stack().queue_limit == 50
+
+
+def test_a_client_takes_over_its_own_identity_and_nobody_elses(state: Path) -> None:
+    """A connection that is dead and not yet given up has the identity of a client that comes again."""
+    guarded(state)
+    with orchestrator(state, **OPEN) as running, zmq.Context() as context, contextlib.ExitStack() as sockets:
+        running.worker("text")
+        alice, bob = let_in(running, "alice"), let_in(running, "bob")
+        identity, question = new_identity(), Exchange().ask(GetStack)[1]
+
+        def is_answered(socket: zmq.Socket[bytes], milliseconds: int) -> bool:
+            sockets.enter_context(socket)
+            assert socket.poll(10_000, zmq.POLLOUT)
+            send(socket, question)
+            return bool(socket.poll(milliseconds, zmq.POLLIN))
+
+        assert is_answered(dealer(context, alice.endpoint, identity, alice), 10_000)
+        assert is_answered(dealer(context, alice.endpoint, identity, alice), 10_000)  # the first is there yet
+        assert not is_answered(dealer(context, bob.endpoint, identity, bob), 500)
+        nameless = context.socket(zmq.DEALER)  # libzmq gives it an identity that others can reckon
+        nameless.curve_serverkey, nameless.curve_publickey = bob.server.encode(), bob.public.encode()
+        nameless.curve_secretkey = bob.secret.encode()
+        nameless.connect(bob.endpoint)
+        assert not is_answered(nameless, 500)
+        assert client_of(running, bob).stack()
 
 
 def test_a_worker_with_a_key_works_and_may_not_pose_as_the_supervisor(state: Path) -> None:
