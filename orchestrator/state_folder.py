@@ -156,10 +156,10 @@ class StackFolder:
 
     def last_holder(self, role: str) -> int:
         """Return the process that holds the folder in a role, or was the last to do so; 0 if that isn't known."""
-        try:
-            return int((self.path / f"{role}.lock").read_text())
-        except (OSError, ValueError):
-            return 0
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            owner = (self.path / f"{role}.lock").read_text().strip()
+            return int(owner) if owner.isdecimal() else 0
+        return 0
 
     def lock(self, role: str) -> TextIO:
         """Hold the folder in a role until the returned file is closed or the process ends; Conflict if it is held."""
@@ -173,9 +173,8 @@ class StackFolder:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
             file.close()
+            owner = self.last_holder(role) or "unknown"
             raise Conflict(
                 f"A stack is already running in {str(self.path)!r} ({role}, process {owner}).",
                 "Use it as it is, stop it, or give another folder with --state DIR.",
@@ -191,14 +190,15 @@ def end_stack(folder: Path) -> bool:
     lock = folder / "supervisor.lock"
     if not lock.exists() or not is_held(lock):
         return False
-    owner = lock.read_text().strip()
-    if owner.isdigit():
+    if owner := StackFolder(folder).last_holder("supervisor"):
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(owner), signal.SIGTERM)
+            os.kill(owner, signal.SIGTERM)
     until = time.monotonic() + END_SECONDS
     while is_held(lock):
         if time.monotonic() > until:
-            raise WaitTimeout(f"The stack, process {owner}, has not stopped yet.", "Look at: triptych logs")
+            raise WaitTimeout(
+                f"The stack, process {owner or 'unknown'}, has not stopped yet.", "Look at: triptych logs"
+            )
         time.sleep(LOOK_SECONDS)
     return True
 

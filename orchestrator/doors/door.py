@@ -193,14 +193,17 @@ class Door:
         """Return whether a message is passed on: its key is let in, and it keeps to what a key may send."""
         entry = self._allowed.entry(public, self._role)
         name = entry.name if entry else ""
-        if self._secret is not None and (entry is None or self._key_of.get(peer, public) != public):
-            return False
-        if self._secret is not None and peer.startswith(b"\0"):
-            self._counted.warn(f"{name} gives its socket no identity, and could be taken for another")
-            return False
-        if self._secret is not None and self._role == "client" and not self._bucket(public).take():
-            self._counted.warn(f"{name} sends more than {MESSAGES_A_SECOND:g} messages a second; the rest is let go")
-            return False
+        if self._secret is not None:
+            if entry is None or self._key_of.get(peer, public) != public:
+                return False
+            if peer.startswith(b"\0"):
+                self._counted.warn(f"{name} gives its socket no identity, and could be taken for another")
+                return False
+            if self._role == "client" and not self._bucket(public).take():
+                self._counted.warn(
+                    f"{name} sends more than {MESSAGES_A_SECOND:g} messages a second; the rest is let go"
+                )
+                return False
         if len(frames) > MAX_TENSORS + 2 or size_of(frames) > LARGEST_MESSAGE[self._role]:
             self._counted.warn(f"{name} has sent a message of more than a message may hold; it is let go")
             self._forget(peer)

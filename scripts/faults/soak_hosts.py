@@ -63,9 +63,7 @@ class Hosts:
 
 
 class Trouble:
-    def __init__(
-        self, stack: Stack, hosts: Hosts, rng: random.Random, account: Account, kinds: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, stack: Stack, hosts: Hosts, rng: random.Random, account: Account, kinds: Sequence[str]) -> None:
         self._stack, self._hosts, self._rng, self._account = stack, hosts, rng, account
         self._kinds = {kind: FAULTS[kind] for kind in kinds or FAULTS}
         self._saboteur = Saboteur(stack, rng)

@@ -1,4 +1,4 @@
-"""What benchmarks reckon from what they have timed."""
+"""Figures that benchmarks reckon from their timings."""
 
 import pytest
 
